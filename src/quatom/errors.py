@@ -1,0 +1,45 @@
+"""Every exception that Quatom raises on purpose.
+
+A message says what is wrong, with the numbers, and what to do. Each class is also a builtin
+exception, so that callers who know nothing of Quatom still catch it.
+"""
+
+
+class QuatomError(Exception):
+    """Base of all errors that Quatom raises on purpose; the command line prints it on one line."""
+
+
+class ShapeError(QuatomError, ValueError):
+    """Tensor shapes, dtypes or sizes do not fit each other."""
+
+
+class RecipeError(QuatomError, ValueError):
+    """A recipe is inconsistent, unknown, newer than this library, or does not fit a model."""
+
+
+class ModelError(QuatomError, ValueError):
+    """A model's architecture or configuration is not supported."""
+
+
+class CheckpointError(QuatomError, RuntimeError):
+    """A checkpoint folder is missing, damaged, incomplete or cannot be written."""
+
+
+class CalibrationError(QuatomError, ValueError):
+    """Calibration or evaluation text is unusable."""
+
+
+class QuantizationError(QuatomError, RuntimeError):
+    """A layer cannot be quantized as the recipe asks."""
+
+
+class BackendError(QuatomError, RuntimeError):
+    """A kernel backend cannot run what was asked, or no backend exists for a device."""
+
+
+class RequestError(QuatomError, ValueError):
+    """A generation request is invalid: sampling parameters, prompt or lengths."""
+
+
+class EngineError(QuatomError, RuntimeError):
+    """The engine cannot continue: out of blocks for a single request, or a failed step."""

@@ -1,0 +1,24 @@
+"""What a forward pass must know besides its tokens: where each token stands and is stored."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """A packed batch of B sequences with T new tokens in all (prefill chunks and decodes mixed).
+
+    The new tokens of sequence b are rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]; they are the last
+    ones of its seq_lens[b] tokens. All tensors live on the model's device.
+    """
+
+    positions: Tensor  # (T,) int64, position of each new token in its sequence
+    slot_mapping: Tensor  # (T,) int64, block * block_size + offset; -1: not stored
+    block_tables: Tensor  # (B, max_blocks) int32, KV blocks of each sequence in order
+    cu_seqlens_q: Tensor  # (B + 1,) int32, prefix sums of new tokens
+    seq_lens: Tensor  # (B,) int32, tokens of each sequence, the new ones included
+    max_seqlen_q: int
+    """Largest number of new tokens of a sequence; 1 for a pure decode batch."""
+    max_seq_len: int
+    """Largest of seq_lens."""

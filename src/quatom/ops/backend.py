@@ -1,0 +1,42 @@
+"""Which implementation of an operation runs, chosen by device and never silently replaced."""
+
+import os
+from collections.abc import Sequence
+from enum import StrEnum
+
+import torch
+
+from quatom.errors import BackendError
+
+
+class Backend(StrEnum):
+    """An implementation of an operation."""
+
+    REFERENCE = "reference"
+    """Plain torch on any device: the specification."""
+    TRITON = "triton"
+    """Triton: CUDA from sm_80 on, or the CPU under TRITON_INTERPRET=1."""
+    CUDA = "cuda"
+    """CUDA C++ compiled at first use; which architectures, each operation says."""
+
+
+def choose_backend(
+    op: str, available: Sequence[Backend], device: torch.device, asked: Backend | None = None
+) -> Backend:
+    """The backend that `op` runs on `device`.
+
+    `asked` wins, then the environment variable QUATOM_BACKEND, then the last of `available`
+    (ordered from portable to fast) on a CUDA device and the reference elsewhere.
+
+    Raises:
+        BackendError: the backend asked for does not exist for this operation.
+    """
+    name = asked or os.environ.get("QUATOM_BACKEND")
+    if name:
+        if name not in list(available):
+            raise BackendError(
+                f"{op} has no backend {str(name)!r}; it has {', '.join(available)}: change the "
+                "backend argument or QUATOM_BACKEND"
+            )
+        return Backend(name)
+    return available[-1] if device.type == "cuda" else Backend.REFERENCE

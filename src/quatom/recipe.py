@@ -1,0 +1,312 @@
+"""What to quantize and how: the object that checkpoints, kernels and result tables agree on."""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Self, get_type_hints
+
+from quatom.errors import RecipeError
+
+FORMAT_VERSION = 1
+
+WeightFormat = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "e2m1", "float16"]
+ActivationFormat = Literal["int3", "int4", "int8", "e4m3", "e2m1", "float16"]
+KVFormat = Literal["int4", "int8", "float16"]
+
+_BITS = {"e2m1": 4, "e4m3": 8, "float16": 16} | {f"int{b}": b for b in range(2, 9)}
+
+
+def _check_choice(owner: str, name: str, value: object, choices: object) -> None:
+    allowed = getattr(choices, "__args__", ())
+    if value not in allowed:
+        raise RecipeError(f"{owner}.{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_group(owner: str, group_size: int) -> None:
+    if group_size != -1 and (group_size < 32 or group_size % 32):
+        raise RecipeError(
+            f"{owner}.group_size must be -1 (whole row) or a multiple of 32, got {group_size}"
+        )
+
+
+def _check_ratio(owner: str, name: str, value: float) -> None:
+    if not 0.0 < value <= 1.0:
+        raise RecipeError(f"{owner}.{name} must be in (0, 1], got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpec:
+    """Symmetric quantization of the weights of every decoder linear."""
+
+    format: WeightFormat = "int4"
+    """Number format of a code; float16 leaves the weights in their own dtype."""
+    group_size: int = 128
+    """Consecutive input channels that share one scale; -1 is the whole row (per channel)."""
+    rows_per_scale: int = 1
+    """Adjacent output rows that share one scale (2 in the original, whose kernel needed it)."""
+    clip_ratio: float = 1.0
+    """Fraction of a group's absolute maximum that maps onto the largest code."""
+    clip_search: Literal["none", "mse", "output"] = "none"
+    """Search the ratio of each group below 1.0 instead of using the constant: by the squared error
+    of the weights, or by that error weighted with the second moment of each input channel."""
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    """Round each weight alone, or push its error onto the columns that are not rounded yet."""
+    damping: float = 0.01
+    """GPTQ: fraction of the mean diagonal of the second moments that is added to the diagonal."""
+
+    def __post_init__(self) -> None:
+        _check_choice("weights", "format", self.format, WeightFormat)
+        _check_group("weights", self.group_size)
+        _check_ratio("weights", "clip_ratio", self.clip_ratio)
+        if self.rows_per_scale < 1:
+            raise RecipeError(f"weights.rows_per_scale must be at least 1, got {self.rows_per_scale}")
+        if not 0.0 < self.damping < 1.0:
+            raise RecipeError(f"weights.damping must be in (0, 1), got {self.damping}")
+
+    @property
+    def bits(self) -> int:
+        """Bits a code, scales not counted."""
+        return _BITS[self.format]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationSpec:
+    """Dynamic symmetric quantization of the input of every decoder linear, token by token."""
+
+    format: ActivationFormat = "int4"
+    """Number format of a code; float16 leaves activations in their own dtype."""
+    group_size: int = 128
+    """Consecutive channels that share one scale; -1 is the whole row (per token)."""
+    clip_ratio: float = 1.0
+    """Fraction of a group's absolute maximum that maps onto the largest code."""
+
+    def __post_init__(self) -> None:
+        _check_choice("activations", "format", self.format, ActivationFormat)
+        _check_group("activations", self.group_size)
+        _check_ratio("activations", "clip_ratio", self.clip_ratio)
+
+    @property
+    def bits(self) -> int:
+        """Bits a code, scales not counted."""
+        return _BITS[self.format]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSpec:
+    """Asymmetric quantization of the KV cache, one group a token and KV head."""
+
+    format: KVFormat = "int4"
+    """Number format of a code; float16 keeps the cache in the activations' dtype."""
+    clip_ratio: float = 1.0
+    """Fraction of a group's range that maps onto the code range."""
+    keys: Literal["pre_rope", "post_rope"] = "pre_rope"
+    """Quantize K before rotary embedding, as the original does, or after it, as fast kernels do."""
+    rotation: Literal["none", "hadamard"] = "none"
+    """Rotate q and k of every head by the same Hadamard matrix after rotary embedding, which
+    leaves scores unchanged and spreads K's outlier channels. Needs post_rope."""
+
+    def __post_init__(self) -> None:
+        _check_choice("kv_cache", "format", self.format, KVFormat)
+        _check_ratio("kv_cache", "clip_ratio", self.clip_ratio)
+        if self.rotation == "hadamard" and self.keys != "post_rope":
+            raise RecipeError(
+                "kv_cache.rotation 'hadamard' rotates q and k after rotary embedding: it needs "
+                "kv_cache.keys 'post_rope'"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Bits a code, scales not counted."""
+        return _BITS[self.format]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutlierSpec:
+    """Channels that are moved behind all others and kept in a wider format."""
+
+    channels: int = 128
+    """Outlier channels of a linear's input (of each tensor-parallel block of it); 0: none."""
+    max_fraction: float = 0.125
+    """Upper bound as a fraction of the hidden size: small models keep the largest power of two
+    below it, so that SmolLM2 (hidden 576) has 64 outliers and Llama (4096) has 128."""
+    format: Literal["int8", "float16"] = "int8"
+    """Format of outlier weights and activations."""
+    metric: Literal["second_moment", "abs_mean"] = "second_moment"
+    """Score of a channel: mean square of the calibration inputs, or mean magnitude."""
+
+    def __post_init__(self) -> None:
+        if self.channels < 0 or self.channels % 32:
+            raise RecipeError(
+                f"outliers.channels must be 0 or a multiple of 32, got {self.channels}"
+            )
+        _check_ratio("outliers", "max_fraction", self.max_fraction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSpec:
+    """The text that statistics are measured on."""
+
+    num_samples: int = 128
+    """Sequences."""
+    sequence_length: int = 2048
+    """Tokens in each sequence."""
+    seed: int = 0
+    """Chooses the sequences; the same seed and text give a bit-identical checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.sequence_length < 2:
+            raise RecipeError(
+                f"calibration needs at least 1 sample of 2 tokens, got {self.num_samples} of "
+                f"{self.sequence_length}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A complete quantization of a decoder model. See `PRESETS` for the named ones."""
+
+    name: str = "custom"
+    """Shown in tables; presets carry their own."""
+    weights: WeightSpec = field(default_factory=WeightSpec)
+    activations: ActivationSpec = field(default_factory=ActivationSpec)
+    kv_cache: KVSpec = field(default_factory=KVSpec)
+    outliers: OutlierSpec = field(default_factory=OutlierSpec)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    tensor_parallel: int = 1
+    """B: o_proj and down_proj carry a block-diagonal order with outliers of their own in each of B
+    equal blocks of their input, so that any tensor-parallel degree dividing B loads by slicing."""
+    on_singular: Literal["error", "nearest"] = "error"
+    """A layer whose second moments GPTQ cannot invert: stop, or round that layer to nearest."""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel < 1:
+            raise RecipeError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
+        if self.quantizes_activations and self.weights.format == "float16":
+            raise RecipeError(
+                f"activations are {self.activations.format} but weights float16: quantize the "
+                "weights too, or leave the activations in float16"
+            )
+        if self.quantizes_activations and self.weights.group_size != self.activations.group_size:
+            raise RecipeError(
+                f"weights.group_size {self.weights.group_size} and activations.group_size "
+                f"{self.activations.group_size} differ; a GEMM dequantizes both at each group"
+            )
+
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether decoder linears hold codes."""
+        return self.weights.format != "float16"
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the inputs of decoder linears are quantized."""
+        return self.activations.format != "float16"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantizing reads text: for channel order, GPTQ or output-weighted clipping."""
+        return self.quantizes_weights and (
+            self.outliers.channels > 0
+            or self.weights.rounding == "gptq"
+            or self.weights.clip_search == "output"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as stored in a checkpoint's config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Read `to_dict` output.
+
+        Raises:
+            RecipeError: a key is unknown, a value is not allowed, or the format version is newer
+                than this library.
+        """
+        version = data.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise RecipeError(
+                f"recipe has format_version {version}, this Quatom reads up to {FORMAT_VERSION}; "
+                "upgrade Quatom"
+            )
+        return _read(cls, data, "recipe")
+
+
+def _read(cls: type, data: object, owner: str) -> Any:
+    """Build dataclass `cls` from nested dicts, refusing unknown keys by their full name."""
+    if not isinstance(data, dict):
+        raise RecipeError(f"{owner} must be an object with named fields, got {data!r}")
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(data.keys() - known):
+        raise RecipeError(f"unknown keys {unknown} in {owner}; known keys are {sorted(known)}")
+    hints = get_type_hints(cls)
+    try:
+        return cls(
+            **{
+                key: _read(hints[key], value, key) if is_dataclass(hints[key]) else value
+                for key, value in data.items()
+            }
+        )
+    except TypeError as error:
+        raise RecipeError(f"cannot read {owner}: {error}") from error
+
+
+def _presets() -> dict[str, Recipe]:
+    no_outliers = OutlierSpec(channels=0)
+    float_activations = ActivationSpec(format="float16")
+    float_cache = KVSpec(format="float16")
+    atom_weights = WeightSpec(rows_per_scale=2, clip_ratio=0.85)
+    recipes = (
+        Recipe(
+            name="fp16",
+            weights=WeightSpec(format="float16", rounding="nearest"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="w8a8",
+            weights=WeightSpec(format="int8", group_size=-1, rounding="nearest"),
+            activations=ActivationSpec(format="int8", group_size=-1),
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="w4a16",
+            weights=WeightSpec(clip_search="mse"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="rtn-w4a4",
+            weights=WeightSpec(group_size=-1, rounding="nearest"),
+            activations=ActivationSpec(group_size=-1),
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="atom-w4a4kv4",
+            weights=atom_weights,
+            activations=ActivationSpec(clip_ratio=0.9),
+        ),
+        Recipe(
+            name="atom-w4a8kv4",
+            weights=atom_weights,
+            activations=ActivationSpec(format="e4m3"),
+        ),
+        Recipe(
+            name="atom-fp4",
+            weights=WeightSpec(format="e2m1", rows_per_scale=2, clip_ratio=0.85),
+            activations=ActivationSpec(format="e2m1"),
+        ),
+        Recipe(
+            name="atom-w3a3",
+            weights=WeightSpec(format="int3", rows_per_scale=2, clip_ratio=0.85),
+            activations=ActivationSpec(format="int3", clip_ratio=0.9),
+        ),
+    )
+    return {recipe.name: recipe for recipe in recipes}
+
+
+PRESETS: dict[str, Recipe] = _presets()
+"""Recipes by name; each is a row of the accuracy and throughput tables in the docs."""
