@@ -1,0 +1,73 @@
+"""Scales of weight groups: from a constant clip ratio, or searched by reconstruction error.
+
+The search tries clip ratios from 1.0 downwards and keeps, for each group (of `rows_per_scale`
+rows), the scale with the least
+
+    sum_j importance[j] * (w[j] - scale * round(w[j] / scale))**2
+
+With importance 1 that is the squared error of the weights; with the second moment of input
+channel j it estimates the squared error of the layer's output.
+"""
+
+import torch
+from torch import Tensor
+
+from quatom.numerics.formats import Format
+from quatom.numerics.groups import MIN_SCALE
+
+SEARCH_RATIOS = tuple(1.0 - 0.025 * step for step in range(25))
+"""1.0 down to 0.4: below, saturation always costs more than finer steps bring."""
+
+
+def _share_rows(values: Tensor, rows_per_scale: int, reduce: str) -> Tensor:
+    """(N, ...) -> (N / rows_per_scale, ...): the maximum or sum of adjacent rows."""
+    missing = -values.shape[0] % rows_per_scale
+    if missing:
+        values = torch.cat((values, values.new_zeros(missing, *values.shape[1:])))
+    grouped = values.unflatten(0, (-1, rows_per_scale))
+    return grouped.amax(dim=1) if reduce == "max" else grouped.sum(dim=1)
+
+
+def _expand_rows(scales: Tensor, rows_per_scale: int, rows: int) -> Tensor:
+    return scales.repeat_interleave(rows_per_scale, dim=0)[:rows]
+
+
+def weight_scales(
+    weight: Tensor,  # (N, C) the channels of one group
+    fmt: Format,
+    *,
+    clip_ratio: float = 1.0,
+    rows_per_scale: int = 1,
+    ratios: tuple[float, ...] = (),
+    importance: Tensor | None = None,  # (C,)
+) -> Tensor:
+    """Scale of one group of channels for every row, (N,) float16.
+
+    Args:
+        clip_ratio: fraction of the absolute maximum on the largest code; the upper bound of the
+            ratios when searching.
+        rows_per_scale: adjacent rows that share a scale.
+        ratios: candidates relative to clip_ratio; empty takes clip_ratio itself.
+        importance: weight of each channel's squared error in the search; None: all equal.
+    """
+    rows = weight.shape[0]
+    weight = weight.float()
+    absmax = _share_rows(weight.abs().amax(dim=1), rows_per_scale, "max") * clip_ratio
+
+    def scale_of(ratio: float) -> Tensor:
+        return (absmax * ratio / fmt.largest).clamp(min=MIN_SCALE).half()
+
+    best = scale_of(1.0)
+    if not ratios:
+        return _expand_rows(best, rows_per_scale, rows)
+    best_error = torch.full_like(absmax, float("inf"))
+    for ratio in ratios:
+        scale = scale_of(ratio)
+        step = _expand_rows(scale, rows_per_scale, rows).float().unsqueeze(1)
+        error = (fmt.round(weight / step) * step - weight).square_()
+        error = error.sum(dim=1) if importance is None else error @ importance.float()
+        error = _share_rows(error, rows_per_scale, "sum")
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, scale, best)
+    return _expand_rows(best, rows_per_scale, rows)

@@ -1,0 +1,56 @@
+"""The order of a linear's input channels: ascending by score, the outliers last.
+
+Sorting *all* channels, not only moving the outliers behind the rest, makes every group
+homogeneous in magnitude, so that one scale fits all of its channels.
+
+Source: Atom (Zhao et al., MLSys 2024), channel reordering.
+"""
+
+import torch
+from torch import Tensor
+
+from quatom.errors import ShapeError
+
+
+def channel_order(
+    scores: Tensor,  # (K,) larger means more important
+    num_outliers: int,
+    blocks: int = 1,
+) -> Tensor:
+    """Old channel at each new position, (K,) int64; ascending by score.
+
+    With `blocks` > 1 the input is cut into that many equal blocks, each ordered on its own with
+    `num_outliers` outliers of its own: the normal channels of all blocks come first, block by
+    block, then the outliers of all blocks.
+
+    Raises:
+        ShapeError: the channels do not divide into equal blocks, or a block has fewer channels
+            than outliers.
+    """
+    channels = scores.numel()
+    if channels % blocks or channels // blocks <= num_outliers:
+        raise ShapeError(
+            f"{channels} channels cannot be ordered as {blocks} equal blocks with {num_outliers} "
+            "outliers each"
+        )
+    width = channels // blocks
+    # Stable, so that equal scores (dead channels) keep their place and the order is reproducible.
+    order = scores.view(blocks, width).argsort(dim=-1, stable=True)
+    order = order + torch.arange(blocks, device=scores.device).unsqueeze(1) * width
+    normal, outliers = order[:, : width - num_outliers], order[:, width - num_outliers :]
+    return torch.cat((normal.flatten(), outliers.flatten()))
+
+
+def inverse_order(order: Tensor) -> Tensor:  # (K,) -> (K,)
+    """New position of each old channel."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
+    return inverse
+
+
+def check_order(order: Tensor, channels: int) -> None:
+    """Raise ShapeError unless `order` is a permutation of `channels` channels."""
+    if order.shape != (channels,) or not torch.equal(
+        order.long().sort().values, torch.arange(channels, device=order.device)
+    ):
+        raise ShapeError(f"order of shape {tuple(order.shape)} is no permutation of {channels}")
