@@ -1,0 +1,258 @@
+"""The paged KV cache of one layer: what a block holds, how tokens enter it and come back.
+
+A quantized cache keeps, for each token and KV head, D codes of K, D codes of V and one float16
+pair (scale, minimum) for each of the two:
+
+    minimum = float16(min)                              (of the D channels)
+    scale   = float16((max - minimum) / largest_code), at least 2**-14
+    code    = clamp(round_half_even((x - minimum) / scale), 0, largest_code)
+    real    = code * scale + minimum
+
+so one-sided and constant groups come out right without an integer zero point. With clip_ratio c < 1
+both ends of the range first move towards its middle by (1 - c) / 2 of its width.
+
+A block stores one contiguous record for each KV head (S tokens a block, D channels; INT4 shown):
+
+    | K codes (S, D / 2) | V codes (S, D / 2) | K pairs (S, 2) float16 | V pairs (S, 2) float16 |
+
+Byte j of an INT4 row holds channel j in its low nibble and channel j + D / 2 in its high one: the
+halves that rotary embedding pairs come apart by a mask, and a 4-byte word of a row unpacks into
+tensor-core operands without a shuffle. INT8 rows are (S, D) bytes; floating-point caches keep
+(S, D) values and no pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from quatom.errors import ShapeError
+from quatom.numerics.groups import MIN_SCALE
+
+KVDtype = Literal["int4", "int8", "float16", "bfloat16", "float32"]
+HEAD_DIMS = (64, 96, 128, 256)
+BLOCK_MULTIPLE = 16
+"""Tokens a block must be a multiple of this: the rows of a tensor-core tile."""
+
+_FLOAT16_MAX = 65504.0
+
+
+def asymmetric_range(
+    x: Tensor,  # (..., D)
+    bits: int,
+    clip_ratio: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of each row, two (..., 1) float16 tensors."""
+    x = x.float()
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    margin = (high - low) * (0.5 * (1.0 - clip_ratio))
+    # A float32 input may lie outside float16: an infinite minimum would poison the whole row.
+    minimum = (low + margin).clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
+    scale = (high - margin - minimum.float()) / (2**bits - 1)
+    return scale.clamp(MIN_SCALE, _FLOAT16_MAX).half(), minimum
+
+
+def asymmetric_codes(
+    x: Tensor,  # (..., D)
+    scale: Tensor,  # (..., 1) float16
+    minimum: Tensor,  # (..., 1) float16
+    bits: int,
+) -> Tensor:
+    """Codes 0 to 2**bits - 1 of the rows, (..., D) uint8."""
+    steps = torch.round((x.float() - minimum.float()) / scale.float())
+    return steps.clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """(..., D) codes below 16 -> (..., D / 2) uint8: channel j low, channel j + D / 2 high."""
+    low, high = codes.chunk(2, dim=-1)
+    return low | (high << 4)
+
+
+def unpack_halves(packed: Tensor) -> Tensor:
+    """The inverse of `pack_halves`: (..., D / 2) uint8 -> (..., D) uint8."""
+    return torch.cat((packed & 0xF, packed >> 4), dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class KVPages:
+    """K and V of one layer in P blocks of S tokens, quantized or not."""
+
+    storage: (
+        Tensor  # (P, KV, record_bytes) uint8, contiguous; the layout is in the module docstring
+    )
+    block_size: int
+    """S: tokens a block."""
+    head_dim: int
+    """D: channels a head."""
+    dtype: KVDtype
+    """Format of a cached value."""
+
+    @classmethod
+    def allocate(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: KVDtype,
+        device: torch.device | str,
+    ) -> Self:
+        """Zero-filled pages.
+
+        Raises:
+            ShapeError: a size that no kernel supports.
+        """
+        if dtype not in get_args(KVDtype):
+            raise ShapeError(
+                f"KV dtype must be one of {', '.join(get_args(KVDtype))}, got {dtype!r}"
+            )
+        if head_dim not in HEAD_DIMS:
+            raise ShapeError(
+                f"head_dim {head_dim} is not supported; the paged cache has "
+                f"{', '.join(map(str, HEAD_DIMS))}"
+            )
+        if block_size < BLOCK_MULTIPLE or block_size % BLOCK_MULTIPLE:
+            raise ShapeError(
+                f"block_size {block_size} is not a positive multiple of {BLOCK_MULTIPLE} tokens"
+            )
+        if num_blocks < 1 or num_kv_heads < 1:
+            raise ShapeError(f"cannot allocate {num_blocks} blocks of {num_kv_heads} KV heads")
+        record = block_size * _bytes_per_token_head(head_dim, dtype)
+        storage = torch.zeros((num_blocks, num_kv_heads, record), dtype=torch.uint8, device=device)
+        return cls(storage, block_size, head_dim, dtype)
+
+    @property
+    def num_blocks(self) -> int:
+        """P."""
+        return self.storage.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV."""
+        return self.storage.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Bits a cached value, pairs not counted."""
+        return _BITS[self.dtype]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether values are codes with (scale, minimum) pairs."""
+        return self.dtype in ("int4", "int8")
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's K and V, all heads of this layer, pairs included."""
+        return self.num_kv_heads * _bytes_per_token_head(self.head_dim, self.dtype)
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block of this layer."""
+        return self.block_size * self.bytes_per_token
+
+    @property
+    def keys(self) -> Tensor:
+        """View (P, KV, S, D / 2) uint8 for INT4, (P, KV, S, D) uint8 or floats otherwise."""
+        return self._rows(0)
+
+    @property
+    def values(self) -> Tensor:
+        """View like `keys`."""
+        return self._rows(1)
+
+    @property
+    def key_pairs(self) -> Tensor:
+        """View (P, KV, S, 2) float16: scale and minimum of each K row of a quantized cache."""
+        return self._pairs(0)
+
+    @property
+    def value_pairs(self) -> Tensor:
+        """View (P, KV, S, 2) float16: scale and minimum of each V row of a quantized cache."""
+        return self._pairs(1)
+
+    def _row_bytes(self) -> int:
+        return self.head_dim * self.bits // 8
+
+    def _rows(self, which: int) -> Tensor:
+        size = self.block_size * self._row_bytes()
+        rows = self.storage[..., which * size : (which + 1) * size]
+        rows = rows.unflatten(-1, (self.block_size, self._row_bytes()))
+        return rows if self.quantized else rows.view(getattr(torch, self.dtype))
+
+    def _pairs(self, which: int) -> Tensor:
+        if not self.quantized:
+            raise ShapeError(f"a {self.dtype} cache has no (scale, minimum) pairs")
+        first = 2 * self.block_size * self._row_bytes() + which * self.block_size * 4
+        pairs = self.storage[..., first : first + self.block_size * 4]
+        return pairs.view(torch.float16).unflatten(-1, (self.block_size, 2))
+
+    def append(
+        self,
+        k: Tensor,  # (T, KV, D) floating
+        v: Tensor,  # (T, KV, D) floating
+        slot_mapping: Tensor,  # (T,) int64: block * S + offset, or -1 to skip the token
+        clip_ratio: float = 1.0,
+    ) -> None:
+        """Write tokens into their slots, in place. This is the specification of the kernels.
+
+        Raises:
+            ShapeError: shapes disagree.
+        """
+        expected = (slot_mapping.shape[0], self.num_kv_heads, self.head_dim)
+        if k.shape != expected or v.shape != expected:
+            raise ShapeError(
+                f"append expects k and v {expected} for {expected[0]} slots, got "
+                f"{tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        kept = slot_mapping >= 0
+        slots = slot_mapping[kept]
+        block, offset = slots // self.block_size, slots % self.block_size
+        for which, new in enumerate((k[kept], v[kept])):
+            if not self.quantized:
+                self._rows(which)[block, :, offset] = new.to(getattr(torch, self.dtype))
+                continue
+            scale, minimum = asymmetric_range(new, self.bits, clip_ratio)
+            codes = asymmetric_codes(new, scale, minimum, self.bits)
+            self._rows(which)[block, :, offset] = pack_halves(codes) if self.bits == 4 else codes
+            self._pairs(which)[block, :, offset] = torch.cat((scale, minimum), dim=-1)
+
+    def gather(
+        self,
+        block_table: Tensor,  # (max_blocks,) int32 or int64, the sequence's blocks in order
+        length: int,
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of a sequence's first `length` tokens, two (length, KV, D) float32 tensors."""
+        blocks = block_table[: -(-length // self.block_size)].long()
+        k, v = (self._gather_rows(which, blocks, length) for which in (0, 1))
+        return k, v
+
+    def _gather_rows(self, which: int, blocks: Tensor, length: int) -> Tensor:
+        def flat(pages: Tensor) -> Tensor:  # (n, KV, S, X) -> (length, KV, X)
+            return pages.transpose(1, 2).flatten(0, 1)[:length]
+
+        rows = flat(self._rows(which)[blocks])
+        if not self.quantized:
+            return rows.float()
+        pairs = flat(self._pairs(which)[blocks]).float()
+        codes = unpack_halves(rows) if self.bits == 4 else rows
+        return codes.float() * pairs[..., :1] + pairs[..., 1:]
+
+    def copy_blocks(
+        self,
+        source: Tensor,  # (n,) int64
+        target: Tensor,  # (n,) int64, distinct and disjoint from source
+    ) -> None:
+        """Copy whole blocks, in place: copy-on-write of shared prefixes."""
+        self.storage.index_copy_(0, target, self.storage.index_select(0, source))
+
+
+_BITS = {"int4": 4, "int8": 8, "float16": 16, "bfloat16": 16, "float32": 32}
+
+
+def _bytes_per_token_head(head_dim: int, dtype: KVDtype) -> int:
+    """Bytes of one token and KV head, K and V together."""
+    pair = 4 if dtype in ("int4", "int8") else 0
+    return 2 * (head_dim * _BITS[dtype] // 8 + pair)
