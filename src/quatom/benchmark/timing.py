@@ -1,0 +1,66 @@
+"""Time of GPU work: CUDA-graph replays between events, inputs rotated out of the L2 cache."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+L2_BYTES_TO_ROTATE = 128 * 2**20
+"""Copies of an operand that rotate hold at least this much together: 2.5 times an H100's L2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Time of one call, over repeated measurements."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+
+
+def copies_to_rotate(operand_bytes: int, most: int = 64) -> int:
+    """How many copies of an operand make its next use come from HBM instead of the L2 cache."""
+    return min(most, max(2, -(-L2_BYTES_TO_ROTATE // max(operand_bytes, 1))))
+
+
+def time_graph(
+    calls: Sequence[Callable[[], object]],
+    *,
+    repeats: int = 15,
+    min_calls: int = 8,
+) -> Timing:
+    """Time of one call among `calls`, which run one after another inside one CUDA graph.
+
+    Pass the same operation on different copies of its operands (`copies_to_rotate`), so that each
+    call finds its weights in HBM as it would inside a model. The graph holds every call at least
+    once and at least `min_calls` calls; its replay time is divided by their number, so the value
+    includes launch gaps as a captured model has them.
+    """
+    sequence = list(calls) * max(1, -(-min_calls // len(calls)))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:  # compile and load modules outside the capture
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in sequence:
+            call()
+    for _ in range(3):
+        graph.replay()
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(repeats)
+    ]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = sorted(s.elapsed_time(e) * 1e3 / len(sequence) for s, e in events)
+    return Timing(
+        median_us=statistics.median(times),
+        p10_us=times[len(times) // 10],
+        p90_us=times[-1 - len(times) // 10],
+    )

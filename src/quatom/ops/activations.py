@@ -1,0 +1,178 @@
+"""MixedTensor: quantized activations as they flow from a quantize operation to a linear one.
+
+Its *meaning* is fixed: T tokens of K channels in reordered position, each channel a code times the
+scale of its group (`GroupLayout`). Its *bytes* belong to the kernel that will read them:
+
+rows
+    codes (T, K), int8 where every format is an integer and float16 otherwise (all codes of e4m3 and
+    e2m1 are float16 numbers); scales (T, S) float32. Read by the reference and by Triton.
+groups
+    codes (S, T_padded, 128) uint8 and scales (S, T_padded) float32, T_padded = T rounded up to 8.
+    Each group is padded to 128 bytes by zeros; the 16-byte piece p of token t stands at place
+    p ^ (t % 8), the 128-byte swizzle of Hopper's matrix unit, so that one bulk copy brings a tile
+    of tokens into shared memory ready for use. int4 codes are e4m3 bytes of value code * 2**-9 (the
+    magnitude in the low bits: e4m3 is linear below 0x10), int8 and e4m3 codes are themselves.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quatom.errors import ShapeError
+from quatom.numerics.formats import get_format
+from quatom.numerics.groups import GroupLayout, dequantize_groups
+
+ByteLayout = Literal["rows", "groups"]
+
+GROUP_BYTES = 128
+"""Bytes of one token's group in the `groups` layout."""
+TOKEN_PADDING = 8
+"""T_padded is a multiple of this: eight 128-byte rows repeat the swizzle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeSpec:
+    """How a quantize operation turns real activations into codes."""
+
+    layout: GroupLayout
+    normal: str = "int4"
+    """Format of the normal groups; float16 passes values through."""
+    outlier: str = "int8"
+    """Format of the outlier groups."""
+    clip_ratio: float = 1.0
+    """Fraction of a normal group's absolute maximum mapped onto the largest code."""
+    byte_layout: ByteLayout = "rows"
+    """What the linear operation reads: see `PreparedLinear.input_spec`."""
+
+    def __post_init__(self) -> None:
+        if self.byte_layout == "groups":
+            check_fits_groups(self.layout, self.normal, self.outlier)
+
+
+def check_fits_groups(layout: GroupLayout, normal: str, outlier: str) -> None:
+    """Raise ShapeError where the `groups` byte layout cannot hold these groups and formats."""
+    widest = max(layout.group_sizes)
+    if widest > GROUP_BYTES:
+        raise ShapeError(
+            f"byte layout 'groups' holds at most {GROUP_BYTES} channels a group, this layout has "
+            f"{widest}: use byte layout 'rows'"
+        )
+    if normal not in ("int2", "int3", "int4", "e4m3") or (layout.outliers and outlier != "int8"):
+        raise ShapeError(
+            f"byte layout 'groups' holds int2 to int4 or e4m3 groups and int8 outliers, not "
+            f"{normal} and {outlier}: use byte layout 'rows'"
+        )
+
+
+def padded_tokens(tokens: int) -> int:
+    """T_padded of the `groups` layout."""
+    return -(-tokens // TOKEN_PADDING) * TOKEN_PADDING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedTensor:
+    """Quantized activations; read `codes` and `scales` only together with `byte_layout`."""
+
+    codes: Tensor  # rows: (T, K); groups: (S, T_padded, 128) uint8
+    scales: Tensor  # rows: (T, S) float32; groups: (S, T_padded) float32
+    spec: QuantizeSpec
+    tokens: int
+    """T."""
+    dtype: torch.dtype
+    """Dtype of the activations that were quantized, and of a linear's output."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, K)."""
+        return self.tokens, self.spec.layout.channels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    def canonical(self) -> tuple[Tensor, Tensor]:
+        """Values (T, K) float32 in units of their scale, and scales (T, S) float32."""
+        if self.spec.byte_layout == "rows":
+            return self.codes.float(), self.scales
+        return _read_groups(self.codes, self.spec)[: self.tokens], self.scales.t()[: self.tokens]
+
+    def dequantize(self) -> Tensor:
+        """The real numbers, (T, K) float32."""
+        if self.spec.normal == "float16" and not self.spec.layout.outliers:
+            return self.codes.float()
+        values, scales = self.canonical()
+        return dequantize_groups(values, scales, self.spec.layout)
+
+
+def pack_values(
+    values: Tensor,  # (T, K) float32 in units of the scale
+    scales: Tensor,  # (T, S)
+    spec: QuantizeSpec,
+    dtype: torch.dtype,
+) -> MixedTensor:
+    """Put values and scales into the byte layout that `spec` names."""
+    tokens = values.shape[0]
+    scales = scales.float()
+    if spec.byte_layout == "groups":
+        padded = padded_tokens(tokens)
+        group_scales = scales.new_zeros(spec.layout.num_scales, padded)
+        group_scales[:, :tokens] = scales.t()
+        codes = _write_groups(values, spec, padded)
+        return MixedTensor(codes=codes, scales=group_scales, spec=spec, tokens=tokens, dtype=dtype)
+    return MixedTensor(
+        codes=values.to(row_dtype(spec, dtype)),
+        scales=scales.contiguous(),
+        spec=spec,
+        tokens=tokens,
+        dtype=dtype,
+    )
+
+
+def row_dtype(spec: QuantizeSpec, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of `rows` codes: int8, or the float dtype that holds every code."""
+    if spec.normal == "float16":
+        return dtype
+    formats = [spec.normal] + ([spec.outlier] if spec.layout.outliers else [])
+    return torch.int8 if all(get_format(f).is_integer for f in formats) else torch.float16
+
+
+def _swizzle(device: torch.device, tokens: int) -> Tensor:
+    """Place of each byte of a token's group: (T, 128) int64; its own inverse."""
+    byte = torch.arange(GROUP_BYTES, device=device)
+    token = torch.arange(tokens, device=device)[:, None]
+    return ((byte // 16) ^ (token % 8)) * 16 + byte % 16
+
+
+def _write_groups(values: Tensor, spec: QuantizeSpec, padded: int) -> Tensor:
+    tokens = values.shape[0]
+    # int4 codes are multiples of the smallest e4m3 step, 2**-9: the cast writes their magnitude.
+    unit = 1.0 if spec.normal == "e4m3" else 2.0**-9
+    layout = spec.layout
+    out = torch.zeros(
+        layout.num_scales, padded, GROUP_BYTES, dtype=torch.uint8, device=values.device
+    )
+    parts = values.split(layout.group_sizes, dim=-1)
+    for group, part in enumerate(parts):
+        if group < layout.num_normal_groups:
+            bytes_ = (part.float() * unit).to(torch.float8_e4m3fn).view(torch.uint8)
+        else:
+            bytes_ = part.to(torch.int8).view(torch.uint8)
+        out[group, :tokens, : part.shape[1]] = bytes_
+    return out.gather(2, _swizzle(out.device, padded).expand_as(out))
+
+
+def _read_groups(codes: Tensor, spec: QuantizeSpec) -> Tensor:
+    plain = codes.gather(2, _swizzle(codes.device, codes.shape[1]).expand_as(codes))
+    unit = 1.0 if spec.normal == "e4m3" else 2.0**9
+    layout = spec.layout
+    parts = []
+    for group, size in enumerate(layout.group_sizes):
+        bytes_ = plain[group, :, :size].contiguous()
+        if group < layout.num_normal_groups:
+            parts.append(bytes_.view(torch.float8_e4m3fn).float() * unit)
+        else:
+            parts.append(bytes_.view(torch.int8).float())
+    return torch.cat(parts, dim=-1)

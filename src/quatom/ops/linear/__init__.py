@@ -1,0 +1,206 @@
+"""Linear layers over quantized operands: one operation, in which the scheme is data.
+
+    y[t, n] = sum over groups s of xs[t, s] * ws[n, s] * sum over k in s of x[t, k] * w[n, k]
+              + bias[n]
+
+with codes x, w and float32 sums over groups; w4a4, w4a8, w8a8 and w4a16 differ in the formats of
+the codes alone. Weights are repacked once by `prepare_weights` into the layout of the backend that
+will run.
+
+Limits of the backends:
+
+reference  every format, any device; holds the weights in float32
+triton     integer weights; integer, e4m3 or floating-point activations; sm_80 and later
+cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, groups of at most 128
+           channels, INT8 outliers; sm_90 (Hopper)
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quatom.errors import BackendError, ShapeError
+from quatom.numerics.formats import get_format
+from quatom.numerics.groups import GroupLayout
+from quatom.ops.activations import ByteLayout, MixedTensor, QuantizeSpec, check_fits_groups
+from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.linear.reference import linear_reference, prepare_reference
+
+BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedLinear:
+    """Weights of one linear layer in the layout of one backend."""
+
+    backend: Backend
+    layout: GroupLayout
+    out_channels: int
+    """N."""
+    weight_format: str
+    activation_format: str
+    tensors: tuple[Tensor, ...]
+    """Weights, and where the backend keeps them apart outliers and scales, in its own layout."""
+    bias: Tensor | None  # (N,) float32
+
+    @property
+    def byte_layout(self) -> ByteLayout:
+        """The layout of activations that this backend reads."""
+        return "groups" if self.backend is Backend.CUDA else "rows"
+
+    def input_spec(self, spec: QuantizeSpec) -> QuantizeSpec:
+        """`spec` with the byte layout that this layer reads."""
+        return replace(spec, byte_layout=self.byte_layout)
+
+
+def prepare_weights(
+    values: Tensor,  # (N, K) weight codes in reordered channel order, any dtype that holds them
+    scales: Tensor,  # (N, S) float16
+    layout: GroupLayout,
+    *,
+    bias: Tensor | None = None,  # (N,)
+    weight_format: str = "int4",
+    activation_format: str = "int4",
+    outlier_format: str = "int8",
+    backend: Backend | None = None,
+) -> PreparedLinear:
+    """Repack weights once, at load, for the backend that will run them.
+
+    Layers that share an input (q, k, v; gate, up) are fused by concatenating their rows first.
+
+    Args:
+        activation_format: what the layer's input is quantized to; float16 for w4a16.
+        backend: None picks the fastest one for the device and the formats.
+
+    Raises:
+        ShapeError: values, scales, bias and layout do not fit each other.
+        BackendError: the backend asked for cannot run these formats on this device.
+    """
+    if values.ndim != 2 or values.shape[1] != layout.channels:
+        raise ShapeError(
+            f"expected values (N, {layout.channels}) as the layout says; got {tuple(values.shape)}"
+        )
+    rows = values.shape[0]
+    if scales.shape != (rows, layout.num_scales):
+        raise ShapeError(
+            f"expected scales ({rows}, {layout.num_scales}): one a row and group; got "
+            f"{tuple(scales.shape)}"
+        )
+    if bias is not None and bias.shape != (rows,):
+        raise ShapeError(f"expected bias ({rows},); got {tuple(bias.shape)}")
+
+    formats = (weight_format, activation_format, outlier_format)
+    chosen = _choose(values.device, layout, formats, backend)
+    match chosen:
+        case Backend.CUDA:
+            from quatom.ops.linear.hopper_layout import pack_weights
+
+            tensors: tuple[Tensor, ...] = (pack_weights(values, scales, layout),)
+        case Backend.TRITON:
+            from quatom.ops.linear.triton import prepare_triton
+
+            tensors = prepare_triton(values, scales, layout, get_format(weight_format).bits)
+        case _:
+            tensors = (prepare_reference(values, scales, layout),)
+    return PreparedLinear(
+        backend=chosen,
+        layout=layout,
+        out_channels=rows,
+        weight_format=weight_format,
+        activation_format=activation_format,
+        tensors=tensors,
+        bias=None if bias is None else bias.float(),
+    )
+
+
+def linear(
+    x: MixedTensor | Tensor,  # (T, K); a plain tensor where activations are not quantized
+    prepared: PreparedLinear,
+) -> Tensor:
+    """Multiply activations by prepared weights: (T, N) in x's dtype.
+
+    On integer codes with power-of-two scales all backends agree bit for bit, as long as sums stay
+    below 2**24 steps of float32; otherwise they differ by float32 rounding.
+
+    Raises:
+        ShapeError: x has other channels or another byte layout than the weights were prepared for.
+    """
+    if x.shape[-1] != prepared.layout.channels or len(x.shape) != 2:
+        raise ShapeError(
+            f"expected x (T, {prepared.layout.channels}) as the weights; got {tuple(x.shape)}"
+        )
+    if isinstance(x, MixedTensor):
+        if x.spec.layout != prepared.layout or x.spec.byte_layout != prepared.byte_layout:
+            raise ShapeError(
+                f"x is quantized as {x.spec.layout}, bytes {x.spec.byte_layout!r}, and the weights "
+                f"expect {prepared.layout}, bytes {prepared.byte_layout!r}: quantize with "
+                "prepared.input_spec(spec)"
+            )
+        if x.spec.normal != prepared.activation_format:
+            raise ShapeError(
+                f"x is {x.spec.normal}, the weights are prepared for activations in "
+                f"{prepared.activation_format}"
+            )
+    elif prepared.activation_format != "float16":
+        raise ShapeError(
+            f"x is a plain tensor, the weights are prepared for activations in "
+            f"{prepared.activation_format}: quantize x first"
+        )
+    match prepared.backend:
+        case Backend.CUDA:
+            from quatom.ops.linear.cuda import linear_cuda
+
+            return linear_cuda(x, prepared.tensors[0], prepared.out_channels, prepared.bias)
+        case Backend.TRITON:
+            from quatom.ops.linear.triton import linear_triton
+
+            return linear_triton(
+                x, prepared.tensors, prepared.layout, prepared.out_channels, prepared.bias
+            )
+        case _:
+            return linear_reference(x, prepared.tensors[0], prepared.bias)
+
+
+def _choose(
+    device: torch.device,
+    layout: GroupLayout,
+    formats: tuple[str, str, str],
+    asked: Backend | None,
+) -> Backend:
+    """The backend that runs these formats; BackendError where one asked for cannot."""
+    weight, activation, outlier = formats
+    obstacles = {
+        Backend.CUDA: _cuda_obstacle(device, layout, weight, activation, outlier),
+        Backend.TRITON: _triton_obstacle(layout, weight, outlier),
+    }
+    able = tuple(b for b in BACKENDS if not obstacles.get(b))
+    if asked is None and "QUATOM_BACKEND" not in os.environ:
+        return choose_backend("linear", able, device)
+    chosen = choose_backend("linear", BACKENDS, device, asked)
+    if chosen not in able:
+        raise BackendError(f"linear cannot run on backend {chosen}: {obstacles[chosen]}")
+    return chosen
+
+
+def _triton_obstacle(layout: GroupLayout, weight: str, outlier: str) -> str | None:
+    if not get_format(weight).is_integer:
+        return f"its weights must be integers, not {weight}; use the reference backend"
+    if layout.outliers and outlier != "int8":
+        return f"its outliers must be int8, not {outlier}; use the reference backend"
+    return None
+
+
+def _cuda_obstacle(
+    device: torch.device, layout: GroupLayout, weight: str, activation: str, outlier: str
+) -> str | None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return f"it needs a Hopper GPU (sm_90), the weights are on {device}"
+    if weight not in ("int2", "int3", "int4"):
+        return f"its weights must be int2 to int4, not {weight}"
+    try:
+        check_fits_groups(layout, activation, outlier)
+    except ShapeError as error:
+        return str(error)
+    return None

@@ -1,0 +1,29 @@
+"""What `rmsnorm_quantize` means, in plain torch. The kernels are judged against this file."""
+
+import torch
+from torch import Tensor
+
+from quatom.numerics.formats import get_format
+from quatom.numerics.groups import quantize_groups
+from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
+
+
+def rmsnorm_quantize_reference(
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor | None,
+    spec: QuantizeSpec,
+    eps: float,
+    residual: Tensor | None,
+) -> tuple[MixedTensor, Tensor]:
+    """See `rmsnorm_quantize`. Runs on any device."""
+    # The sum is rounded to the activations' dtype before it is normalized, as it is stored.
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    inv_rms = torch.rsqrt(total.float().square().mean(dim=-1, keepdim=True) + eps)
+    normed = total.float() * inv_rms * weight.float()
+    if order is not None:
+        normed = normed[:, order.long()]
+    values, scales = quantize_groups(
+        normed, spec.layout, get_format(spec.normal), get_format(spec.outlier), spec.clip_ratio
+    )
+    return pack_values(values, scales, spec, x.dtype), total
