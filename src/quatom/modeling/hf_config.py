@@ -17,33 +17,22 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": "qwen2",
 }
 
-# Keys that no forward pass of a decoder at inference depends on.
-_HARMLESS = frozenset(
-    {
-        "_name_or_path",
-        "attention_dropout",
-        "chunk_size_feed_forward",
-        "dtype",
-        "hidden_dropout",
-        "initializer_range",
-        "is_llama_config",
-        "keys_to_ignore_at_inference",
-        "max_length",
-        "min_length",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "quantization_config",  # judged by the checkpoint reader, which knows the formats
-        "return_dict",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    }
-)
+# Keys that no forward pass of a decoder at inference depends on. quantization_config is judged by
+# the checkpoint reader, which knows the formats.
+_HARMLESS = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
+    attention_dropout bad_words_ids begin_suppress_tokens chunk_size_feed_forward
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range
+    is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+    quantization_config remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tokenizer_class top_k top_p torch_dtype transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_version use_cache
+"""
 
 # Keys that may be present with a value that switches them off, and with no other.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -59,39 +48,20 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "qk_norm": (False, None),
     "rope_interleaved": (False, None),
+    "tie_encoder_decoder": (False, None),
     "torchscript": (False, None),
     "use_bfloat16": (False, None),
     "use_mrope": (False, None),
     "use_qk_norm": (False, None),
 }
 
-_READ = frozenset(
-    {
-        "architectures",
-        "attention_bias",
-        "bos_token_id",
-        "eos_token_id",
-        "head_dim",
-        "hidden_size",
-        "intermediate_size",
-        "layer_types",
-        "max_position_embeddings",
-        "max_window_layers",
-        "mlp_bias",
-        "model_type",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "sliding_window",
-        "tie_word_embeddings",
-        "use_sliding_window",
-        "vocab_size",
-    }
-)
+_READ = """
+    architectures attention_bias bos_token_id eos_token_id head_dim hidden_size
+    intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias
+    model_type num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps
+    rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings
+    use_sliding_window vocab_size
+"""
 
 
 def read_hf_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,6 +149,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
+    known = {*_READ.split(), *_HARMLESS.split()}
     for key, value in config.items():
         if key in _ONLY:
             if value not in _ONLY[key]:
@@ -186,7 +157,7 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
                 raise ModelError(
                     f"config key {key} = {value!r} is not supported; only {allowed} is"
                 )
-        elif key not in _READ and key not in _HARMLESS and value is not None:
+        elif key not in known and value is not None:
             raise ModelError(
                 f"config key {key} = {value!r} is unknown to Quatom and may change what the model "
                 "computes; remove it from config.json if it has no effect on inference"
