@@ -9,15 +9,17 @@ from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source, tokenizer_from_source
 from quatom.checkpoint.schema import linear_layout
-from quatom.errors import BackendError
+from quatom.errors import BackendError, CheckpointError
 from quatom.modeling.config import ModelConfig
-from quatom.modeling.inputs import InputQuantizer
+from quatom.modeling.inputs import InputQuantizer, activation_spec
 from quatom.modeling.linear import FloatLinear, QuantizedLinear
 from quatom.modeling.llama import BlockInputs, Decoder, DecoderBlock
 from quatom.numerics.formats import get_format
+from quatom.numerics.groups import GroupLayout
 from quatom.numerics.packing import unpack_bits
 from quatom.numerics.reorder import inverse_order, sliceable_positions
 from quatom.ops.backend import Backend
+from quatom.ops.linear import prepare_weights
 from quatom.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def load_float_block(
     )
 
 
-def place_layouts(recipe: Recipe, config: ModelConfig) -> dict[str, "object"]:
+def place_layouts(recipe: Recipe, config: ModelConfig) -> dict[str, GroupLayout]:
     """GroupLayout of the input of each place."""
     return {place: linear_layout(recipe, config, names[0]) for place, names in FUSED.items()}
 
@@ -125,12 +127,10 @@ def build_float_block(
     layouts = place_layouts(recipe, config)
     orders = orders or {}
     inputs = {
-        place: InputQuantizer(recipe, layouts[place], orders.get(place), backend)
+        place: InputQuantizer(activation_spec(recipe, layouts[place]), orders.get(place), backend)
         for place in FUSED
     }
-    linears = {
-        place: FloatLinear(block.weights[place], block.biases[place]) for place in FUSED
-    }
+    linears = {place: FloatLinear(block.weights[place], block.biases[place]) for place in FUSED}
     return DecoderBlock(
         config,
         recipe.kv_cache,
@@ -145,7 +145,7 @@ def build_float_block(
 def load_quantized_linear(
     source: TensorSource, prefix: str, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """values (N, K) float32 in units of the scales, and scales (N, S) float16, of one linear."""
+    """Values (N, K) float32 in units of the scales, and scales (N, S) float16, of one linear."""
     recipe, config = source.recipe, source.model_config
     rows = shape[0]
     layout = linear_layout(recipe, config, prefix)
@@ -154,8 +154,9 @@ def load_quantized_linear(
     values = [normal.decode(unpack_bits(packed, normal.bits))]
     pairs = -(-rows // recipe.weights.rows_per_scale)
     scales = [
-        source.load(f"{prefix}.weight_scale", (pairs, layout.num_normal_groups))
-        .repeat_interleave(recipe.weights.rows_per_scale, dim=0)[:rows]
+        source.load(f"{prefix}.weight_scale", (pairs, layout.num_normal_groups)).repeat_interleave(
+            recipe.weights.rows_per_scale, dim=0
+        )[:rows]
     ]
     if layout.outliers:
         values.append(source.load(f"{prefix}.outlier_weight", (rows, layout.outliers)).float())
@@ -166,6 +167,33 @@ def load_quantized_linear(
             else source.load(f"{prefix}.outlier_scale", groups)
         )
     return torch.cat(values, dim=1), torch.cat(scales, dim=1)
+
+
+def quantized_place(
+    recipe: Recipe,
+    layout: GroupLayout,
+    values: Tensor,  # (N, K) float32 in units of the scales
+    scales: Tensor,  # (N, S) float16
+    bias: Tensor | None,  # (N,)
+    order: Tensor | None,  # (K,)
+    backend: Backend | None,
+) -> tuple[QuantizedLinear, InputQuantizer]:
+    """A linear of codes and the quantizer of its input, in the byte layout it reads."""
+    prepared = prepare_weights(
+        values,
+        scales,
+        layout,
+        bias=bias,
+        weight_format=recipe.weights.format,
+        activation_format=recipe.activations.format,
+        outlier_format=recipe.outliers.format,
+        backend=backend,
+    )
+    spec = activation_spec(recipe, layout)
+    if spec is not None:
+        spec = prepared.input_spec(spec)
+    order = None if order is None else order.to(values.device)
+    return QuantizedLinear(prepared), InputQuantizer(spec, order, backend)
 
 
 def load_quantized_block(
@@ -193,18 +221,15 @@ def load_quantized_block(
             rows = fused_rows(recipe, config)
             values, scales = values[rows], scales[rows]
             bias = None if bias is None else bias[rows]
-        linears[place] = QuantizedLinear(
+        linears[place], inputs[place] = quantized_place(
+            recipe,
+            layouts[place],
             values.to(device),
             scales.to(device),
-            layouts[place],
             None if bias is None else bias.to(device),
-            recipe,
-            dtype,
+            load_order(source, prefix, place),
             backend,
         )
-        inputs[place] = InputQuantizer(
-            recipe, layouts[place], load_order(source, prefix, place), backend
-        ).to(device)
     return DecoderBlock(
         config,
         recipe.kv_cache,
@@ -234,8 +259,6 @@ def load_order(source: TensorSource, prefix: str, place: str) -> Tensor | None:
     Raises:
         CheckpointError: linears that share the input carry different orders.
     """
-    from quatom.errors import CheckpointError
-
     recipe, config = source.recipe, source.model_config
     layout = linear_layout(recipe, config, FUSED[place][0])
     if place == "down" or not layout.outliers:

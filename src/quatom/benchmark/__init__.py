@@ -1,0 +1,1 @@
+"""Measurements of kernels and servers, written as JSON with their environment."""

@@ -1,0 +1,1 @@
+"""Folders of tensors: names, bytes and atomic writes; knows no network."""

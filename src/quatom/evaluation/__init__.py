@@ -1,0 +1,1 @@
+"""Perplexity, zero-shot tasks and the reports made of them."""

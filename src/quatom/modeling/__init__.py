@@ -1,0 +1,1 @@
+"""The decoder network: one definition for every precision."""

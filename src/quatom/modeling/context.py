@@ -22,3 +22,5 @@ class ForwardContext:
     """Largest number of new tokens of a sequence; 1 for a pure decode batch."""
     max_seq_len: int
     """Largest of seq_lens."""
+    num_decodes: int = 0
+    """The first sequences of a mixed batch that have one new token each."""

@@ -4,15 +4,10 @@ Both classes take what an `InputQuantizer` returns: a plain tensor, or a MixedTe
 float weight under quantized inputs is what calibration runs; codes under a plain tensor is W4A16.
 """
 
-import torch
 from torch import Tensor, nn
 
-from quatom.numerics.formats import get_format
-from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor
-from quatom.ops.backend import Backend
-from quatom.ops.linear import linear, prepare_weights
-from quatom.recipe import Recipe
+from quatom.ops.linear import PreparedLinear, linear
 
 
 class FloatLinear(nn.Module):
@@ -37,28 +32,9 @@ class FloatLinear(nn.Module):
 class QuantizedLinear(nn.Module):
     """y = x W^T + b with a weight of codes, repacked once for the backend that multiplies it."""
 
-    def __init__(
-        self,
-        values: Tensor,  # (N, K) values of the formats in units of the scales
-        scales: Tensor,  # (N, S) float16
-        layout: GroupLayout,
-        bias: Tensor | None,  # (N,)
-        recipe: Recipe,
-        dtype: torch.dtype,
-        backend: Backend | None = None,
-    ) -> None:
+    def __init__(self, prepared: PreparedLinear) -> None:
         super().__init__()
-        self.prepared = prepare_weights(
-            values,
-            scales,
-            layout,
-            bias,
-            weight_format=get_format(recipe.weights.format),
-            outlier_format=get_format(recipe.outliers.format),
-            activation_format=get_format(recipe.activations.format),
-            dtype=dtype,
-            backend=backend,
-        )
+        self.prepared = prepared
 
     def forward(self, x: Tensor | MixedTensor) -> Tensor:  # (T, K) -> (T, N)
         """Multiply codes by codes, or dequantized weights by a plain tensor."""

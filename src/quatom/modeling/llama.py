@@ -74,35 +74,40 @@ class DecoderBlock(nn.Module):
         """Returns the block's last output, not yet added, and the residual to add it to."""
         config = self.config
         x, residual = self.qkv_input.norm(hidden, residual, self.input_norm, config.rms_norm_eps)
+        q, k, v = (
+            self.qkv(x)
+            .unflatten(-1, (-1, config.head_dim))
+            .split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        )
+        rotates_cached = self.kv_spec.keys == "post_rope"
         q = rope_append_kv(
-            self.qkv(x),
+            q,
+            k,
+            v,
+            *rope,
             context.positions,
             context.slot_mapping,
-            rope,
             kv,
-            num_heads=config.num_heads,
-            keys=self.kv_spec.keys,
-            rotation=self.kv_spec.rotation,
+            rotate_keys_in_cache=rotates_cached,
+            rotate_kv=self.kv_spec.rotation == "hadamard",
             clip_ratio=self.kv_spec.clip_ratio,
             backend=self.backend,
         )
         attended = attention(
             q,
             kv,
-            context.block_tables,
-            context.cu_seqlens_q,
-            context.seq_lens,
+            block_tables=context.block_tables,
+            cu_seqlens_q=context.cu_seqlens_q,
+            seq_lens=context.seq_lens,
             max_seqlen_q=context.max_seqlen_q,
             max_seq_len=context.max_seq_len,
-            softmax_scale=config.head_dim**-0.5,
             sliding_window=config.sliding_window,
-            rope=rope if self.kv_spec.keys == "pre_rope" else None,
+            rotary=None if rotates_cached else rope,
+            num_decodes=context.num_decodes,
             backend=self.backend,
         )
         hidden = self.o(self.o_input.plain(attended.flatten(1)))
-        x, residual = self.gate_up_input.norm(
-            hidden, residual, self.post_norm, config.rms_norm_eps
-        )
+        x, residual = self.gate_up_input.norm(hidden, residual, self.post_norm, config.rms_norm_eps)
         hidden = self.down(self.down_input.silu_mul(self.gate_up(x)))
         return hidden, residual
 
@@ -153,9 +158,7 @@ class Decoder(nn.Module):
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KVPages]:
         """Empty pages for every layer, in the recipe's format, on the model's device."""
         return [
-            allocate_pages(
-                self.config, self.kv_spec, num_blocks, block_size, like=self.embedding
-            )
+            allocate_pages(self.config, self.kv_spec, num_blocks, block_size, like=self.embedding)
             for _ in self.blocks
         ]
 
@@ -185,9 +188,9 @@ def full_sequences_context(
     return ForwardContext(
         positions=tokens.repeat(num_sequences),
         slot_mapping=(starts + tokens).flatten(),
-        block_tables=torch.arange(
-            num_sequences * blocks, dtype=torch.int32, device=device
-        ).view(num_sequences, blocks),
+        block_tables=torch.arange(num_sequences * blocks, dtype=torch.int32, device=device).view(
+            num_sequences, blocks
+        ),
         cu_seqlens_q=torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length,
         seq_lens=torch.full((num_sequences,), length, dtype=torch.int32, device=device),
         max_seqlen_q=length,

@@ -38,7 +38,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 def rotary_table(
     config: ModelConfig, num_positions: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, each (num_positions, D / 2) float32."""
+    """Cos and sin of every angle, each (num_positions, D / 2) float32."""
     positions = torch.arange(num_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(config))
     return angles.cos().to(device), angles.sin().to(device)

@@ -1,0 +1,176 @@
+"""One decoder block: choose channel orders, round its weights, lay out what is stored."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quatom.checkpoint.schema import linear_layout
+from quatom.errors import QuantizationError, ShapeError
+from quatom.loading import FUSED, FloatBlock, linear_shapes
+from quatom.modeling.config import ModelConfig
+from quatom.numerics.formats import get_format
+from quatom.numerics.packing import pack_bits
+from quatom.numerics.reorder import channel_order, sliceable_positions
+from quatom.numerics.rounding import RoundedWeight, RoundingOptions, gptq, round_to_nearest
+from quatom.recipe import Recipe
+
+
+def place_blocks(recipe: Recipe, place: str) -> int:
+    """Tensor-parallel blocks of a place's input: row-parallel layers alone are cut along K."""
+    return recipe.tensor_parallel if place in ("o", "down") else 1
+
+
+def choose_orders(
+    scores: dict[str, Tensor],  # place -> (K,)
+    recipe: Recipe,
+    config: ModelConfig,
+) -> dict[str, Tensor]:
+    """Channel order of every place, (K,) int64 each; empty without outliers."""
+    if not recipe.outliers.channels:
+        return {}
+    orders = {}
+    for place, score in scores.items():
+        layout = linear_layout(recipe, config, FUSED[place][0])
+        blocks = place_blocks(recipe, place)
+        orders[place] = channel_order(score, layout.outliers // blocks, blocks)
+    return orders
+
+
+def reorder_block(block: FloatBlock, orders: dict[str, Tensor]) -> FloatBlock:
+    """Weights with columns in the order of their inputs.
+
+    The order of down_proj's input is folded into the rows of gate and up, which make that input.
+    """
+    if not orders:
+        return block
+    weights = {place: weight[:, orders[place]] for place, weight in block.weights.items()}
+    biases = dict(block.biases)
+    rows = torch.cat((orders["down"], orders["down"] + orders["down"].numel()))
+    weights["gate_up"] = weights["gate_up"][rows]
+    if (bias := biases["gate_up"]) is not None:
+        biases["gate_up"] = bias[rows]
+    return replace(block, weights=weights, biases=biases)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedPlace:
+    """The fused linear of one place after rounding, and its squared relative output error."""
+
+    weight: RoundedWeight
+    relative_error: float
+
+
+def round_place(
+    name: str,
+    weight: Tensor,  # (N, K) reordered
+    second_moment: Tensor | None,  # (K, K)
+    recipe: Recipe,
+    config: ModelConfig,
+    place: str,
+) -> RoundedPlace:
+    """Round the weights of one place as the recipe says.
+
+    Raises:
+        QuantizationError: GPTQ cannot invert the second moments and the recipe says to stop, or
+            the result is not finite.
+    """
+    spec = recipe.weights
+    options = RoundingOptions(
+        normal=get_format(spec.format),
+        outlier=get_format(recipe.outliers.format),
+        clip_ratio=spec.clip_ratio,
+        clip_search=spec.clip_search,
+        rows_per_scale=spec.rows_per_scale,
+        damping=spec.damping,
+    )
+    layout = linear_layout(recipe, config, FUSED[place][0])
+    importance = None if second_moment is None else second_moment.diagonal()
+    for part in FUSED[place]:
+        rows = linear_shapes(config)[part][0]
+        if rows % spec.rows_per_scale:
+            raise ShapeError(
+                f"{name}: {part} has {rows} rows, no multiple of weights.rows_per_scale "
+                f"{spec.rows_per_scale}: use a recipe with rows_per_scale 1"
+            )
+    if spec.rounding == "nearest" or second_moment is None:
+        rounded = round_to_nearest(weight, layout, options, importance)
+    else:
+        try:
+            rounded = gptq(weight, layout, options, second_moment)
+        except QuantizationError as error:
+            if recipe.on_singular == "error":
+                raise QuantizationError(
+                    f"{name}: {error}; give more calibration text, raise weights.damping "
+                    f"(now {spec.damping}), or allow on_singular='nearest'"
+                ) from error
+            rounded = round_to_nearest(weight, layout, options, importance)
+    return RoundedPlace(rounded, _relative_error(weight, rounded, second_moment))
+
+
+def _relative_error(weight: Tensor, rounded: RoundedWeight, moment: Tensor | None) -> float:
+    """||(W - Q) X|| / ||W X|| over the calibration inputs, or of the weights alone."""
+    weight = weight.float()
+    error = weight - rounded.dequantize()
+    if moment is None:
+        return (error.norm() / weight.norm()).item()
+    cost = ((error @ moment) * error).sum() / ((weight @ moment) * weight).sum()
+    return max(cost.item(), 0.0) ** 0.5
+
+
+def stored_tensors(
+    index: int,
+    block: FloatBlock,
+    rounded: dict[str, RoundedPlace],
+    orders: dict[str, Tensor],
+    recipe: Recipe,
+    config: ModelConfig,
+) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds of block `index`, by its full name; on the CPU."""
+    prefix = f"model.layers.{index}."
+    tensors = {
+        f"{prefix}input_layernorm.weight": block.input_norm,
+        f"{prefix}post_attention_layernorm.weight": block.post_norm,
+    }
+    normal, outlier = get_format(recipe.weights.format), get_format(recipe.outliers.format)
+    for place, names in FUSED.items():
+        weight, bias = rounded[place].weight, block.biases[place]
+        values, scales, layout = weight.values, weight.scales, weight.layout
+        if place == "gate_up":
+            rows = _sliceable_rows(recipe, config).to(values.device)
+            values, scales = values[rows], scales[rows]
+            bias = None if bias is None else bias[rows]
+        blocks = place_blocks(recipe, place)
+        first = 0
+        for name in names:
+            rows = slice(first, first + linear_shapes(config)[name][0])
+            first = rows.stop
+            part, part_scales = values[rows], scales[rows]
+            key = prefix + name
+            patterns = normal.encode(part[:, : layout.normal])
+            tensors[f"{key}.weight_packed"] = pack_bits(patterns, normal.bits)
+            tensors[f"{key}.weight_scale"] = part_scales[
+                :: recipe.weights.rows_per_scale, : layout.num_normal_groups
+            ]
+            if layout.outliers:
+                kept = part[:, layout.normal :]
+                if outlier.is_quantized:
+                    tensors[f"{key}.outlier_weight"] = kept.to(torch.int8)
+                    tensors[f"{key}.outlier_scale"] = part_scales[:, layout.num_normal_groups :]
+                else:
+                    tensors[f"{key}.outlier_weight"] = kept.half()
+                if place != "down":
+                    positions = sliceable_positions(
+                        layout.channels, layout.outliers // blocks, blocks
+                    )
+                    tensors[f"{key}.order"] = orders[place].cpu()[positions].int()
+            if bias is not None:
+                tensors[f"{key}.bias"] = bias[rows]
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sliceable_rows(recipe: Recipe, config: ModelConfig) -> Tensor:
+    layout = linear_layout(recipe, config, "mlp.down_proj")
+    blocks = recipe.tensor_parallel
+    rows = sliceable_positions(layout.channels, layout.outliers // blocks, blocks)
+    return torch.cat((rows, rows + layout.channels))
