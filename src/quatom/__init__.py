@@ -25,7 +25,15 @@ _PUBLIC = {
     "quantize_checkpoint": "quatom.quantize.pipeline",
 }
 
-__all__ = ["LLM", "PRESETS", "Recipe", "SamplingParams", "__version__", "load", "quantize_checkpoint"]
+__all__ = [
+    "LLM",
+    "PRESETS",
+    "Recipe",
+    "SamplingParams",
+    "__version__",
+    "load",
+    "quantize_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source, tokenizer_from_source
-from quatom.checkpoint.schema import linear_layout
+from quatom.checkpoint.schema import has_bias, linear_layout, linear_shape
 from quatom.errors import BackendError, CheckpointError
 from quatom.modeling.config import ModelConfig
 from quatom.modeling.inputs import InputQuantizer, activation_spec
@@ -58,34 +58,11 @@ class FloatBlock:
     biases: dict[str, Tensor | None]  # place -> (N,)
 
 
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(N, K) of each linear of a block, by its name inside the block."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-
-
-def has_bias(config: ModelConfig, name: str) -> bool:
-    """Whether the linear called `name` inside a block adds a bias."""
-    if name.startswith("mlp."):
-        return config.mlp_bias
-    return config.o_bias if name.endswith("o_proj") else config.qkv_bias
-
-
 def load_float_block(
     source: TensorSource, index: int, device: torch.device, dtype: torch.dtype
 ) -> FloatBlock:
     """Read block `index` of a floating-point model."""
     config = source.model_config
-    shapes = linear_shapes(config)
     prefix = f"model.layers.{index}."
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -93,9 +70,11 @@ def load_float_block(
 
     weights, biases = {}, {}
     for place, names in FUSED.items():
-        weights[place] = torch.cat([read(f"{name}.weight", shapes[name]) for name in names])
+        weights[place] = torch.cat(
+            [read(f"{name}.weight", linear_shape(config, name)) for name in names]
+        )
         biases[place] = (
-            torch.cat([read(f"{name}.bias", shapes[name][:1]) for name in names])
+            torch.cat([read(f"{name}.bias", linear_shape(config, name)[:1]) for name in names])
             if has_bias(config, names[0])
             else None
         )
@@ -142,12 +121,10 @@ def build_float_block(
     )
 
 
-def load_quantized_linear(
-    source: TensorSource, prefix: str, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def load_quantized_linear(source: TensorSource, prefix: str) -> tuple[Tensor, Tensor]:
     """Values (N, K) float32 in units of the scales, and scales (N, S) float16, of one linear."""
     recipe, config = source.recipe, source.model_config
-    rows = shape[0]
+    rows = linear_shape(config, prefix)[0]
     layout = linear_layout(recipe, config, prefix)
     normal = get_format(recipe.weights.format)
     packed = source.load(f"{prefix}.weight_packed", (rows, layout.normal * normal.bits // 8))
@@ -205,17 +182,19 @@ def load_quantized_block(
 ) -> DecoderBlock:
     """Read block `index` of a Quatom checkpoint and repack it for the backend."""
     config, recipe = source.model_config, source.recipe
-    shapes = linear_shapes(config)
     layouts = place_layouts(recipe, config)
     prefix = f"model.layers.{index}."
     linears, inputs = {}, {}
     for place, names in FUSED.items():
-        parts = [load_quantized_linear(source, prefix + name, shapes[name]) for name in names]
+        parts = [load_quantized_linear(source, prefix + name) for name in names]
         values, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         bias = None
         if has_bias(config, names[0]):
             bias = torch.cat(
-                [source.load(f"{prefix}{name}.bias", shapes[name][:1]) for name in names]
+                [
+                    source.load(f"{prefix}{name}.bias", linear_shape(config, name)[:1])
+                    for name in names
+                ]
             ).to(dtype)
         if place == "gate_up":
             rows = fused_rows(recipe, config)

@@ -54,3 +54,20 @@ def check_order(order: Tensor, channels: int) -> None:
         order.long().sort().values, torch.arange(channels, device=order.device)
     ):
         raise ShapeError(f"order of shape {tuple(order.shape)} is no permutation of {channels}")
+
+
+def sliceable_positions(
+    channels: int,
+    num_outliers: int,  # of each block
+    blocks: int,
+) -> Tensor:
+    """Position in `channel_order` of each entry of the sliceable form, (K,) int64.
+
+    Operations want the outliers of all blocks behind all normal channels; a checkpoint that
+    tensor-parallel loaders cut into `blocks` equal slices wants each block's normal channels
+    followed by its own outliers: sliceable = order[sliceable_positions(...)].
+    """
+    width = channels // blocks
+    normal = torch.arange(blocks * (width - num_outliers)).view(blocks, -1)
+    outliers = torch.arange(blocks * (width - num_outliers), channels).view(blocks, -1)
+    return torch.cat((normal, outliers), dim=1).flatten()

@@ -134,9 +134,7 @@ def gptq(
     importance = second_moment.diagonal()
     work = weight.float().clone()
     values = torch.empty_like(work)
-    scales = torch.empty(
-        work.shape[0], layout.num_scales, dtype=torch.float16, device=work.device
-    )
+    scales = torch.empty(work.shape[0], layout.num_scales, dtype=torch.float16, device=work.device)
     start = 0
     for group, size in enumerate(layout.group_sizes):
         is_outlier = group >= layout.num_normal_groups

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quatom.checkpoint.schema import linear_layout
+from quatom.checkpoint.schema import linear_layout, linear_shape
 from quatom.errors import QuantizationError, ShapeError
-from quatom.loading import FUSED, FloatBlock, linear_shapes
+from quatom.loading import FUSED, FloatBlock
 from quatom.modeling.config import ModelConfig
 from quatom.numerics.formats import get_format
 from quatom.numerics.packing import pack_bits
@@ -87,7 +87,7 @@ def round_place(
     layout = linear_layout(recipe, config, FUSED[place][0])
     importance = None if second_moment is None else second_moment.diagonal()
     for part in FUSED[place]:
-        rows = linear_shapes(config)[part][0]
+        rows = linear_shape(config, part)[0]
         if rows % spec.rows_per_scale:
             raise ShapeError(
                 f"{name}: {part} has {rows} rows, no multiple of weights.rows_per_scale "
@@ -143,7 +143,7 @@ def stored_tensors(
         blocks = place_blocks(recipe, place)
         first = 0
         for name in names:
-            rows = slice(first, first + linear_shapes(config)[name][0])
+            rows = slice(first, first + linear_shape(config, name)[0])
             first = rows.stop
             part, part_scales = values[rows], scales[rows]
             key = prefix + name

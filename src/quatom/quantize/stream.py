@@ -60,7 +60,7 @@ class QuantizedBlock:
     linear_errors: dict[str, float]
     """Relative output error that rounding caused at each place, on the calibration inputs."""
     relative_error: float | None
-    """||quantized - float|| / ||float|| of the hidden states after this block; None uncalibrated."""
+    """||quantized - float|| / ||float|| of the hidden states behind it; None uncalibrated."""
     seconds: float
 
 

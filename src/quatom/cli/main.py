@@ -1,0 +1,59 @@
+"""`quatom`: the command line. Each command is a module that imports torch when it runs."""
+
+import sys
+
+import typer
+
+import quatom
+from quatom.errors import QuatomError
+
+app = typer.Typer(
+    name="quatom",
+    help="Low-bit quantization and serving of language models: quantize, evaluate, generate, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"quatom {quatom.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=_show_version, is_eager=True
+    ),
+) -> None:
+    pass
+
+
+def _register() -> None:
+    from quatom.cli.evaluate import evaluate
+    from quatom.cli.generate import generate
+    from quatom.cli.inspect import inspect
+    from quatom.cli.quantize import quantize
+
+    app.command("quantize")(quantize)
+    app.command("eval")(evaluate)
+    app.command("generate")(generate)
+    app.command("inspect")(inspect)
+
+
+_register()
+
+
+def main() -> None:
+    """Run the command line: exit status 0 done, 1 failed with one line on stderr, 2 usage."""
+    try:
+        app()
+    except QuatomError as error:
+        print(f"quatom: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("quatom: interrupted", file=sys.stderr)
+        sys.exit(130)
