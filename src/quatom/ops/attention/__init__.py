@@ -1,0 +1,211 @@
+"""Causal attention of new tokens over the paged KV cache: decode, prefill and mixed batches."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quatom.errors import BackendError, ShapeError
+from quatom.numerics.kv_pages import KVPages
+from quatom.ops.backend import Backend, choose_backend
+
+BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
+MAX_DECODE_TOKENS = 4
+"""A sequence with at most this many new tokens is decoded straight from its codes."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What an implementation needs besides tensors; `attention` documents each field."""
+
+    softmax_scale: float
+    sliding_window: int | None
+    logit_softcap: float | None
+    num_splits: int | None
+
+
+def attention(
+    q: Tensor,  # (T, H, D) float16, bfloat16 or float32, as `rope_append_kv` returns it
+    pages: KVPages,  # KV heads divide H; the new tokens are already appended
+    *,
+    block_tables: Tensor,  # (B, max_blocks) int32
+    cu_seqlens_q: Tensor,  # (B + 1,) int32, prefix sums of new tokens
+    seq_lens: Tensor,  # (B,) int32, tokens of each sequence, the new ones included
+    max_seqlen_q: int,
+    max_seq_len: int,
+    softmax_scale: float | None = None,
+    sliding_window: int | None = None,
+    logit_softcap: float | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,  # cos, sin (max_position, D / 2) float32
+    num_decodes: int = 0,
+    total_kv_tokens: int | None = None,
+    num_splits: int | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """softmax(q k^T * softmax_scale) v for every new token, over what its sequence has cached.
+
+    The new tokens of a sequence are its last ones: new token i of n sees cached tokens 0 to
+    seq_len - n + i, or the last `sliding_window` of those. K and V are what the cache dequantizes
+    to, for the new tokens too, so that a prompt processed at once, in chunks or token by token
+    gives the same result up to float rounding. A token that sees nothing (a padding row with
+    seq_len 0) gets zeros. The same call gives bit-equal results: nothing depends on timing.
+
+    Args:
+        max_seqlen_q: largest number of new tokens of a sequence.
+        max_seq_len: an upper bound of seq_lens; bounds grids and workspaces.
+        softmax_scale: default D**-0.5.
+        sliding_window: tokens a token may see, itself included; None is all.
+        logit_softcap: c in c * tanh(score / c), applied after softmax_scale; None is off.
+        rotary: cos and sin tables, where the cache holds K before rotary embedding: K is rotated
+            by its token's position as it is read.
+        num_decodes: the first sequences of the batch that have one new token each. A mixed batch
+            then decodes those from codes, and only the rest pays for a prefill.
+        total_kv_tokens: sum of seq_lens of the sequences that are not decodes, if the caller knows
+            it; a CUDA prefill otherwise reads it back from the device.
+        num_splits: parts that a decode cuts every sequence into; None picks enough to fill the
+            device.
+        backend: implementation to run; None picks the fastest one that supports the call.
+
+    Returns:
+        (T, H, D) in q's dtype.
+
+    Raises:
+        ShapeError: shapes or dtypes disagree.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: FlashAttention-2 (Dao, 2023) for the online softmax; Flash-Decoding (Dao et al., 2023)
+    for splitting a sequence; PagedAttention (Kwon et al., SOSP 2023).
+    """
+    _check(q, pages, block_tables, cu_seqlens_q, seq_lens, rotary)
+    options = AttentionOptions(
+        softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(pages.head_dim),
+        sliding_window,
+        logit_softcap,
+        num_splits,
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not q.shape[0]:
+        return out
+    mixed = 0 < num_decodes < seq_lens.shape[0] and max_seqlen_q > 1
+    groups = [(0, num_decodes), (num_decodes, seq_lens.shape[0])] if mixed else [(0, None)]
+    for first, last in groups:
+        # Decodes have one new token each, so sequence i of them is row i of q.
+        decodes = mixed and first == 0
+        rows = slice(0, num_decodes) if decodes else slice(first, None)
+        starts = cu_seqlens_q[first : None if last is None else last + 1]
+        _run(
+            q[rows],
+            out[rows],
+            pages,
+            block_tables[first:last],
+            starts if first == 0 else starts - first,
+            seq_lens[first:last],
+            1 if decodes else max_seqlen_q,
+            max_seq_len,
+            rotary,
+            options,
+            total_kv_tokens,
+            backend,
+        )
+    return out
+
+
+def _run(
+    q: Tensor,
+    out: Tensor,
+    pages: KVPages,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    max_seqlen_q: int,
+    max_seq_len: int,
+    rotary: tuple[Tensor, Tensor] | None,
+    options: AttentionOptions,
+    total_kv_tokens: int | None,
+    backend: Backend | None,
+) -> None:
+    """Attention of one homogeneous part of a batch, written into `out`."""
+    tensors = (q, out, pages, block_tables, cu_seqlens_q, seq_lens)
+    decode = max_seqlen_q <= MAX_DECODE_TOKENS
+    obstacle = _cuda_obstacle(q, pages, decode, rotary, options)
+    available = BACKENDS if obstacle is None else BACKENDS[:-1]
+    if backend is Backend.CUDA and obstacle is not None:
+        raise BackendError(f"attention cannot run on backend cuda: {obstacle}; use backend triton")
+    match choose_backend("attention", available, q.device, backend):
+        case Backend.CUDA if decode:
+            from quatom.ops.attention.cuda import decode_cuda
+
+            decode_cuda(*tensors, max_seqlen_q, max_seq_len, options)
+        case Backend.CUDA:
+            from quatom.ops.attention.flash import prefill_flash
+
+            prefill_flash(*tensors, max_seqlen_q, max_seq_len, options, total_kv_tokens)
+        case Backend.TRITON:
+            from quatom.ops.attention.triton import attention_triton
+
+            attention_triton(*tensors, max_seqlen_q, max_seq_len, rotary, options)
+        case _:
+            from quatom.ops.attention.reference import attention_reference
+
+            attention_reference(*tensors, rotary, options)
+
+
+def _cuda_obstacle(
+    q: Tensor,
+    pages: KVPages,
+    decode: bool,
+    rotary: tuple[Tensor, Tensor] | None,
+    options: AttentionOptions,
+) -> str | None:
+    """Why the CUDA backend cannot run this call, or None if it can."""
+    if q.device.type != "cuda":
+        return f"the tensors are on {q.device}"
+    if rotary is not None:
+        return "it does not rotate keys as it reads them: append them rotated"
+    if q.dtype is torch.float32:
+        return "it computes float16 and bfloat16 queries, got float32"
+    if not decode:
+        softcap = options.logit_softcap is not None
+        return "its prefill, torch's FlashAttention, has no logit soft-cap" if softcap else None
+    if torch.cuda.get_device_capability(q.device)[0] != 9:
+        return "its decode kernel is written for Hopper (compute capability 9.0)"
+    if pages.dtype != "int4":
+        return f"its decode kernel reads int4 caches, got {pages.dtype}"
+    return None
+
+
+def _check(
+    q: Tensor,
+    pages: KVPages,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> None:
+    if q.ndim != 3 or q.shape[2] != pages.head_dim or q.shape[1] % pages.num_kv_heads:
+        raise ShapeError(
+            f"q {tuple(q.shape)} must be (T, H, {pages.head_dim}) with H a multiple of the cache's "
+            f"{pages.num_kv_heads} KV heads"
+        )
+    if q.stride(-1) != 1 or q.stride(-2) != pages.head_dim:
+        raise ShapeError(f"heads of q must be contiguous, got strides {q.stride()}")
+    batch = seq_lens.shape[0]
+    if block_tables.shape[0] != batch or cu_seqlens_q.shape != (batch + 1,):
+        raise ShapeError(
+            f"{batch} sequences need {batch} block tables and {batch + 1} prefix sums, got "
+            f"{block_tables.shape[0]} and {cu_seqlens_q.shape[0]}"
+        )
+    for name, tensor in (
+        ("block_tables", block_tables),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("seq_lens", seq_lens),
+    ):
+        if tensor.dtype is not torch.int32:
+            raise ShapeError(f"{name} must be int32, got {tensor.dtype}")
+    if block_tables.shape[1] > 1 and block_tables.stride(1) != 1:
+        raise ShapeError(f"rows of block_tables must be contiguous: {block_tables.stride()}")
+    if rotary is not None and rotary[0].shape[-1] * 2 != pages.head_dim:
+        raise ShapeError(
+            f"rotary tables {tuple(rotary[0].shape)} must be (max_position, {pages.head_dim // 2})"
+        )

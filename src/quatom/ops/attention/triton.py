@@ -1,0 +1,306 @@
+"""Triton kernel for `attention`, decode and prefill, over any cache format.
+
+One program takes a tile of query rows of one KV head (row = new token * G + head of the group, so
+that grouped heads share every loaded K and V) and walks the tokens it sees in tiles of BLOCK_T:
+
+    S  = (Q C_k^T) * scale_k + (sum of Q) * minimum_k      (C: codes, exact in the query's dtype)
+    O += (P * scale_v) C_v + sum of P * minimum_v
+
+Scale and minimum meet S and P, once a token, instead of every element. A head is two halves, the
+nibbles of a byte. With splits > 1 programs leave partial results to a second kernel, which merges
+them in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quatom.numerics.kv_pages import KVPages
+from quatom.ops.attention import AttentionOptions
+
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _load_halves(rows, token_mask, half, HALF: tl.constexpr, BITS: tl.constexpr, dtype):
+    """Low and high half of rows (BLOCK_T,): codes or values, two (BLOCK_T, HALF_PAD) of dtype."""
+    mask = token_mask[:, None] & (half < HALF)[None, :]
+    at = rows[:, None] + half[None, :]
+    if BITS == 4:
+        packed = tl.load(at, mask=mask, other=0)
+        low, high = packed & 0xF, packed >> 4
+    else:
+        low, high = tl.load(at, mask=mask, other=0), tl.load(at + HALF, mask=mask, other=0)
+    return low.to(dtype), high.to(dtype)
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr,  # (T, H, D)
+    out_ptr,  # (T, H, D); written when SPLITS == 1
+    partial_ptr,  # (T, H, SPLITS, D) float32
+    stats_ptr,  # (T, H, SPLITS, 2) float32: maximum (log2), sum
+    rows_ptr,  # the pages as uint8 codes or floating-point values
+    pairs_ptr,  # the pages as float16
+    table_ptr,  # (B, max_blocks) int32
+    starts_ptr,  # (B + 1,) int32
+    lens_ptr,  # (B,) int32
+    cos_ptr,  # (max_position, D / 2) float32, read when KEY_ROTARY
+    sin_ptr,
+    table_stride,
+    q_stride,
+    score_scale,  # softmax_scale * log2(e), or softmax_scale / softcap
+    softcap_log2e,
+    window,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    S: tl.constexpr,
+    ROW: tl.constexpr,  # elements of a cached row, in the units of rows_ptr
+    RECORD: tl.constexpr,  # bytes of a block's record of one KV head
+    ELEMENT_BYTES: tl.constexpr,  # of rows_ptr
+    BITS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KEY_ROTARY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    G: tl.constexpr = H // KV
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2) // SPLITS
+    split = tl.program_id(2) % SPLITS
+    first_q = tl.load(starts_ptr + batch)
+    new_tokens = tl.load(starts_ptr + batch + 1) - first_q
+    length = tl.load(lens_ptr + batch)
+    first_row = tl.program_id(0) * BLOCK_M
+    if first_row >= new_tokens * G:
+        return
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    new_token = row // G
+    head = kv_head * G + row % G
+    row_mask = new_token < new_tokens
+    position = length - new_tokens + new_token  # -1 and below see nothing
+    half = tl.arange(0, HALF_PAD)
+    inside = half < HALF
+    q_mask = row_mask[:, None] & inside[None, :]
+    q_row = (first_q + new_token).to(tl.int64)
+    q_at = q_ptr + q_row[:, None] * q_stride + head[:, None] * (2 * HALF) + half[None, :]
+    q_low = tl.load(q_at, mask=q_mask, other=0.0)
+    q_high = tl.load(q_at + HALF, mask=q_mask, other=0.0)
+    dtype = q_low.dtype
+    q_sum = tl.sum(q_low.to(tl.float32) + q_high.to(tl.float32), axis=1)
+
+    # The tokens that some row of this tile sees, cut into SPLITS runs of whole tiles.
+    last_row = tl.minimum(first_row + BLOCK_M, new_tokens * G) - 1
+    end = tl.maximum(length - new_tokens + last_row // G + 1, 0)
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - new_tokens + first_row // G - window + 1, 0)
+        begin = begin // BLOCK_T * BLOCK_T
+    if SPLITS > 1:
+        run = tl.cdiv(tl.cdiv(end - begin, BLOCK_T), SPLITS) * BLOCK_T
+        begin += split * run
+        end = tl.minimum(end, begin + run)
+
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    offset = tl.zeros((BLOCK_M,), tl.float32)  # sum of P * minimum_v
+    low = tl.zeros((BLOCK_M, HALF_PAD), tl.float32)
+    high = tl.zeros((BLOCK_M, HALF_PAD), tl.float32)
+    for tile in range(begin, end, BLOCK_T):
+        token = tile + tl.arange(0, BLOCK_T)
+        token_mask = token < end
+        if S % BLOCK_T == 0:  # a tile lies in one block: one table entry, one offset
+            block = tl.load(table_ptr + batch.to(tl.int64) * table_stride + tile // S)
+            record = (block.to(tl.int64) * KV + kv_head) * RECORD + tl.zeros_like(token)
+        else:
+            block = tl.load(
+                table_ptr + batch.to(tl.int64) * table_stride + token // S, mask=token_mask, other=0
+            )
+            record = (block.to(tl.int64) * KV + kv_head) * RECORD
+        slot = token % S
+        k_rows = rows_ptr + record // ELEMENT_BYTES + slot * ROW
+        pairs = pairs_ptr + (record + 2 * S * ROW * ELEMENT_BYTES) // 2 + slot * 2
+
+        k_low, k_high = _load_halves(k_rows, token_mask, half, HALF, BITS, dtype)
+        if BITS <= 8:
+            k_scale = tl.load(pairs, mask=token_mask, other=0.0).to(tl.float32)
+            k_minimum = tl.load(pairs + 1, mask=token_mask, other=0.0).to(tl.float32)
+        if KEY_ROTARY:
+            table_mask = token_mask[:, None] & inside[None, :]
+            table_at = token[:, None] * HALF + half[None, :]
+            cos = tl.load(cos_ptr + table_at, mask=table_mask, other=0.0)
+            sin = tl.load(sin_ptr + table_at, mask=table_mask, other=0.0)
+            a, b = k_low.to(tl.float32), k_high.to(tl.float32)
+            if BITS <= 8:
+                a = a * k_scale[:, None] + k_minimum[:, None]
+                b = b * k_scale[:, None] + k_minimum[:, None]
+            k_low, k_high = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+        scores = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
+        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision="ieee")
+        if BITS <= 8 and not KEY_ROTARY:
+            scores = scores * k_scale[None, :] + q_sum[:, None] * k_minimum[None, :]
+        scores *= score_scale
+        if SOFTCAP:
+            scores = softcap_log2e * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
+        seen = token_mask[None, :] & (token[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (token[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        # A row that has seen nothing yet keeps weights exp2(-inf) = 0, not exp2(-inf + inf).
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(maximum - shift)
+        maximum = new_maximum
+        total = total * decay + tl.sum(weights, axis=1)
+        low = low * decay[:, None]
+        high = high * decay[:, None]
+
+        v_low, v_high = _load_halves(k_rows + S * ROW, token_mask, half, HALF, BITS, dtype)
+        if BITS <= 8:
+            v_scale = tl.load(pairs + 2 * S, mask=token_mask, other=0.0).to(tl.float32)
+            v_minimum = tl.load(pairs + 2 * S + 1, mask=token_mask, other=0.0).to(tl.float32)
+            offset = offset * decay + tl.sum(weights * v_minimum[None, :], axis=1)
+            # In units of the tile's largest scale: float16 weights would lose small V otherwise.
+            unit = tl.max(v_scale, axis=0)
+            weights = (weights * (v_scale / unit)[None, :]).to(dtype)
+            low += tl.dot(weights, v_low, input_precision="ieee") * unit
+            high += tl.dot(weights, v_high, input_precision="ieee") * unit
+        else:
+            low = tl.dot(weights.to(dtype), v_low, low, input_precision="ieee")
+            high = tl.dot(weights.to(dtype), v_high, high, input_precision="ieee")
+
+    if SPLITS == 1:
+        share = 1.0 / tl.where(total > 0.0, total, 1.0)
+        low = (low + offset[:, None]) * share[:, None]
+        high = (high + offset[:, None]) * share[:, None]
+        out_at = out_ptr + (q_row[:, None] * H + head[:, None]) * (2 * HALF) + half[None, :]
+        tl.store(out_at, low.to(out_ptr.dtype.element_ty), mask=q_mask)
+        tl.store(out_at + HALF, high.to(out_ptr.dtype.element_ty), mask=q_mask)
+    else:
+        part = (q_row * H + head) * SPLITS + split
+        partial_at = partial_ptr + part[:, None] * (2 * HALF) + half[None, :]
+        tl.store(partial_at, low + offset[:, None], mask=q_mask)
+        tl.store(partial_at + HALF, high + offset[:, None], mask=q_mask)
+        tl.store(stats_ptr + part * 2, maximum, mask=row_mask)
+        tl.store(stats_ptr + part * 2 + 1, total, mask=row_mask)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,  # (T * H, SPLITS, D) float32
+    stats_ptr,  # (T * H, SPLITS, 2) float32
+    out_ptr,  # (T * H, D)
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS_PAD)
+    stats = stats_ptr + (row * SPLITS + split) * 2
+    maximum = tl.load(stats, mask=split < SPLITS, other=float("-inf"))
+    total = tl.load(stats + 1, mask=split < SPLITS, other=0.0)
+    top = tl.max(maximum, axis=0)
+    weight = tl.exp2(maximum - tl.where(top == float("-inf"), 0.0, top))
+    channel = tl.arange(0, D_PAD)
+    at = partial_ptr + (row * SPLITS + split[:, None]) * D + channel[None, :]
+    mask = (split < SPLITS)[:, None] & (channel < D)[None, :]
+    merged = tl.sum(tl.load(at, mask=mask, other=0.0) * weight[:, None], axis=0)
+    norm = tl.sum(total * weight, axis=0)
+    merged = merged / tl.where(norm > 0.0, norm, 1.0)
+    tl.store(out_ptr + row * D + channel, merged.to(out_ptr.dtype.element_ty), mask=channel < D)
+
+
+def attention_triton(
+    q: Tensor,
+    out: Tensor,
+    pages: KVPages,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    max_seqlen_q: int,
+    max_seq_len: int,
+    rotary: tuple[Tensor, Tensor] | None,
+    options: AttentionOptions,
+) -> None:
+    """See `attention`. CUDA, or the CPU under TRITON_INTERPRET=1."""
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
+        q = q.float()  # the interpreter's dot multiplies the bit patterns of bfloat16
+    tokens, num_heads, head_dim = q.shape
+    num_kv_heads, half = pages.num_kv_heads, head_dim // 2
+    rows_per_head = max_seqlen_q * (num_heads // num_kv_heads)
+    block_m = min(max(16, triton.next_power_of_2(rows_per_head)), 64 if head_dim <= 128 else 32)
+    row_blocks = triton.cdiv(rows_per_head, block_m)
+    # 64-token tiles and two warps read fastest in decode (measured on an H100, 2026-11-22); a
+    # prefill tile has enough rows for four.
+    block_t, num_warps = (64, 2) if block_m == 16 else (32, 4)
+    programs = row_blocks * num_kv_heads * seq_lens.shape[0]
+    splits = options.num_splits or num_decode_splits(programs, max_seq_len, q.device)
+
+    partial = stats = out
+    if splits > 1:
+        partial = q.new_empty((tokens, num_heads, splits, head_dim), dtype=torch.float32)
+        stats = q.new_empty((tokens, num_heads, splits, 2), dtype=torch.float32)
+    softcap = options.logit_softcap
+    rows = pages.storage if pages.quantized else pages.storage.view(getattr(torch, pages.dtype))
+    _attention_kernel[(row_blocks, num_kv_heads, seq_lens.shape[0] * splits)](
+        q,
+        out,
+        partial,
+        stats,
+        rows,
+        pages.storage.view(torch.float16),
+        block_tables,
+        cu_seqlens_q,
+        seq_lens,
+        q if rotary is None else rotary[0],
+        q if rotary is None else rotary[1],
+        block_tables.stride(0),
+        q.stride(0),
+        options.softmax_scale * (_LOG2E if softcap is None else 1.0 / softcap),
+        0.0 if softcap is None else softcap * _LOG2E,
+        options.sliding_window or 0,
+        H=num_heads,
+        KV=num_kv_heads,
+        HALF=half,
+        HALF_PAD=triton.next_power_of_2(half),
+        S=pages.block_size,
+        ROW=head_dim * pages.bits // 8 // rows.element_size(),
+        RECORD=pages.storage.shape[2],
+        ELEMENT_BYTES=rows.element_size(),
+        BITS=pages.bits,
+        SPLITS=splits,
+        SOFTCAP=softcap is not None,
+        WINDOW=options.sliding_window is not None,
+        KEY_ROTARY=rotary is not None,
+        BLOCK_M=block_m,
+        BLOCK_T=block_t,
+        num_warps=num_warps,
+    )
+    if splits > 1:
+        _merge_kernel[(tokens * num_heads,)](
+            partial,
+            stats,
+            out,
+            D=head_dim,
+            D_PAD=triton.next_power_of_2(head_dim),
+            SPLITS=splits,
+            SPLITS_PAD=triton.next_power_of_2(splits),
+            num_warps=4,
+        )
+
+
+def num_decode_splits(programs: int, max_seq_len: int, device: torch.device) -> int:
+    """Splits that give every multiprocessor four programs, of at least 256 tokens each."""
+    if device.type != "cuda":
+        return 1
+    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(wanted // max(programs, 1), triton.cdiv(max_seq_len, 256), 64))

@@ -1,0 +1,97 @@
+"""Fused rotary embedding -> KV quantization -> append to the paged cache."""
+
+import torch
+from torch import Tensor
+
+from quatom.errors import ShapeError
+from quatom.numerics.kv_pages import KVPages
+from quatom.ops.backend import Backend, choose_backend
+
+BACKENDS = (Backend.REFERENCE, Backend.TRITON)
+
+
+def rope_append_kv(
+    q: Tensor,  # (T, H, D) last axis contiguous; usually a view of the fused qkv output
+    k: Tensor,  # (T, KV, D) same dtype as q, last axis contiguous
+    v: Tensor,  # (T, KV, D) same dtype as q, last axis contiguous
+    cos: Tensor,  # (max_position, D / 2) float32
+    sin: Tensor,  # (max_position, D / 2) float32
+    positions: Tensor,  # (T,) int64, below max_position
+    slot_mapping: Tensor,  # (T,) int64: block * S + offset in pages, or -1: not stored
+    pages: KVPages,  # written in place
+    *,
+    rotate_keys_in_cache: bool = True,
+    rotate_kv: bool = False,
+    clip_ratio: float = 1.0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Rotate q and k by their positions and store k and v in their cache slots.
+
+    Channels j and j + D / 2 of a head form a pair that turns by the angle of its position (the
+    neox convention of Hugging Face models):
+
+        x'[j] = x[j] cos - x[j + D/2] sin,    x'[j + D/2] = x[j + D/2] cos + x[j] sin
+
+    in float32; K is quantized from those float32 values, q is rounded to its own dtype. Backends
+    agree with the reference to one code on at most one value in a thousand: multiply-add
+    contraction may move a value across a rounding boundary.
+
+    Args:
+        rotate_keys_in_cache: True stores K after rotary embedding, which `attention` reads fastest.
+            False stores K as it comes, as the original Atom does: pass `rotary` to `attention`.
+        rotate_kv: multiply q and k of each head, after rotary embedding, by the Hadamard matrix
+            H / sqrt(D). Scores stay the same, K's outlier channels spread over the head.
+        clip_ratio: fraction of a token's range that the codes cover.
+        backend: implementation to run; None picks the fastest one for q's device.
+
+    Returns:
+        Rotated q, (T, H, D) contiguous, in q's dtype.
+
+    Raises:
+        ShapeError: shapes disagree, or `rotate_kv` is asked for unrotated keys or a head_dim that
+            is not a power of two.
+
+    Source: Atom (Zhao et al., MLSys 2024), KV-cache quantization; QuaRot (Ashkboos et al., NeurIPS
+    2024) for rotating q and k.
+    """
+    tokens, _, head_dim = q.shape
+    if k.shape != (tokens, pages.num_kv_heads, pages.head_dim) or v.shape != k.shape:
+        raise ShapeError(
+            f"pages hold {pages.num_kv_heads} KV heads of {pages.head_dim} channels: expected k "
+            f"and v ({tokens}, {pages.num_kv_heads}, {pages.head_dim}), got {tuple(k.shape)} and "
+            f"{tuple(v.shape)}"
+        )
+    if head_dim != pages.head_dim or cos.shape != sin.shape or cos.shape[-1] * 2 != head_dim:
+        raise ShapeError(
+            f"q has {head_dim} channels a head, the cache {pages.head_dim}, and cos, sin "
+            f"{tuple(cos.shape)}, {tuple(sin.shape)} must be (max_position, {pages.head_dim // 2})"
+        )
+    if positions.shape != (tokens,) or slot_mapping.shape != (tokens,):
+        raise ShapeError(
+            f"{tokens} tokens need as many positions and slots, got {tuple(positions.shape)} and "
+            f"{tuple(slot_mapping.shape)}"
+        )
+    if rotate_kv and not rotate_keys_in_cache:
+        raise ShapeError("rotate_kv turns K after rotary embedding: it needs rotate_keys_in_cache")
+    if rotate_kv and head_dim & (head_dim - 1):
+        raise ShapeError(f"rotate_kv needs a power-of-two head_dim, got {head_dim}")
+    if choose_backend("rope_append_kv", BACKENDS, q.device, backend) is Backend.TRITON:
+        from quatom.ops.rope_append_kv.triton import rope_append_kv_triton as run
+    else:
+        from quatom.ops.rope_append_kv.reference import rope_append_kv_reference as run
+    rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    run(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        positions,
+        slot_mapping,
+        pages,
+        rotated,
+        rotate_keys_in_cache,
+        rotate_kv,
+        clip_ratio,
+    )
+    return rotated

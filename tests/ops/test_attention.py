@@ -1,0 +1,221 @@
+"""attention: every backend against float64 over what the cache dequantizes to."""
+
+import math
+
+import pytest
+import torch
+
+from quatom.errors import BackendError, ShapeError
+from quatom.numerics.kv_pages import KVPages
+from quatom.ops.attention import attention
+from quatom.ops.backend import Backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [Backend.REFERENCE, Backend.TRITON]
+# Relative error in norm. Weights are rounded to the query's dtype (2**-11 or 2**-8 of each) before
+# they meet one-sided codes, whose root mean square is about three times their deviation; the output
+# is rounded once more.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+class Batch:
+    """Sequences in randomly ordered blocks of a cache whose every other byte is poison."""
+
+    def __init__(
+        self,
+        lengths,
+        new_tokens=1,
+        *,
+        heads=2,
+        kv_heads=1,
+        head_dim=64,
+        block_size=16,
+        kv="int4",
+        dtype=torch.float32,
+        gain=1.0,
+        shift=0.5,
+        seed=0,
+        device=DEVICE,
+    ):
+        rng = torch.Generator().manual_seed(seed)
+        new = [new_tokens] * len(lengths) if isinstance(new_tokens, int) else new_tokens
+        counts = [-(-length // block_size) for length in lengths]
+        pages = KVPages.allocate(sum(counts) + 3, block_size, kv_heads, head_dim, kv, "cpu")
+        pages.storage.fill_(0xFF)  # NaN as float16, bfloat16 and float32
+        free = torch.randperm(pages.num_blocks, generator=rng).int()
+        # Entries past a sequence's blocks must never be read: they point nowhere.
+        tables = torch.full((len(lengths), max(counts, default=0) + 1), 2**24, dtype=torch.int32)
+        self.kv = []
+        for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            tables[b, :count], free = free[:count], free[count:]
+            k, v = (torch.randn(length, kv_heads, head_dim, generator=rng) for _ in range(2))
+            token = torch.arange(length)
+            slots = tables[b].long()[token // block_size] * block_size + token % block_size
+            pages.append(gain * k, gain * (v + shift), slots)
+            self.kv.append([x.double() for x in pages.gather(tables[b], length)])
+        q = torch.randn(sum(new), heads, head_dim, generator=rng)
+        self.q = q.to(device, dtype)
+        self.new, self.lengths = new, lengths
+        self.pages = KVPages(pages.storage.to(device), block_size, head_dim, kv)
+        starts = torch.tensor([0, *new]).cumsum(0).int()
+        self.arguments = dict(
+            block_tables=tables.to(device),
+            cu_seqlens_q=starts.to(device),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+            max_seqlen_q=max(new),
+            max_seq_len=max(lengths),
+        )
+
+    def run(self, backend=None, **options):
+        return attention(self.q, self.pages, **self.arguments, **options, backend=backend)
+
+    def truth(self, *, scale=None, window=None, softcap=None):
+        """Dense attention in float64, written without regard to any implementation."""
+        rows, first = [], 0
+        for (k, v), n, length in zip(self.kv, self.new, self.lengths, strict=True):
+            for i in range(n):
+                q = self.q[first + i].double().cpu()
+                stop = max(length - n + i + 1, 0)
+                start = 0 if window is None else max(stop - window, 0)
+                for h in range(q.shape[0]):
+                    head = h // (q.shape[0] // k.shape[1])
+                    scores = k[start:stop, head] @ q[h] * (scale or q.shape[1] ** -0.5)
+                    if softcap is not None:
+                        scores = softcap * torch.tanh(scores / softcap)
+                    rows.append(scores.softmax(0) @ v[start:stop, head])
+            first += n
+        return torch.stack(rows).view(first, self.q.shape[1], -1)
+
+
+def assert_close(got, want, dtype):
+    error = (got.double().cpu() - want).norm() / want.norm()
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
+    # A row that is wrong alone drowns in the norm of many: check each on the scale of all.
+    worst = (got.double().cpu() - want).abs().max() / want.abs().max()
+    assert worst <= 8 * TOLERANCE[dtype], f"worst element {worst:.2e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kv", ["int4", "int8", "float16", "bfloat16", "float32"])
+def test_every_length_up_to_three_blocks_and_one(backend, kv):
+    batch = Batch(list(range(50)), kv=kv)
+    assert_close(batch.run(backend), batch.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(4, 4, 64, 16), (6, 2, 96, 32), (8, 1, 128, 64), (3, 3, 256, 48)],
+)
+def test_decode_of_head_shapes(backend, heads, kv_heads, head_dim, block_size, dtype):
+    shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size)
+    batch = Batch([1, 130, 64], **shape, dtype=dtype)
+    assert_close(batch.run(backend), batch.truth(), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kv", ["int4", "float32"])
+def test_prefill_chunks_and_decodes_in_one_batch(backend, kv):
+    batch = Batch([1, 40, 33, 70, 0, 5], [1, 1, 33, 20, 0, 3], heads=4, kv_heads=2, kv=kv)
+    assert_close(batch.run(backend), batch.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decodes_first_changes_nothing_but_the_route(backend):
+    batch = Batch([50, 17, 33, 70], [1, 1, 33, 20])
+    assert_close(batch.run(backend, num_decodes=2), batch.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("options", "truth"),
+    [
+        ({"sliding_window": 20}, {"window": 20}),
+        ({"logit_softcap": 3.0}, {"softcap": 3.0}),
+        ({"softmax_scale": 0.7}, {"scale": 0.7}),
+        (
+            {"sliding_window": 1, "logit_softcap": 2.0, "softmax_scale": 0.3},
+            {"window": 1, "softcap": 2.0, "scale": 0.3},
+        ),
+    ],
+)
+@pytest.mark.parametrize("new_tokens", [1, 25])
+def test_options(backend, options, truth, new_tokens):
+    batch = Batch([70, 26], new_tokens)
+    assert_close(batch.run(backend, **options), batch.truth(**truth), torch.float32)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
+def test_split_counts_agree(splits):
+    batch = Batch([0, 1, 300])
+    got = batch.run(Backend.TRITON, num_splits=splits)
+    assert_close(got, batch.truth(), torch.float32)
+    assert torch.equal(got, batch.run(Backend.TRITON, num_splits=splits))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_stored_before_rotary_embedding(backend):
+    batch = Batch([45, 20], [1, 20])
+    angle = torch.outer(torch.arange(64.0), 10000.0 ** -torch.linspace(0, 1, 32))
+    cos, sin = angle.cos(), angle.sin()
+    got = batch.run(backend, rotary=(cos.to(DEVICE), sin.to(DEVICE)))
+    for kv in batch.kv:
+        low, high = kv[0].chunk(2, dim=-1)
+        c, s = (x[: len(low), None].double() for x in (cos, sin))
+        kv[0] = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+    assert_close(got, batch.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_logits_of_ten_thousand_survive(backend, sign):
+    batch = Batch([40, 3], seed=1)
+    batch.q *= sign * 1e4 / (batch.q.norm(dim=-1, keepdim=True) * math.sqrt(64)) * 8
+    want = batch.truth()
+    assert batch.q.abs().max() > 1e3
+    assert_close(batch.run(backend), want, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("gain", "shift"), [(1e-3, 0.0), (1.0, 100.0), (0.0, 7.0), (300.0, 0.0)])
+def test_small_one_sided_constant_and_large_groups(backend, gain, shift):
+    """gain 0 makes every group constant; shift 100 makes V one-sided."""
+    batch = Batch([33, 90], gain=gain, shift=shift, dtype=torch.float16)
+    if gain == 0.0:
+        assert batch.run(backend).abs().max() == 0.0  # gain multiplies the shift too
+        batch = Batch([33, 90], gain=1e-7, shift=7e7, dtype=torch.float16)
+    assert_close(batch.run(backend), batch.truth(), torch.float16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_padding_row_gets_zeros(backend):
+    batch = Batch([0, 20], dtype=torch.float16)
+    assert (batch.run(backend)[0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_and_token_by_token_decode_see_the_same_values(backend):
+    batch = Batch([24], 24)
+    at_once = batch.run(backend)
+    for i in (0, 11, 23):
+        arguments = batch.arguments | dict(
+            cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+            seq_lens=torch.tensor([i + 1], dtype=torch.int32, device=DEVICE),
+            max_seqlen_q=1,
+        )
+        alone = attention(batch.q[i : i + 1], batch.pages, **arguments, backend=backend)
+        torch.testing.assert_close(alone[0], at_once[i], rtol=1e-5, atol=1e-5)
+
+
+def test_errors_name_what_does_not_fit():
+    batch = Batch([20, 5], heads=4, kv_heads=2)
+    with pytest.raises(ShapeError, match=r"\(2, 3, 64\).*multiple of the cache's 2 KV heads"):
+        attention(batch.q[:, :3], batch.pages, **batch.arguments)
+    with pytest.raises(ShapeError, match="2 sequences need 2 block tables and 3 prefix sums"):
+        attention(batch.q, batch.pages, **batch.arguments | {"cu_seqlens_q": torch.zeros(2).int()})
+    lens = batch.arguments["seq_lens"].long()
+    with pytest.raises(ShapeError, match=r"seq_lens must be int32, got torch.int64"):
+        attention(batch.q, batch.pages, **batch.arguments | {"seq_lens": lens})
+    with pytest.raises(BackendError, match=r"cannot run on backend cuda: .*float32|are on cpu"):
+        batch.run(Backend.CUDA)

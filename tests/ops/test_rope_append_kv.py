@@ -1,0 +1,164 @@
+"""rope_append_kv: each kernel against the reference, the reference against its properties."""
+
+import pytest
+import torch
+
+from quatom.errors import ShapeError
+from quatom.numerics.kv_pages import KVPages, unpack_halves
+from quatom.ops.backend import Backend
+from quatom.ops.rope_append_kv import BACKENDS, rope_append_kv
+from quatom.ops.rope_append_kv.reference import hadamard
+
+KERNELS = [backend for backend in BACKENDS if backend is not Backend.REFERENCE]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_inputs(tokens, heads=4, kv_heads=2, head_dim=64, *, dtype=torch.float32, seed=0):
+    """q, k, v as strided views of one fused projection, with tables and scattered slots."""
+    rng = torch.Generator().manual_seed(seed)
+    fused = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=rng)
+    fused = fused.to(DEVICE, dtype).unflatten(-1, (-1, head_dim))
+    q, k, v = fused.split((heads, kv_heads, kv_heads), dim=1)
+    angle = torch.outer(torch.arange(500.0), 10000.0 ** -torch.linspace(0, 1, head_dim // 2))
+    positions = torch.randint(0, 500, (tokens,), generator=rng)
+    slots = torch.randperm(96, generator=rng)[:tokens]
+    return [x.to(DEVICE) for x in (q, k, v, angle.cos(), angle.sin(), positions, slots)]
+
+
+def make_pages(dtype, kv_heads=2, head_dim=64, block_size=16):
+    pages = KVPages.allocate(96 // block_size, block_size, kv_heads, head_dim, dtype, DEVICE)
+    pages.storage.fill_(0xA5)
+    return pages
+
+
+def assert_codes_agree(got, want):
+    """The tolerance of the contract: one code, on at most one value in a thousand."""
+    if want.bits == 4:
+        ours = [unpack_halves(rows) for rows in (got.keys, got.values)]
+        theirs = [unpack_halves(rows) for rows in (want.keys, want.values)]
+    else:
+        ours, theirs = [got.keys, got.values], [want.keys, want.values]
+    for a, b in zip(ours, theirs, strict=True):
+        if not want.quantized:
+            torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6, equal_nan=True)
+            continue
+        difference = (a.int() - b.int()).abs()
+        assert difference.max() <= 1
+        assert (difference != 0).float().mean() <= 1e-3
+    if want.quantized:
+        for a, b in ((got.key_pairs, want.key_pairs), (got.value_pairs, want.value_pairs)):
+            torch.testing.assert_close(a, b, rtol=2**-9, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("options", [{}, {"rotate_keys_in_cache": False}, {"rotate_kv": True}])
+def test_kernel_matches_reference_for_every_format(backend, dtype, options):
+    inputs = make_inputs(5)
+    pages, expected = make_pages(dtype), make_pages(dtype)
+    got = rope_append_kv(*inputs, pages, **options, backend=backend)
+    want = rope_append_kv(*inputs, expected, **options, backend=Backend.REFERENCE)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert_codes_agree(pages, expected)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size", "dtype"),
+    [
+        (32, 8, 128, 32, torch.float16),  # Llama-3-8B
+        (9, 3, 64, 16, torch.bfloat16),  # SmolLM2-135M: head counts that are no power of two
+        (12, 12, 96, 16, torch.float16),  # Phi-3: halves of 48 channels
+        (8, 1, 256, 48, torch.bfloat16),  # Gemma
+    ],
+)
+def test_kernel_matches_reference_for_model_shapes(
+    backend, heads, kv_heads, head_dim, block_size, dtype
+):
+    inputs = make_inputs(3, heads, kv_heads, head_dim, dtype=dtype)
+    inputs[-1][1] = -1  # padding
+    pages, expected = (make_pages("int4", kv_heads, head_dim, block_size) for _ in range(2))
+    got = rope_append_kv(*inputs, pages, clip_ratio=0.95, backend=backend)
+    want = rope_append_kv(*inputs, expected, clip_ratio=0.95, backend=Backend.REFERENCE)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
+    assert_codes_agree(pages, expected)
+    assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_worked_out_by_hand(backend):
+    q, k, v, cos, sin, positions, _ = make_inputs(1, 2, 1)
+    positions[:] = 0  # angle 0: nothing turns
+    k[0, 0] = 0.0
+    k[0, 0, :4] = torch.tensor([15.0, 0.5, 1.5, 2.5])  # step 1; ties go to even
+    v[0, 0] = 7.25  # constant: scale floor 2**-14, minimum 7.25, codes 0
+    pages = make_pages("int4", 1)
+    slots = torch.tensor([37], device=DEVICE)
+    rope_append_kv(q, k, v, cos, sin, positions, slots, pages, backend=backend)
+    assert unpack_halves(pages.keys[2, 0, 5])[:6].tolist() == [15, 0, 2, 2, 0, 0]
+    assert pages.key_pairs[2, 0, 5].tolist() == [1.0, 0.0]
+    assert pages.values[2, 0, 5].unique().tolist() == [0]
+    assert pages.value_pairs[2, 0, 5].tolist() == [2.0**-14, 7.25]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_quarter_turn_swaps_the_halves(backend):
+    q, k, v, cos, sin, positions, slots = make_inputs(1)
+    cos, sin = torch.zeros_like(cos), torch.ones_like(sin)
+    got = rope_append_kv(
+        q, k, v, cos, sin, positions, slots, make_pages("float32"), backend=backend
+    )
+    low, high = q.chunk(2, dim=-1)
+    assert torch.equal(got, torch.cat((-high, low), dim=-1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotating_q_and_k_leaves_scores_unchanged(backend):
+    inputs = make_inputs(4, heads=2)
+    plain, turned = make_pages("float32"), make_pages("float32")
+    q = rope_append_kv(*inputs, plain, backend=backend)
+    turned_q = rope_append_kv(*inputs, turned, rotate_kv=True, backend=backend)
+    slots = inputs[-1]
+
+    def scores(queries, pages):
+        keys = pages.keys[slots // 16, :, slots % 16]
+        return torch.einsum("thd,thd->th", queries, keys)
+
+    torch.testing.assert_close(scores(turned_q, turned), scores(q, plain), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(turned_q, q)
+
+
+def test_hadamard_is_the_orthonormal_sylvester_matrix():
+    matrix = torch.ones(1, 1)
+    for _ in range(3):
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    torch.testing.assert_close(hadamard(torch.eye(8)), matrix * 8**-0.5)
+
+
+def test_a_spike_in_k_costs_less_error_when_rotated():
+    """Why the option exists: one outlier channel sets the step of the whole head."""
+    inputs = make_inputs(64)
+    inputs[1][:, :, 3] = 30.0
+    errors = []
+    for rotate_kv in (False, True):
+        exact, pages = make_pages("float32"), make_pages("int4")
+        for target in (exact, pages):
+            rope_append_kv(*inputs, target, rotate_kv=rotate_kv)
+        slots = inputs[-1]
+        k = [p.gather(torch.arange(6), 96)[0][slots] for p in (exact, pages)]
+        errors.append((k[1] - k[0]).norm().item())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_errors_name_the_numbers_that_do_not_fit():
+    q, k, v, *rest = make_inputs(2)
+    with pytest.raises(ShapeError, match=r"expected k and v \(2, 2, 64\), got \(2, 1, 64\)"):
+        rope_append_kv(q, k[:, :1], v[:, :1], *rest, make_pages("int4"))
+    with pytest.raises(ShapeError, match="needs rotate_keys_in_cache"):
+        rope_append_kv(
+            q, k, v, *rest, make_pages("int4"), rotate_keys_in_cache=False, rotate_kv=True
+        )
+    with pytest.raises(ShapeError, match="power-of-two head_dim, got 96"):
+        rope_append_kv(
+            *make_inputs(2, head_dim=96), make_pages("int4", head_dim=96), rotate_kv=True
+        )
