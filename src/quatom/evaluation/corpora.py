@@ -1,0 +1,222 @@
+"""WikiText-2, Penn Treebank and C4 as the papers evaluate on them, from files or from the hub.
+
+Tables of different papers agree only if the text does, byte for byte:
+
+- wikitext2: the raw *test* split; rows are joined with two newlines.
+- ptb: the *validation* split of the text-only release; sentences are joined with two newlines.
+- c4: 256 windows at random places of random long enough documents of the first validation shard,
+  drawn by Python's `random` with seed 0. (The others are tokenized whole and cut in order.)
+
+Source: GPTQ (Frantar et al., ICLR 2023), evaluation; used unchanged by Atom.
+"""
+
+import gzip
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from quatom.errors import CalibrationError
+from quatom.quantize.calibration_data import read_text, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CorpusName = Literal["wikitext2", "ptb", "c4"]
+
+C4_WINDOWS = 256
+C4_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    files: tuple[str, ...]
+    """Official file names; a file so called is read by the corpus's protocol."""
+    dataset: tuple[str, str | None]
+    """Hub dataset and configuration."""
+    split: str
+    column: str
+    data_file: str | None = None
+
+
+_ORIGINS: dict[str, _Origin] = {
+    "wikitext2": _Origin(
+        ("wiki.test.raw",), ("Salesforce/wikitext", "wikitext-2-raw-v1"), "test", "text"
+    ),
+    "ptb": _Origin(
+        ("ptb.valid.txt",),
+        ("ptb-text-only/ptb_text_only", "penn_treebank"),
+        "validation",
+        "sentence",
+    ),
+    "c4": _Origin(
+        ("c4-validation.00000-of-00008.json.gz", "c4-validation.00000-of-00008.json"),
+        ("allenai/c4", None),
+        "train",  # the one split that a list of data files makes
+        "text",
+        "en/c4-validation.00000-of-00008.json.gz",
+    ),
+}
+
+CORPORA = tuple(_ORIGINS)
+"""Names that `load_corpus` knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A tokenized corpus, ready to be cut into windows."""
+
+    name: str
+    """One of `CORPORA`, or the name of a text file."""
+    tokens: Tensor  # (tokens,) int64
+    """The whole text, or the windows of c4 one after another: either way it is cut in order."""
+
+
+def wikitext_rows(text: str) -> str:
+    r"""The text of a raw WikiText file as evaluated: its hub rows joined with two newlines.
+
+    A row is a line with its newline; a blank line is an empty row.
+    """
+    # Not splitlines(): the text holds other characters which that takes for line ends.
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return "\n\n".join(f"{line}\n" if line.strip() else "" for line in lines)
+
+
+def ptb_sentences(text: str) -> str:
+    """The text of a Penn Treebank file as evaluated: its lines, stripped, joined with two newlines."""
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return "\n\n".join(line.strip() for line in lines)
+
+
+def c4_windows(
+    documents: list[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    sequence_length: int = 2048,
+    count: int = C4_WINDOWS,
+    seed: int = C4_SEED,
+) -> Tensor:
+    """Random windows of random documents, (count, sequence_length) int64.
+
+    Documents are drawn until one has `sequence_length` tokens, then a start in it; a document may
+    be drawn again.
+
+    Raises:
+        CalibrationError: no document is long enough.
+    """
+    draw = random.Random(seed)
+    tokenized: dict[int, Tensor] = {}
+    windows: list[Tensor] = []
+    while len(windows) < count:
+        index = draw.randint(0, len(documents) - 1) if documents else 0
+        if documents and index not in tokenized:
+            tokenized[index] = tokenize(documents[index], tokenizer)
+        if len(tokenized) >= len(documents) and all(
+            tokens.numel() < sequence_length for tokens in tokenized.values()
+        ):
+            raise CalibrationError(
+                f"none of {len(documents)} documents has {sequence_length} tokens: give the whole "
+                f"C4 shard {_ORIGINS['c4'].files[0]}, or a smaller --sequence-length"
+            )
+        spare = tokenized[index].numel() - sequence_length
+        if spare >= 0:
+            # The protocol never draws the last possible start.
+            start = draw.randint(0, max(spare - 1, 0))
+            windows.append(tokenized[index][start : start + sequence_length])
+    return torch.stack(windows)
+
+
+def load_corpus(
+    name_or_path: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    sequence_length: int = 2048,
+    data_dir: Path | None = None,
+) -> Corpus:
+    """Tokens to measure perplexity on.
+
+    Args:
+        name_or_path: one of `CORPORA`, or a file. A file with the official name of a corpus
+            (wiki.test.raw, ptb.valid.txt, c4-validation.00000-of-00008.json.gz) is read by its
+            protocol; any other text is used as it is.
+        sequence_length: tokens a window; only c4 is drawn by it.
+        data_dir: folder in which a named corpus lies, itself or in a folder called like the
+            corpus; without it the corpus comes from the hub through `datasets`.
+
+    Raises:
+        CalibrationError: the text cannot be found, read or downloaded, or is too short.
+    """
+    name = str(name_or_path)
+    if name in _ORIGINS:
+        path = None if data_dir is None else _find(name, Path(data_dir))
+    else:
+        path = Path(name_or_path)
+        name = next((n for n, o in _ORIGINS.items() if path.name in o.files), path.name)
+
+    if name == "c4":
+        documents = _hub_rows(name) if path is None else _read_documents(path)
+        return Corpus(name, c4_windows(documents, tokenizer, sequence_length).flatten())
+    if path is None:
+        text = "\n\n".join(_hub_rows(name))
+    elif name == "wikitext2":
+        text = wikitext_rows(read_text(path))
+    elif name == "ptb":
+        text = ptb_sentences(read_text(path))
+    else:
+        text = read_text(path)
+    return Corpus(name, tokenize(text, tokenizer))
+
+
+def _find(name: str, data_dir: Path) -> Path:
+    files = _ORIGINS[name].files
+    for folder in (data_dir / name, data_dir):
+        for file in files:
+            if (folder / file).is_file():
+                return folder / file
+    raise CalibrationError(
+        f"{data_dir} holds no {name}: put {files[0]} into {data_dir / name}, or leave --data-dir "
+        "out to download it"
+    )
+
+
+def _read_documents(path: Path) -> list[str]:
+    """The `text` field of each line of a JSON-lines file, gzipped or not."""
+    try:
+        raw = path.read_bytes()
+        lines = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        return [json.loads(line)["text"] for line in lines.splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise CalibrationError(f"{path}: no such file") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(
+            f"{path} is no C4 shard, which is JSON lines with a 'text' each: {error}"
+        ) from None
+
+
+def _hub_rows(name: str) -> list[str]:
+    origin = _ORIGINS[name]
+    where = f"put {origin.files[0]} into a folder and give it with --data-dir"
+    try:
+        import datasets
+    except ImportError:
+        raise CalibrationError(
+            f"{name} is downloaded through `datasets`, which is not installed: "
+            f"pip install 'quatom[eval]', or {where}"
+        ) from None
+    dataset, config = origin.dataset
+    options: dict[str, Any] = {"split": origin.split}
+    if origin.data_file is not None:
+        options["data_files"] = origin.data_file
+    try:
+        rows: Iterable[dict[str, str]] = datasets.load_dataset(dataset, config, **options)
+    # Offline, gated, moved or script-only datasets raise anything from OSError to RuntimeError.
+    except Exception as error:
+        raise CalibrationError(
+            f"{name} cannot be had from the hub ({dataset}): {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}; {where}"
+        ) from error
+    return [row[origin.column] for row in rows]
