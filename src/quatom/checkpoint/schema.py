@@ -148,7 +148,7 @@ def linear_layout(recipe: Recipe, config: ModelConfig, name: str) -> GroupLayout
     if normal < _GRANULE or normal % _GRANULE:
         raise RecipeError(
             f"{inputs}; {width} - {outliers} outliers leaves {normal} normal channels, which must "
-            f"be a positive multiple of {_GRANULE}; change outliers.channels or use another model"
+            f"be a positive multiple of {_GRANULE}; change outliers.channels"
         )
     group_size = recipe.weights.group_size
     if group_size == -1:

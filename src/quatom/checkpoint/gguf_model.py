@@ -1,0 +1,153 @@
+"""A GGUF file seen as a Hugging Face model: config.json and tensor names.
+
+llama.cpp stores the q and k rows of Llama models interleaved for its own rotary embedding (row
+2 j + h of a head is Hugging Face's row h * head_dim / 2 + j); they are put back here.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from quatom.checkpoint.gguf_file import GGUFFile, read_gguf_tensor
+from quatom.errors import CheckpointError, ModelError
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+_GLOBAL_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def hf_name(name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; unknown names unchanged."""
+    prefix, _, suffix = name.rpartition(".")
+    if prefix in _GLOBAL_NAMES:
+        return f"{_GLOBAL_NAMES[prefix]}.{suffix}"
+    parts = prefix.split(".")
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _BLOCK_NAMES:
+        return f"model.layers.{parts[1]}.{_BLOCK_NAMES[parts[2]]}.{suffix}"
+    return name
+
+
+def read_as_hf(file: GGUFFile, name: str) -> Tensor:
+    """The tensor with the Hugging Face name `name`, float32, in Hugging Face's row order."""
+    stored = {hf_name(n): t for n, t in file.tensors.items()}[name]
+    tensor = read_gguf_tensor(stored)
+    architecture = file.metadata["general.architecture"]
+    kind = name.split(".")[-2]
+    if architecture != "llama" or kind not in ("q_proj", "k_proj"):
+        return tensor
+    heads = file.metadata["llama.attention.head_count"]
+    if kind == "k_proj":
+        heads = file.metadata.get("llama.attention.head_count_kv", heads)
+    pairs = tensor.unflatten(0, (heads, -1, 2))  # (heads, head_dim / 2, 2, ...)
+    return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """The config.json of the model in the file.
+
+    Raises:
+        CheckpointError: the file is one part of several, or lacks metadata.
+        ModelError: the architecture, or something the metadata asks for, is not supported.
+    """
+    metadata = file.metadata
+    if metadata.get("split.count", 1) > 1:
+        raise CheckpointError(
+            f"{file.path} is one of {metadata['split.count']} parts; join them with "
+            "llama-gguf-split --merge"
+        )
+    architecture = metadata.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise ModelError(
+            f"{file.path}: general.architecture {architecture!r} is not supported; supported: "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    if "rope_freqs.weight" in file.tensors:
+        raise ModelError(
+            f"{file.path}: rope_freqs.weight (Llama-3 rotary scaling as a table) is not supported; "
+            "use the model's safetensors folder"
+        )
+    prefix = f"{architecture}."
+    sizes = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    try:
+        config = _sizes(sizes)
+        config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{file.path} lacks {error.args[0]!r}; convert the model to GGUF again"
+        ) from error
+    scaling, factor = sizes.pop("rope.scaling.type", "none"), sizes.pop("rope.scaling.factor", 1.0)
+    if scaling == "linear":
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    elif scaling != "none":
+        raise ModelError(
+            f"{file.path}: rope.scaling.type {scaling!r} is not supported; none and linear are"
+        )
+    if sizes:
+        raise ModelError(
+            f"{file.path}: metadata {sorted(prefix + k for k in sizes)} is unknown to Quatom and "
+            "may change what the model computes; use the model's safetensors folder"
+        )
+    if architecture == "llama":
+        biases = {n.split(".")[2] for n in file.tensors if n.endswith(".bias") and "blk." in n}
+        config["attention_bias"] = "attn_q" in biases
+        config["mlp_bias"] = "ffn_gate" in biases
+    return config | {
+        "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": "float32",
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _eos(metadata),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _sizes(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Move what config.json needs out of `sizes`; the rest is left there."""
+    sizes.pop("vocab_size", None)  # the embedding's own rows count
+    heads = sizes.pop("attention.head_count")
+    hidden = sizes.pop("embedding_length")
+    head_dim = sizes.pop("attention.key_length", hidden // heads)
+    rotary, value_dim = (
+        sizes.pop("rope.dimension_count", head_dim),
+        sizes.pop("attention.value_length", head_dim),
+    )
+    if rotary != head_dim or value_dim != head_dim:
+        raise ModelError(
+            f"rotary embedding of {rotary} and values of {value_dim} of {head_dim} channels a head "
+            "are not supported; all must be equal"
+        )
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": sizes.pop("feed_forward_length"),
+        "num_hidden_layers": sizes.pop("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": sizes.pop("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": sizes.pop("attention.layer_norm_rms_epsilon"),
+        "rope_theta": sizes.pop("rope.freq_base", 10000.0),
+        "max_position_embeddings": sizes.pop("context_length"),
+    }
+
+
+def _eos(metadata: dict[str, Any]) -> int | list[int] | None:
+    """End of text, and end of turn where the file names another token for it."""
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    tokens = list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+    return tokens if len(tokens) > 1 else tokens[0] if tokens else None

@@ -1,0 +1,339 @@
+"""Model folders read one tensor at a time, with Hugging Face names whatever the format.
+
+`open_source` reads headers only, and checks them whole: names, shapes, dtypes, file sizes. What a
+long run could stumble over later fails here, before it starts.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quatom.checkpoint.safetensors_file import StoredTensor, read_bytes, read_header, read_tensor
+from quatom.checkpoint.schema import FLOAT_DTYPES, TensorSpec, expected_tensors, float_tensors
+from quatom.errors import CheckpointError, ModelError
+from quatom.modeling.config import ModelConfig
+from quatom.modeling.hf_config import eos_tokens
+from quatom.recipe import Recipe
+
+_CHUNK = 1 << 22  # elements or bytes looked at together; bounds temporary memory
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """A model on disk. Holds no tensor and no open file between calls."""
+
+    folder: Path
+    """Where tokenizer and configuration files lie; the folder of a single GGUF file."""
+    config_dict: dict[str, Any]
+    """config.json, made from the metadata for a GGUF file."""
+    model_config: ModelConfig
+    recipe: Recipe | None
+    """None: a floating-point model."""
+    gguf: Path | None
+    """The GGUF file, None for safetensors."""
+    _files: tuple[Path, ...]
+    _tensors: Mapping[str, TensorSpec]
+    _read: Callable[[str], Tensor]
+    _locate: Callable[[str], Path]
+
+    def names(self) -> list[str]:
+        """All tensors, in the order of the network."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        return self._spec(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor as `load` returns it.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        dtype = self._spec(name).dtype
+        assert dtype is not None
+        return dtype
+
+    def load(self, name: str, expected_shape: tuple[int, ...] | None = None) -> Tensor:
+        """Read one tensor from disk into memory of its own.
+
+        Raises:
+            CheckpointError: there is no such tensor, its shape is not the expected one, the file
+                cannot be read, or the tensor holds NaN or infinity.
+        """
+        spec = self._spec(name)
+        if expected_shape is not None and spec.shape != tuple(expected_shape):
+            raise CheckpointError(
+                f"{self._locate(name)}: tensor {name} has shape {spec.shape}, expected "
+                f"{tuple(expected_shape)}; config.json and weights do not belong together"
+            )
+        tensor = self._read(name)
+        check_finite(self._locate(name), name, tensor)
+        return tensor
+
+    def fingerprint(self) -> str:
+        """A hash that changes with the model: its configuration, sizes and samples of its bytes.
+
+        Reads at most 64 pieces of 64 KiB of each file, so that it stays fast for large models.
+        """
+        digest = hashlib.sha256(json.dumps(self.config_dict, sort_keys=True).encode())
+        piece = memoryview(bytearray(1 << 16))
+        for file in self._files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            count = min(64, -(-size // len(piece)))
+            for i in range(count):
+                start = i * max(size - len(piece), 0) // max(count - 1, 1)
+                view = piece[: min(len(piece), size - start)]
+                read_bytes(file, start, view)
+                digest.update(view)
+        return digest.hexdigest()
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {name}")
+        return self._tensors[name]
+
+
+def open_source(path_or_id: str | Path) -> TensorSource:
+    """Open a Hugging Face folder, a GGUF file or folder, a Quatom checkpoint or a hub id.
+
+    Raises:
+        CheckpointError: nothing is there, or files are missing, damaged or do not fit config.json.
+        ModelError: the model is not supported.
+        RecipeError: a Quatom checkpoint's recipe is unknown or does not fit its model.
+    """
+    path = Path(path_or_id)
+    if not path.exists():
+        if not _HUB_ID.fullmatch(str(path_or_id)):
+            raise CheckpointError(f"{path} does not exist")
+        path = _download(str(path_or_id))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(
+                f"{path} is a file; give the folder with config.json, or a .gguf file"
+            )
+        return _open_gguf(path)
+    if any(path.glob("*.safetensors*")):
+        return _open_safetensors(path)
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return _open_gguf(found[0])
+    if found:
+        raise CheckpointError(
+            f"{path} holds {len(found)} .gguf files ({', '.join(f.name for f in found[:3])}...); "
+            "name one of them"
+        )
+    torch_files = sorted(f.name for f in path.glob("*.bin"))
+    reason = f"only {torch_files[0]}; convert it to safetensors" if torch_files else "no weights"
+    raise CheckpointError(f"{path} holds {reason}: a *.safetensors or *.gguf file is needed")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_PATTERNS)))
+    except Exception as error:  # the hub client raises HTTP, OS and its own errors
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{hub_id} is no local folder and could not be downloaded from the hub "
+            f"({type(error).__name__}: {reason}); check the name and the network, or give the path "
+            "of a folder"
+        ) from error
+
+
+def _open_gguf(path: Path) -> TensorSource:
+    from quatom.checkpoint.gguf_file import read_gguf
+    from quatom.checkpoint.gguf_model import hf_config, hf_name, read_as_hf
+
+    file = read_gguf(path)
+    config = hf_config(file)
+    model_config = ModelConfig.from_hf(config)
+    stored = {hf_name(n): TensorSpec(t.shape, torch.float32) for n, t in file.tensors.items()}
+    tensors = _check_names(path, float_tensors(model_config), stored)
+    return TensorSource(
+        folder=path.parent,
+        config_dict=config,
+        model_config=model_config,
+        recipe=None,
+        gguf=path,
+        _files=(path,),
+        _tensors=tensors,
+        _read=lambda name: read_as_hf(file, name),
+        _locate=lambda name: path,
+    )
+
+
+def _open_safetensors(folder: Path) -> TensorSource:
+    config = read_json(folder / "config.json")
+    recipe = _recipe(folder, config)
+    model_config = ModelConfig.from_hf(config)
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        extra = eos_tokens(read_json(generation).get("eos_token_id"))
+        # Chat models list the end of a turn there only.
+        tokens = tuple(dict.fromkeys(model_config.eos_token_ids + extra))
+        model_config = replace(model_config, eos_token_ids=tokens)
+    headers = _headers(folder)
+    if recipe is None:
+        expected = float_tensors(model_config)
+    else:
+        expected = expected_tensors(recipe, model_config)
+    if model_config.tie_word_embeddings and "lm_head.weight" in headers:
+        _check_tied(headers)
+    stored = {name: TensorSpec(t.shape, t.dtype) for name, t in headers.items()}
+    tensors = _check_names(folder, expected, stored)
+    return TensorSource(
+        folder=folder,
+        config_dict=config,
+        model_config=model_config,
+        recipe=recipe,
+        gguf=None,
+        _files=tuple(sorted({headers[name].file for name in tensors})),
+        _tensors=tensors,
+        _read=lambda name: read_tensor(headers[name]),
+        _locate=lambda name: headers[name].file,
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or holds something else.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} must hold an object, it holds a {type(data).__name__}")
+    return data
+
+
+def _recipe(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if method != "quatom":
+        raise ModelError(
+            f"{folder / 'config.json'}: quantization_config.quant_method {method!r} is not "
+            "supported; use the floating-point model, or a Quatom checkpoint"
+        )
+    if "recipe" not in quantization:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization_config has no recipe; quantize the model again"
+        )
+    return Recipe.from_dict(quantization["recipe"])
+
+
+def _headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every stored tensor by name, through the index where there is one."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not single.exists():
+            raise CheckpointError(
+                f"{folder} has neither {single.name} nor {index.name}; download the missing one"
+            )
+        return read_header(single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    headers: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        file = folder / name
+        if file.parent != folder or not file.exists():
+            count = sum(value == name for value in weight_map.values())
+            raise CheckpointError(
+                f"{folder} lacks the shard {name} with {count} of {len(weight_map)} tensors; "
+                "download it"
+            )
+        headers |= {n: t for n, t in read_header(file).items() if weight_map.get(n) == name}
+    if missing := sorted(weight_map.keys() - headers.keys()):
+        raise CheckpointError(
+            f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {index.name} promises "
+            f"({len(missing)} tensors in all); download the shard again"
+        )
+    return headers
+
+
+def _check_names(
+    where: Path, expected: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """The expected tensors with their stored dtypes; every difference is an error."""
+    if missing := [name for name in expected if name not in stored]:
+        raise CheckpointError(
+            f"{where} lacks {missing[0]} ({len(missing)} of {len(expected)} tensors are missing); "
+            "download the model again"
+        )
+    ignored = ("rotary_emb.inv_freq", "lm_head.weight")  # recomputed; tied, and checked to be so
+    unknown = [n for n in stored if n not in expected and not n.endswith(ignored)]
+    if unknown:
+        raise CheckpointError(
+            f"{where} holds {unknown[0]} ({len(unknown)} such tensors), which the model that "
+            "config.json describes does not have; config.json and weights do not belong together"
+        )
+    for name, spec in expected.items():
+        found = stored[name]
+        if found.shape != spec.shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {found.shape}, config.json asks for "
+                f"{spec.shape}; config.json and weights do not belong together"
+            )
+        allowed = FLOAT_DTYPES if spec.dtype is None else (spec.dtype,)
+        if found.dtype not in allowed:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise CheckpointError(
+                f"{where}: tensor {name} is {str(found.dtype).removeprefix('torch.')}, expected "
+                f"{names}; convert the model to one of these"
+            )
+    return {name: stored[name] for name in expected}
+
+
+def _check_tied(headers: Mapping[str, StoredTensor]) -> None:
+    """Refuse a stored lm_head that differs from the embedding it is said to be tied to."""
+    head, embedding = headers["lm_head.weight"], headers.get("model.embed_tokens.weight")
+    if embedding is None:
+        return  # reported as missing
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(2)]
+    for start in range(0, head.num_bytes if same else 0, _CHUNK):
+        parts = [b[: min(_CHUNK, head.num_bytes - start)] for b in buffers]
+        for part, tensor in zip(parts, (head, embedding), strict=True):
+            read_bytes(tensor.file, tensor.start + start, part)
+        same = same and parts[0] == parts[1]
+    if not same:
+        raise CheckpointError(
+            f"{head.file}: lm_head.weight differs from model.embed_tokens.weight although "
+            "config.json says tie_word_embeddings; set it to false, or remove lm_head.weight"
+        )
+
+
+def check_finite(file: Path, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if a tensor of `file` holds NaN or infinity."""
+    if not tensor.is_floating_point():
+        return
+    flat = tensor.flatten()
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in flat.split(_CHUNK))
+    if bad:
+        raise CheckpointError(
+            f"{file}: tensor {name} holds {bad} NaN or infinite values of {flat.numel()}; download "
+            "the model again, or repair it"
+        )
