@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quatom.checkpoint.reader import TensorSource, open_source, tokenizer_from_source
+from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import has_bias, linear_layout, linear_shape
+from quatom.checkpoint.tokenizer import tokenizer_from_source
 from quatom.errors import BackendError, CheckpointError
 from quatom.modeling.config import ModelConfig
 from quatom.modeling.inputs import InputQuantizer, activation_spec
@@ -46,6 +47,29 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     source: str
+    source_dtype: torch.dtype
+    """Of the tensors that are not quantized, as stored."""
+
+    @property
+    def backend_name(self) -> str:
+        """The backend that multiplies the decoder's linears; "torch" where they are float."""
+        for module in self.model.modules():
+            if isinstance(module, QuantizedLinear):
+                return str(module.prepared.backend)
+        return "torch"
+
+    def require_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer.
+
+        Raises:
+            CheckpointError: the folder has none.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"{self.source} has no tokenizer files: copy the model's own into the folder, or "
+                "give token ids"
+            )
+        return self.tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,12 +277,36 @@ def load_order(source: TensorSource, prefix: str, place: str) -> Tensor | None:
     return orders[0][inverse_order(positions)]
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, checked.
+
+    Raises:
+        BackendError: it is neither the CPU nor a GPU that torch sees.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise BackendError(f"unknown device {device!r}: use cpu or cuda") from error
+    if place.type not in ("cpu", "cuda"):
+        raise BackendError(f"device {device!r} is not supported: use cpu or cuda")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device 'cuda' was asked for but torch sees no GPU: use cpu")
+    return place
+
+
 def default_dtype(source: TensorSource, device: torch.device) -> torch.dtype:
     """float32 on a CPU; on a GPU the dtype of the source's weights, bfloat16 for float32 ones."""
     if device.type == "cpu":
         return torch.float32
     dtype = source.dtype("model.embed_tokens.weight")
     return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def _tokenizer(source: TensorSource) -> "PreTrainedTokenizerBase | None":
+    """None where the folder holds no tokenizer: token ids still work."""
+    if source.gguf is None and not any(source.folder.glob("tokenizer*")):
+        return None
+    return tokenizer_from_source(source)
 
 
 def load(
@@ -282,9 +330,7 @@ def load(
         ModelError: the architecture or a configuration key is not supported.
         BackendError: the device is not available.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device 'cuda' was asked for but torch sees no GPU: use --device cpu")
+    device = usable_device(device)
     opened = open_source(source)
     dtype = dtype or default_dtype(opened, device)
     config, recipe = opened.model_config, opened.recipe or PRESETS["fp16"]
@@ -313,8 +359,9 @@ def load(
         model=model.eval(),
         config=config,
         recipe=recipe,
-        tokenizer=tokenizer_from_source(opened),
+        tokenizer=_tokenizer(opened),
         device=device,
         dtype=dtype,
         source=str(source),
+        source_dtype=opened.dtype("model.embed_tokens.weight"),
     )

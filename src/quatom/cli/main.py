@@ -9,7 +9,7 @@ from quatom.errors import QuatomError
 
 app = typer.Typer(
     name="quatom",
-    help="Low-bit quantization and serving of language models: quantize, evaluate, generate, serve.",
+    help="Low-bit quantization and serving of language models, an implementation of Atom.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

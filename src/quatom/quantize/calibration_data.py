@@ -1,6 +1,5 @@
 """Token sequences to measure statistics on, sampled from a plain-text file."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +31,6 @@ def read_text(path: str | Path) -> str:
         ) from None
 
 
-def text_fingerprint(path: str | Path) -> str:
-    """SHA-256 of the text, by which a resumed run knows that it calibrates on the same one."""
-    return hashlib.sha256(read_text(path).encode()).hexdigest()
-
-
 def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
     """All tokens of a text, (tokens,) int64, with the tokenizer's own beginning-of-text token."""
     # Longer than the model's context on purpose: windows are cut from it.
@@ -44,19 +38,35 @@ def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
+def documentation_text() -> str:
+    """English that every Python brings: the topics of its own documentation, 0.46 MB."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
 def sample_sequences(
-    path: str | Path, tokenizer: "PreTrainedTokenizerBase", spec: CalibrationSpec
+    text: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    spec: CalibrationSpec,
+    origin: str = "the text",
 ) -> Tensor:
     """Random windows of the tokenized text, (num_samples, sequence_length) int64.
+
+    Args:
+        text: what to sample from.
+        tokenizer: of the model.
+        spec: how many windows, how long, and the seed that chooses them.
+        origin: what an error calls the text.
 
     Raises:
         CalibrationError: the text has fewer tokens than one sequence.
     """
-    tokens = tokenize(read_text(path), tokenizer)
+    tokens = tokenize(text, tokenizer)
     last_start = tokens.numel() - spec.sequence_length
     if last_start < 0:
         raise CalibrationError(
-            f"{path} has {tokens.numel()} tokens, fewer than one calibration sequence of "
+            f"{origin} has {tokens.numel()} tokens, fewer than one calibration sequence of "
             f"{spec.sequence_length}: give a longer text or a smaller --sequence-length"
         )
     generator = torch.Generator().manual_seed(spec.seed)

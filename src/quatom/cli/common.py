@@ -1,0 +1,122 @@
+"""What several commands share: reading options, progress bars and tables."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quatom.errors import RecipeError
+from quatom.recipe import PRESETS, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from quatom.quantize.stream import QuantizedBlock
+
+
+def read_recipe(name: str, **calibration: int | None) -> Recipe:
+    """A preset by name or a recipe from a JSON file, calibration fields overridden if given.
+
+    Raises:
+        RecipeError: there is no such preset or file, or the file is no recipe.
+    """
+    if name in PRESETS:
+        recipe = PRESETS[name]
+    elif name.endswith(".json"):
+        try:
+            recipe = Recipe.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise RecipeError(f"cannot read recipe {name}: {error.strerror}") from error
+        except ValueError as error:
+            raise RecipeError(f"{name} is no recipe: {error}") from error
+    else:
+        raise RecipeError(
+            f"unknown recipe {name!r}; presets are {', '.join(PRESETS)}; or give a .json file"
+        )
+    given = {key: value for key, value in calibration.items() if value is not None}
+    return replace(recipe, calibration=replace(recipe.calibration, **given))
+
+
+def read_dtype(name: str | None) -> "torch.dtype | None":
+    """The torch dtype called `name`.
+
+    Raises:
+        RecipeError: it is none that models compute in.
+    """
+    import torch
+
+    allowed = ("float32", "bfloat16", "float16")
+    if name is None:
+        return None
+    if name not in allowed:
+        raise RecipeError(f"--dtype must be one of {', '.join(allowed)}, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+@contextmanager
+def _progress(columns: str) -> Iterator[Any]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
+        TextColumn(columns),
+    ) as progress:
+        yield progress
+
+
+@contextmanager
+def block_progress(title: str) -> Iterator[Callable[["QuantizedBlock"], None]]:
+    """A bar over decoder blocks with the last one's relative error."""
+    with _progress("{task.fields[error]}") as progress:
+        task = progress.add_task(title, total=None, error="")
+
+        def on_block(block: "QuantizedBlock") -> None:
+            error = block.relative_error
+            progress.update(
+                task,
+                total=block.num_blocks,
+                completed=block.index + 1,
+                error="" if error is None else f"relative error {error:.3f}",
+            )
+
+        yield on_block
+
+
+@contextmanager
+def window_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar over evaluation windows with the perplexity so far."""
+    with _progress("perplexity {task.fields[perplexity]}") as progress:
+        task = progress.add_task(title, total=None, perplexity="...")
+
+        def on_window(done: int, total: int, perplexity: float) -> None:
+            progress.update(task, total=total, completed=done, perplexity=f"{perplexity:.3f}")
+
+        yield on_window
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on the terminal; numbers, that is all columns but the first, to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for position, name in enumerate(header):
+        table.add_column(name, justify="right" if position else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,116 @@
+"""`quatom eval`: perplexity on a text, and zero-shot tasks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from quatom.loading import LoadedModel
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
+    perplexity: Annotated[
+        Path | None,
+        typer.Option(help="Plain-text file to measure perplexity on, or wikitext2, ptb or c4."),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    max_windows: Annotated[
+        int | None, typer.Option(min=1, help="Score only the first windows.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks, separated by commas: piqa,arc_easy,...")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the data of tasks and corpora, to work offline."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Result file to write, or to add entries to.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name in the result file; default: the folder's.")
+    ] = None,
+) -> None:
+    """Measure perplexity (GPTQ's protocol) and zero-shot accuracy."""
+    from quatom.cli.common import read_dtype
+    from quatom.loading import load
+
+    if perplexity is None and tasks is None:
+        raise typer.BadParameter("give --perplexity FILE, --tasks NAMES, or both")
+    loaded = load(model, device=device, dtype=read_dtype(dtype))
+    title = name or Path(model).resolve().name
+    if perplexity is not None:
+        _perplexity(loaded, title, perplexity, sequence_length, max_windows, data_dir, json)
+    if tasks is not None:
+        _tasks(loaded, title, tasks.split(","), data_dir, limit, json)
+
+
+def _perplexity(
+    loaded: "LoadedModel",
+    title: str,
+    text: Path,
+    sequence_length: int,
+    max_windows: int | None,
+    data_dir: Path | None,
+    out: Path | None,
+) -> None:
+    from quatom.cli.common import print_table, window_progress
+    from quatom.evaluation.corpora import load_corpus
+    from quatom.evaluation.perplexity import measure_perplexity
+    from quatom.evaluation.results import accuracy_entry, add_results
+
+    corpus = load_corpus(
+        text, loaded.require_tokenizer(), sequence_length=sequence_length, data_dir=data_dir
+    )
+    with window_progress(f"{title} on {corpus.name}") as on_window:
+        measured = measure_perplexity(
+            loaded,
+            corpus.tokens,
+            sequence_length=sequence_length,
+            max_windows=max_windows,
+            on_window=on_window,
+        )
+    entry = accuracy_entry(loaded, title, corpus.name, measured)
+    print_table(
+        f"{title}, {corpus.name}, {measured.windows} windows of {sequence_length} tokens",
+        ("recipe", "perplexity", "bits a weight", "bits an activation", "bits a KV value"),
+        [
+            (
+                str(entry["recipe"]),
+                f"{measured.perplexity:.3f}",
+                *(f"{entry[f'bits_per_{part}']:.2f}" for part in ("weight", "activation", "kv")),
+            )
+        ],
+    )
+    if out is not None:
+        add_results(out, [entry])
+
+
+def _tasks(
+    loaded: "LoadedModel",
+    title: str,
+    names: list[str],
+    data_dir: Path | None,
+    limit: int | None,
+    out: Path | None,
+) -> None:
+    from quatom.cli.common import print_table
+    from quatom.evaluation.results import add_results
+    from quatom.evaluation.zero_shot import evaluate_tasks
+
+    entries = evaluate_tasks(loaded, names, data_dir=data_dir, limit=limit)
+    entries = [{"model": title, "recipe": loaded.recipe.name} | entry for entry in entries]
+    print_table(
+        f"{title}, {loaded.recipe.name}, zero-shot",
+        ("task", "metric", "value", "examples"),
+        [(e["task"], e["metric"], f"{e['value']:.4f}", str(e["examples"])) for e in entries],
+    )
+    if out is not None:
+        add_results(out, entries)

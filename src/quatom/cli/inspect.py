@@ -1,0 +1,149 @@
+"""`quatom inspect`: what a checkpoint holds, or where a float model's activation outliers are."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from quatom.checkpoint.reader import TensorSource
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
+    layer: Annotated[
+        int | None, typer.Option(help="One block; outliers are measured in block 0 by default.")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text to measure outliers on; default: Python's documentation topics."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the outliers to write.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Show a checkpoint's recipe, bits and sizes, or a model's activation outliers."""
+    from quatom.checkpoint.reader import open_source
+
+    source = open_source(model)
+    if source.recipe is None:
+        found = _inspect_float(source, layer or 0, text, plot)
+    else:
+        if plot is not None or text is not None:
+            raise typer.BadParameter(
+                "--plot and --text measure activation outliers, which a floating-point model has; "
+                f"{model} is quantized"
+            )
+        found = _inspect_checkpoint(source, layer)
+    if json is not None:
+        from json import dumps
+
+        json.write_text(dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, Any]:
+    from quatom.checkpoint.schema import (
+        bits_per_activation,
+        bits_per_kv,
+        bits_per_weight,
+        layer_bits_per_weight,
+    )
+    from quatom.cli.common import print_table
+    from quatom.errors import ModelError
+
+    recipe, config = source.recipe, source.model_config
+    assert recipe is not None
+    if layer is not None and not 0 <= layer < config.num_layers:
+        raise ModelError(
+            f"layer {layer} does not exist: the model has 0 to {config.num_layers - 1}"
+        )
+    dtype = source.dtype("model.embed_tokens.weight")
+    by_layer = layer_bits_per_weight(recipe, config, dtype)
+    # Without --layer, block 0 stands for all: a recipe treats them alike.
+    prefix = f"model.layers.{layer or 0}."
+    files = sorted(source.folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    found = {
+        "recipe": recipe.to_dict(),
+        "bits_per_weight": bits_per_weight(recipe, config, dtype),
+        "bits_per_activation": bits_per_activation(recipe, config),
+        "bits_per_kv": bits_per_kv(recipe, config),
+        "layer_bits_per_weight": by_layer,
+        "checkpoint_bytes": size,
+        "files": {file.name: file.stat().st_size for file in files},
+    }
+    print_table(
+        str(source.folder),
+        ("", "value"),
+        [
+            ("recipe", recipe.name),
+            ("architecture", f"{config.architecture}, {config.num_layers} blocks"),
+            *((f"bits per {part}", f"{found[f'bits_per_{part}']:.3f}") for part in _PARTS),
+            ("tensor files", f"{len(files)}, {size / 1e6:.1f} MB"),
+        ],
+    )
+    print_table(
+        f"bits a weight in {prefix.removesuffix('.')}",
+        ("linear", "bits"),
+        [(n.removeprefix(prefix), f"{b:.3f}") for n, b in by_layer.items() if n.startswith(prefix)],
+    )
+    return found
+
+
+_PARTS = ("weight", "activation", "kv")
+
+
+def _inspect_float(
+    source: "TensorSource", layer: int, text: Path | None, plot: Path | None
+) -> dict[str, Any]:
+    from dataclasses import replace
+
+    import torch
+
+    from quatom.checkpoint.tokenizer import tokenizer_from_source
+    from quatom.cli.common import print_table
+    from quatom.quantize.calibration_data import (
+        documentation_text,
+        read_text,
+        sample_sequences,
+    )
+    from quatom.quantize.outliers import channel_magnitudes, plot_magnitudes
+    from quatom.recipe import CalibrationSpec
+
+    length = min(512, source.model_config.max_position)
+    spec = replace(CalibrationSpec(), num_samples=8, sequence_length=length)
+    tokens = sample_sequences(
+        documentation_text() if text is None else read_text(text),
+        tokenizer_from_source(source),
+        spec,
+        origin="Python's documentation" if text is None else str(text),
+    )
+    measured = channel_magnitudes(source, tokens, layer, torch.device("cpu"))
+    title = f"{source.folder.name}, block {layer}, {tokens.numel()} tokens"
+    if plot is not None:
+        plot_magnitudes(measured, title, plot)
+    print_table(
+        title,
+        ("input of", "channels", "largest |x|", "median channel's", "ratio"),
+        [
+            (
+                m.place,
+                str(m.absmax.numel()),
+                f"{m.absmax.max():.3g}",
+                f"{m.absmax.median():.3g}",
+                f"{m.largest_over_median:.1f}",
+            )
+            for m in measured
+        ],
+    )
+    return {
+        "layer": layer,
+        "tokens": tokens.numel(),
+        "places": {
+            m.place: {
+                "absmax": m.absmax.tolist(),
+                "second_moment": m.second_moment.tolist(),
+                "order": m.order.tolist(),
+            }
+            for m in measured
+        },
+    }

@@ -1,0 +1,53 @@
+"""`quatom quantize`: a floating-point model in, a Quatom checkpoint out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
+    recipe: Annotated[
+        str, typer.Option(help="Preset name, or a JSON file with a recipe.")
+    ] = "atom-w4a4kv4",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Plain-text file to measure statistics on.")
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences; default: the recipe's.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens in each of them; default: the recipe's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses them; default: the recipe's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the computation: float32, bfloat16 or float16.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Quantize a model and write a packed checkpoint."""
+    from quatom.cli.common import block_progress, print_table, read_dtype, read_recipe
+    from quatom.quantize.pipeline import quantize_checkpoint
+
+    chosen = read_recipe(
+        recipe, num_samples=num_samples, sequence_length=sequence_length, seed=seed
+    )
+    with block_progress(f"Quantizing to {chosen.name}") as on_block:
+        report = quantize_checkpoint(
+            source,
+            target,
+            chosen,
+            calibration=calibration,
+            device=device,
+            dtype=read_dtype(dtype),
+            resume=resume,
+            on_block=on_block,
+        )
+    print_table(
+        f"Wrote {report.target}",
+        ("recipe", "bits a weight", "size (MB)"),
+        [(chosen.name, f"{report.bits_per_weight:.3f}", f"{report.checkpoint_bytes / 1e6:.1f}")],
+    )

@@ -1,0 +1,80 @@
+"""Entries of accuracy files, and adding them to a file without losing what is there."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from quatom.benchmark.environment import describe_environment, write_results
+from quatom.checkpoint.schema import bits_per_activation, bits_per_kv, bits_per_weight
+from quatom.errors import CalibrationError
+from quatom.evaluation.perplexity import Perplexity
+from quatom.loading import LoadedModel
+
+# What makes two entries the same measurement: the newer one replaces the older.
+_IDENTITY = ("model", "recipe", "corpus", "sequence_length", "windows", "backend", "task", "metric")
+
+
+def accuracy_entry(
+    loaded: LoadedModel, model: str, corpus: str, measured: Perplexity
+) -> dict[str, Any]:
+    """One entry of an accuracy-MODEL.json; `float_perplexity` is filled by `add_results`."""
+    recipe, config = loaded.recipe, loaded.config
+    return {
+        "model": model,
+        "recipe": recipe.name,
+        "corpus": corpus,
+        "sequence_length": measured.sequence_length,
+        "windows": measured.windows,
+        "all_windows": measured.all_windows,
+        "perplexity": measured.perplexity,
+        "float_perplexity": measured.perplexity if recipe.name == "fp16" else None,
+        "bits_per_weight": bits_per_weight(recipe, config, loaded.source_dtype),
+        "bits_per_activation": bits_per_activation(recipe, config),
+        "bits_per_kv": bits_per_kv(recipe, config),
+        "backend": loaded.backend_name,
+        "seconds": round(measured.seconds, 1),
+    }
+
+
+def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Write entries to a result file, keeping those it has of other measurements.
+
+    Raises:
+        CalibrationError: the file is there but is no result file.
+    """
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))["results"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                f"{path} exists and is no result file ({error!r}): give another --json"
+            ) from error
+    command = shlex.join(["quatom", *sys.argv[1:]])
+    new = {_identity(entry) for entry in entries}
+    merged = [entry for entry in kept if _identity(entry) not in new]
+    merged += [entry | {"command": command} for entry in entries]
+    _fill_float_perplexity(merged)
+    write_results(path, command, describe_environment(), merged)
+
+
+def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry.get(key) for key in _IDENTITY)
+
+
+def _fill_float_perplexity(entries: list[dict[str, Any]]) -> None:
+    """The perplexity of the float model on the same windows, where it was measured."""
+
+    def windows(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(entry.get(k) for k in ("model", "corpus", "sequence_length", "windows"))
+
+    known = {
+        windows(e): e["perplexity"]
+        for e in entries
+        if e.get("recipe") == "fp16" and "perplexity" in e
+    }
+    for entry in entries:
+        if "float_perplexity" in entry:
+            entry["float_perplexity"] = known.get(windows(entry))

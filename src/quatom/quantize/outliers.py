@@ -1,0 +1,104 @@
+"""Activation outliers of a floating-point model: the magnitude of each input channel of a block.
+
+The figure that motivates Atom: a few channels are far larger than the rest; sorted by their second
+moment they stand together at the end, where INT8 keeps them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quatom.checkpoint.reader import TensorSource
+from quatom.errors import ModelError
+from quatom.loading import FUSED, build_float_block, load_float_block
+from quatom.modeling.rope import rotary_table
+from quatom.numerics.reorder import channel_order
+from quatom.quantize.statistics import observe, run_block
+from quatom.quantize.stream import embed
+from quatom.recipe import PRESETS
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelMagnitudes:
+    """Inputs of one place of a block, by channel."""
+
+    place: str
+    """"qkv", "o", "gate_up" or "down": the linears that share the input."""
+    absmax: Tensor  # (K,) float32, largest magnitude
+    second_moment: Tensor  # (K,) float32, mean square
+
+    @property
+    def order(self) -> Tensor:  # (K,) int64
+        """Channels by ascending second moment."""
+        return channel_order(self.second_moment, 0)
+
+    @property
+    def largest_over_median(self) -> float:
+        """Largest channel's magnitude over the median channel's."""
+        return float(self.absmax.max() / self.absmax.median())
+
+
+@torch.no_grad()
+def channel_magnitudes(
+    source: TensorSource,
+    tokens: Tensor,  # (sequences, length) int64
+    layer: int,
+    device: torch.device,
+) -> list[ChannelMagnitudes]:
+    """Run the blocks up to `layer` in float32 and measure the inputs of its four places.
+
+    Raises:
+        ModelError: there is no such layer.
+    """
+    config = source.model_config
+    if not 0 <= layer < config.num_layers:
+        raise ModelError(
+            f"layer {layer} does not exist: the model has 0 to {config.num_layers - 1}"
+        )
+    hidden = embed(source, tokens, device, torch.float32)
+    rope = rotary_table(config, tokens.shape[1], device)
+    largest: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+
+    def see(place: str, x: Tensor) -> None:
+        top, square = x.abs().amax(dim=0), x.square().sum(dim=0)
+        if place in largest:
+            top, square = torch.maximum(top, largest[place]), square + squares[place]
+        largest[place], squares[place] = top, square
+
+    for index in range(layer + 1):
+        weights = load_float_block(source, index, device, torch.float32)
+        block = build_float_block(config, PRESETS["fp16"], weights)
+        if index < layer:
+            hidden = run_block(block, hidden, rope)
+            continue
+        with observe(block, see):
+            run_block(block, hidden, rope)
+    count = tokens.numel()
+    return [ChannelMagnitudes(place, largest[place], squares[place] / count) for place in FUSED]
+
+
+def plot_magnitudes(measured: list[ChannelMagnitudes], title: str, path: Path) -> None:
+    """The poster's figure: channel magnitudes as they come, and after reordering."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(measured), 2, figsize=(10, 2.2 * len(measured)), sharey="row", squeeze=False
+    )
+    for row, magnitudes in zip(axes, measured, strict=True):
+        row[0].plot(magnitudes.absmax.cpu().numpy(), linewidth=0.7)
+        row[1].plot(magnitudes.absmax[magnitudes.order].cpu().numpy(), linewidth=0.7)
+        row[0].set_ylabel(f"{magnitudes.place}\nlargest |x|")
+    axes[0][0].set_title("channels as they come")
+    axes[0][1].set_title("channels by second moment")
+    for axis in axes[-1]:
+        axis.set_xlabel("channel")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,190 @@
+"""Quantize a whole model: a Hugging Face folder in, a Quatom checkpoint out.
+
+The target appears at the end, in one rename. Until then finished blocks, and the hidden states
+behind the last of them, lie in a working folder beside it, from which `resume` goes on.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quatom.checkpoint.reader import TensorSource, open_source
+from quatom.checkpoint.schema import bits_per_weight, check_recipe
+from quatom.checkpoint.tokenizer import tokenizer_from_source
+from quatom.checkpoint.writer import CheckpointWriter
+from quatom.errors import CalibrationError, RecipeError
+from quatom.loading import FUSED, default_dtype, usable_device
+from quatom.ops.backend import Backend
+from quatom.quantize.calibration_data import read_text, sample_sequences
+from quatom.quantize.stream import BlockQuantizer, QuantizedBlock, Streams, embed
+from quatom.recipe import PRESETS, Recipe
+
+REPORT_FILE = "quatom_report.json"
+"""File of a checkpoint that says what quantizing each block cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeReport:
+    """What `quantize_checkpoint` made."""
+
+    target: Path
+    recipe: Recipe
+    bits_per_weight: float
+    """Stored bits of each quantized weight, scales, outliers and orders counted."""
+    checkpoint_bytes: int
+    """Size of all tensor files, embeddings and norms included."""
+
+
+@torch.no_grad()
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe | str = "atom-w4a4kv4",
+    *,
+    calibration: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+    resume: bool = False,
+    on_block: Callable[[QuantizedBlock], None] | None = None,
+) -> QuantizeReport:
+    """Quantize the decoder of a model and write a checkpoint.
+
+    Args:
+        source: Hugging Face folder, hub id or GGUF of a floating-point model.
+        target: folder to write; it must not exist.
+        recipe: a `Recipe`, or the name of one of `PRESETS`.
+        calibration: plain-text file; recipes that order channels or use GPTQ need it.
+        device: where blocks are computed.
+        dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
+        backend: implementation of the operations; None picks by device.
+        resume: go on with an interrupted run of the same source, recipe and text.
+        on_block: called after each finished block, for progress.
+
+    Raises:
+        CheckpointError: the source is damaged, the target exists or cannot be written.
+        CalibrationError: the text is missing or too short.
+        RecipeError: the recipe is unknown, does not quantize, or does not fit the model's sizes.
+        QuantizationError: a layer cannot be quantized.
+    """
+    recipe = _named(recipe) if isinstance(recipe, str) else recipe
+    if not recipe.quantizes_weights:
+        raise RecipeError(
+            f"recipe {recipe.name!r} leaves the weights as they are: there is no checkpoint to "
+            "make; load the source itself"
+        )
+    place = usable_device(device)
+    opened = open_source(source)
+    check_recipe(recipe, opened.model_config)
+    dtype = dtype or default_dtype(opened, place)
+    tokens = _calibration_tokens(opened, recipe, calibration)
+    writer = CheckpointWriter(
+        target,
+        opened,
+        recipe,
+        calibration_hash=None if tokens is None else _hash(tokens),
+        options={"device": place.type, "dtype": str(dtype), "backend": backend},
+        resume=resume,
+    )
+    try:
+        _quantize_blocks(writer, opened, recipe, tokens, place, dtype, backend, on_block)
+    finally:
+        writer.close()
+    return QuantizeReport(
+        target=Path(target),
+        recipe=recipe,
+        bits_per_weight=bits_per_weight(recipe, opened.model_config),
+        checkpoint_bytes=sum(f.stat().st_size for f in Path(target).glob("*.safetensors")),
+    )
+
+
+def _quantize_blocks(
+    writer: CheckpointWriter,
+    source: TensorSource,
+    recipe: Recipe,
+    tokens: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend | None,
+    on_block: Callable[[QuantizedBlock], None] | None,
+) -> None:
+    first = writer.completed_blocks()
+    # Row i: relative error of the hidden states behind block i, then of each of its places.
+    errors = torch.zeros(0, 1 + len(FUSED), dtype=torch.float64)
+    streams = None
+    if first:
+        state = writer.load_state(_state_name(first - 1))
+        errors = state["errors"]
+        if tokens is not None:
+            streams = Streams(state["float"].to(device), state["quantized"].to(device))
+    elif tokens is not None:
+        hidden = embed(source, tokens, device, dtype)
+        streams = Streams(hidden, hidden)
+    quantizer = BlockQuantizer(
+        source, recipe, device=device, dtype=dtype, streams=streams, backend=backend
+    )
+    for block in quantizer.run(first):
+        relative = float("nan") if block.relative_error is None else block.relative_error
+        row = torch.tensor([[relative, *(block.linear_errors[place] for place in FUSED)]])
+        errors = torch.cat((errors, row.double()))
+        state = {"errors": errors}
+        if streams is not None:
+            state |= {"float": streams.float_hidden, "quantized": streams.quantized_hidden}
+        writer.save_state(_state_name(block.index), state)
+        writer.write_block(block.index, block.tensors)
+        writer.drop_state(_state_name(block.index - 1))
+        if on_block is not None:
+            on_block(block)
+    writer.finish({REPORT_FILE: {"recipe": recipe.name, "blocks": _describe(errors)}})
+
+
+def _named(name: str) -> Recipe:
+    if name not in PRESETS:
+        raise RecipeError(f"unknown recipe {name!r}; presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _calibration_tokens(
+    source: TensorSource, recipe: Recipe, text: str | Path | None
+) -> Tensor | None:
+    """(samples, length) int64, or None for a recipe that measures nothing."""
+    if not recipe.needs_calibration:
+        return None
+    if text is None:
+        raise CalibrationError(
+            f"recipe {recipe.name!r} measures statistics on text: give a plain-text file with "
+            "--calibration"
+        )
+    length, limit = recipe.calibration.sequence_length, source.model_config.max_position
+    if length > limit:
+        raise CalibrationError(
+            f"calibration sequences of {length} tokens are longer than the model's {limit} "
+            "positions: give a smaller --sequence-length"
+        )
+    return sample_sequences(
+        read_text(text), tokenizer_from_source(source), recipe.calibration, origin=str(text)
+    )
+
+
+def _hash(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+def _state_name(index: int) -> str:
+    return f"after-{index}"
+
+
+def _describe(errors: Tensor) -> list[dict[str, object]]:
+    """Rows of errors as JSON; an uncalibrated block has no relative error."""
+    return [
+        {
+            "block": index,
+            "relative_error": None if row[0] != row[0] else row[0],
+            "linear_errors": dict(zip(FUSED, row[1:], strict=True)),
+        }
+        for index, row in enumerate(errors.tolist())
+    ]
