@@ -43,3 +43,7 @@ class RequestError(QuatomError, ValueError):
 
 class EngineError(QuatomError, RuntimeError):
     """The engine cannot continue: out of blocks for a single request, or a failed step."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait already; try again later."""

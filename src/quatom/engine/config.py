@@ -1,0 +1,55 @@
+"""EngineConfig: how much runs at once, and where its KV cache comes from."""
+
+from dataclasses import dataclass
+
+from quatom.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits of an engine. None means: resolved from the model and the device at start."""
+
+    max_num_seqs: int = 256
+    """Sequences that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Tokens of one step, prompt chunks and decodes together."""
+    max_prefill_chunk: int | None = None
+    """Prompt tokens of one sequence in one step while others wait too, so that a long prompt
+    does not hold up short ones; None: half of max_num_batched_tokens."""
+    max_model_len: int | None = None
+    """Longest sequence, prompt and output; None: the model's own limit."""
+    max_waiting: int | None = None
+    """Sequences that may queue; more are refused (HTTP 429). None: no bound."""
+    block_size: int = 32
+    """Tokens a KV block."""
+    kv_cache_memory: int | None = None
+    """Bytes of KV cache; None: on a GPU what is left of memory_fraction after a measured run, on a
+    CPU enough for max_num_seqs sequences, at most 1 GiB."""
+    memory_fraction: float = 0.9
+    """Share of GPU memory that the process may use."""
+    prefix_caching: bool = True
+    """Use KV blocks of earlier requests with the same prefix again."""
+    overlap: bool | None = None
+    """Launch step i + 1 before the tokens of step i have been read back; None: on a GPU."""
+    cuda_graphs: bool = True
+    """Replay decode steps as CUDA graphs on a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise EngineError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_prefill_chunk", "max_model_len", "max_waiting", "kv_cache_memory"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise EngineError(f"{name} must be at least 1, got {value}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise EngineError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
+                f"{self.max_num_seqs}: a decode of every sequence would not fit into one step"
+            )
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise EngineError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
+
+    @property
+    def prefill_chunk(self) -> int:
+        """max_prefill_chunk, resolved."""
+        return self.max_prefill_chunk or max(1, self.max_num_batched_tokens // 2)

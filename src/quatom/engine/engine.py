@@ -1,0 +1,366 @@
+"""Engine: requests in, deltas out, one step at a time.
+
+Not thread-safe but for `make_request`: one thread owns an engine and calls everything else.
+"""
+
+import itertools
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quatom.engine.block_pool import BlockPool
+from quatom.engine.config import EngineConfig
+from quatom.engine.cuda_graphs import DecodeGraphs
+from quatom.engine.detokenize import Detokenizer
+from quatom.engine.kv_cache import count_blocks
+from quatom.engine.outputs import FinishReason, SequenceDelta, Timestamps, TokenLogprobs
+from quatom.engine.runner import LaunchedStep, ModelRunner
+from quatom.engine.sampler import INVALID_TOKEN
+from quatom.engine.sampling import SamplingParams
+from quatom.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
+from quatom.engine.sequence import Sequence, Status
+from quatom.engine.structured import GrammarCompiler
+from quatom.errors import EngineError, QueueFullError, RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked request, ready to be added."""
+
+    request_id: str
+    sequences: list[Sequence]
+
+
+class Engine:
+    """Continuous batching of requests on one model.
+
+    `loaded` is a `quatom.loading.LoadedModel`, or anything with its fields model, config,
+    tokenizer and device.
+    """
+
+    def __init__(self, loaded: Any, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self.model_config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.device = torch.device(loaded.device)
+        self.max_model_len = _max_model_len(self.config, loaded.config.max_position)
+        on_gpu = self.device.type == "cuda"
+        self.overlap = on_gpu if self.config.overlap is None else self.config.overlap
+        num_blocks = count_blocks(
+            loaded.model,
+            self.config,
+            self.max_model_len,
+            self.device,
+            lambda: self._run_largest_step(loaded.model),
+        )
+        kv_cache = loaded.model.allocate_kv_cache(num_blocks, self.config.block_size)
+        self.kv_cache_bytes = num_blocks * sum(layer.bytes_per_block for layer in kv_cache)
+        self.pool = BlockPool(num_blocks, prefix_caching=self.config.prefix_caching)
+        self.scheduler = Scheduler(self.config, self.pool)
+        self.runner = self._make_runner(loaded.model, kv_cache)
+        if on_gpu and self.config.cuda_graphs:
+            self.runner.graphs = DecodeGraphs(
+                loaded.model,
+                kv_cache,
+                max_num_seqs=self.config.max_num_seqs,
+                max_model_len=self.max_model_len,
+                block_size=self.config.block_size,
+                device=self.device,
+            )
+        self._grammars: GrammarCompiler | None = None
+        self._requests: dict[str, list[Sequence]] = {}
+        self._launched: LaunchedStep | None = None
+        self._arrivals = itertools.count()
+        self._seeds = random.SystemRandom()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work or self._launched is not None
+
+    def make_request(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams
+    ) -> Request:
+        """Check a request and build its sequences; any thread may call this.
+
+        Raises:
+            RequestError: the prompt is empty, too long or holds ids that the model does not have,
+                a parameter does not fit the model, or a grammar is not valid.
+        """
+        self._check_prompt(prompt_ids, params)
+        params.check_vocabulary(self.model_config.vocab_size)
+        room = self.max_model_len - len(prompt_ids)
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if max_tokens > room:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {max_tokens}, "
+                f"{len(prompt_ids) + max_tokens} together; this model's limit is "
+                f"{self.max_model_len}: shorten the prompt or lower max_tokens to {room}"
+            )
+        arrival, times = next(self._arrivals), Timestamps(arrival=time.monotonic())
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        sequences = [
+            Sequence(
+                request_id=request_id,
+                index=index,
+                order=(arrival, index),
+                token_ids=list(prompt_ids),
+                num_prompt=len(prompt_ids),
+                params=params,
+                # Completions of one request differ, and the first is what n = 1 gives.
+                seed=seed + index * 0x9E3779B97F4A7C15,
+                max_total=len(prompt_ids) + max_tokens,
+                times=times if index == 0 else Timestamps(arrival=times.arrival),
+                detokenizer=self._make_detokenizer(prompt_ids, params),
+                matcher=self._make_matcher(params),
+            )
+            for index in range(params.n)
+        ]
+        for child in sequences[1:]:
+            child.parent = sequences[0]
+        sequences[0].children = sequences[1:]
+        return Request(request_id, sequences)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFullError: as many sequences wait as config.max_waiting allows.
+            RequestError: a request of this id is running.
+        """
+        limit = self.config.max_waiting
+        if limit is not None and len(self.scheduler.waiting) >= limit:
+            raise QueueFullError(
+                f"{len(self.scheduler.waiting)} requests are waiting, the limit is {limit}; "
+                "try again later"
+            )
+        if request.request_id in self._requests:
+            raise RequestError(f"a request with id {request.request_id!r} is already running")
+        self._requests[request.request_id] = request.sequences
+        self.scheduler.add(request.sequences[0])
+
+    def add_request(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> None:
+        """`make_request` and `add` in one."""
+        self.add(self.make_request(request_id, prompt_ids, params))
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request and free its blocks at once; an unknown id is no error."""
+        for sequence in self._requests.pop(request_id, ()):
+            if not sequence.finished:
+                self.scheduler.finish(sequence, "abort")
+
+    def step(self) -> list[SequenceDelta]:
+        """Run one step. With overlap, the deltas are those of the step launched before.
+
+        Raises:
+            EngineError: nothing can run although requests wait.
+        """
+        deltas: list[SequenceDelta] = []
+        if self._launched is not None and self.scheduler.needs_known_tokens:
+            deltas += self._collect()
+        launched = self._launch()
+        if self._launched is not None:
+            deltas += self._collect()
+        self._launched = launched
+        if launched is not None and not self.overlap:
+            deltas += self._collect()
+        return deltas
+
+    def fail_running(self, error: str) -> list[SequenceDelta]:
+        """End every running sequence after a step that raised; waiting ones are kept.
+
+        The contents of the KV cache are no longer trusted, so known prefixes are forgotten.
+        """
+        self._launched = None
+        deltas = [self._fail(sequence, error) for sequence in [*self.scheduler.running]]
+        self.pool.forget_prefixes()
+        return deltas
+
+    def check_accounting(self) -> None:
+        """Assert that no KV block is lost.
+
+        Raises:
+            EngineError: reference counts do not match the block tables.
+        """
+        self.pool.check(self.scheduler.held_blocks())
+
+    def _launch(self) -> LaunchedStep | None:
+        step = self.scheduler.schedule()
+        if not step.items:
+            if self.scheduler.waiting and not self.scheduler.running and self._launched is None:
+                waiting = self.scheduler.waiting[0]
+                raise EngineError(
+                    f"request {waiting.request_id} of {waiting.num_tokens} tokens does not fit "
+                    f"into {self.pool.num_free} free KV blocks of {self.config.block_size} tokens"
+                )
+            return None
+        now = time.monotonic()
+        for item in step.items:
+            if item.sequence.times.scheduled is None:
+                item.sequence.times.scheduled = now
+        return self.runner.launch(step)
+
+    def _collect(self) -> list[SequenceDelta]:
+        """Read a launched step's tokens back and hand them to their sequences."""
+        step, self._launched = self._launched, None
+        assert step is not None
+        tokens, now = step.wait(), time.monotonic()
+        deltas = []
+        for row, (sequence, token_id) in enumerate(zip(step.sampled, tokens, strict=True)):
+            sequence.in_flight -= 1
+            if not sequence.finished:  # it may have been aborted, or have ended a step ago
+                logprobs = step.token_logprobs(row, token_id)
+                deltas.append(self._append(sequence, token_id, logprobs, now))
+        for item in step.items:
+            self.scheduler.computed(item.sequence)
+        return deltas
+
+    def _append(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, now: float
+    ) -> SequenceDelta:
+        if token_id == INVALID_TOKEN:
+            return self._fail(sequence, "the model's logits are not numbers")
+        if sequence.matcher is not None and not sequence.matcher.accept(token_id):
+            return self._fail(sequence, f"token {token_id} violates the requested structure")
+        sequence.token_ids.append(token_id)
+        first = sequence.times.first_token is None
+        sequence.times.last_token = now
+        if first:
+            sequence.times.first_token = now
+        reason, text = self._check_end(sequence, token_id)
+        delta = SequenceDelta(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_ids=(token_id,),
+            text=text,
+            logprobs=() if logprobs is None else (logprobs,),
+            prompt_logprobs=tuple(sequence.prompt_logprobs)
+            if first and sequence.params.prompt_logprobs is not None
+            else None,
+            num_cached=sequence.num_cached,
+            finish_reason=reason,
+            stop_reason=sequence.stop_reason,
+            times=sequence.times,
+        )
+        if reason is not None:
+            self._finish(sequence, reason)
+        return delta
+
+    def _check_end(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, str]:
+        """Whether the token just appended is the last, and the text that may be shown now."""
+        params, text, detokenizer = sequence.params, "", sequence.detokenizer
+        reason: FinishReason | None = None
+        ends = token_id in self.model_config.eos_token_ids and not params.ignore_eos
+        if ends or token_id in params.stop_token_ids:
+            reason = "stop"
+            if not ends:
+                sequence.stop_reason = token_id
+        visible = reason is None or (not ends and params.include_stop_str_in_output)
+        if detokenizer is not None and visible:
+            text, hit = detokenizer.append(
+                token_id, find_stop=sequence.num_output > params.min_tokens
+            )
+            if hit is not None:
+                sequence.stop_reason, reason = hit, "stop"
+        if reason is None and sequence.matcher is not None and sequence.matcher.terminated:
+            reason = "stop"
+        if reason is None and len(sequence.token_ids) >= sequence.max_total:
+            reason = "length"
+        if reason is not None and detokenizer is not None:
+            text += detokenizer.finish()
+        return reason, text
+
+    def _fail(self, sequence: Sequence, error: str) -> SequenceDelta:
+        self._finish(sequence, "error")
+        return SequenceDelta(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_ids=(),
+            text="",
+            finish_reason="error",
+            error=error,
+            times=sequence.times,
+        )
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if reason != "error":
+            self.scheduler.computed(sequence)  # its full blocks outlive it as a known prefix
+        self.scheduler.finish(sequence, reason)
+        siblings = self._requests.get(sequence.request_id)
+        if siblings is not None and all(s.status is Status.FINISHED for s in siblings):
+            del self._requests[sequence.request_id]
+
+    def _check_prompt(self, prompt_ids: list[int], params: SamplingParams) -> None:
+        if not prompt_ids:
+            raise RequestError("the prompt has no tokens; it needs at least 1")
+        vocab_size = self.model_config.vocab_size
+        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+            wrong = next(t for t in prompt_ids if not 0 <= t < vocab_size)
+            raise RequestError(
+                f"the prompt holds token id {wrong}; the model has {vocab_size} tokens, 0 to "
+                f"{vocab_size - 1}"
+            )
+        if len(prompt_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens; this model's limit is "
+                f"{self.max_model_len}, prompt and output together: shorten the prompt"
+            )
+        if self.tokenizer is None and params.stop:
+            raise RequestError("stop strings need a tokenizer, and this model has none")
+
+    def _make_detokenizer(
+        self, prompt_ids: list[int], params: SamplingParams
+    ) -> Detokenizer | None:
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(self.tokenizer, prompt_ids, params)
+
+    def _make_matcher(self, params: SamplingParams) -> Any:
+        if params.structured is None:
+            return None
+        if self._grammars is None:
+            config = self.model_config
+            self._grammars = GrammarCompiler(
+                self.tokenizer, config.vocab_size, config.eos_token_ids
+            )
+        return self._grammars.matcher(params.structured)
+
+    def _make_runner(self, model: Any, kv_cache: Any) -> ModelRunner:
+        return ModelRunner(
+            model,
+            kv_cache,
+            self.config,
+            vocab_size=self.model_config.vocab_size,
+            eos_token_ids=self.model_config.eos_token_ids,
+            device=self.device,
+        )
+
+    def _run_largest_step(self, model: Any) -> None:
+        """One prefill of max_num_batched_tokens tokens and logits for max_num_seqs rows."""
+        length = min(self.config.max_num_batched_tokens, self.max_model_len - 1)
+        blocks = -(-length // self.config.block_size)
+        sequence = self.make_request("warm-up", [0] * length, SamplingParams()).sequences[0]
+        sequence.block_table.extend(range(blocks))
+        runner = self._make_runner(model, model.allocate_kv_cache(blocks, self.config.block_size))
+        item = ScheduledSequence(sequence, 0, length, samples=True)
+        runner.launch(ScheduledStep(items=[item], num_tokens=length)).wait()
+        hidden = torch.zeros(
+            (self.config.max_num_seqs, self.model_config.hidden_size),
+            dtype=next(model.parameters()).dtype,
+            device=self.device,
+        )
+        model.compute_logits(hidden).softmax(dim=-1)
+
+
+def _max_model_len(config: EngineConfig, max_position: int) -> int:
+    if config.max_model_len is None:
+        return max_position
+    if config.max_model_len > max_position:
+        raise EngineError(
+            f"max_model_len {config.max_model_len} is above the model's own limit of "
+            f"{max_position} positions"
+        )
+    return config.max_model_len

@@ -1,0 +1,172 @@
+"""LLM: offline generation for many prompts at once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from quatom.engine.config import EngineConfig
+from quatom.engine.engine import Engine
+from quatom.engine.outputs import CompletionOutput, RequestOutput
+from quatom.engine.sampling import SamplingParams
+from quatom.errors import RequestError
+from quatom.loading import load
+from quatom.ops.backend import Backend
+
+Prompt = str | list[int]
+
+
+class LLM:
+    """A model and an engine in this process.
+
+    Example:
+        >>> llm = LLM("SmolLM2-135M-w4a4kv4")
+        >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0.0))[0].text
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        backend: Backend | None = None,
+        config: EngineConfig | None = None,
+        max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
+        kv_cache_memory: int | None = None,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            model: Quatom checkpoint, Hugging Face folder, GGUF file or hub id.
+            device: where to run; None: a GPU if there is one.
+            dtype: of what is not quantized; None: as `quatom.loading.load` chooses.
+            backend: implementation of the operations; None picks by device.
+            config: all limits of the engine; the three options after it override its fields.
+            max_num_seqs: sequences that run at once.
+            max_model_len: longest sequence in tokens.
+            kv_cache_memory: bytes of KV cache.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = {
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": max_model_len,
+            "kv_cache_memory": kv_cache_memory,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        base = config or EngineConfig()
+        fields = {name: getattr(base, name) for name in EngineConfig.__slots__}
+        loaded = load(model, device=device, dtype=dtype, backend=backend)
+        self.engine = Engine(loaded, EngineConfig(**{**fields, **given}))
+
+    @classmethod
+    def from_engine(cls, engine: Engine) -> "LLM":
+        """Wrap an engine that exists already."""
+        llm = cls.__new__(cls)
+        llm.engine = engine
+        return llm
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer adds.
+
+        Raises:
+            RequestError: text was given but the model has no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.engine.tokenizer is None:
+            raise RequestError("this model has no tokenizer: give prompts as lists of token ids")
+        return list(self.engine.tokenizer.encode(prompt))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; results are in the order of the prompts.
+
+        Args:
+            prompts: texts or lists of token ids; a single one is allowed too.
+            params: for all prompts, or one for each; None: the defaults of SamplingParams.
+            progress: show a bar on stderr.
+
+        Raises:
+            RequestError: a prompt or a parameter is invalid, or their numbers differ.
+        """
+        every = _prompt_list(prompts)
+        each = _one_for_each(every, params)
+        outputs: dict[str, RequestOutput] = {}
+        requests = []
+        for i, (prompt, wanted) in enumerate(zip(every, each, strict=True)):
+            token_ids = self.encode(prompt)
+            requests.append(self.engine.make_request(f"generate-{i}", token_ids, wanted))
+            outputs[f"generate-{i}"] = empty_output(f"generate-{i}", prompt, token_ids, wanted)
+        for request in requests:
+            self.engine.add(request)
+        try:
+            self._run(outputs, sum(p.n for p in each), progress)
+        except BaseException:  # an interrupt too: the engine must be usable afterwards
+            for request_id in outputs:
+                self.engine.abort(request_id)
+            raise
+        return list(outputs.values())
+
+    def _run(self, outputs: dict[str, RequestOutput], total: int, progress: bool) -> None:
+        columns = (
+            TextColumn("generating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[tokens]} tokens"),
+        )
+        num_tokens = 0
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task("", total=total, tokens=0)
+            while self.engine.has_work:
+                finished = 0
+                for delta in self.engine.step():
+                    outputs[delta.request_id].add(delta)
+                    finished += delta.finish_reason is not None
+                    num_tokens += len(delta.token_ids)
+                if finished:
+                    bar.update(task, advance=finished, tokens=num_tokens)
+
+
+def empty_output(
+    request_id: str, prompt: Prompt, token_ids: list[int], params: SamplingParams
+) -> RequestOutput:
+    """The result of a request before its first token."""
+    wants_logprobs = params.logprobs is not None
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=token_ids,
+        outputs=[
+            CompletionOutput(index=i, logprobs=[] if wants_logprobs else None)
+            for i in range(params.n)
+        ],
+    )
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    several = [prompt for prompt in prompts if not isinstance(prompt, int)]
+    if len(several) == len(prompts):
+        return several
+    return [[token_id for token_id in prompts if isinstance(token_id, int)]]
+
+
+def _one_for_each(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+    return list(params)

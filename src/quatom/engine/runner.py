@@ -1,0 +1,201 @@
+"""ModelRunner: run one scheduled step on the device and sample, without waiting for the result.
+
+`launch` queues copies, forward pass and sampling and returns a LaunchedStep; `LaunchedStep.wait`
+gives the tokens to the host. Between the two the next step can be scheduled and launched: its
+unknown input tokens are taken on the device from the tokens sampled last.
+"""
+
+from collections.abc import Sequence as Layers
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quatom.engine.batch import MIN_CPU_ROWS, Batch, build_batch, to_device
+from quatom.engine.config import EngineConfig
+from quatom.engine.cuda_graphs import DecodeGraphs
+from quatom.engine.outputs import TokenLogprobs
+from quatom.engine.sampler import INVALID_TOKEN, Sampled, build_inputs, gather_logprobs, sample
+from quatom.engine.scheduler import ScheduledSequence, ScheduledStep
+from quatom.engine.sequence import Sequence
+from quatom.engine.structured import build_mask
+from quatom.modeling.context import ForwardContext
+
+LOGPROB_ROWS = 256
+"""Prompt positions whose logits are held at once; 128 MiB at a vocabulary of 131072."""
+
+
+class KVCacheLayer(Protocol):
+    """What the engine asks of one layer's cache (`quatom.numerics.kv_pages.KVPages`)."""
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block of this layer."""
+
+    def copy_blocks(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole blocks, (n,) int64 each."""
+
+
+class Model(Protocol):
+    """What the engine asks of a model (`quatom.modeling.llama.Decoder`)."""
+
+    def forward(
+        self, input_ids: Tensor, context: ForwardContext, kv_cache: Layers[KVCacheLayer]
+    ) -> Tensor:
+        """Hidden states (T, hidden) of T new tokens, appended to the cache."""
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """(M, hidden) -> (M, vocab) float32."""
+
+    def allocate_kv_cache(self, num_blocks: int, block_size: int) -> Layers[KVCacheLayer]:
+        """One cache a layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step under way: which sequences sample, and where their tokens will be."""
+
+    items: list[ScheduledSequence]
+    sampled: list[Sequence]
+    tokens: Tensor  # (M,) int64 on the host, INVALID_TOKEN where logits were no numbers
+    logprobs: Tensor | None  # (M,) float32 on the host
+    top_logprobs: tuple[Tensor, Tensor] | None  # (M, k) on the host
+    done: torch.cuda.Event | None
+
+    def wait(self) -> list[int]:
+        """The sampled tokens, once they are there."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.tokens.tolist()
+
+    def token_logprobs(self, row: int, token_id: int) -> TokenLogprobs | None:
+        """What row `row` of a finished step reports, if its request asked."""
+        wanted = self.sampled[row].params.logprobs
+        if wanted is None or self.logprobs is None:
+            return None
+        top: list[tuple[int, float]] = []
+        if wanted and self.top_logprobs is not None:
+            values, ids = (column[row, :wanted].tolist() for column in self.top_logprobs)
+            top = list(zip(ids, values, strict=True))
+        return TokenLogprobs(token_id, self.logprobs[row].item(), tuple(top))
+
+
+class ModelRunner:
+    """A model, its KV cache and the tokens that it sampled last."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: Layers[KVCacheLayer],
+        config: EngineConfig,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.config = config
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.device = device
+        self.graphs = graphs
+        self._min_rows = MIN_CPU_ROWS if device.type == "cpu" else 1
+        self._last_tokens = torch.zeros(1, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def launch(self, step: ScheduledStep) -> LaunchedStep:
+        """Queue a step's work on the device."""
+        if step.copies:
+            source, target = to_device(np.array(step.copies, dtype=np.int64).T.copy(), self.device)
+            for layer in self.kv_cache:
+                layer.copy_blocks(source, target)
+        batch = build_batch(
+            step.items,
+            block_size=self.config.block_size,
+            device=self.device,
+            min_rows=self._min_rows,
+        )
+        input_ids = batch.input_ids
+        if batch.uses_last_tokens:
+            rows = (-1 - input_ids).clamp(min=0)
+            input_ids = torch.where(input_ids < 0, self._last_tokens[rows], input_ids)
+        if self.graphs is not None and self.graphs.accepts(batch):
+            logits = self.graphs.replay(input_ids, batch)
+        else:
+            hidden = self.model.forward(input_ids, batch.context, self.kv_cache)
+            self._record_prompt_logprobs(hidden, batch)
+            logits = self._logits(hidden, batch.sample_rows)
+        return self._sample(logits, batch)
+
+    def _sample(self, logits: Tensor, batch: Batch) -> LaunchedStep:
+        sequences = [item.sequence for item in batch.sampled]
+        if not sequences:
+            nothing = torch.empty(0, dtype=torch.int64)
+            return LaunchedStep(batch.items, sequences, nothing, None, None, None)
+        inputs = build_inputs(sequences, self.vocab_size, self.eos_token_ids, self.device)
+        mask = build_mask([s.matcher for s in sequences], self.vocab_size)
+        if mask is not None:
+            mask = mask.to(self.device, non_blocking=True)
+        sampled = sample(logits, inputs, mask)
+        self._last_tokens = sampled.token_ids
+        return self._to_host(batch, sequences, sampled)
+
+    def _to_host(self, batch: Batch, sequences: list[Sequence], sampled: Sampled) -> LaunchedStep:
+        tokens = torch.where(sampled.valid, sampled.token_ids, INVALID_TOKEN)
+        logprobs, top = sampled.logprobs, sampled.top_logprobs
+        done = None
+        if self.device.type == "cuda":
+            tokens = tokens.to("cpu", non_blocking=True)
+            if logprobs is not None:
+                logprobs = logprobs.to("cpu", non_blocking=True)
+            if top is not None:
+                top = (top[0].to("cpu", non_blocking=True), top[1].to("cpu", non_blocking=True))
+            done = torch.cuda.Event()
+            done.record()
+        return LaunchedStep(batch.items, sequences, tokens, logprobs, top, done)
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Logits of the given rows; few rows on a CPU are filled up, see `batch`."""
+        missing = self._min_rows - rows.shape[0]
+        if missing <= 0:
+            return self.model.compute_logits(hidden[rows])
+        padded = torch.cat((rows, rows.new_zeros(missing)))
+        return self.model.compute_logits(hidden[padded])[: rows.shape[0]]
+
+    def _record_prompt_logprobs(self, hidden: Tensor, batch: Batch) -> None:
+        """Append to prompt_logprobs of the sequences that want them. This waits for the device."""
+        first = 0
+        for item in batch.items:
+            sequence, wanted = item.sequence, item.sequence.params.prompt_logprobs
+            if wanted is not None:
+                # Hidden row i predicts token i + 1; a recomputed prompt repeats known positions.
+                start = max(item.start, len(sequence.prompt_logprobs))
+                stop = min(item.start + item.count, sequence.num_prompt - 1)
+                for chunk in range(start, stop, LOGPROB_ROWS):
+                    end = min(chunk + LOGPROB_ROWS, stop)
+                    rows = torch.arange(chunk, end, device=self.device) + (first - item.start)
+                    targets = sequence.token_ids[chunk + 1 : end + 1]
+                    self._extend_prompt_logprobs(sequence, hidden, rows, targets, wanted)
+            first += item.count
+
+    def _extend_prompt_logprobs(
+        self, sequence: Sequence, hidden: Tensor, rows: Tensor, targets: list[int], wanted: int
+    ) -> None:
+        token_ids = torch.tensor(targets, device=self.device)
+        chosen, top = gather_logprobs(self._logits(hidden, rows), token_ids, wanted)
+        tops = (
+            [()] * len(targets)
+            if top is None
+            else [
+                tuple(zip(ids, values, strict=True))
+                for values, ids in zip(top[0].tolist(), top[1].tolist(), strict=True)
+            ]
+        )
+        sequence.prompt_logprobs += [
+            TokenLogprobs(token_id, logprob, tuple(alternatives))
+            for token_id, logprob, alternatives in zip(targets, chosen.tolist(), tops, strict=True)
+        ]

@@ -1,0 +1,169 @@
+"""SamplingParams: how one request wants its tokens chosen. `sampler` carries it out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from quatom.errors import RequestError
+
+MAX_LOGPROBS = 20
+"""Most alternatives returned for one position; OpenAI's own limit for chat."""
+MAX_STOP_STRINGS = 16
+_INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """A constraint on the generated text, enforced token by token."""
+
+    kind: Literal["json_schema", "json_object", "regex", "grammar"]
+    """json_schema: a schema as a JSON string; json_object: any JSON object; grammar: GBNF/EBNF."""
+    value: str = ""
+    """The schema, the regular expression or the grammar; unused for json_object."""
+
+
+def _check_number(
+    name: str, value: object, low: float, high: float, *, open_low: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name} must be a number, got {value!r}")
+    inside = low < value if open_low else low <= value
+    if not (math.isfinite(value) and inside and value <= high):
+        left = "(" if open_low else "["
+        raise RequestError(f"{name} must be in {left}{low:g}, {high:g}], got {value!r}")
+
+
+def _check_count(name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise RequestError(f"{name} must be {limit}, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """One request's sampling. Defaults are those of vLLM: temperature 1, 16 tokens."""
+
+    n: int = 1
+    """Completions of one prompt; they share the prompt's KV blocks."""
+    max_tokens: int | None = 16
+    """Generated tokens at most; None: until the model's length is reached."""
+    min_tokens: int = 0
+    """Tokens generated before an end-of-sequence or stop token may be chosen."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy (the largest logit, the lowest id on a tie)."""
+    top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities reach this sum (ties are kept together)."""
+    top_k: int = 0
+    """Keep the k most likely tokens (ties are kept together); 0 or -1: all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this fraction of the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or the output."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it is in the output."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of token ids before anything else."""
+    seed: int | None = None
+    """Same seed, prompt and parameters: same tokens, whatever else is running. None: random."""
+    stop: Sequence[str] = ()
+    """Generation ends when one of these appears in the text; it is not part of the text."""
+    stop_token_ids: Sequence[int] = ()
+    """Generation ends with one of these tokens."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string at the end of the text."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-sequence tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    detokenize: bool = True
+    """Make text of the tokens; False leaves it empty and forbids stop strings."""
+    logprobs: int | None = None
+    """Log-probabilities of each generated token and of this many most likely ones. They are those
+    of the model, before penalties and temperature."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens after the first; disables reuse of cached prefixes."""
+    structured: StructuredOutput | None = None
+    """Constrain the text to a JSON schema, a regular expression or a grammar."""
+
+    def __post_init__(self) -> None:
+        _check_count("n", self.n, 1, 128)
+        if self.max_tokens is not None:
+            _check_count("max_tokens", self.max_tokens, 1)
+        _check_count("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}"
+            )
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_count("top_k", self.top_k, -1)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _check_count("seed", self.seed, -_INT64_MAX - 1, _INT64_MAX)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                _check_count(name, value, 0, MAX_LOGPROBS)
+        self._normalize()
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=True: they are found in the text")
+
+    def _normalize(self) -> None:
+        """Store immutable copies, so that a caller's list cannot change a running request."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if len(stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings, got {len(stop)}")
+        if not all(isinstance(text, str) and text for text in stop):
+            raise RequestError(f"stop must be non-empty strings, got {list(stop)!r}")
+        for token_id in self.stop_token_ids:
+            _check_count("stop_token_ids", token_id, 0)
+        for token_id, bias in self.logit_bias.items():
+            _check_count("logit_bias token id", token_id, 0)
+            _check_number("logit_bias", bias, -100.0, 100.0)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken without chance."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens so far."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether the next token can be sampled only after the host has read the last one."""
+        return self.has_penalties or self.structured is not None
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse token ids that the model does not have.
+
+        Raises:
+            RequestError: an id in logit_bias or stop_token_ids is not below vocab_size.
+        """
+        fields: dict[str, Any] = {
+            "logit_bias": self.logit_bias,
+            "stop_token_ids": self.stop_token_ids,
+        }
+        for name, ids in fields.items():
+            if ids and max(ids) >= vocab_size:
+                raise RequestError(
+                    f"{name} holds token id {max(ids)}; the model has {vocab_size} tokens, "
+                    f"0 to {vocab_size - 1}"
+                )
