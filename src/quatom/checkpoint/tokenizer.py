@@ -96,8 +96,8 @@ def _save_built(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
     """Byte-level BPE built from metadata.
 
-    transformers' own reader ignores tokenizer.ggml.pre for some models: SmolLM's digits would be
-    merged, which the model never saw.
+    transformers' own reader does not know every tokenizer.ggml.pre: SmolLM's numerals would be cut
+    by GPT-2's pattern, and Qwen2's text would not be normalized, unlike in training.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
