@@ -3,10 +3,7 @@
 Not thread-safe but for `make_request`: one thread owns an engine and calls everything else.
 """
 
-import itertools
-import random
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,24 +11,15 @@ import torch
 from quatom.engine.block_pool import BlockPool
 from quatom.engine.config import EngineConfig
 from quatom.engine.cuda_graphs import DecodeGraphs
-from quatom.engine.detokenize import Detokenizer
 from quatom.engine.kv_cache import count_blocks
-from quatom.engine.outputs import FinishReason, SequenceDelta, Timestamps, TokenLogprobs
+from quatom.engine.outputs import FinishReason, SequenceDelta, TokenLogprobs
+from quatom.engine.requests import Request, RequestFactory
 from quatom.engine.runner import LaunchedStep, ModelRunner
 from quatom.engine.sampler import INVALID_TOKEN
 from quatom.engine.sampling import SamplingParams
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
 from quatom.engine.sequence import Sequence, Status
-from quatom.engine.structured import GrammarCompiler
 from quatom.errors import EngineError, QueueFullError, RequestError
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A checked request, ready to be added."""
-
-    request_id: str
-    sequences: list[Sequence]
 
 
 class Engine:
@@ -47,6 +35,7 @@ class Engine:
         self.tokenizer = loaded.tokenizer
         self.device = torch.device(loaded.device)
         self.max_model_len = _max_model_len(self.config, loaded.config.max_position)
+        self.requests = RequestFactory(loaded.config, loaded.tokenizer, self.max_model_len)
         on_gpu = self.device.type == "cuda"
         self.overlap = on_gpu if self.config.overlap is None else self.config.overlap
         num_blocks = count_blocks(
@@ -70,11 +59,8 @@ class Engine:
                 block_size=self.config.block_size,
                 device=self.device,
             )
-        self._grammars: GrammarCompiler | None = None
-        self._requests: dict[str, list[Sequence]] = {}
+        self._running: dict[str, list[Sequence]] = {}
         self._launched: LaunchedStep | None = None
-        self._arrivals = itertools.count()
-        self._seeds = random.SystemRandom()
 
     @property
     def has_work(self) -> bool:
@@ -84,45 +70,8 @@ class Engine:
     def make_request(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams
     ) -> Request:
-        """Check a request and build its sequences; any thread may call this.
-
-        Raises:
-            RequestError: the prompt is empty, too long or holds ids that the model does not have,
-                a parameter does not fit the model, or a grammar is not valid.
-        """
-        self._check_prompt(prompt_ids, params)
-        params.check_vocabulary(self.model_config.vocab_size)
-        room = self.max_model_len - len(prompt_ids)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if max_tokens > room:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {max_tokens}, "
-                f"{len(prompt_ids) + max_tokens} together; this model's limit is "
-                f"{self.max_model_len}: shorten the prompt or lower max_tokens to {room}"
-            )
-        arrival, times = next(self._arrivals), Timestamps(arrival=time.monotonic())
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        sequences = [
-            Sequence(
-                request_id=request_id,
-                index=index,
-                order=(arrival, index),
-                token_ids=list(prompt_ids),
-                num_prompt=len(prompt_ids),
-                params=params,
-                # Completions of one request differ, and the first is what n = 1 gives.
-                seed=seed + index * 0x9E3779B97F4A7C15,
-                max_total=len(prompt_ids) + max_tokens,
-                times=times if index == 0 else Timestamps(arrival=times.arrival),
-                detokenizer=self._make_detokenizer(prompt_ids, params),
-                matcher=self._make_matcher(params),
-            )
-            for index in range(params.n)
-        ]
-        for child in sequences[1:]:
-            child.parent = sequences[0]
-        sequences[0].children = sequences[1:]
-        return Request(request_id, sequences)
+        """Check a request and build its sequences; see `RequestFactory.make`."""
+        return self.requests.make(request_id, prompt_ids, params)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -137,9 +86,9 @@ class Engine:
                 f"{len(self.scheduler.waiting)} requests are waiting, the limit is {limit}; "
                 "try again later"
             )
-        if request.request_id in self._requests:
+        if request.request_id in self._running:
             raise RequestError(f"a request with id {request.request_id!r} is already running")
-        self._requests[request.request_id] = request.sequences
+        self._running[request.request_id] = request.sequences
         self.scheduler.add(request.sequences[0])
 
     def add_request(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> None:
@@ -148,7 +97,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Stop a request and free its blocks at once; an unknown id is no error."""
-        for sequence in self._requests.pop(request_id, ()):
+        for sequence in self._running.pop(request_id, ()):
             if not sequence.finished:
                 self.scheduler.finish(sequence, "abort")
 
@@ -289,44 +238,9 @@ class Engine:
         if reason != "error":
             self.scheduler.computed(sequence)  # its full blocks outlive it as a known prefix
         self.scheduler.finish(sequence, reason)
-        siblings = self._requests.get(sequence.request_id)
+        siblings = self._running.get(sequence.request_id)
         if siblings is not None and all(s.status is Status.FINISHED for s in siblings):
-            del self._requests[sequence.request_id]
-
-    def _check_prompt(self, prompt_ids: list[int], params: SamplingParams) -> None:
-        if not prompt_ids:
-            raise RequestError("the prompt has no tokens; it needs at least 1")
-        vocab_size = self.model_config.vocab_size
-        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
-            wrong = next(t for t in prompt_ids if not 0 <= t < vocab_size)
-            raise RequestError(
-                f"the prompt holds token id {wrong}; the model has {vocab_size} tokens, 0 to "
-                f"{vocab_size - 1}"
-            )
-        if len(prompt_ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens; this model's limit is "
-                f"{self.max_model_len}, prompt and output together: shorten the prompt"
-            )
-        if self.tokenizer is None and params.stop:
-            raise RequestError("stop strings need a tokenizer, and this model has none")
-
-    def _make_detokenizer(
-        self, prompt_ids: list[int], params: SamplingParams
-    ) -> Detokenizer | None:
-        if self.tokenizer is None or not params.detokenize:
-            return None
-        return Detokenizer(self.tokenizer, prompt_ids, params)
-
-    def _make_matcher(self, params: SamplingParams) -> Any:
-        if params.structured is None:
-            return None
-        if self._grammars is None:
-            config = self.model_config
-            self._grammars = GrammarCompiler(
-                self.tokenizer, config.vocab_size, config.eos_token_ids
-            )
-        return self._grammars.matcher(params.structured)
+            del self._running[sequence.request_id]
 
     def _make_runner(self, model: Any, kv_cache: Any) -> ModelRunner:
         return ModelRunner(

@@ -113,6 +113,11 @@ class SamplingParams:
             if (value := getattr(self, name)) is not None:
                 _check_count(name, value, 0, MAX_LOGPROBS)
         self._normalize()
+        if self.structured is not None and self.min_tokens:
+            raise RequestError(
+                f"min_tokens {self.min_tokens} and structured output contradict each other: the "
+                "grammar alone says when the text may end"
+            )
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True: they are found in the text")
 

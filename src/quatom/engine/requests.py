@@ -1,0 +1,118 @@
+"""A prompt and SamplingParams -> a checked request. Any thread may make one.
+
+Slow parts, such as compiling a grammar, happen here and not in the engine's thread.
+"""
+
+import itertools
+import random
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from quatom.engine.detokenize import Detokenizer
+from quatom.engine.outputs import Timestamps
+from quatom.engine.sampling import SamplingParams, StructuredOutput
+from quatom.engine.sequence import Sequence
+from quatom.engine.structured import GrammarCompiler, Matcher
+from quatom.errors import RequestError
+
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Added to the seed for each further completion of a request (2**64 over the golden ratio)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked request, ready to be added to an engine."""
+
+    request_id: str
+    sequences: list[Sequence]
+
+
+class RequestFactory:
+    """Makes the requests of one model."""
+
+    def __init__(self, model_config: Any, tokenizer: Any, max_model_len: int) -> None:
+        self._model_config = model_config
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._grammars: GrammarCompiler | None = None
+        self._grammars_lock = threading.Lock()
+        self._arrivals = itertools.count()
+        self._seeds = random.SystemRandom()
+
+    def make(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Request:
+        """Check a request and build its sequences.
+
+        Raises:
+            RequestError: the prompt is empty, too long or holds ids that the model does not have,
+                a parameter does not fit the model, or a grammar is not valid.
+        """
+        params.check_vocabulary(self._model_config.vocab_size)
+        max_total = len(prompt_ids) + self._check_lengths(prompt_ids, params)
+        if self._tokenizer is None and params.stop:
+            raise RequestError("stop strings need a tokenizer, and this model has none")
+        arrival, now = next(self._arrivals), time.monotonic()
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        sequences = [
+            Sequence(
+                request_id=request_id,
+                index=index,
+                order=(arrival, index),
+                token_ids=list(prompt_ids),
+                num_prompt=len(prompt_ids),
+                params=params,
+                seed=seed + index * SEED_STEP,  # completion 0 is what n = 1 gives
+                max_total=max_total,
+                times=Timestamps(arrival=now),
+                detokenizer=self._detokenizer(prompt_ids, params),
+                matcher=self._matcher(params.structured),
+            )
+            for index in range(params.n)
+        ]
+        for child in sequences[1:]:
+            child.parent = sequences[0]
+        sequences[0].children = sequences[1:]
+        return Request(request_id, sequences)
+
+    def _check_lengths(self, prompt_ids: list[int], params: SamplingParams) -> int:
+        """Tokens that may be generated."""
+        if not prompt_ids:
+            raise RequestError("the prompt has no tokens; it needs at least 1")
+        vocab_size = self._model_config.vocab_size
+        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+            wrong = next(t for t in prompt_ids if not 0 <= t < vocab_size)
+            raise RequestError(
+                f"the prompt holds token id {wrong}; the model has {vocab_size} tokens, 0 to "
+                f"{vocab_size - 1}"
+            )
+        room = self._max_model_len - len(prompt_ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens; this model's limit is "
+                f"{self._max_model_len}, prompt and output together: shorten the prompt"
+            )
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if max_tokens > room:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {max_tokens}, "
+                f"{len(prompt_ids) + max_tokens} together; this model's limit is "
+                f"{self._max_model_len}: shorten the prompt or lower max_tokens to {room}"
+            )
+        return max_tokens
+
+    def _detokenizer(self, prompt_ids: list[int], params: SamplingParams) -> Detokenizer | None:
+        if self._tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(self._tokenizer, prompt_ids, params)
+
+    def _matcher(self, wanted: StructuredOutput | None) -> Matcher | None:
+        if wanted is None:
+            return None
+        with self._grammars_lock:
+            if self._grammars is None:
+                config = self._model_config
+                self._grammars = GrammarCompiler(
+                    self._tokenizer, config.vocab_size, config.eos_token_ids
+                )
+        return self._grammars.matcher(wanted)
