@@ -88,7 +88,7 @@ def wikitext_rows(text: str) -> str:
 
 
 def ptb_sentences(text: str) -> str:
-    """The text of a Penn Treebank file as evaluated: its lines, stripped, joined with two newlines."""
+    """The text of a Penn Treebank file as evaluated: stripped lines joined with two newlines."""
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     return "\n\n".join(line.strip() for line in lines)
 
