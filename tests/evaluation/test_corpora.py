@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from tests.conftest import SHARED_DATA, write_byte_tokenizer
 from quatom.errors import CalibrationError
 from quatom.evaluation.corpora import c4_windows, load_corpus, ptb_sentences, wikitext_rows
+from tests.conftest import SHARED_DATA, write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")
