@@ -194,8 +194,6 @@ class CheckpointWriter:
             write_tokenizer(self.source, self._folder)
             for file in self._folder.rglob("*"):
                 fsync(file)  # folders too: their entries must survive a power cut
-        for file_name, report in (reports or {}).items():
-            self._write_json(self._folder / file_name, report)
         self._write_json(self._folder / "config.json", self._config())
         open_source(self._folder)  # what is renamed has been read back
         with self._disk_errors():
