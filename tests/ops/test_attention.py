@@ -219,3 +219,97 @@ def test_errors_name_what_does_not_fit():
         attention(batch.q, batch.pages, **batch.arguments | {"seq_lens": lens})
     with pytest.raises(BackendError, match=r"cannot run on backend cuda: .*float32|are on cpu"):
         batch.run(Backend.CUDA)
+
+
+def decode_cuda_error(dtype=torch.float16, options=None, truth=None, **shape):
+    batch = Batch(**shape, dtype=dtype)
+    got = batch.run(Backend.CUDA, **(options or {}))
+    assert_close(got, batch.truth(**(truth or {})), dtype)
+    assert torch.equal(got, batch.run(Backend.CUDA, **(options or {})))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_decode_of_every_length(block_size, dtype):
+    lengths = list(range(3 * block_size + 2))
+    decode_cuda_error(dtype, lengths=lengths, heads=4, block_size=block_size, head_dim=128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (8, 1), (12, 1), (40, 2)])
+@pytest.mark.parametrize("new_tokens", [1, 3, 4])
+def test_cuda_decode_of_head_shapes(head_dim, heads, kv_heads, new_tokens):
+    decode_cuda_error(
+        lengths=[5, 700, 4, 129, 64],
+        new_tokens=new_tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=64,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 16, 33, 64])
+def test_cuda_split_counts_agree(splits):
+    shape = dict(lengths=[0, 1, 3000, 131], heads=8, kv_heads=2, head_dim=128, block_size=32)
+    decode_cuda_error(options={"num_splits": splits}, **shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("options", "truth"),
+    [
+        ({"sliding_window": 100}, {"window": 100}),
+        ({"logit_softcap": 3.0}, {"softcap": 3.0}),
+        (
+            {"sliding_window": 1, "logit_softcap": 2.0, "softmax_scale": 0.3},
+            {"window": 1, "softcap": 2.0, "scale": 0.3},
+        ),
+    ],
+)
+@pytest.mark.parametrize("new_tokens", [1, 4])
+def test_cuda_decode_options(options, truth, new_tokens):
+    shape = dict(lengths=[700, 26, 100, 101], heads=8, kv_heads=2, head_dim=128, block_size=64)
+    decode_cuda_error(options=options, truth=truth, new_tokens=new_tokens, **shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("gain", "shift"), [(1e-3, 0.0), (1.0, 100.0), (1e-7, 7e7), (300.0, 0.0)])
+def test_cuda_small_one_sided_constant_and_large_groups(gain, shift):
+    decode_cuda_error(lengths=[33, 90, 1000], gain=gain, shift=shift, head_dim=128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [1e4, -1e4, 1e-6])
+def test_cuda_decode_of_extreme_queries(factor):
+    batch = Batch([40, 3, 500], head_dim=128, dtype=torch.bfloat16)
+    batch.q *= factor / batch.q.norm(dim=-1, keepdim=True)
+    assert_close(batch.run(Backend.CUDA), batch.truth(), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kv", ["int4", "int8", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [None, 50])
+def test_cuda_prefill(dtype, kv, head_dim, window):
+    batch = Batch(
+        [1, 400, 133, 70, 5],
+        [1, 1, 133, 20, 5],
+        heads=4,
+        kv_heads=2,
+        head_dim=head_dim,
+        kv=kv,
+        dtype=dtype,
+    )
+    for num_decodes in (0, 2):
+        # The workspace rounds K and V to the query's dtype; scores carry that rounding too.
+        if kv != "int4" and num_decodes:
+            continue
+        options = {"sliding_window": window, "num_decodes": num_decodes}
+        got = batch.run(Backend.CUDA, **options).double().cpu()
+        want = batch.truth(window=window)
+        assert (got - want).norm() / want.norm() <= 2 * TOLERANCE[dtype]

@@ -3,12 +3,14 @@
 One program takes a tile of query rows of one KV head (row = new token * G + head of the group, so
 that grouped heads share every loaded K and V) and walks the tokens it sees in tiles of BLOCK_T:
 
-    S  = (Q C_k^T) * scale_k + (sum of Q) * minimum_k      (C: codes, exact in the query's dtype)
+    S  = (Q C_k^T) * scale_k + (sum of Q) * minimum_k      (C: codes)
     O += (P * scale_v) C_v + sum of P * minimum_v
 
 Scale and minimum meet S and P, once a token, instead of every element. A head is two halves, the
-nibbles of a byte. With splits > 1 programs leave partial results to a second kernel, which merges
-them in a fixed order.
+nibbles of a byte. For 16-bit queries a code n is not converted either: its bits, taken as a
+float16, are the subnormal n * 2**-24 (n * 2**-20 for a high nibble left where it stands), which
+tensor cores multiply exactly. With splits > 1 programs leave partial results to a second kernel,
+which merges them in a fixed order.
 """
 
 import torch
@@ -23,16 +25,24 @@ _LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _load_halves(rows, token_mask, half, HALF: tl.constexpr, BITS: tl.constexpr, dtype):
-    """Low and high half of rows (BLOCK_T,): codes or values, two (BLOCK_T, HALF_PAD) of dtype."""
-    mask = token_mask[:, None] & (half < HALF)[None, :]
+def _load_halves(rows, half, HALF: tl.constexpr, HALF_PAD: tl.constexpr, BITS: tl.constexpr, dtype):
+    """Low and high half of rows (BLOCK_T,): values, or codes as values or subnormals of dtype."""
     at = rows[:, None] + half[None, :]
-    if BITS == 4:
-        packed = tl.load(at, mask=mask, other=0)
-        low, high = packed & 0xF, packed >> 4
+    if HALF == HALF_PAD:
+        first = tl.load(at)
+        second = first if BITS == 4 else tl.load(at + HALF)
     else:
-        low, high = tl.load(at, mask=mask, other=0), tl.load(at + HALF, mask=mask, other=0)
-    return low.to(dtype), high.to(dtype)
+        inside = (half < HALF)[None, :]
+        first = tl.load(at, mask=inside, other=0)
+        second = first if BITS == 4 else tl.load(at + HALF, mask=inside, other=0)
+    if BITS <= 8 and dtype == tl.float16:
+        low, high = first.to(tl.uint16), second.to(tl.uint16)
+        if BITS == 4:
+            low, high = low & 0xF, high & 0xF0
+        return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
+    if BITS == 4:
+        return (first & 0xF).to(dtype), (second >> 4).to(dtype)
+    return first.to(dtype), second.to(dtype)
 
 
 @triton.jit
@@ -92,8 +102,29 @@ def _attention_kernel(
     q_at = q_ptr + q_row[:, None] * q_stride + head[:, None] * (2 * HALF) + half[None, :]
     q_low = tl.load(q_at, mask=q_mask, other=0.0)
     q_high = tl.load(q_at + HALF, mask=q_mask, other=0.0)
-    dtype = q_low.dtype
-    q_sum = tl.sum(q_low.to(tl.float32) + q_high.to(tl.float32), axis=1)
+    SUBNORMAL: tl.constexpr = BITS <= 8 and q_ptr.dtype.element_ty != tl.float32
+    dtype: tl.constexpr = tl.float16 if SUBNORMAL else q_ptr.dtype.element_ty
+    # What a low and a high code of 1 must be multiplied by to be 1.
+    LOW_UNIT: tl.constexpr = 2.0**24 if SUBNORMAL else 1.0
+    HIGH_UNIT: tl.constexpr = 2.0**20 if SUBNORMAL and BITS == 4 else LOW_UNIT
+    if BITS <= 8:
+        a, b = q_low.to(tl.float32), q_high.to(tl.float32)
+        q_sum = tl.sum(a + b, axis=1) * score_scale
+        factor = tl.full((BLOCK_M,), score_scale, tl.float32)
+    if SUBNORMAL:
+        # A power of two brings each row to between 2**10 and 2**11, where neither it nor the
+        # sixteenth that meets high nibbles loses bits in float16.
+        largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=1)
+        field = 264 - (largest.to(tl.int32, bitcast=True) >> 23)
+        field = tl.minimum(tl.maximum(field, 1), 253)
+        up = (field << 23).to(tl.float32, bitcast=True)
+        down = ((254 - field) << 23).to(tl.float32, bitcast=True)
+        if KEY_ROTARY:
+            factor *= down
+        else:
+            factor *= down * LOW_UNIT
+            b *= HIGH_UNIT / LOW_UNIT
+        q_low, q_high = (a * up[:, None]).to(dtype), (b * up[:, None]).to(dtype)
 
     # The tokens that some row of this tile sees, cut into SPLITS runs of whole tiles.
     last_row = tl.minimum(first_row + BLOCK_M, new_tokens * G) - 1
@@ -115,37 +146,39 @@ def _attention_kernel(
     for tile in range(begin, end, BLOCK_T):
         token = tile + tl.arange(0, BLOCK_T)
         token_mask = token < end
+        # Lanes past the end repeat its last token: what they load is finite and weighs nothing.
+        stored = tl.minimum(token, end - 1)
         if S % BLOCK_T == 0:  # a tile lies in one block: one table entry, one offset
             block = tl.load(table_ptr + batch.to(tl.int64) * table_stride + tile // S)
-            record = (block.to(tl.int64) * KV + kv_head) * RECORD + tl.zeros_like(token)
         else:
-            block = tl.load(
-                table_ptr + batch.to(tl.int64) * table_stride + token // S, mask=token_mask, other=0
-            )
-            record = (block.to(tl.int64) * KV + kv_head) * RECORD
-        slot = token % S
+            block = tl.load(table_ptr + batch.to(tl.int64) * table_stride + stored // S)
+        record = (block.to(tl.int64) * KV + kv_head) * RECORD
+        slot = stored % S
         k_rows = rows_ptr + record // ELEMENT_BYTES + slot * ROW
         pairs = pairs_ptr + (record + 2 * S * ROW * ELEMENT_BYTES) // 2 + slot * 2
 
-        k_low, k_high = _load_halves(k_rows, token_mask, half, HALF, BITS, dtype)
+        k_low, k_high = _load_halves(k_rows, half, HALF, HALF_PAD, BITS, dtype)
         if BITS <= 8:
-            k_scale = tl.load(pairs, mask=token_mask, other=0.0).to(tl.float32)
-            k_minimum = tl.load(pairs + 1, mask=token_mask, other=0.0).to(tl.float32)
+            k_scale = tl.load(pairs).to(tl.float32)
+            k_minimum = tl.load(pairs + 1).to(tl.float32)
         if KEY_ROTARY:
-            table_mask = token_mask[:, None] & inside[None, :]
-            table_at = token[:, None] * HALF + half[None, :]
-            cos = tl.load(cos_ptr + table_at, mask=table_mask, other=0.0)
-            sin = tl.load(sin_ptr + table_at, mask=table_mask, other=0.0)
-            a, b = k_low.to(tl.float32), k_high.to(tl.float32)
+            table_at = stored[:, None] * HALF + half[None, :]
+            cos = tl.load(cos_ptr + table_at, mask=inside[None, :], other=0.0)
+            sin = tl.load(sin_ptr + table_at, mask=inside[None, :], other=0.0)
+            c, d = k_low.to(tl.float32), k_high.to(tl.float32)
             if BITS <= 8:
-                a = a * k_scale[:, None] + k_minimum[:, None]
-                b = b * k_scale[:, None] + k_minimum[:, None]
-            k_low, k_high = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+                c = c * (k_scale * LOW_UNIT)[:, None] + k_minimum[:, None]
+                d = d * (k_scale * HIGH_UNIT)[:, None] + k_minimum[:, None]
+            k_low, k_high = (c * cos - d * sin).to(dtype), (d * cos + c * sin).to(dtype)
         scores = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
         scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision="ieee")
-        if BITS <= 8 and not KEY_ROTARY:
-            scores = scores * k_scale[None, :] + q_sum[:, None] * k_minimum[None, :]
-        scores *= score_scale
+        if BITS > 8:
+            scores *= score_scale
+        elif KEY_ROTARY:
+            scores *= factor[:, None]
+        else:
+            scores = scores * factor[:, None] * k_scale[None, :]
+            scores += q_sum[:, None] * k_minimum[None, :]
         if SOFTCAP:
             scores = softcap_log2e * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
         seen = token_mask[None, :] & (token[None, :] <= position[:, None])
@@ -163,16 +196,16 @@ def _attention_kernel(
         low = low * decay[:, None]
         high = high * decay[:, None]
 
-        v_low, v_high = _load_halves(k_rows + S * ROW, token_mask, half, HALF, BITS, dtype)
+        v_low, v_high = _load_halves(k_rows + S * ROW, half, HALF, HALF_PAD, BITS, dtype)
         if BITS <= 8:
-            v_scale = tl.load(pairs + 2 * S, mask=token_mask, other=0.0).to(tl.float32)
-            v_minimum = tl.load(pairs + 2 * S + 1, mask=token_mask, other=0.0).to(tl.float32)
+            v_scale = tl.load(pairs + 2 * S).to(tl.float32)
+            v_minimum = tl.load(pairs + 2 * S + 1).to(tl.float32)
             offset = offset * decay + tl.sum(weights * v_minimum[None, :], axis=1)
             # In units of the tile's largest scale: float16 weights would lose small V otherwise.
             unit = tl.max(v_scale, axis=0)
             weights = (weights * (v_scale / unit)[None, :]).to(dtype)
-            low += tl.dot(weights, v_low, input_precision="ieee") * unit
-            high += tl.dot(weights, v_high, input_precision="ieee") * unit
+            low += tl.dot(weights, v_low, input_precision="ieee") * (unit * LOW_UNIT)
+            high += tl.dot(weights, v_high, input_precision="ieee") * (unit * HIGH_UNIT)
         else:
             low = tl.dot(weights.to(dtype), v_low, low, input_precision="ieee")
             high = tl.dot(weights.to(dtype), v_high, high, input_precision="ieee")

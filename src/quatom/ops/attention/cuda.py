@@ -1,0 +1,176 @@
+"""The Hopper decode kernel of `attention`: which variant runs, how many splits, its launch."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from quatom.numerics.kv_pages import KVPages
+from quatom.ops.attention import AttentionOptions
+from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
+
+_LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """A compiled variant of the kernel; docs/kernels-attention.md has the measurements."""
+
+    warps: int
+    """Warps of a CTA; each walks its own tiles."""
+    tile: int
+    """Tokens of a tile."""
+    stages: int
+    """Tiles that a warp has in flight or in work."""
+    min_ctas: int
+    """CTAs of a multiprocessor that registers must allow."""
+
+    def shared_bytes(self, head_dim: int, row_tiles: int) -> int:
+        """Dynamic shared memory of a CTA: stages, or the exchange between warps if larger."""
+        stages = self.stages * self.tile * (head_dim + 8)
+        exchange = 8 * row_tiles * (head_dim + 4 + 2) * 4
+        return self.warps * max(stages, exchange)
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
+        ("stats", ctypes.c_void_p),
+        ("storage", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        ("q_stride", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
+        ("row_chunks", ctypes.c_int32),
+        ("score_scale", ctypes.c_float),
+        ("softcap_log2e", ctypes.c_float),
+        ("window", ctypes.c_int32),
+    ]
+
+
+def default_config(head_dim: int, row_tiles: int) -> DecodeConfig:
+    """The fastest variant measured for a head shape."""
+    if head_dim * row_tiles <= 128:
+        return DecodeConfig(warps=4, tile=32, stages=3, min_ctas=4)
+    return DecodeConfig(warps=4, tile=32, stages=3, min_ctas=2)
+
+
+def decode_cuda(
+    q: Tensor,
+    out: Tensor,
+    pages: KVPages,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    max_seqlen_q: int,
+    max_seq_len: int,
+    options: AttentionOptions,
+    config: DecodeConfig | None = None,
+) -> None:
+    """See `attention`: a few new tokens of each sequence over INT4 pages."""
+    tokens, num_heads, head_dim = q.shape
+    num_kv_heads = pages.num_kv_heads
+    rows = max_seqlen_q * (num_heads // num_kv_heads)
+    row_tiles = 2 if rows > 8 and head_dim <= 128 else 1  # two of 256 channels spill registers
+    row_chunks = -(-rows // (8 * row_tiles))
+    ctas = seq_lens.shape[0] * row_chunks * num_kv_heads
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    splits = options.num_splits or choose_splits(ctas, max_seq_len, processors)
+    softcap = options.logit_softcap
+    decode, merge = _kernels(
+        q.device.index or 0,
+        config or default_config(head_dim, row_tiles),
+        head_dim,
+        pages.block_size,
+        row_tiles,
+        q.dtype is torch.bfloat16,
+        softcap is not None,
+        options.sliding_window is not None,
+    )
+    partial = stats = out
+    if splits > 1:
+        partial = q.new_empty((tokens, num_heads, splits, head_dim), dtype=torch.float32)
+        stats = q.new_empty((tokens, num_heads, splits, 2), dtype=torch.float32)
+    parameters = _Parameters(
+        q=q.data_ptr(),
+        out=out.data_ptr(),
+        partial=partial.data_ptr(),
+        stats=stats.data_ptr(),
+        storage=pages.storage.data_ptr(),
+        tables=block_tables.data_ptr(),
+        starts=cu_seqlens_q.data_ptr(),
+        lengths=seq_lens.data_ptr(),
+        table_stride=block_tables.stride(0),
+        q_stride=q.stride(0),
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        splits=splits,
+        row_chunks=row_chunks,
+        score_scale=options.softmax_scale * (_LOG2E if softcap is None else 1.0 / softcap),
+        softcap_log2e=0.0 if softcap is None else softcap * _LOG2E,
+        window=options.sliding_window or 0,
+    )
+    decode.launch(ctas * splits, [parameters], overlap=False)
+    if splits > 1:
+        merge.launch(tokens * num_heads, [parameters], overlap=True)
+
+
+@lru_cache(maxsize=4096)
+def choose_splits(ctas: int, length: int, processors: int) -> int:
+    """Splits that minimise the work of the busiest multiprocessor.
+
+    A multiprocessor with one CTA cannot draw its full share of bandwidth, so two are counted at
+    least; a CTA costs about 128 tokens' time besides its tokens.
+    """
+    most = max(1, min(64, length // 256))
+
+    def cost(splits: int) -> float:
+        busiest = max(-(-ctas * splits // processors), 2)
+        return busiest * (length / splits + 128)
+
+    return min(range(1, most + 1), key=cost)
+
+
+@cache
+def _kernels(
+    device: int,
+    config: DecodeConfig,
+    head_dim: int,
+    block_size: int,
+    row_tiles: int,
+    bf16: bool,
+    softcap: bool,
+    window: bool,
+) -> tuple[CudaKernel, CudaKernel]:
+    """The decode and merge kernels of one variant, compiled and loaded on `device`."""
+    defines = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size,
+        "NT": row_tiles,
+        "WARPS": config.warps,
+        "TILE": config.tile,
+        "STAGES": config.stages,
+        "MIN_CTAS": config.min_ctas,
+        "BF16": int(bf16),
+        "SOFTCAP": int(softcap),
+        "WINDOW": int(window),
+    }
+    source = (files("quatom.ops.attention") / "decode.cu").read_text()
+    cubin = compile_cubin(source, "sm_90a", defines)
+    with torch.cuda.device(device):
+        decode = load_kernel(
+            cubin,
+            "decode",
+            threads=32 * config.warps,
+            shared_bytes=config.shared_bytes(head_dim, row_tiles),
+        )
+        return decode, load_kernel(cubin, "merge", threads=128)

@@ -1,0 +1,576 @@
+// Decode attention over INT4 pages for Hopper. docs/kernels-attention.md explains the design.
+//
+// One CTA takes 8 * NT query rows (row = new token * G + head of the group) of one KV head over one
+// run of tokens. Its warps work alone: each streams its own tiles of TILE tokens into shared memory
+// by bulk copies, STAGES deep, and keeps a running softmax; they meet once, at the end.
+//
+//   scores  S (tokens x rows)   = C_k Q^T       mma.m16n8k16, A = codes of K, B = queries
+//   output  O (channels x rows) = C_v^T P^T     mma.m16n8k16, A = codes of V, B = weights
+//
+// A code n placed in the low bits of a float16 is the subnormal n * 2**-24 (n * 2**-20 from bit 4
+// on), which tensor cores multiply exactly: unpacking is one mask per two codes, with no bias to
+// subtract. Scale and minimum of a token meet its score and its weight, never its elements.
+//
+// Compile-time parameters: HEAD_DIM, BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BF16, SOFTCAP,
+// WINDOW.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+constexpr int ROW = HEAD_DIM / 2;                   // bytes of a row of codes
+constexpr int WORDS = HEAD_DIM / 32;                // 4-byte words of a K row that a lane holds
+constexpr int CHUNKS = HEAD_DIM / 32;               // 16-byte chunks of a row
+constexpr int RECORD = BLOCK_SIZE * 2 * (ROW + 4);  // bytes of a block and KV head
+constexpr int MT = TILE / 16;
+constexpr int STAGE = TILE * 2 * (ROW + 4);
+__device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
+constexpr int RUN = gcd(BLOCK_SIZE, TILE);  // tokens of a tile that lie together in one block
+constexpr int COPIES = TILE / RUN * 4;      // bulk copies of a tile: K, V, K pairs, V pairs a run
+constexpr int ROWS = 8 * NT;
+constexpr int O_STRIDE = HEAD_DIM + 4;      // floats of a row in the exchange between warps
+constexpr int EXCHANGE = ROWS * (O_STRIDE + 2) * 4;
+constexpr int WARP_BYTES = STAGE * STAGES > EXCHANGE ? STAGE * STAGES : EXCHANGE;
+#define INF __int_as_float(0x7f800000)
+constexpr u32 LOW = 0x000F000Fu, HIGH = 0x00F000F0u;
+static_assert(COPIES <= 32, "a lane issues at most one copy of a tile");
+static_assert(STAGE % 16 == 0 && WARP_BYTES % 16 == 0, "bulk copies need 16-byte alignment");
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float2 halves_to_floats(u32 x) {
+  float2 y;
+  asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+      : "=f"(y.x), "=f"(y.y)
+      : "r"(x));
+  return y;
+}
+
+__device__ __forceinline__ u32 floats_to_halves(float low, float high) {
+  u32 y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+// Two adjacent values of the activation dtype, as floats and back.
+__device__ __forceinline__ float2 activations_to_floats(u32 x) {
+#if BF16
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000u));
+#else
+  return halves_to_floats(x);
+#endif
+}
+
+__device__ __forceinline__ u32 floats_to_activations(float low, float high) {
+#if BF16
+  u32 y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  return floats_to_halves(low, high);
+#endif
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 transpose(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Two 16-byte chunks of 16 rows: words (tokens 0-7, chunk 0), (8-15, 0), (0-7, 1), (8-15, 1), each
+// holding one 2-byte column of two adjacent tokens.
+__device__ __forceinline__ void load_columns(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+__device__ __forceinline__ void load_words(u32 (&w)[WORDS], u32 address) {
+  if constexpr (WORDS % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4)
+      asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(w[i]), "=r"(w[i + 1]), "=r"(w[i + 2]), "=r"(w[i + 3])
+                   : "r"(address + 4 * i));
+  } else if constexpr (WORDS == 2) {
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(address));
+  } else {
+#pragma unroll
+    for (int i = 0; i < WORDS; i++)
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(w[i]) : "r"(address + 4 * i));
+  }
+}
+
+__device__ __forceinline__ float2 load_pair(u32 address) {
+  u32 x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
+  return halves_to_floats(x);
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra W;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+struct Parameters {
+  const u16* q;          // (T, H, D)
+  u16* out;              // (T, H, D)
+  float* partial;        // (T, H, splits, D)
+  float2* stats;         // (T, H, splits): maximum (log2), sum
+  const u8* storage;     // (P, KV, RECORD)
+  const int* tables;     // (B, max_blocks)
+  const int* starts;     // (B + 1,)
+  const int* lengths;    // (B,)
+  long long table_stride;
+  long long q_stride;
+  int num_kv_heads;
+  int group;
+  int splits;
+  int row_chunks;
+  float score_scale;     // softmax_scale * log2(e), or softmax_scale / softcap
+  float softcap_log2e;
+  int window;
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const Parameters p) {
+  extern __shared__ __align__(128) u8 memory[];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int g = lane >> 2, tg = lane & 3;
+
+  int index = blockIdx.x;
+  const int split = index % p.splits;
+  index /= p.splits;
+  const int kv_head = index % p.num_kv_heads;
+  index /= p.num_kv_heads;
+  const int chunk = index % p.row_chunks;
+  const int batch = index / p.row_chunks;
+  const int num_heads = p.num_kv_heads * p.group;
+
+  const int first_q = p.starts[batch];
+  const int new_tokens = p.starts[batch + 1] - first_q;
+  const int length = p.lengths[batch];
+  const int rows = min(new_tokens * p.group - chunk * ROWS, ROWS);
+  if (rows <= 0) return;
+  const int first_new = chunk * ROWS / p.group;
+  const int last_new = (chunk * ROWS + rows - 1) / p.group;
+
+  // The tokens that some row sees, cut into runs of whole tiles.
+  const int before = length - new_tokens;  // position of new token 0
+  int end = max(before + last_new + 1, 0);
+  int begin = 0;
+#if WINDOW
+  begin = max(before + first_new - p.window + 1, 0) / TILE * TILE;
+#endif
+  const int run = ((end - begin + TILE - 1) / TILE + p.splits - 1) / p.splits * TILE;
+  begin += split * run;
+  end = min(end, begin + run);
+
+  // 1. Start the copies of this warp's first tiles.
+  __shared__ __align__(8) u64 barriers[WARPS * STAGES];
+  const u32 stages = shared_address(memory) + warp * WARP_BYTES;
+  const u32 barrier = shared_address(barriers) + warp * STAGES * 8;
+  if (lane < STAGES)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + lane * 8) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
+
+  // Lane l copies section l % 4 (K, V, K pairs, V pairs) of run l / 4 of a tile.
+  const int* table = p.tables + batch * p.table_stride;
+  const int my_run = (lane >> 2) * RUN, section = lane & 3;
+  const int row_bytes = section < 2 ? ROW : 4;
+  const int section_start = section < 2 ? section * BLOCK_SIZE * ROW
+                                        : BLOCK_SIZE * (2 * ROW + (section - 2) * 4);
+  const u32 target = section < 2 ? section * TILE * ROW : TILE * (2 * ROW + (section - 2) * 4);
+  auto block_of = [&](int tile) {
+    const int token = tile + my_run;
+    return lane < COPIES && token < end ? table[token / BLOCK_SIZE] : 0;
+  };
+  auto start_copy = [&](int tile, int block, int stage) {
+    const int runs = min((end - tile + RUN - 1) / RUN, TILE / RUN);
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                       barrier + stage * 8),
+                   "r"(runs * RUN * 2 * (ROW + 4))
+                   : "memory");
+    __syncwarp();
+    if (lane < runs * 4) {
+      const u8* source = p.storage +
+                         ((long long)block * p.num_kv_heads + kv_head) * RECORD + section_start +
+                         (tile + my_run) % BLOCK_SIZE * row_bytes;
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+          ::"r"(stages + stage * STAGE + target + my_run * row_bytes),
+          "l"(source), "r"(RUN * row_bytes), "r"(barrier + stage * 8)
+          : "memory");
+    }
+  };
+  int next = begin + warp * TILE;  // tile whose copy starts next
+  int next_block[STAGES];
+#pragma unroll
+  for (int s = 0; s < STAGES; s++) next_block[s] = block_of(next + s * WARPS * TILE);
+#pragma unroll
+  for (int s = 0; s < STAGES; s++) {
+    if (next < end) start_copy(next, next_block[s], s);
+    next += WARPS * TILE;
+  }
+  int block = block_of(next);
+
+  // 2. Queries, scaled by a power of two to between 2**10 and 2**11 so that neither they nor a
+  // sixteenth of them (for codes from bit 4 on) lose bits in float16.
+  u32 query[NT][2 * WORDS][2];
+  float score_factor[NT][2], minimum_factor[NT][2];
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    const int row = chunk * ROWS + n * 8 + g;
+    const bool valid = n * 8 + g < rows;
+    const u16* q = p.q + (first_q + (valid ? row / p.group : 0)) * p.q_stride +
+                   (kv_head * p.group + (valid ? row % p.group : 0)) * HEAD_DIM + tg * 4 * WORDS;
+    float low[WORDS][4], high[WORDS][4], largest = 0.f, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+      const uint2 a = *(const uint2*)(q + 4 * i), b = *(const uint2*)(q + HEAD_DIM / 2 + 4 * i);
+      const float2 v[4] = {activations_to_floats(a.x), activations_to_floats(a.y),
+                           activations_to_floats(b.x), activations_to_floats(b.y)};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        low[i][j] = valid ? (j & 1 ? v[j / 2].y : v[j / 2].x) : 0.f;
+        high[i][j] = valid ? (j & 1 ? v[2 + j / 2].y : v[2 + j / 2].x) : 0.f;
+        largest = fmaxf(largest, fmaxf(fabsf(low[i][j]), fabsf(high[i][j])));
+        sum += low[i][j] + high[i][j];
+      }
+    }
+#pragma unroll
+    for (int mask = 1; mask < 4; mask *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, mask));
+      sum += __shfl_xor_sync(~0u, sum, mask);
+    }
+    // 2**(10 - exponent), its exponent field kept inside the normal floats.
+    const int field = min(max(264 - (int)(__float_as_uint(largest) >> 23), 1), 253);
+    const float up = __uint_as_float((u32)field << 23);
+    const float down = __uint_as_float((u32)(254 - field) << 23);
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+#pragma unroll
+      for (int odd = 0; odd < 2; odd++) {
+        query[n][2 * i + odd][0] = floats_to_halves(low[i][odd] * up, low[i][odd + 2] * up);
+        query[n][2 * i + odd][1] =
+            floats_to_halves(high[i][odd] * up * 0.0625f, high[i][odd + 2] * up * 0.0625f);
+      }
+    }
+    // Scores stand in the layout of the accumulator: this lane's columns are rows 2 tg, 2 tg + 1.
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      const int owner = (2 * tg + c) * 4;
+      score_factor[n][c] = __shfl_sync(~0u, down, owner) * (16777216.f * p.score_scale);
+      minimum_factor[n][c] = __shfl_sync(~0u, sum, owner) * p.score_scale;
+    }
+  }
+  int last_seen[NT][2];  // position of each row's own token
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+#pragma unroll
+    for (int c = 0; c < 2; c++)
+      last_seen[n][c] = before + (chunk * ROWS + n * 8 + 2 * tg + c) / p.group;
+
+  // 3. Tiles.
+  float output[NT][2 * CHUNKS][4] = {};
+  float maximum[NT][2], total[NT][2] = {}, offset[NT][2] = {};
+#pragma unroll
+  for (int n = 0; n < NT; n++) maximum[n][0] = maximum[n][1] = -INF;
+
+  int stage = 0;
+  u32 parity = 0;
+  for (int tile = begin + warp * TILE; tile < end; tile += WARPS * TILE) {
+    barrier_wait(barrier + stage * 8, parity);
+    const u32 keys = stages + stage * STAGE, values = keys + TILE * ROW;
+    const u32 key_pairs = values + TILE * ROW, value_pairs = key_pairs + TILE * 4;
+
+    float score[MT][NT][4] = {};
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      u32 a[WORDS], b[WORDS];
+      load_words(a, keys + (m * 16 + g) * ROW + tg * 4 * WORDS);
+      load_words(b, keys + (m * 16 + g + 8) * ROW + tg * 4 * WORDS);
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) {
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+          const u32 x = odd ? a[i] >> 8 : a[i], y = odd ? b[i] >> 8 : b[i];
+#pragma unroll
+          for (int n = 0; n < NT; n++)
+            mma(score[m][n], x & LOW, y & LOW, x & HIGH, y & HIGH, query[n][2 * i + odd][0],
+                query[n][2 * i + odd][1]);
+        }
+      }
+    }
+
+    // Scores in log2, and their maximum with log2 of V's scale added: the largest weight * scale
+    // is then 1, whatever the size of V, and float16 holds the rest.
+    float scale[MT][2], minimum[MT][2];
+    float tile_maximum[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; n++) tile_maximum[n][0] = tile_maximum[n][1] = -INF;
+    bool whole = tile + TILE <= min(end, before + first_new + 1);
+#if WINDOW
+    whole = whole && tile > before + last_new - p.window;
+#endif
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int t = m * 16 + h * 8 + g;
+        const float2 key = load_pair(key_pairs + t * 4), value = load_pair(value_pairs + t * 4);
+        scale[m][h] = value.x;
+        minimum[m][h] = value.y;
+        const float log_scale = log2_fast(value.x);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            float& s = score[m][n][2 * h + c];
+            s = fmaf(s * score_factor[n][c], key.x, key.y * minimum_factor[n][c]);
+#if SOFTCAP
+            s = p.softcap_log2e * (1.f - 2.f / (1.f + exp2_fast(2.885390082f * s)));
+#endif
+          }
+        if (!whole) {
+          // Bytes of a token past the end may be anything, NaN too: select, never multiply by 0.
+          const bool stored = tile + t < end;
+          scale[m][h] = stored ? scale[m][h] : 0.f;
+          minimum[m][h] = stored ? minimum[m][h] : 0.f;
+#pragma unroll
+          for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+              bool seen = stored && tile + t <= last_seen[n][c];
+#if WINDOW
+              seen = seen && tile + t > last_seen[n][c] - p.window;
+#endif
+              score[m][n][2 * h + c] = seen ? score[m][n][2 * h + c] : -INF;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const float s = score[m][n][2 * h + c];
+            // -inf plus a stale scale's log2, which may be +inf or NaN, must stay -inf.
+            const float raised = whole ? s + log_scale : (s == -INF ? s : s + log_scale);
+            tile_maximum[n][c] = fmaxf(tile_maximum[n][c], raised);
+          }
+      }
+    }
+
+    u32 weight[MT][NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      float decay[2], shift[2];
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        float top = tile_maximum[n][c];
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+        top = fmaxf(top, maximum[n][c]);
+        shift[c] = top == -INF ? 0.f : top;  // nothing seen yet: weights exp2(-inf) are 0
+        decay[c] = exp2_fast(maximum[n][c] - shift[c]);
+        maximum[n][c] = top;
+        total[n][c] *= decay[c];
+        offset[n][c] *= decay[c];
+      }
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          float w[2];
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            w[c] = exp2_fast(score[m][n][2 * h + c] - shift[c]);
+            total[n][c] += w[c];
+            offset[n][c] = fmaf(w[c], minimum[m][h], offset[n][c]);
+          }
+          weight[m][n][h] = floats_to_halves(w[0] * scale[m][h], w[1] * scale[m][h]);
+        }
+      if (__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f)) {
+#pragma unroll
+        for (int i = 0; i < 2 * CHUNKS; i++) {
+          output[n][i][0] *= decay[0];
+          output[n][i][1] *= decay[1];
+          output[n][i][2] *= decay[0];
+          output[n][i][3] *= decay[1];
+        }
+      }
+    }
+
+    const u32 my_values = values + ((lane >> 3 & 1) * 8 + (lane & 7)) * ROW + (lane >> 4) * 16;
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      u32 b[NT][2];
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        b[n][0] = transpose(weight[m][n][0]);
+        b[n][1] = transpose(weight[m][n][1]);
+      }
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c += 2) {
+        u32 r[4];
+        // With an odd number of chunks the last pair is the last two: one is loaded, not used.
+        const int first = c + 2 > CHUNKS ? c - 1 : c;
+        load_columns(r, my_values + m * 16 * ROW + first * 16);
+#pragma unroll
+        for (int k = c - first; k < 2; k++) {
+#pragma unroll
+          for (int odd = 0; odd < 2; odd++) {
+            const u32 x = odd ? r[2 * k] >> 8 : r[2 * k], y = odd ? r[2 * k + 1] >> 8 : r[2 * k + 1];
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+              mma(output[n][2 * (first + k) + odd], x & LOW, x & HIGH, y & LOW, y & HIGH, b[n][0],
+                  b[n][1]);
+          }
+        }
+      }
+    }
+
+    __syncwarp();  // all lanes have read this stage
+    if (next < end) start_copy(next, block, stage);
+    next += WARPS * TILE;
+    block = block_of(next);
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+
+  // 4. The warps meet: their outputs, maxima and sums, each in the memory of its own stages.
+  __syncwarp();
+  float* exchange = (float*)(memory + warp * WARP_BYTES);
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        total[n][c] += __shfl_xor_sync(~0u, total[n][c], mask);
+        offset[n][c] += __shfl_xor_sync(~0u, offset[n][c], mask);
+      }
+      const int row = n * 8 + 2 * tg + c;
+      float* o = exchange + row * O_STRIDE;
+#pragma unroll
+      for (int k = 0; k < CHUNKS; k++) {
+        const float* even = output[n][2 * k];
+        const float* odd = output[n][2 * k + 1];
+        // Row g of the fragments is channel 16 k + 2 g (+ 1 where shifted); row g + 8 its partner
+        // in the other half, whose codes stood 4 bits higher.
+        *(float2*)(o + 16 * k + 2 * g) = make_float2(fmaf(even[c], 16777216.f, offset[n][c]),
+                                                     fmaf(odd[c], 16777216.f, offset[n][c]));
+        *(float2*)(o + HEAD_DIM / 2 + 16 * k + 2 * g) =
+            make_float2(fmaf(even[2 + c], 1048576.f, offset[n][c]),
+                        fmaf(odd[2 + c], 1048576.f, offset[n][c]));
+      }
+      if (g == 0)
+        *(float2*)(exchange + ROWS * O_STRIDE + 2 * row) =
+            make_float2(maximum[n][c], total[n][c]);
+    }
+  }
+  __syncthreads();
+
+  for (int item = threadIdx.x; item < rows * (HEAD_DIM / 2); item += WARPS * 32) {
+    const int row = item / (HEAD_DIM / 2), channel = item % (HEAD_DIM / 2) * 2;
+    float2 stat[WARPS];
+    float top = -INF, sum = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      stat[w] = *(const float2*)(memory + w * WARP_BYTES + (ROWS * O_STRIDE + 2 * row) * 4);
+      top = fmaxf(top, stat[w].x);
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float share = stat[w].x == -INF ? 0.f : exp2_fast(stat[w].x - top);
+      const float2 o = *(const float2*)(memory + w * WARP_BYTES + (row * O_STRIDE + channel) * 4);
+      sum = fmaf(stat[w].y, share, sum);
+      x = fmaf(o.x, share, x);
+      y = fmaf(o.y, share, y);
+    }
+    const int q_row = chunk * ROWS + row;
+    const long long head =
+        (long long)(first_q + q_row / p.group) * num_heads + kv_head * p.group + q_row % p.group;
+    if (p.splits == 1) {
+      const float norm = sum > 0.f ? 1.f / sum : 0.f;
+      *(u32*)(p.out + head * HEAD_DIM + channel) = floats_to_activations(x * norm, y * norm);
+    } else {
+      const long long part = head * p.splits + split;
+      *(float2*)(p.partial + part * HEAD_DIM + channel) = make_float2(x, y);
+      if (channel == 0) p.stats[part] = make_float2(top, sum);
+    }
+  }
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Merge the splits of one (token, head): warp w takes splits w, w + 4, ..., in that order always.
+extern "C" __global__ void __launch_bounds__(128) merge(const Parameters p) {
+  __shared__ float2 sums[4][HEAD_DIM / 2];
+  __shared__ float totals[4];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const long long row = blockIdx.x;
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const float2* stats = p.stats + row * p.splits;
+  float top = -INF;
+  for (int s = lane; s < p.splits; s += 32) top = fmaxf(top, stats[s].x);
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+
+  float2 acc[(HEAD_DIM + 63) / 64] = {};
+  float total = 0.f;
+#pragma unroll 8
+  for (int s = warp; s < p.splits; s += 4) {
+    const float2 stat = stats[s];
+    const float share = stat.x == -INF ? 0.f : exp2_fast(stat.x - top);
+    total = fmaf(stat.y, share, total);
+    const float2* o = (const float2*)(p.partial + (row * p.splits + s) * HEAD_DIM);
+#pragma unroll
+    for (int k = 0; k < (HEAD_DIM + 63) / 64; k++) {
+      if (HEAD_DIM % 64 == 0 || k * 32 + lane < HEAD_DIM / 2) {
+        const float2 v = o[k * 32 + lane];
+        acc[k].x = fmaf(v.x, share, acc[k].x);
+        acc[k].y = fmaf(v.y, share, acc[k].y);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < (HEAD_DIM + 63) / 64; k++)
+    if (HEAD_DIM % 64 == 0 || k * 32 + lane < HEAD_DIM / 2) sums[warp][k * 32 + lane] = acc[k];
+  if (lane == 0) totals[warp] = total;
+  __syncthreads();
+  const float sum = (totals[0] + totals[1]) + (totals[2] + totals[3]);
+  const float norm = sum > 0.f ? 1.f / sum : 0.f;
+  for (int i = threadIdx.x; i < HEAD_DIM / 2; i += 128) {
+    const float2 a = sums[0][i], b = sums[1][i], c = sums[2][i], d = sums[3][i];
+    *(u32*)(p.out + row * HEAD_DIM + 2 * i) = floats_to_activations(
+        ((a.x + b.x) + (c.x + d.x)) * norm, ((a.y + b.y) + (c.y + d.y)) * norm);
+  }
+}

@@ -1,0 +1,100 @@
+# mypy: ignore-errors
+"""Triton kernel that dequantizes the blocks of a batch into packed, contiguous K and V."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quatom.numerics.kv_pages import KVPages
+
+
+@triton.jit
+def _gather_kernel(
+    rows_ptr,  # the pages as uint8 codes or floating-point values
+    pairs_ptr,  # the pages as float16
+    table_ptr,  # (B, max_blocks) int32
+    starts_ptr,  # (B + 1,) int32, prefix sums of cached tokens
+    k_ptr,  # (total, KV, D)
+    v_ptr,  # (total, KV, D)
+    table_stride,
+    KV: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    S: tl.constexpr,
+    ROW: tl.constexpr,  # elements of a cached row, in the units of rows_ptr
+    RECORD: tl.constexpr,  # bytes of a block's record of one KV head
+    ELEMENT_BYTES: tl.constexpr,  # of rows_ptr
+    BITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(2)
+    first = tl.load(starts_ptr + batch)
+    length = tl.load(starts_ptr + batch + 1) - first
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if tl.program_id(0) * BLOCK_T >= length:
+        return
+    stored = token < length
+    half = tl.arange(0, HALF_PAD)
+    mask = stored[:, None] & (half < HALF)[None, :]
+    block = tl.load(table_ptr + batch * table_stride + token // S, mask=stored, other=0)
+    record = (block.to(tl.int64) * KV + kv_head) * RECORD
+    rows = rows_ptr + record // ELEMENT_BYTES + (token % S) * ROW
+    pairs = pairs_ptr + (record + 2 * S * ROW * ELEMENT_BYTES) // 2 + (token % S) * 2
+    target = ((first + token).to(tl.int64) * KV + kv_head) * (2 * HALF)
+    for which in tl.static_range(2):
+        at = rows[:, None] + which * S * ROW + half[None, :]
+        out_ptr = v_ptr if which else k_ptr
+        out = out_ptr + target[:, None] + half[None, :]
+        if BITS == 4:
+            packed = tl.load(at, mask=mask, other=0)
+            low, high = (packed & 0xF).to(tl.float32), (packed >> 4).to(tl.float32)
+        else:
+            low = tl.load(at, mask=mask, other=0).to(tl.float32)
+            high = tl.load(at + HALF, mask=mask, other=0).to(tl.float32)
+        if BITS <= 8:
+            scale = tl.load(pairs + which * 2 * S, mask=stored, other=0.0).to(tl.float32)
+            minimum = tl.load(pairs + which * 2 * S + 1, mask=stored, other=0.0).to(tl.float32)
+            low = low * scale[:, None] + minimum[:, None]
+            high = high * scale[:, None] + minimum[:, None]
+        tl.store(out, low.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out + HALF, high.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def gather_triton(
+    pages: KVPages,
+    block_tables: Tensor,  # (B, max_blocks) int32
+    cu_seqlens_k: Tensor,  # (B + 1,) int32, prefix sums of cached tokens
+    total: int,
+    max_seq_len: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Dequantized K and V of all sequences, two (total, KV, D) tensors of `dtype`."""
+    num_kv_heads, head_dim = pages.num_kv_heads, pages.head_dim
+    k, v = torch.empty(
+        (2, total, num_kv_heads, head_dim), dtype=dtype, device=pages.storage.device
+    ).unbind()
+    rows = pages.storage if pages.quantized else pages.storage.view(getattr(torch, pages.dtype))
+    block_t = 32
+    batch = cu_seqlens_k.shape[0] - 1
+    _gather_kernel[(triton.cdiv(max_seq_len, block_t), batch, num_kv_heads)](
+        rows,
+        pages.storage.view(torch.float16),
+        block_tables,
+        cu_seqlens_k,
+        k,
+        v,
+        block_tables.stride(0),
+        KV=num_kv_heads,
+        HALF=head_dim // 2,
+        HALF_PAD=triton.next_power_of_2(head_dim // 2),
+        S=pages.block_size,
+        ROW=head_dim * pages.bits // 8 // rows.element_size(),
+        RECORD=pages.storage.shape[2],
+        ELEMENT_BYTES=rows.element_size(),
+        BITS=pages.bits,
+        BLOCK_T=block_t,
+        num_warps=4,
+    )
+    return k, v
