@@ -4,6 +4,7 @@ llama.cpp stores the q and k rows of Llama models interleaved for its own rotary
 2 j + h of a head is Hugging Face's row h * head_dim / 2 + j); they are put back here.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -84,7 +85,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     prefix = f"{architecture}."
     sizes = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     try:
-        config = _sizes(sizes)
+        config = _sizes(file.path, sizes)
         config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     except KeyError as error:
         raise CheckpointError(
@@ -118,7 +119,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _sizes(sizes: dict[str, Any]) -> dict[str, Any]:
+def _sizes(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     """Move what config.json needs out of `sizes`; the rest is left there."""
     sizes.pop("vocab_size", None)  # the embedding's own rows count
     heads = sizes.pop("attention.head_count")
@@ -130,8 +131,8 @@ def _sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     )
     if rotary != head_dim or value_dim != head_dim:
         raise ModelError(
-            f"rotary embedding of {rotary} and values of {value_dim} of {head_dim} channels a head "
-            "are not supported; all must be equal"
+            f"{path}: rotary embedding of {rotary} and values of {value_dim} of {head_dim} "
+            "channels a head are not supported; all must be equal"
         )
     return {
         "hidden_size": hidden,

@@ -115,8 +115,8 @@ def read_bytes(file: Path, start: int, into: memoryview) -> None:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     if done != len(into):
         raise CheckpointError(
-            f"{file} is truncated: bytes {start} to {start + len(into)} were expected, it ends at "
-            f"{start + done}; download it again"
+            f"{file} is truncated: bytes {start} to {start + len(into)} were expected, the file "
+            f"has {file.stat().st_size}; download it again"
         )
 
 

@@ -163,7 +163,7 @@ def linear_layout(recipe: Recipe, config: ModelConfig, name: str) -> GroupLayout
         normal=blocks * normal,
         group_size=min(group_size, normal),
         outliers=blocks * outliers,
-        outlier_blocks=blocks,
+        outlier_blocks=blocks if outliers else 1,
     )
 
 

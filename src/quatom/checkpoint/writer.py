@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from quatom.checkpoint.reader import TensorSource, check_finite, open_source, read_json
+from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.safetensors_file import (
     fsync,
     read_header,
@@ -30,6 +30,7 @@ from quatom.checkpoint.safetensors_file import (
 )
 from quatom.checkpoint.schema import LINEARS, expected_tensors
 from quatom.checkpoint.tokenizer import write_tokenizer
+from quatom.checkpoint.validation import check_finite, read_json
 from quatom.errors import CheckpointError
 from quatom.recipe import Recipe
 

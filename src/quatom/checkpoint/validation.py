@@ -1,0 +1,134 @@
+"""Checks of a model folder: every way in which files can fail to be what config.json says.
+
+Each is a CheckpointError of one line with the file, the numbers and what to do.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quatom.checkpoint.safetensors_file import StoredTensor, read_bytes, read_header
+from quatom.checkpoint.schema import FLOAT_DTYPES, TensorSpec
+from quatom.errors import CheckpointError
+
+_CHUNK = 1 << 22  # elements or bytes looked at together; bounds temporary memory
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or holds something else.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} must hold an object, it holds a {type(data).__name__}")
+    return data
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every stored tensor of a folder by name, through the index where there is one.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not what the index says.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not single.exists():
+            raise CheckpointError(
+                f"{folder} has neither {single.name} nor {index.name}; download the missing one"
+            )
+        return read_header(single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    headers: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        file = folder / name
+        if file.parent != folder or not file.exists():
+            count = sum(value == name for value in weight_map.values())
+            raise CheckpointError(
+                f"{folder} lacks the shard {name} with {count} of {len(weight_map)} tensors; "
+                "download it"
+            )
+        headers |= {n: t for n, t in read_header(file).items() if weight_map.get(n) == name}
+    if missing := sorted(weight_map.keys() - headers.keys()):
+        raise CheckpointError(
+            f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {index.name} promises "
+            f"({len(missing)} tensors in all); download the shard again"
+        )
+    return headers
+
+
+def check_names(
+    where: Path, expected: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """The expected tensors with their stored dtypes; every difference is a CheckpointError."""
+    if missing := [name for name in expected if name not in stored]:
+        raise CheckpointError(
+            f"{where} lacks {missing[0]} ({len(missing)} of {len(expected)} tensors are missing); "
+            "download the model again"
+        )
+    ignored = ("rotary_emb.inv_freq", "lm_head.weight")  # recomputed; tied, and checked to be so
+    unknown = [n for n in stored if n not in expected and not n.endswith(ignored)]
+    if unknown:
+        raise CheckpointError(
+            f"{where} holds {unknown[0]} ({len(unknown)} such tensors), which the model that "
+            "config.json describes does not have; config.json and weights do not belong together"
+        )
+    for name, spec in expected.items():
+        found = stored[name]
+        if found.shape != spec.shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {found.shape}, config.json asks for "
+                f"{spec.shape}; config.json and weights do not belong together"
+            )
+        allowed = FLOAT_DTYPES if spec.dtype is None else (spec.dtype,)
+        if found.dtype not in allowed:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise CheckpointError(
+                f"{where}: tensor {name} is {str(found.dtype).removeprefix('torch.')}, expected "
+                f"{names}; convert the model to one of these"
+            )
+    return {name: stored[name] for name in expected}
+
+
+def check_tied(headers: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError if a stored lm_head differs from the embedding it is tied to."""
+    head, embedding = headers["lm_head.weight"], headers.get("model.embed_tokens.weight")
+    if embedding is None:
+        return  # reported as missing
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(2)]
+    for start in range(0, head.num_bytes if same else 0, _CHUNK):
+        parts = [b[: min(_CHUNK, head.num_bytes - start)] for b in buffers]
+        for part, tensor in zip(parts, (head, embedding), strict=True):
+            read_bytes(tensor.file, tensor.start + start, part)
+        same = same and parts[0] == parts[1]
+    if not same:
+        raise CheckpointError(
+            f"{head.file}: lm_head.weight differs from model.embed_tokens.weight although "
+            "config.json says tie_word_embeddings; set it to false, or remove lm_head.weight"
+        )
+
+
+def check_finite(file: Path, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if a tensor of `file` holds NaN or infinity."""
+    if not tensor.is_floating_point():
+        return
+    flat = tensor.flatten()
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in flat.split(_CHUNK))
+    if bad:
+        raise CheckpointError(
+            f"{file}: tensor {name} holds {bad} NaN or infinite values of {flat.numel()}; download "
+            "the model again, or repair it"
+        )
