@@ -1,0 +1,209 @@
+"""Compile CUDA C++ once per (source, options, architecture) with NVRTC, cache it, load it.
+
+Users need no nvcc: NVRTC comes with torch's CUDA wheels. Sources include no header. Cubins are kept
+under QUATOM_CACHE_DIR (default ~/.cache/quatom) by a hash of everything that determines them, and
+modules are loaded and launched through the driver API.
+"""
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import torch
+
+from quatom.errors import BackendError
+
+_CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6
+_MAX_DYNAMIC_SHARED_BYTES = 8
+_DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    root = os.environ.get("QUATOM_CACHE_DIR")
+    return (Path(root) if root else Path.home() / ".cache" / "quatom") / "cubin"
+
+
+def compile_cubin(source: str, arch: str, defines: Mapping[str, int] | None = None) -> bytes:
+    """The cubin of `source` for `arch` ("sm_90a"), from the cache or compiled now.
+
+    Raises:
+        BackendError: NVRTC is missing or refuses the source; the message carries its log.
+    """
+    options = [f"--gpu-architecture={arch}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in sorted((defines or {}).items())]
+    nvrtc = _nvrtc()
+    version = (ctypes.c_int(), ctypes.c_int())
+    nvrtc.nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
+    key = "\0".join([source, *options, f"{version[0].value}.{version[1].value}"])
+    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin = _compile(nvrtc, source, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may compile the same kernel: each writes its own file, the rename is atomic.
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(cubin)
+    os.replace(file.name, path)
+    return cubin
+
+
+def _compile(nvrtc: ctypes.CDLL, source: str, options: Sequence[str]) -> bytes:
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    try:
+        encoded = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+        status = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
+        if status:
+            size = ctypes.c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise BackendError(
+                f"NVRTC could not compile a kernel (error {status}, options {' '.join(options)}):\n"
+                f"{log.value.decode(errors='replace')}"
+            )
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        cubin = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+        return cubin.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """The NVRTC library: the one torch depends on, else one on the loader's path."""
+    tried = []
+    for candidate in (*_installed_nvrtc(), "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
+        try:
+            if isinstance(candidate, Path):
+                # NVRTC opens its builtins by bare name: it finds them once they are loaded.
+                for builtins in candidate.parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(str(candidate))
+        except OSError as error:
+            tried.append(str(error))
+    raise BackendError(
+        "NVRTC, which compiles the CUDA kernels, was not found; `pip install nvidia-cuda-nvrtc`, "
+        f"or set QUATOM_BACKEND=triton. Tried: {'; '.join(tried)}"
+    )
+
+
+def _installed_nvrtc() -> list[Path]:
+    found = []
+    for package in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12"):
+        try:
+            listed = files(package) or []
+        except PackageNotFoundError:
+            continue
+        for file in listed:
+            if file.name.startswith("libnvrtc.so"):
+                found.append(Path(str(file.locate())))
+    return found
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint32),
+    ]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BackendError(f"the CUDA driver library cannot be loaded: {error}") from error
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(status, ctypes.byref(name))
+        text = name.value.decode() if name.value else "unknown error"
+        raise BackendError(f"{what} failed with {text} ({status})")
+
+
+@dataclass(frozen=True, slots=True)
+class CudaKernel:
+    """A loaded kernel of one device, ready to launch."""
+
+    function: ctypes.c_void_p
+    name: str
+    threads: int
+    shared_bytes: int
+    cluster: int
+    """CTAs of a cluster along the grid's first axis."""
+
+    def launch(self, grid: int, arguments: Sequence[ctypes._SimpleCData], *, overlap: bool) -> None:
+        """Launch on torch's current stream.
+
+        Args:
+            grid: CTAs, a multiple of `cluster`.
+            arguments: ctypes values in the order of the kernel's parameters.
+            overlap: let the kernel start while the one before it ends (programmatic dependent
+                launch); it must execute griddepcontrol.wait before it reads that one's results.
+        """
+        attributes = (_Attribute * 2)()
+        count = 0
+        if self.cluster > 1:
+            attributes[count].id = _CLUSTER_DIMENSION
+            attributes[count].value[:3] = (self.cluster, 1, 1)
+            count += 1
+        if overlap:
+            attributes[count].id = _PROGRAMMATIC_SERIALIZATION
+            attributes[count].value[0] = 1
+            count += 1
+        config = _LaunchConfig(
+            (grid, 1, 1),
+            (self.threads, 1, 1),
+            self.shared_bytes,
+            torch.cuda.current_stream().cuda_stream,
+            attributes,
+            count,
+        )
+        pointers = (ctypes.c_void_p * len(arguments))(
+            *[ctypes.addressof(argument) for argument in arguments]
+        )
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None)
+        _check(status, f"launching {self.name} on {grid} CTAs")
+
+
+def load_kernel(
+    cubin: bytes, name: str, *, threads: int, shared_bytes: int = 0, cluster: int = 1
+) -> CudaKernel:
+    """Load one kernel of a cubin into the current device's context.
+
+    Raises:
+        BackendError: the driver refuses the cubin or the shared memory it needs.
+    """
+    torch.cuda.current_stream()  # creates torch's context, which the module is loaded into
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"loading {name}")
+    _check(
+        _driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()),
+        f"finding {name}",
+    )
+    if shared_bytes > _DEFAULT_SHARED_BYTES:
+        _check(
+            _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
+            f"reserving {shared_bytes} bytes of shared memory for {name}",
+        )
+    return CudaKernel(function, name, threads, shared_bytes, cluster)

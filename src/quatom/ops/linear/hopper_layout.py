@@ -1,0 +1,81 @@
+"""Weights in the order in which Hopper's matrix unit takes them from registers.
+
+A block is 64 output channels. Its weights are a run of units of 4224 bytes: one for each normal
+group (64 channels x 128 INT4 codes) and two for each outlier group (64 x 64 INT8 codes each), 4096
+bytes of codes followed by the 64 float16 scales. Groups are padded to 128 channels by zeros.
+
+Inside a unit, bytes stand in the order of the 128 threads of a warpgroup, 16 bytes a thread and
+half, so that each thread reads its operand registers by two conflict-free 16-byte loads. An INT4
+byte holds two codes, (s, m) with s the sign and m the code or its ones' complement: the first in
+bits 7 and 2..0, the second such that a rotation of the 32-bit word by 4 puts it there.
+"""
+
+import torch
+from torch import Tensor
+
+from quatom.numerics.groups import GroupLayout
+
+BLOCK_ROWS = 64
+UNIT_BYTES = 4096 + 2 * BLOCK_ROWS
+
+
+def _row_order() -> list[int]:
+    """Channel of a block that stands in each operand row.
+
+    A thread of the transposed result then owns four adjacent channels, an 8-byte store.
+    """
+    low = [4 * (row // 2) + row % 2 for row in range(8)]
+    sixteen = low + [row + 2 for row in low]
+    return [16 * warp + row for warp in range(4) for row in sixteen]
+
+
+def pack_weights(
+    values: Tensor,  # (N, K) codes in reordered position
+    scales: Tensor,  # (N, S)
+    layout: GroupLayout,
+) -> Tensor:
+    """Units of all blocks, (ceil(N / 64), G + 2 B, 4224) uint8."""
+    rows = values.shape[0]
+    blocks = -(-rows // BLOCK_ROWS)
+    padded = values.new_zeros((blocks * BLOCK_ROWS, layout.num_scales, 128), dtype=torch.int8)
+    for group, part in enumerate(values.to(torch.int8).split(layout.group_sizes, dim=1)):
+        padded[:rows, group, : part.shape[1]] = part
+    padded_scales = scales.new_zeros((blocks * BLOCK_ROWS, layout.num_scales), dtype=torch.float16)
+    padded_scales[:rows] = scales.to(torch.float16)
+
+    order = torch.tensor(_row_order(), device=values.device)
+    padded = padded.unflatten(0, (blocks, BLOCK_ROWS))[:, order]
+    padded_scales = padded_scales.unflatten(0, (blocks, BLOCK_ROWS))[:, order].transpose(1, 2)
+    normal = layout.num_normal_groups
+    codes = torch.cat(
+        (_int4_units(padded[:, :, :normal]), _int8_units(padded[:, :, normal:])), dim=1
+    )
+    unit_scales = torch.cat(
+        (padded_scales[:, :normal], padded_scales[:, normal:].repeat_interleave(2, dim=1)), dim=1
+    )
+    scale_bytes = unit_scales.contiguous().view(torch.uint8)
+    return torch.cat((codes, scale_bytes), dim=2).contiguous()
+
+
+def _int4_units(codes: Tensor) -> Tensor:
+    """(blocks, 64, G, 128) int8 -> (blocks, G, 4096) uint8."""
+    blocks, _, groups, _ = codes.shape
+    sign = codes < 0
+    magnitude = torch.where(sign, -codes - 1, codes)
+    # rows: warp, half (first or second 8 rows), row; channels: chunk pair, chunk, half, thread, byte
+    shape = (blocks, 4, 2, 8, groups, 2, 2, 2, 4, 4)
+    to_thread_order = (0, 2, 4, 5, 1, 3, 8, 6, 7, 9)  # (blocks, half, G, pair, warp, row, thread..)
+    sign = sign.reshape(shape).permute(to_thread_order).to(torch.uint8)
+    magnitude = magnitude.reshape(shape).permute(to_thread_order).to(torch.uint8)
+    first = (sign[:, 0] << 7) | magnitude[:, 0]
+    second = (sign[:, 1] << 3) | (magnitude[:, 1].roll(-1, dims=-1) << 4)
+    return (first | second).reshape(blocks, groups, 4096)
+
+
+def _int8_units(codes: Tensor) -> Tensor:
+    """(blocks, 64, B, 128) int8 -> (blocks, 2 B, 4096) uint8."""
+    blocks, _, groups, _ = codes.shape
+    # rows: warp, half, row; channels: half group, chunk, half chunk, thread, byte
+    units = codes.reshape(blocks, 4, 2, 8, groups, 2, 2, 2, 4, 4)
+    units = units.permute(0, 4, 5, 6, 1, 3, 8, 7, 2, 9)
+    return units.reshape(blocks, 2 * groups, 4096).view(torch.uint8)
