@@ -1,7 +1,7 @@
 """What to quantize and how: the object that checkpoints, kernels and result tables agree on."""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from quatom.errors import RecipeError
 
@@ -14,10 +14,22 @@ KVFormat = Literal["int4", "int8", "float16"]
 _BITS = {"e2m1": 4, "e4m3": 8, "float16": 16} | {f"int{b}": b for b in range(2, 9)}
 
 
-def _check_choice(owner: str, name: str, value: object, choices: object) -> None:
-    allowed = getattr(choices, "__args__", ())
-    if value not in allowed:
-        raise RecipeError(f"{owner}.{name} must be one of {', '.join(allowed)}, got {value!r}")
+def _check_types(owner: str, spec: Any) -> None:
+    """Every field against its annotation: what comes from JSON may hold anything.
+
+    A misspelt choice must not be taken for another one: `rounding="rtn"` is an error, not GPTQ.
+    """
+    for name, hint in get_type_hints(type(spec)).items():
+        value = getattr(spec, name)
+        if get_origin(hint) is Literal:
+            if value not in (allowed := get_args(hint)):
+                raise RecipeError(
+                    f"{owner}.{name} must be one of {', '.join(allowed)}, got {value!r}"
+                )
+            continue
+        expected = (int, float) if hint is float else hint
+        if isinstance(value, bool) or not isinstance(value, expected):
+            raise RecipeError(f"{owner}.{name} must be of type {hint.__name__}, got {value!r}")
 
 
 def _check_group(owner: str, group_size: int) -> None:
@@ -51,13 +63,27 @@ class WeightSpec:
     """Round each weight alone, or push its error onto the columns that are not rounded yet."""
     damping: float = 0.01
     """GPTQ: fraction of the mean diagonal of the second moments that is added to the diagonal."""
+    target: Literal["own_input", "float_input", "float_residual"] = "own_input"
+    """What GPTQ approximates: the float weight on the quantized network's inputs, the float
+    network's own output, or for o_proj and down_proj that output with the error which the residual
+    stream carries made up for as well."""
+    target_strength: float = 1.0
+    """Fraction of the correction towards a float target that is applied, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        _check_choice("weights", "format", self.format, WeightFormat)
+        _check_types("weights", self)
         _check_group("weights", self.group_size)
         _check_ratio("weights", "clip_ratio", self.clip_ratio)
         if self.rows_per_scale < 1:
-            raise RecipeError(f"weights.rows_per_scale must be at least 1, got {self.rows_per_scale}")
+            raise RecipeError(
+                f"weights.rows_per_scale must be at least 1, got {self.rows_per_scale}"
+            )
+        _check_ratio("weights", "target_strength", self.target_strength)
+        if self.target != "own_input" and self.rounding != "gptq":
+            raise RecipeError(
+                f"weights.target {self.target!r} is what GPTQ approximates: it needs "
+                "weights.rounding 'gptq'"
+            )
         if not 0.0 < self.damping < 1.0:
             raise RecipeError(f"weights.damping must be in (0, 1), got {self.damping}")
 
@@ -77,9 +103,11 @@ class ActivationSpec:
     """Consecutive channels that share one scale; -1 is the whole row (per token)."""
     clip_ratio: float = 1.0
     """Fraction of a group's absolute maximum that maps onto the largest code."""
+    rotation: Literal["none", "hadamard"] = "none"
+    """Rotate every normal group, with its weights, by a Hadamard matrix before quantizing it."""
 
     def __post_init__(self) -> None:
-        _check_choice("activations", "format", self.format, ActivationFormat)
+        _check_types("activations", self)
         _check_group("activations", self.group_size)
         _check_ratio("activations", "clip_ratio", self.clip_ratio)
 
@@ -102,9 +130,11 @@ class KVSpec:
     rotation: Literal["none", "hadamard"] = "none"
     """Rotate q and k of every head by the same Hadamard matrix after rotary embedding, which
     leaves scores unchanged and spreads K's outlier channels. Needs post_rope."""
+    value_rotation: Literal["none", "hadamard"] = "none"
+    """Fold a Hadamard rotation of every head into v_proj's rows and o_proj's columns."""
 
     def __post_init__(self) -> None:
-        _check_choice("kv_cache", "format", self.format, KVFormat)
+        _check_types("kv_cache", self)
         _check_ratio("kv_cache", "clip_ratio", self.clip_ratio)
         if self.rotation == "hadamard" and self.keys != "post_rope":
             raise RecipeError(
@@ -133,6 +163,7 @@ class OutlierSpec:
     """Score of a channel: mean square of the calibration inputs, or mean magnitude."""
 
     def __post_init__(self) -> None:
+        _check_types("outliers", self)
         if self.channels < 0 or self.channels % 32:
             raise RecipeError(
                 f"outliers.channels must be 0 or a multiple of 32, got {self.channels}"
@@ -152,6 +183,7 @@ class CalibrationSpec:
     """Chooses the sequences; the same seed and text give a bit-identical checkpoint."""
 
     def __post_init__(self) -> None:
+        _check_types("calibration", self)
         if self.num_samples < 1 or self.sequence_length < 2:
             raise RecipeError(
                 f"calibration needs at least 1 sample of 2 tokens, got {self.num_samples} of "
@@ -178,6 +210,7 @@ class Recipe:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        _check_types("recipe", self)
         if self.tensor_parallel < 1:
             raise RecipeError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
         if self.quantizes_activations and self.weights.format == "float16":
@@ -222,8 +255,8 @@ class Recipe:
             RecipeError: a key is unknown, a value is not allowed, or the format version is newer
                 than this library.
         """
-        version = data.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        version = data.get("format_version", 1) if isinstance(data, dict) else 1
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise RecipeError(
                 f"recipe has format_version {version}, this Quatom reads up to {FORMAT_VERSION}; "
                 "upgrade Quatom"

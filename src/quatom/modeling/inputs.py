@@ -26,6 +26,7 @@ def activation_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
         normal=recipe.activations.format,
         outlier=recipe.outliers.format,
         clip_ratio=recipe.activations.clip_ratio,
+        rotate=recipe.activations.rotation == "hadamard",
     )
 
 

@@ -158,5 +158,5 @@ def quantize_groups(
 
 
 def dequantize_groups(values: Tensor, scales: Tensor, layout: GroupLayout) -> Tensor:
-    """values (..., K) * scales (..., S) -> (..., K) float32."""
+    """Values (..., K) * scales (..., S) -> (..., K) float32."""
     return values.float() * expand_scales(scales, layout)

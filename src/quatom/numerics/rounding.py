@@ -113,6 +113,37 @@ def inverse_factor(
     return factor.float()
 
 
+def shift_to_target(
+    weight: Tensor,  # (N, K) reordered
+    second_moment: Tensor,  # (K, K) X^T X of the quantized inputs
+    target_moment: Tensor,  # (N, K) Y^T X of the outputs Y wanted on those inputs
+    damping: float,
+    strength: float = 1.0,
+) -> Tensor:
+    """The weight whose output on the quantized inputs comes closest to Y, (N, K) float32.
+
+    argmin over V of ||Y - X V^T||**2 + ridge * ||V - W||**2 with ridge = damping * mean diagonal,
+    which is W + (Y^T X - W X^T X) (X^T X + ridge)^-1; `strength` scales that correction. Rounding
+    it by GPTQ then minimizes ||Y - X Q^T|| instead of ||X W^T - X Q^T||: the layer also makes up
+    for what quantized inputs and earlier layers have lost.
+
+    Source: the aim of GPTAQ (Li et al., ICML 2025), asymmetric calibration; solved here at once by
+    least squares.
+    """
+    moment = second_moment.double()
+    ridge = damping * moment.diagonal().mean()
+    damped = moment + torch.diag(ridge.expand(moment.shape[0]))
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed.item():
+        raise QuantizationError(
+            f"second moments ({moment.shape[0]} x {moment.shape[0]}) are not positive definite "
+            f"at damping {damping}: the leading minor of order {failed.item()} fails"
+        )
+    missing = target_moment.double() - weight.double() @ moment
+    correction = torch.cholesky_solve(missing.t(), factor).t()
+    return weight.float() + strength * correction.float()
+
+
 def gptq(
     weight: Tensor,  # (N, K) reordered
     layout: GroupLayout,

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from quatom.errors import ShapeError
 from quatom.numerics.formats import get_format
-from quatom.numerics.groups import GroupLayout, dequantize_groups
+from quatom.numerics.groups import GroupLayout, dequantize_groups, quantize_groups
+from quatom.numerics.hadamard import rotate_groups
 
 ByteLayout = Literal["rows", "groups"]
 
@@ -43,6 +44,8 @@ class QuantizeSpec:
     """Format of the outlier groups."""
     clip_ratio: float = 1.0
     """Fraction of a normal group's absolute maximum mapped onto the largest code."""
+    rotate: bool = False
+    """Rotate every normal group by a Hadamard matrix before it is quantized, as its weights are."""
     byte_layout: ByteLayout = "rows"
     """What the linear operation reads: see `PreparedLinear.input_spec`."""
 
@@ -100,11 +103,25 @@ class MixedTensor:
         return _read_groups(self.codes, self.spec)[: self.tokens], self.scales.t()[: self.tokens]
 
     def dequantize(self) -> Tensor:
-        """The real numbers, (T, K) float32."""
+        """The real numbers, (T, K) float32; rotated ones where `spec.rotate`."""
         if self.spec.normal == "float16" and not self.spec.layout.outliers:
             return self.codes.float()
         values, scales = self.canonical()
         return dequantize_groups(values, scales, self.spec.layout)
+
+
+def quantize_rows(
+    x: Tensor,  # (T, K) float32 in reordered position
+    spec: QuantizeSpec,
+    dtype: torch.dtype,
+) -> MixedTensor:
+    """Quantize rows as `spec` says: what every quantize operation does last."""
+    if spec.rotate:
+        x = rotate_groups(x, spec.layout)
+    values, scales = quantize_groups(
+        x, spec.layout, get_format(spec.normal), get_format(spec.outlier), spec.clip_ratio
+    )
+    return pack_values(values, scales, spec, dtype)
 
 
 def pack_values(

@@ -10,9 +10,16 @@ from quatom.errors import QuantizationError, ShapeError
 from quatom.loading import FUSED, FloatBlock
 from quatom.modeling.config import ModelConfig
 from quatom.numerics.formats import get_format
+from quatom.numerics.hadamard import rotate_groups, rotate_last_axis
 from quatom.numerics.packing import pack_bits
 from quatom.numerics.reorder import channel_order, sliceable_positions
-from quatom.numerics.rounding import RoundedWeight, RoundingOptions, gptq, round_to_nearest
+from quatom.numerics.rounding import (
+    RoundedWeight,
+    RoundingOptions,
+    gptq,
+    round_to_nearest,
+    shift_to_target,
+)
 from quatom.recipe import Recipe
 
 
@@ -37,19 +44,60 @@ def choose_orders(
     return orders
 
 
-def reorder_block(block: FloatBlock, orders: dict[str, Tensor]) -> FloatBlock:
-    """Weights with columns in the order of their inputs.
+def rotate_values(block: FloatBlock, recipe: Recipe, config: ModelConfig) -> FloatBlock:
+    """Fold the rotation of V, if the recipe has one, into v_proj's rows and o_proj's columns.
+
+    Attention mixes tokens, not channels, so its output is rotated like V, and o_proj undoes it:
+    the block computes the same function.
+    """
+    if recipe.kv_cache.value_rotation == "none":
+        return block
+    head_dim = config.head_dim
+    first = (config.num_heads + config.num_kv_heads) * head_dim  # q and k come before v
+    weights, biases = dict(block.weights), dict(block.biases)
+    qkv = weights["qkv"].clone()
+    qkv[first:] = rotate_last_axis(qkv[first:].t(), head_dim).t().to(qkv.dtype)
+    weights["qkv"] = qkv
+    weights["o"] = rotate_last_axis(weights["o"], head_dim).to(qkv.dtype)
+    if (bias := biases["qkv"]) is not None:
+        biases["qkv"] = torch.cat((bias[:first], rotate_last_axis(bias[first:], head_dim))).to(
+            bias.dtype
+        )
+    return replace(block, weights=weights, biases=biases)
+
+
+def arrange_inputs(
+    x: Tensor,  # (..., K)
+    place: str,
+    orders: dict[str, Tensor],
+    recipe: Recipe,
+    config: ModelConfig,
+) -> Tensor:
+    """Channels in reordered position and rotated, as codes of that place represent them."""
+    if orders:
+        x = x[..., orders[place]]
+    if recipe.activations.rotation == "hadamard":
+        x = rotate_groups(x, linear_layout(recipe, config, FUSED[place][0])).to(x.dtype)
+    return x
+
+
+def arrange_block(
+    block: FloatBlock, orders: dict[str, Tensor], recipe: Recipe, config: ModelConfig
+) -> FloatBlock:
+    """Weights with columns arranged like the codes of their inputs.
 
     The order of down_proj's input is folded into the rows of gate and up, which make that input.
     """
-    if not orders:
-        return block
-    weights = {place: weight[:, orders[place]] for place, weight in block.weights.items()}
+    weights = {
+        place: arrange_inputs(weight, place, orders, recipe, config)
+        for place, weight in block.weights.items()
+    }
     biases = dict(block.biases)
-    rows = torch.cat((orders["down"], orders["down"] + orders["down"].numel()))
-    weights["gate_up"] = weights["gate_up"][rows]
-    if (bias := biases["gate_up"]) is not None:
-        biases["gate_up"] = bias[rows]
+    if orders:
+        rows = torch.cat((orders["down"], orders["down"] + orders["down"].numel()))
+        weights["gate_up"] = weights["gate_up"][rows]
+        if (bias := biases["gate_up"]) is not None:
+            biases["gate_up"] = bias[rows]
     return replace(block, weights=weights, biases=biases)
 
 
@@ -65,6 +113,7 @@ def round_place(
     name: str,
     weight: Tensor,  # (N, K) reordered
     second_moment: Tensor | None,  # (K, K)
+    target_moment: Tensor | None,  # (N, K); None: the weight's own output is wanted
     recipe: Recipe,
     config: ModelConfig,
     place: str,
@@ -97,6 +146,10 @@ def round_place(
         rounded = round_to_nearest(weight, layout, options, importance)
     else:
         try:
+            if target_moment is not None:
+                weight = shift_to_target(
+                    weight, second_moment, target_moment, spec.damping, spec.target_strength
+                )
             rounded = gptq(weight, layout, options, second_moment)
         except QuantizationError as error:
             if recipe.on_singular == "error":

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from quatom.loading import FUSED
-from quatom.modeling.context import ForwardContext
 from quatom.modeling.llama import DecoderBlock, allocate_pages, full_sequences_context
 from quatom.ops.activations import MixedTensor
 
@@ -47,18 +46,47 @@ class SecondMoments:
         self.sums[place].addmm_(x.t(), x)
 
 
-@contextmanager
-def observe(block: DecoderBlock, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While active, call see(place, input (T, K)) for every linear of the block."""
+class TargetMoments:
+    """Y^T X of each place: the outputs wanted, times the quantized inputs, (N, K) float32."""
 
-    def hook(place: str) -> Callable[..., None]:
-        def before(_: torch.nn.Module, arguments: tuple[Tensor | MixedTensor]) -> None:
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, place: str, wanted: Tensor, x: Tensor) -> None:  # (T, N), (T, K)
+        """Accumulate one batch."""
+        if place not in self.sums:
+            self.sums[place] = x.new_zeros(wanted.shape[1], x.shape[1], dtype=torch.float32)
+        self.sums[place].addmm_(wanted.float().t(), x.float())
+
+
+@contextmanager
+def observe(
+    block: DecoderBlock,
+    see: Callable[[str, Tensor], None],
+    see_output: Callable[[str, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """While active, call see(place, input (T, K)) for every linear of the block.
+
+    `see_output` is called with (place, output (T, N)) after each.
+    """
+
+    def before(place: str) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, arguments: tuple[Tensor | MixedTensor]) -> None:
             x = arguments[0]
             see(place, x.dequantize() if isinstance(x, MixedTensor) else x)
 
-        return before
+        return hook
 
-    handles = [getattr(block, place).register_forward_pre_hook(hook(place)) for place in FUSED]
+    def after(place: str) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, __: object, output: Tensor) -> None:
+            assert see_output is not None
+            see_output(place, output)
+
+        return hook
+
+    handles = [getattr(block, place).register_forward_pre_hook(before(place)) for place in FUSED]
+    if see_output is not None:
+        handles += [getattr(block, place).register_forward_hook(after(place)) for place in FUSED]
     try:
         yield
     finally:
@@ -66,30 +94,36 @@ def observe(block: DecoderBlock, see: Callable[[str, Tensor], None]) -> Iterator
             handle.remove()
 
 
+def batch_slices(hidden: Tensor) -> Iterator[slice]:
+    """Sequences that run through a block together, TOKENS_PER_BATCH at most."""
+    per_batch = max(1, TOKENS_PER_BATCH // hidden.shape[1])
+    for start in range(0, hidden.shape[0], per_batch):
+        yield slice(start, min(start + per_batch, hidden.shape[0]))
+
+
 @torch.no_grad()
+def run_batch(
+    block: DecoderBlock,
+    batch: Tensor,  # (sequences, length, hidden)
+    rope: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The block's output, residual added, for whole sequences from position 0."""
+    count, length, _ = batch.shape
+    context = full_sequences_context(count, length, KV_BLOCK_SIZE, batch.device)
+    pages = allocate_pages(
+        block.config, block.kv_spec, context.block_tables.numel(), KV_BLOCK_SIZE, like=batch
+    )
+    output, residual = block(batch.flatten(0, 1), None, context, pages, rope)
+    return (output + residual).view_as(batch)
+
+
 def run_block(
     block: DecoderBlock,
     hidden: Tensor,  # (sequences, length, hidden)
     rope: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The block's output, residual added, for whole sequences from position 0."""
+    """`run_batch` over all sequences."""
     out = torch.empty_like(hidden)
-    length = hidden.shape[1]
-    per_batch = max(1, TOKENS_PER_BATCH // length)
-    contexts: dict[int, ForwardContext] = {}
-    for start in range(0, hidden.shape[0], per_batch):
-        batch = hidden[start : start + per_batch]
-        count = batch.shape[0]
-        if count not in contexts:
-            contexts[count] = full_sequences_context(count, length, KV_BLOCK_SIZE, hidden.device)
-        context = contexts[count]
-        pages = allocate_pages(
-            block.config,
-            block.kv_spec,
-            context.block_tables.numel(),
-            KV_BLOCK_SIZE,
-            like=hidden,
-        )
-        output, residual = block(batch.flatten(0, 1), None, context, pages, rope)
-        out[start : start + per_batch] = (output + residual).view_as(batch)
+    for rows in batch_slices(hidden):
+        out[rows] = run_batch(block, hidden[rows], rope)
     return out

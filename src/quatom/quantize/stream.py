@@ -30,12 +30,21 @@ from quatom.modeling.rope import rotary_table
 from quatom.ops.backend import Backend
 from quatom.quantize.block import (
     RoundedPlace,
+    arrange_block,
     choose_orders,
-    reorder_block,
+    rotate_values,
     round_place,
     stored_tensors,
 )
-from quatom.quantize.statistics import ChannelScores, SecondMoments, observe, run_block
+from quatom.quantize.statistics import (
+    ChannelScores,
+    SecondMoments,
+    TargetMoments,
+    batch_slices,
+    observe,
+    run_batch,
+    run_block,
+)
 from quatom.recipe import PRESETS, Recipe
 
 
@@ -98,16 +107,22 @@ class BlockQuantizer:
     def quantize(self, index: int) -> QuantizedBlock:
         """Quantize block `index` and advance the streams over it."""
         started = time.perf_counter()
-        original = load_float_block(self.source, index, self.device, self.dtype)
+        original = rotate_values(
+            load_float_block(self.source, index, self.device, self.dtype),
+            self.recipe,
+            self.config,
+        )
+        entering = None if self.streams is None else self.streams.float_hidden
         scores = self._run_float(original)
         orders = {} if scores is None else choose_orders(scores, self.recipe, self.config)
-        block = reorder_block(original, orders)
-        moments = self._second_moments(block, orders)
+        block = arrange_block(original, orders, self.recipe, self.config)
+        moments, targets = self._moments(block, original, entering, orders)
         rounded = {
             place: round_place(
                 f"model.layers.{index} {place}",
                 block.weights[place],
-                None if moments is None else moments[place],
+                moments.get(place),
+                targets.get(place),
                 self.recipe,
                 self.config,
                 place,
@@ -135,21 +150,53 @@ class BlockQuantizer:
             self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rope)
         return scores.sums
 
-    def _second_moments(
-        self, block: FloatBlock, orders: dict[str, Tensor]
-    ) -> dict[str, Tensor] | None:
-        """Second moments of the quantized inputs of every place, float weights."""
+    def _moments(
+        self,
+        block: FloatBlock,
+        original: FloatBlock,
+        entering: Tensor | None,  # float stream in front of this block
+        orders: dict[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """X^T X of the quantized inputs X of every place, and Y^T X of the outputs Y wanted."""
         weights = self.recipe.weights
         if self.streams is None or (
             weights.rounding == "nearest" and weights.clip_search != "output"
         ):
-            return None
-        moments = SecondMoments()
+            return {}, {}
+        assert entering is not None
         run_time = {place: order for place, order in orders.items() if place != "down"}
         module = build_float_block(self.config, self.recipe, block, run_time, self.backend)
-        with observe(module, moments.add):
-            run_block(module, self.streams.quantized_hidden, self.rope)
-        return moments.sums
+        hidden = self.streams.quantized_hidden
+        moments, targets = SecondMoments(), TargetMoments()
+        if weights.target == "own_input":
+            with observe(module, moments.add):
+                run_block(module, hidden, self.rope)
+            return moments.sums, {}
+        reference = build_float_block(self.config, PRESETS["fp16"], original, backend=self.backend)
+        for rows in batch_slices(hidden):
+            wanted: dict[str, Tensor] = {}
+            inputs: dict[str, Tensor] = {}
+            outputs: dict[str, Tensor] = {}
+            with observe(reference, lambda *_: None, wanted.__setitem__):
+                run_batch(reference, entering[rows], self.rope)
+            with observe(module, inputs.__setitem__, outputs.__setitem__):
+                run_batch(module, hidden[rows], self.rope)
+            if weights.target == "float_residual":
+                # o and down are added to the residual stream: let them repair it as well.
+                drift = (entering[rows] - hidden[rows]).flatten(0, 1)
+                after_attention = drift + wanted["o"] - outputs["o"]
+                wanted["o"] = wanted["o"] + drift
+                wanted["down"] = wanted["down"] + after_attention
+            if "down" in orders:
+                gate_up = wanted["gate_up"]
+                rows_ = torch.cat((orders["down"], orders["down"] + orders["down"].numel()))
+                wanted["gate_up"] = gate_up[:, rows_]
+            for place, x in inputs.items():
+                bias = block.biases[place]
+                y = wanted[place] if bias is None else wanted[place] - bias
+                moments.add(place, x)
+                targets.add(place, y, x)
+        return moments.sums, targets.sums
 
     def _build(
         self, block: FloatBlock, rounded: dict[str, RoundedPlace], orders: dict[str, Tensor]

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from quatom.numerics.formats import get_format
-from quatom.numerics.groups import quantize_groups
-from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
+from quatom.ops.activations import MixedTensor, QuantizeSpec, quantize_rows
 
 
 def rmsnorm_quantize_reference(
@@ -23,7 +21,4 @@ def rmsnorm_quantize_reference(
     normed = total.float() * inv_rms * weight.float()
     if order is not None:
         normed = normed[:, order.long()]
-    values, scales = quantize_groups(
-        normed, spec.layout, get_format(spec.normal), get_format(spec.outlier), spec.clip_ratio
-    )
-    return pack_values(values, scales, spec, x.dtype), total
+    return quantize_rows(normed, spec, x.dtype), total

@@ -1,0 +1,61 @@
+"""Hadamard rotations: orthogonal, made of equal magnitudes, and their own inverse.
+
+Multiplying a row by a Hadamard matrix spreads each value over all others, so that a group has no
+outlier of its own left and a smaller step covers it. Activations and weights are rotated alike and
+their dot product stays the same.
+
+Source: QuaRot (Ashkboos et al., NeurIPS 2024) for rotations that leave a network's function
+unchanged; here each normal group of Atom's layout is rotated within itself, outliers stay apart.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quatom.errors import ShapeError
+from quatom.numerics.groups import GroupLayout
+
+
+@cache
+def _sylvester(size: int) -> Tensor:
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / size**0.5
+
+
+def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The symmetric orthonormal Hadamard matrix of a power of two, (size, size) float32.
+
+    Raises:
+        ShapeError: size is no power of two.
+    """
+    if size < 1 or size & (size - 1):
+        raise ShapeError(f"a Hadamard matrix needs a power of two, got {size}")
+    return _sylvester(size).to(device)
+
+
+def rotation_block(group: int) -> int:
+    """Largest power of two that divides a group's size: its rotation is block-diagonal."""
+    return group & -group
+
+
+def rotate_last_axis(x: Tensor, block: int) -> Tensor:
+    """Multiply every `block` consecutive values of the last axis by a Hadamard matrix; float32."""
+    blocks = x.float().unflatten(-1, (-1, block))
+    return (blocks @ hadamard(block, x.device)).flatten(-2)
+
+
+def rotate_groups(
+    x: Tensor,  # (..., K) channels in reordered position
+    layout: GroupLayout,
+) -> Tensor:
+    """Rotate each normal group within itself, (..., K) float32; outliers stay as they are."""
+    full = layout.normal // layout.group_size * layout.group_size
+    sizes = (full, layout.normal - full, layout.outliers)
+    whole, short, outliers = x.float().split(sizes, dim=-1)
+    parts = [rotate_last_axis(whole, rotation_block(layout.group_size))] if full else []
+    if short.shape[-1]:
+        parts.append(rotate_last_axis(short, rotation_block(short.shape[-1])))
+    return torch.cat((*parts, outliers), dim=-1)
