@@ -23,7 +23,7 @@ def model_key(loaded: LoadedModel) -> str:
         "recipe": loaded.recipe.to_dict(),
         "dtype": str(loaded.dtype),
         "device": loaded.device.type,
-        "backends": sorted({str(block.backend) for block in loaded.model.blocks}),
+        "backends": [loaded.backend_name, *sorted({str(b.backend) for b in loaded.model.blocks})],
         "version": quatom.__version__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

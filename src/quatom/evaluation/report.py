@@ -1,0 +1,150 @@
+"""One self-contained HTML page of result files: no network, no script, light and dark.
+
+It shows what the files hold and computes nothing but differences to the float model, averages and
+standard errors, each said where it stands.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from quatom.errors import CalibrationError
+from quatom.evaluation.report_charts import NUM_COLOURS
+from quatom.evaluation.report_model import LayerReport, ReportInputs, ResultFile
+from quatom.evaluation.report_sections import SECTIONS
+from quatom.quantize.pipeline import REPORT_FILE
+
+RESULT_FORMAT = 1
+_IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
+
+
+@dataclass(slots=True)
+class _Collected:
+    files: list[ResultFile] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
+    images: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_inputs(paths: Sequence[Path]) -> ReportInputs:
+    """Read result files, checkpoints' reports and figures.
+
+    Args:
+        paths: result files, folders of them, checkpoint folders (or their quatom_report.json),
+            and pictures (.png, .jpg, .svg), which are shown as figures.
+
+    Raises:
+        CalibrationError: a path does not exist or is none of these, or there is nothing to show.
+    """
+    found = _Collected()
+    for path in paths:
+        _read(path, found)
+    inputs = ReportInputs(tuple(found.files), tuple(found.layers), tuple(found.images))
+    if not (inputs.entries or inputs.layers or inputs.images):
+        raise CalibrationError(
+            f"no results in {', '.join(map(str, paths))}: give files that `quatom eval --json`, "
+            "`quatom ablate --json` or `quatom bench --json` wrote"
+        )
+    return inputs
+
+
+def _read(path: Path, found: _Collected) -> None:
+    if path.is_dir():
+        report = path / REPORT_FILE
+        files = [report] if report.exists() else sorted(path.glob("*.json"))
+        if not files:
+            raise CalibrationError(
+                f"{path} holds neither result files (*.json) nor a checkpoint's {REPORT_FILE}"
+            )
+        for file in files:
+            _read(file, found)
+        return
+    try:
+        if path.suffix in _IMAGES:
+            data = base64.b64encode(path.read_bytes()).decode()
+            found.images.append((path.stem, f"data:{_IMAGES[path.suffix]};base64,{data}"))
+            return
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CalibrationError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path} is no result file: {error}") from None
+    if isinstance(content, dict) and "blocks" in content:
+        name = path.resolve().parent.name if path.name == REPORT_FILE else path.stem
+        found.layers.append(_layer_report(path, name, content))
+    else:
+        found.files.append(_result_file(path, content))
+
+
+def _layer_report(path: Path, name: str, content: dict[str, Any]) -> LayerReport:
+    try:
+        blocks = sorted(content["blocks"], key=lambda block: block["block"])
+        return LayerReport(
+            name=name,
+            relative_errors=tuple(block["relative_error"] for block in blocks),
+            linear_errors={
+                place: tuple(block["linear_errors"][place] for block in blocks)
+                for place in blocks[0]["linear_errors"]
+            },
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise CalibrationError(f"{path} is no report of a checkpoint: {error!r}") from None
+
+
+def _result_file(path: Path, content: Any) -> ResultFile:
+    if not isinstance(content, dict) or not isinstance(content.get("results"), list):
+        raise CalibrationError(
+            f"{path} is no result file: it has no list 'results' beside 'format', 'command' and "
+            "'environment'"
+        )
+    if content.get("format") != RESULT_FORMAT:
+        raise CalibrationError(
+            f"{path} has format {content.get('format')!r}, this Quatom reads {RESULT_FORMAT}: "
+            "measure again, or use the Quatom that wrote it"
+        )
+    return ResultFile(
+        name=path.name,
+        command=str(content.get("command", "")),
+        environment=dict(content.get("environment", {})),
+        entries=tuple(content["results"]),
+    )
+
+
+def render_report(inputs: ReportInputs, title: str = "Quatom results") -> str:
+    """The page as text. The same inputs give the same bytes."""
+    sections = [section for make in SECTIONS if (section := make(inputs)) is not None]
+    models = sorted({str(e["model"]) for e in inputs.entries if "model" in e})
+    count = f"{len(inputs.entries)} measurements in {len(inputs.files)} files"
+    lead = f"{count}. Models: {', '.join(models)}." if models else f"{count}."
+    return _template().render(title=title, lead=lead, sections=sections, colours=NUM_COLOURS)
+
+
+def write_report(paths: Sequence[Path], html: Path, title: str = "Quatom results") -> None:
+    """Read `paths` and write the page.
+
+    Raises:
+        CalibrationError: an input is unusable, or the page cannot be written.
+    """
+    page = render_report(read_inputs(paths), title)
+    try:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"cannot write {html}: {error.strerror}") from error
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("quatom.evaluation", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")

@@ -1,0 +1,121 @@
+"""What a report reads, and what its page is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from quatom.evaluation.report_charts import Series
+
+Entry = dict[str, Any]
+"""One measurement of a result file."""
+
+RUNGS = {
+    "float": "floating point",
+    "rtn": "W4A4 round to nearest",
+    "outliers_fp16": "+ outliers in FP16",
+    "outliers_int8": "+ outliers in INT8",
+    "groups": "+ groups of 128",
+    "clipping": "+ clipping",
+    "gptq": "+ GPTQ",
+    "kv4": "+ INT4 KV cache",
+}
+"""The ladder of Atom's ablation, from the floating-point model down."""
+
+ATOM_LADDER = {
+    "float": 5.68,
+    "rtn": 2315.52,
+    "outliers_fp16": 11.34,
+    "outliers_int8": 11.39,
+    "groups": 6.22,
+    "clipping": 6.13,
+    "gptq": 6.04,
+    "kv4": 6.16,
+}
+"""Atom's own numbers: Llama-7B, WikiText-2 (Zhao et al., MLSys 2024, poster and table 4)."""
+
+ATOM_NAME = "Atom's poster\nLlama-7B"
+
+HEADLINE = {
+    "piqa": "acc_norm",
+    "arc_easy": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "boolq": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+}
+"""The metric of each task in Atom's table, whose six values it averages."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFile:
+    """One result file."""
+
+    name: str
+    command: str
+    environment: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What quantizing each block of a checkpoint cost."""
+
+    name: str
+    relative_errors: tuple[float | None, ...]
+    linear_errors: dict[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportInputs:
+    """All that a page shows."""
+
+    files: tuple[ResultFile, ...]
+    layers: tuple[LayerReport, ...]
+    images: tuple[tuple[str, str], ...]
+    """Caption and data: URI."""
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The entries of all files."""
+        return [entry for file in self.files for entry in file.entries]
+
+    def having(self, *keys: str) -> list[Entry]:
+        """Entries with all of these keys."""
+        return [entry for entry in self.entries if all(key in entry for key in keys)]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Header and rows of text; the first cell of a row names it."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A chart, a picture or a table of a section."""
+
+    title: str = ""
+    chart: Markup | None = None
+    legend: Sequence[Series] = ()
+    image: str = ""
+    caption: str = ""
+    table: Table | None = None
+    folded: str = ""
+    """Label of the fold that hides the table; empty: it is open."""
+    prose: bool = False
+    """Whether the table's cells are text instead of numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading and what stands under it."""
+
+    id: str
+    title: str
+    text: str
+    parts: Sequence[Part]

@@ -1,0 +1,315 @@
+"""The sections of the report: entries of result files -> tables and charts."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from quatom.evaluation.report_charts import (
+    REFERENCE_COLOUR,
+    Series,
+    heat_map,
+    ladder_chart,
+    line_chart,
+)
+from quatom.evaluation.report_model import (
+    ATOM_LADDER,
+    ATOM_NAME,
+    HEADLINE,
+    RUNGS,
+    Entry,
+    Part,
+    ReportInputs,
+    Section,
+    Table,
+)
+
+
+def _unique(items: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(items))
+
+
+def _number(value: object, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _increase(value: float | None, base: float | None) -> str:
+    """By how much a perplexity exceeds the float model's; empty for that model itself."""
+    if value is None or base is None:
+        return "–"
+    if value == base:
+        return ""
+    return f"× {value / base:,.0f}" if value > 10 * base else f"{100 * (value / base - 1):+.1f} %"
+
+
+def _recipe_order(recipe: str) -> int:
+    return 0 if recipe in ("fp16", "float") else 1
+
+
+def ladder_section(inputs: ReportInputs) -> Section | None:
+    """Atom's ablation on the models measured, beside Atom's own numbers."""
+    entries = inputs.having("rung", "perplexity")
+    if not entries:
+        return None
+    key = ("model", "corpus", "windows")
+    groups = _unique(tuple(entry[k] for k in key) for entry in entries)
+    measured: dict[tuple[Any, ...], dict[str, float]] = {group: {} for group in groups}
+    for entry in entries:
+        group = tuple(entry[k] for k in key)
+        measured[group][entry["rung"]] = entry["perplexity"]
+    for entry in inputs.having(*key, "recipe", "perplexity"):
+        # An ablation that did not score the float model itself may find it in another file.
+        group = tuple(entry[k] for k in key)
+        if entry["recipe"] == "fp16" and group in measured:
+            measured[group].setdefault("float", entry["perplexity"])
+    found = {rung for rungs in measured.values() for rung in rungs}
+    rungs = [r for r in RUNGS if r in found]
+    rungs += [r for r in _unique(e["rung"] for e in entries) if r not in RUNGS]
+    names = [f"{model}\n{corpus}, {windows} windows" for model, corpus, windows in groups]
+    columns = {name: measured[g] for name, g in zip(names, groups, strict=True)}
+    columns[ATOM_NAME] = ATOM_LADDER
+    labels = [RUNGS.get(rung, rung) for rung in rungs]
+    series = [
+        Series(
+            name.replace("\n", ", "),
+            [values.get(rung) for rung in rungs],
+            colour=REFERENCE_COLOUR if name == ATOM_NAME else index % REFERENCE_COLOUR,
+        )
+        for index, (name, values) in enumerate(columns.items())
+    ]
+    rows = []
+    for rung, label in zip(rungs, labels, strict=True):
+        cells = [label]
+        for values in columns.values():
+            value = values.get(rung)
+            cells += [_number(value), _increase(value, values.get("float"))]
+        rows.append(cells)
+    header = ["step"]
+    for name in columns:
+        header += [f"{name}\nperplexity", "over\nfloat"]
+    return Section(
+        "ladder",
+        "Ablation ladder",
+        "Each step adds to the one above it. Atom's poster shows another, larger model: compare "
+        "the shape of the ladders, not their heights.",
+        [
+            Part(chart=ladder_chart("Ablation ladder", labels, series), legend=series),
+            Part(table=Table(header, rows)),
+        ],
+    )
+
+
+def perplexity_section(inputs: ReportInputs) -> Section | None:
+    """Perplexity by model and recipe, with the bits that it was had for."""
+    entries = inputs.having("recipe", "corpus", "perplexity", "windows")
+    if not entries:
+        return None
+    parts = []
+    for model in _unique(entry["model"] for entry in entries):
+        own = [entry for entry in entries if entry["model"] == model]
+        key = ("corpus", "windows", "sequence_length", "all_windows")
+        corpora = _unique(tuple(entry.get(k) for k in key) for entry in own)
+        header = ["recipe", "bits a\nweight", "bits an\nactivation", "bits a\nKV value"]
+        for corpus, windows, length, whole in corpora:
+            extent = f"all {windows}" if whole else f"first {windows}"
+            header += [f"{corpus}\n{extent} windows\nof {length}", "over\nfloat"]
+        rows = []
+        for recipe in sorted(_unique(entry["recipe"] for entry in own), key=_recipe_order):
+            mine = [entry for entry in own if entry["recipe"] == recipe]
+            bits = ("bits_per_weight", "bits_per_activation", "bits_per_kv")
+            row = [recipe, *(_number(mine[0].get(name)) for name in bits)]
+            for corpus in corpora:
+                cell = [e for e in mine if tuple(e.get(k) for k in key) == corpus]
+                value = cell[-1]["perplexity"] if cell else None
+                base = cell[-1].get("float_perplexity") if cell else None
+                row += [_number(value), _increase(value, base)]
+            rows.append(row)
+        parts.append(Part(title=model, table=Table(header, rows)))
+    return Section(
+        "perplexity",
+        "Perplexity",
+        "Lower is better. Bits count everything that is stored: codes, scales and outliers.",
+        parts,
+    )
+
+
+def zero_shot_section(inputs: ReportInputs) -> Section | None:
+    """Accuracy of tasks; the headline metrics first, every metric behind a fold."""
+    entries = inputs.having("task", "metric", "value", "examples")
+    if not entries:
+        return None
+    parts = []
+    for model in _unique(entry["model"] for entry in entries):
+        own = [entry for entry in entries if entry["model"] == model]
+        recipes = sorted(_unique(entry["recipe"] for entry in own), key=_recipe_order)
+        shown = {(e["recipe"], e["task"], e["metric"]): e for e in own}
+        tasks = [t for t in HEADLINE if any(e["task"] == t for e in own)]
+        header = ["recipe", *(f"{t}\n{HEADLINE[t]}" for t in tasks), "average"]
+        rows = []
+        for recipe in recipes:
+            cells = [shown.get((recipe, task, HEADLINE[task])) for task in tasks]
+            values = [cell["value"] for cell in cells if cell is not None]
+            complete = len(values) == len(HEADLINE)
+            average = _number(100 * math.fsum(values) / len(values)) if complete else "–"
+            rows.append([recipe, *map(_accuracy, cells), average])
+        note = (
+            "Per cent ± one standard error of the sample. The average is over the six tasks of "
+            "Atom's table. " + _examples(own)
+        )
+        if tasks:
+            parts.append(Part(title=model, table=Table(header, rows, note)))
+        every = [
+            [e["recipe"], e["task"], e["metric"], _number(e["value"], 4), str(e["examples"])]
+            for e in own
+        ]
+        head = ("recipe", "task", "metric", "value", "examples")
+        parts.append(Part(table=Table(head, every), folded=f"Every metric of {model}"))
+    return Section(
+        "zero-shot",
+        "Zero-shot tasks",
+        "Accuracy without examples, by lm-evaluation-harness. Higher is better.",
+        parts,
+    )
+
+
+def _accuracy(entry: Entry | None) -> str:
+    if entry is None:
+        return "–"
+    value, count = entry["value"], entry["examples"]
+    if count < 2:
+        return f"{100 * value:.2f}"
+    return f"{100 * value:.2f} ± {100 * math.sqrt(value * (1 - value) / (count - 1)):.2f}"
+
+
+def _examples(entries: Sequence[Entry]) -> str:
+    """How many examples each task was measured on."""
+    counts: dict[str, set[str]] = {}
+    for entry in entries:
+        extent = "all" if entry.get("all_examples") else "the first"
+        counts.setdefault(entry["task"], set()).add(f"{extent} {entry['examples']}")
+    extents = _unique(" or ".join(sorted(extent)) for extent in counts.values())
+    if len(extents) == 1:
+        return f"Each task on {extents[0]} examples."
+    return (
+        "Examples: "
+        + ", ".join(f"{t} {' or '.join(sorted(extent))}" for t, extent in counts.items())
+        + "."
+    )
+
+
+def layers_section(inputs: ReportInputs) -> Section | None:
+    """Error behind each block, and of each place of it, of the checkpoints given."""
+    if not inputs.layers:
+        return None
+    parts = []
+    lines = [
+        Series(layer.name, layer.relative_errors, colour=index % REFERENCE_COLOUR)
+        for index, layer in enumerate(inputs.layers)
+        if any(error is not None for error in layer.relative_errors)
+    ]
+    if lines:
+        chart = line_chart("Relative error behind each block", lines, "block", "relative error")
+        parts.append(Part(chart=chart, legend=lines))
+    for layer in inputs.layers:
+        places = [Series(place, errors) for place, errors in layer.linear_errors.items()]
+        chart = heat_map(f"Output error of each place of {layer.name}", places, "block")
+        parts.append(Part(title=f"{layer.name}: output error of each place", chart=chart))
+        rows = [
+            [str(block), _number(error, 4)]
+            + [_number(errors[block], 4) for errors in layer.linear_errors.values()]
+            for block, error in enumerate(layer.relative_errors)
+        ]
+        header = ["block", "hidden state", *layer.linear_errors]
+        parts.append(Part(table=Table(header, rows), folded=f"Numbers of {layer.name}"))
+    return Section(
+        "layers",
+        "Error per layer",
+        "Norm of the difference over the norm of the float result, on calibration text: of the "
+        "hidden states behind each block, where errors of earlier blocks add up, and of each "
+        "place's own output.",
+        parts,
+    )
+
+
+def figures_section(inputs: ReportInputs) -> Section | None:
+    """Pictures that were given, such as the outlier figure."""
+    if not inputs.images:
+        return None
+    parts = [Part(image=data, caption=caption) for caption, data in inputs.images]
+    return Section("figures", "Figures", "", parts)
+
+
+def sizes_section(inputs: ReportInputs) -> Section | None:
+    """Checkpoints: size, and what making them took."""
+    entries = inputs.having("recipe", "checkpoint_bytes")
+    if not entries:
+        return None
+    rows = [
+        [
+            f"{entry['model']}, {entry['recipe']}",
+            _number(entry["checkpoint_bytes"] / 1e6, 1),
+            _number(entry.get("bits_per_weight")),
+            f"{entry.get('samples')} × {entry.get('sequence_length')}",
+            _number(entry.get("seconds"), 1),
+            _number(entry.get("peak_rss_gb"), 1),
+            _number(entry.get("peak_gpu_gb"), 1),
+        ]
+        for entry in entries
+    ]
+    header = (
+        "checkpoint",
+        "size, MB",
+        "bits a\nweight",
+        "calibration\ntokens",
+        "seconds",
+        "peak\nmemory, GB",
+        "peak GPU\nmemory, GB",
+    )
+    text = "Embeddings, output head and norms stay in floating point and are counted in the size."
+    return Section("sizes", "Sizes", text, [Part(table=Table(header, rows))])
+
+
+def other_section(inputs: ReportInputs) -> Section | None:
+    """Measurements of other kinds, unabridged, so that nothing given is left out in silence."""
+    known = ({"rung"}, {"corpus", "perplexity"}, {"task", "metric"}, {"checkpoint_bytes"})
+    parts = []
+    for file in inputs.files:
+        rest = [e for e in file.entries if not any(keys <= e.keys() for keys in known)]
+        if rest:
+            header = _unique(key for entry in rest for key in entry)
+            rows = [[_plain(entry.get(key)) for key in header] for entry in rest]
+            parts.append(Part(table=Table(header, rows), folded=f"{file.name} ({len(rest)})"))
+    return Section("other", "Other measurements", "", parts) if parts else None
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def origin_section(inputs: ReportInputs) -> Section | None:
+    """Where every number comes from."""
+    if not inputs.files:
+        return None
+    rows = []
+    for file in inputs.files:
+        where = file.environment
+        machine = where.get("gpu") or f"{where.get('cpu', '?')}, {where.get('cores', '?')} cores"
+        versions = f"torch {where.get('torch', '?')}, python {where.get('python', '?')}"
+        commit = f"{where.get('date', '?')}, {where.get('commit', '?')}"
+        rows.append([file.name, file.command, commit, machine, versions])
+    header = ("file", "command", "date and commit", "machine", "software")
+    return Section("origin", "Origin", "", [Part(table=Table(header, rows), prose=True)])
+
+
+SECTIONS: tuple[Callable[[ReportInputs], Section | None], ...] = (
+    ladder_section,
+    perplexity_section,
+    zero_shot_section,
+    layers_section,
+    figures_section,
+    sizes_section,
+    other_section,
+    origin_section,
+)
+"""The sections of a page in their order; one without data is left out."""
