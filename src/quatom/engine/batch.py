@@ -1,13 +1,18 @@
 """A scheduled step -> the tensors that a model runs on.
 
-Tokens are packed without padding, decodes first. Two things are special:
+Tokens are packed without padding, decodes first. An input token that was sampled by the previous
+step may not be known to the host yet: its place holds -1 - row, and the runner puts row `row` of
+the tokens sampled last there, on the device.
 
-- An input token that was sampled by the previous step may not be known to the host yet. Its place
-  holds -1 - row, and the runner puts row `row` of the tokens sampled last there, on the device.
-- A CPU's matrix product sums a row in another order when there are fewer than MIN_CPU_ROWS rows
-  (measured for float32 MKL, 1 to 600 rows: 1, 2 and 3 differ, all others agree bit for bit). A
-  padding sequence without KV fills smaller steps, and a request's tokens no longer depend on who
-  else is running.
+A CPU gives bit-equal results alone and in a crowd, which takes two measures:
+
+- A float32 matrix product (MKL) sums a row in another order where a thread has fewer than
+  4 rows: with 1 thread 1, 2 and 3 rows differ and all of 4 to 2048 agree, with 2 threads 1-3, 5-7
+  and 9-11 differ (measured, 7 shapes). So steps are filled up to a multiple of 4 rows a thread by
+  a padding sequence without KV.
+- Attention depends on how many queries attend together. So prompts attend in pieces that start and
+  end at multiples of `invariant_chunk` tokens and output tokens attend one by one, however the
+  scheduler cut the work. Pieces of one sequence are separate rows of the block tables.
 """
 
 from dataclasses import dataclass
@@ -17,9 +22,11 @@ import torch
 from torch import Tensor
 
 from quatom.engine.scheduler import ScheduledSequence
+from quatom.engine.sequence import Sequence
 from quatom.modeling.context import ForwardContext
 
 MIN_CPU_ROWS = 4
+"""Rows a thread of a float32 matrix product on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,80 +55,99 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor
 
 
+def attention_pieces(item: ScheduledSequence, chunk: int) -> list[tuple[int, int]]:
+    """(start, stop) of the tokens that attend together; chunk 0: all of an item."""
+    start, stop = item.start, item.start + item.count
+    if not chunk:
+        return [(start, stop)]
+    num_prompt = item.sequence.num_prompt
+    pieces = []
+    while start < stop:
+        end = (start // chunk + 1) * chunk if start < num_prompt else start + 1
+        end = min(end, stop, num_prompt) if start < num_prompt else end
+        pieces.append((start, end))
+        start = end
+    return pieces
+
+
 def build_batch(
     items: list[ScheduledSequence],
     *,
     block_size: int,
     device: torch.device,
-    min_rows: int = 1,
+    row_multiple: int = 1,
+    invariant_chunk: int = 0,
 ) -> Batch:
     """Lay out a step: token ids, positions, slots, block tables and lengths."""
     decodes = [item for item in items if item.count == 1]
     prefills = [item for item in items if item.count > 1]
     items = decodes + prefills
-    num_tokens = len(decodes) + sum(item.count for item in prefills)
-    padding = max(0, min_rows - num_tokens)
+    n = len(decodes)
+    num_tokens = n + sum(item.count for item in prefills)
+    padding = -num_tokens % row_multiple
 
     input_ids = np.zeros(num_tokens + padding, dtype=np.int64)
     positions = np.zeros(num_tokens + padding, dtype=np.int64)
     slots = np.full(num_tokens + padding, -1, dtype=np.int64)
-    counts = [item.count for item in items] + [padding] * (padding > 0)
-    seq_lens = [item.start + item.count for item in items] + [0] * (padding > 0)
     width = max(len(item.sequence.block_table) for item in items)
-    tables = np.zeros((len(counts), width), dtype=np.int32)
-
+    tables = np.zeros((len(items), width), dtype=np.int32)
     for row, item in enumerate(items):
         table = item.sequence.block_table
         tables[row, : len(table)] = np.frombuffer(table, dtype=np.int32)
 
-    n = len(decodes)
-    if n:
-        positions[:n] = [item.start for item in decodes]
-        input_ids[:n] = [
-            sequence.token_ids[item.start]
-            if item.start < len((sequence := item.sequence).token_ids)
-            else -1 - sequence.sample_row
-            for item in decodes
-        ]
-        blocks = tables[np.arange(n), positions[:n] // block_size].astype(np.int64)
-        slots[:n] = blocks * block_size + positions[:n] % block_size
+    input_ids[:n] = [_token(item.sequence, item.start) for item in decodes]
+    positions[:n] = [item.start for item in decodes]
+    slots[:n] = _slots(tables[np.arange(n), positions[:n] // block_size], positions[:n], block_size)
+    pieces = [(row, item.start, item.start + 1) for row, item in enumerate(decodes)]
     first = n
     for row, item in enumerate(prefills, start=n):
-        rows = slice(first, first + item.count)
+        last = first + item.count
         where = np.arange(item.start, item.start + item.count)
-        known = item.sequence.token_ids[item.start : item.start + item.count]
-        input_ids[first : first + len(known)] = known
-        if len(known) < item.count:
-            input_ids[first + len(known)] = -1 - item.sequence.sample_row
-        positions[rows] = where
-        slots[rows] = tables[row, where // block_size].astype(np.int64) * block_size + (
-            where % block_size
-        )
-        first += item.count
+        input_ids[first:last] = item.sequence.token_ids[item.start : item.start + item.count]
+        positions[first:last] = where
+        slots[first:last] = _slots(tables[row, where // block_size], where, block_size)
+        pieces += [(row, *piece) for piece in attention_pieces(item, invariant_chunk)]
+        first = last
 
-    cu_seqlens = np.zeros(len(counts) + 1, dtype=np.int32)
-    np.cumsum(counts, out=cu_seqlens[1:])
-    samples = np.array([item.samples for item in items], dtype=bool)
-    sample_rows = cu_seqlens[1 : len(items) + 1][samples].astype(np.int64) - 1
-    sample_row = 0
-    for item in items:
-        if item.samples:
-            item.sequence.sample_row = sample_row
-            sample_row += 1
-
+    counts = [stop - start for _, start, stop in pieces] + [padding] * (padding > 0)
+    seq_lens = [stop for _, _, stop in pieces] + [0] * (padding > 0)
+    if len(counts) > len(items):
+        tables = tables[[row for row, _, _ in pieces] + [0] * (padding > 0)]
     return Batch(
         input_ids=to_device(input_ids, device),
         context=ForwardContext(
             positions=to_device(positions, device),
             slot_mapping=to_device(slots, device),
             block_tables=to_device(tables, device),
-            cu_seqlens_q=to_device(cu_seqlens, device),
+            cu_seqlens_q=to_device(np.cumsum([0, *counts], dtype=np.int32), device),
             seq_lens=to_device(np.array(seq_lens, dtype=np.int32), device),
             max_seqlen_q=max(counts),
             max_seq_len=max(seq_lens),
             num_decodes=n,
         ),
-        sample_rows=to_device(sample_rows, device),
+        sample_rows=to_device(_assign_sample_rows(items), device),
         items=items,
         uses_last_tokens=bool((input_ids < 0).any()),
     )
+
+
+def _token(sequence: Sequence, position: int) -> int:
+    """A token's id, or -1 - row where only the device knows it."""
+    token_ids = sequence.token_ids
+    return token_ids[position] if position < len(token_ids) else -1 - sequence.sample_row
+
+
+def _slots(blocks: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
+    return blocks.astype(np.int64) * block_size + positions % block_size
+
+
+def _assign_sample_rows(items: list[ScheduledSequence]) -> np.ndarray:  # -> (M,) int64
+    """Rows of the tokens whose successors are sampled; each sequence learns its place in them."""
+    rows: list[int] = []
+    end = 0
+    for item in items:
+        end += item.count
+        if item.samples:
+            item.sequence.sample_row = len(rows)
+            rows.append(end - 1)
+    return np.array(rows, dtype=np.int64)

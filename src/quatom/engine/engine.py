@@ -30,14 +30,12 @@ class Engine:
     """
 
     def __init__(self, loaded: Any, config: EngineConfig | None = None) -> None:
-        self.config = config or EngineConfig()
+        self.device = torch.device(loaded.device)
+        self.config = (config or EngineConfig()).resolve(self.device, loaded.config.max_position)
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
-        self.device = torch.device(loaded.device)
-        self.max_model_len = _max_model_len(self.config, loaded.config.max_position)
+        self.max_model_len = self.config.max_model_len or loaded.config.max_position
         self.requests = RequestFactory(loaded.config, loaded.tokenizer, self.max_model_len)
-        on_gpu = self.device.type == "cuda"
-        self.overlap = on_gpu if self.config.overlap is None else self.config.overlap
         num_blocks = count_blocks(
             loaded.model,
             self.config,
@@ -50,7 +48,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, prefix_caching=self.config.prefix_caching)
         self.scheduler = Scheduler(self.config, self.pool)
         self.runner = self._make_runner(loaded.model, kv_cache)
-        if on_gpu and self.config.cuda_graphs:
+        if self.config.cuda_graphs:
             self.runner.graphs = DecodeGraphs(
                 loaded.model,
                 kv_cache,
@@ -114,7 +112,7 @@ class Engine:
         if self._launched is not None:
             deltas += self._collect()
         self._launched = launched
-        if launched is not None and not self.overlap:
+        if launched is not None and not self.config.overlap:
             deltas += self._collect()
         return deltas
 
@@ -267,14 +265,3 @@ class Engine:
             device=self.device,
         )
         model.compute_logits(hidden).softmax(dim=-1)
-
-
-def _max_model_len(config: EngineConfig, max_position: int) -> int:
-    if config.max_model_len is None:
-        return max_position
-    if config.max_model_len > max_position:
-        raise EngineError(
-            f"max_model_len {config.max_model_len} is above the model's own limit of "
-            f"{max_position} positions"
-        )
-    return config.max_model_len

@@ -103,7 +103,9 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.device = device
         self.graphs = graphs
-        self._min_rows = MIN_CPU_ROWS if device.type == "cpu" else 1
+        self._row_multiple = 1
+        if config.invariant_chunk:
+            self._row_multiple = MIN_CPU_ROWS * torch.get_num_threads()
         self._last_tokens = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -117,7 +119,8 @@ class ModelRunner:
             step.items,
             block_size=self.config.block_size,
             device=self.device,
-            min_rows=self._min_rows,
+            row_multiple=self._row_multiple,
+            invariant_chunk=self.config.invariant_chunk or 0,
         )
         input_ids = batch.input_ids
         if batch.uses_last_tokens:
@@ -159,9 +162,9 @@ class ModelRunner:
         return LaunchedStep(batch.items, sequences, tokens, logprobs, top, done)
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits of the given rows; few rows on a CPU are filled up, see `batch`."""
-        missing = self._min_rows - rows.shape[0]
-        if missing <= 0:
+        """Logits of the given rows; on a CPU they are filled up, see `batch`."""
+        missing = -rows.shape[0] % self._row_multiple
+        if not missing:
             return self.model.compute_logits(hidden[rows])
         padded = torch.cat((rows, rows.new_zeros(missing)))
         return self.model.compute_logits(hidden[padded])[: rows.shape[0]]

@@ -7,7 +7,7 @@ tokens. Three rules keep this fair and live:
 - A sequence is admitted with the blocks of all its tokens, or not at all.
 - A decode that finds no free block takes them from the sequence that arrived last, which goes back
   to the head of the queue and is recomputed later. So the oldest sequence always advances.
-- While several prompts want to run, each gets at most `prefill_chunk` tokens of a step.
+- While several prompts want to run, each gets at most `max_prefill_chunk` tokens of a step.
 """
 
 from bisect import insort
@@ -48,8 +48,11 @@ class Scheduler:
     """The queue, the running sequences and their blocks."""
 
     def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
-        self.config = config
+        assert config.max_prefill_chunk is not None
+        self.config = config  # resolved
         self.pool = pool
+        self._prefill_chunk = max(config.max_prefill_chunk, config.invariant_chunk or 1)
+        self._unit = config.invariant_chunk or 1  # prompts are computed and shared in whole units
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
@@ -87,7 +90,10 @@ class Scheduler:
             return
         sequence.num_launched = sequence.num_computed
         block_size = self.config.block_size
-        full = min(sequence.num_computed, len(sequence.token_ids)) // block_size
+        known = len(sequence.token_ids)
+        if self._unit > 1:  # output tokens and the rest of a prompt attend in smaller pieces
+            known = sequence.num_prompt // self._unit * self._unit
+        full = min(sequence.num_computed, known) // block_size
         if full > sequence.num_registered and self.pool.prefix_caching:
             digests = sequence.update_digests(block_size)
             for i in range(sequence.num_registered, full):
@@ -157,8 +163,11 @@ class Scheduler:
         count = min(
             sequence.num_uncomputed,
             self.config.max_num_batched_tokens - step.num_tokens,
-            self.config.prefill_chunk if crowded else self.config.max_num_batched_tokens,
+            self._prefill_chunk if crowded else self.config.max_num_batched_tokens,
         )
+        rest = sequence.num_prompt - sequence.num_computed - count
+        if rest > 0:
+            count -= (sequence.num_computed + count) % self._unit
         if count > 0:
             self._take(step, sequence, count)
 
@@ -224,15 +233,17 @@ class Scheduler:
             and sequence.num_output == 0
             and parent.num_launched >= sequence.num_prompt
         ):
-            blocks = -(-sequence.num_prompt // block_size)
-            return list(parent.block_table[:blocks]), sequence.num_prompt - 1
+            computed = (sequence.num_prompt - 1) // self._unit * self._unit
+            return list(parent.block_table[: -(-computed // block_size)]), computed
         wanted = sequence.params.prompt_logprobs
         if wanted is not None and len(sequence.prompt_logprobs) < sequence.num_prompt - 1:
             return [], 0  # every prompt token must run to have its logits
         if not self.pool.prefix_caching:
             return [], 0
         shared = self.pool.match(sequence.update_digests(block_size))
-        return shared, min(len(shared) * block_size, sequence.num_tokens - 1)
+        computed = min(len(shared) * block_size, sequence.num_tokens - 1)
+        computed -= computed % self._unit
+        return shared[: -(-computed // block_size)], computed
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

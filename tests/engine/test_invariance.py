@@ -1,0 +1,47 @@
+"""On the reference backend a request gives bit-equal log-probabilities alone and in any crowd."""
+
+import random
+
+import pytest
+
+from quatom.engine.config import EngineConfig
+from quatom.engine.llm import LLM
+from quatom.engine.sampling import SamplingParams
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=0)
+
+
+def prompts():
+    rng = random.Random(0)
+    made = [[rng.randrange(256) for _ in range(rng.randint(1, 150))] for _ in range(10)]
+    # Prefixes that the crowd finds in the cache, and the lone request does not.
+    return [*made, made[0] + made[1], (made[2] * 3)[:140], [*made[3], 1]]
+
+
+def logprobs(output):
+    return [(entry.token_id, entry.logprob) for entry in output.outputs[0].logprobs]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_llama_dir):
+    options = EngineConfig(prefix_caching=False, max_model_len=320)
+    llm = LLM(tiny_llama_dir, device="cpu", config=options)
+    return [logprobs(llm.generate([prompt], PARAMS)[0]) for prompt in prompts()]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_num_batched_tokens": 2048},  # all prompts in one step
+        {"max_num_batched_tokens": 88},  # in chunks, mixed with decodes
+        {"max_num_batched_tokens": 150, "kv_cache_memory": 13 * 32 * 2048},  # with preemption
+        {"max_num_batched_tokens": 150, "overlap": True},
+    ],
+)
+def test_a_crowd_changes_no_bit(tiny_llama_dir, alone, limits):
+    config = EngineConfig(max_num_seqs=12, max_model_len=320, **limits)
+    llm = LLM(tiny_llama_dir, device="cpu", config=config)
+    together = llm.generate(prompts(), PARAMS)
+    assert [logprobs(output) for output in together] == alone
+    assert llm.engine.scheduler.prefix_hits > 0
+    assert (llm.engine.scheduler.num_preemptions > 0) == ("kv_cache_memory" in limits)
