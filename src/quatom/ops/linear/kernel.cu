@@ -22,6 +22,9 @@ typedef unsigned long long u64;
 constexpr int ROWS = 64 * WARPGROUPS;           // output channels of a tile
 constexpr int CONSUMERS = 128 * WARPGROUPS;     // threads
 constexpr bool ORDERED = WARPGROUPS > 1;
+// Convert the next group's weights while this one multiplies; three warpgroups hide it behind each
+// other's turns instead, and need the registers.
+constexpr bool PREFETCH = WARPGROUPS < 3;
 constexpr int CLUSTER = SPLIT * MULTICAST;
 constexpr u32 UNIT_BYTES = 4096 + 128;
 constexpr u32 X_BYTES = BM * 128;
@@ -318,6 +321,10 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       float partial[BM / 2];
       const u32 stage = ring.stage;
       const u64 b = descriptor(base + X_OFFSET + stage * X_BYTES);
+      if (!PREFETCH) {
+        barrier_wait(full + 8 * stage, ring.phase);
+        load_codes(w_thread + stage * W_STAGE, now);
+      }
       wait_turn(warpgroup);
       wgmma_fence();
 #pragma unroll
@@ -326,7 +333,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       wgmma_commit();
       pass_turn(warpgroup);
       ring.advance();
-      if (more) {
+      if (PREFETCH && more) {
         barrier_wait(full + 8 * ring.stage, ring.phase);
         load_codes(w_thread + ring.stage * W_STAGE, next);
       }
@@ -342,8 +349,10 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       const int int4_steps = max(0, min(unit_end, int4_groups) - unit_begin);
       if (int4_steps > 0) {
         u32 even[16], odd[16];
-        barrier_wait(full + 8 * ring.stage, ring.phase);
-        load_codes(w_thread + ring.stage * W_STAGE, even);
+        if (PREFETCH) {
+          barrier_wait(full + 8 * ring.stage, ring.phase);
+          load_codes(w_thread + ring.stage * W_STAGE, even);
+        }
         for (int i = 0; i < int4_steps; i += 2) {
           int4_step(even, odd, i + 1 < int4_steps);
           if (i + 1 < int4_steps) int4_step(odd, even, i + 2 < int4_steps);

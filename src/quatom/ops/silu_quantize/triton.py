@@ -1,0 +1,93 @@
+"""Triton kernel for `silu_quantize`: one program multiplies and quantizes some groups of a token."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quatom.ops.activations import MixedTensor, QuantizeSpec
+from quatom.ops.triton_quantize import (
+    allocate,
+    group_bounds,
+    group_width,
+    quantize_options,
+    store_groups,
+)
+
+_TILE = 2048
+"""Channels of a program: enough bytes in flight, and several programs for a single token."""
+
+
+@triton.jit
+def _silu_quantize_kernel(
+    gate_up_ptr,  # (T, 2 I)
+    codes_ptr,
+    scales_ptr,
+    row_stride,
+    tokens_padded,
+    clip_ratio,
+    normal_largest,
+    outlier_largest,
+    MIN_SCALE: tl.constexpr,
+    NORMAL: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    OUTLIER_SIZE: tl.constexpr,
+    NUM_SCALES: tl.constexpr,
+    NORMAL_KIND: tl.constexpr,
+    OUTLIER_KIND: tl.constexpr,
+    GROUPS_LAYOUT: tl.constexpr,
+    SB: tl.constexpr,  # groups of a program
+    WIDTH: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # T * 2 I overflows int32 on long prefills
+    s = tl.program_id(1) * SB + tl.arange(0, SB)
+    column = tl.arange(0, WIDTH)
+    first, end = group_bounds(s, NORMAL, GROUP_SIZE, OUTLIER_SIZE)
+    channel = first[:, None] + column[None, :]
+    mask = (channel < end[:, None]) & (s < NUM_SCALES)[:, None]
+    gate_ptr = gate_up_ptr + token * row_stride + channel
+    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + NORMAL + OUTLIERS, mask=mask, other=0.0).to(tl.float32)
+    store_groups(
+        gate / (1.0 + tl.exp(-gate)) * up,
+        s,
+        column,
+        token,
+        codes_ptr,
+        scales_ptr,
+        tokens_padded,
+        clip_ratio,
+        normal_largest,
+        outlier_largest,
+        MIN_SCALE,
+        NORMAL,
+        GROUP_SIZE,
+        OUTLIERS,
+        OUTLIER_SIZE,
+        NUM_SCALES,
+        NORMAL_KIND,
+        OUTLIER_KIND,
+        GROUPS_LAYOUT,
+    )
+
+
+def silu_quantize_triton(gate_up: Tensor, spec: QuantizeSpec) -> MixedTensor:
+    """See `silu_quantize`. CUDA, or the CPU under TRITON_INTERPRET=1."""
+    tokens = gate_up.shape[0]
+    out = allocate(gate_up, tokens, spec)
+    if not tokens:
+        return out
+    width = group_width(spec)
+    groups = min(max(1, _TILE // width), triton.next_power_of_2(spec.layout.num_scales))
+    _silu_quantize_kernel[(tokens, triton.cdiv(spec.layout.num_scales, groups))](
+        gate_up,
+        out.codes,
+        out.scales,
+        gate_up.stride(0),
+        out.codes.shape[1],
+        SB=groups,
+        WIDTH=width,
+        num_warps=4 if groups * width <= _TILE else 8,
+        **quantize_options(spec),
+    )
+    return out
