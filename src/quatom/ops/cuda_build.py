@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -22,6 +23,7 @@ from quatom.errors import BackendError
 _CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _DEFAULT_SHARED_BYTES = 48 * 1024
+_Argument: TypeAlias = "ctypes._SimpleCData | ctypes.Structure"
 
 
 def cache_folder() -> Path:
@@ -152,7 +154,7 @@ class CudaKernel:
     cluster: int
     """CTAs of a cluster along the grid's first axis."""
 
-    def launch(self, grid: int, arguments: Sequence[ctypes._SimpleCData], *, overlap: bool) -> None:
+    def launch(self, grid: int, arguments: Sequence[_Argument], *, overlap: bool) -> None:
         """Launch on torch's current stream.
 
         Args:

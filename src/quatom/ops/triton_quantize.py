@@ -116,7 +116,7 @@ def store_groups(
     first, end = group_bounds(s, NORMAL, GROUP_SIZE, OUTLIER_SIZE)
     if GROUPS_LAYOUT:
         integer = code.to(tl.int32)
-        if NORMAL_KIND == 1:
+        if NORMAL_KIND == 1:  # noqa: SIM108 (constexpr branches)
             byte = e4m3_byte(code)
         else:  # an integer's magnitude is the e4m3 byte of magnitude * 2**-9
             byte = tl.abs(integer) | ((integer >> 24) & 0x80)

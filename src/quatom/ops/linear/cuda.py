@@ -95,7 +95,7 @@ def kernel_source(tokens: int) -> str:
 
 
 def _wgmma(operand: str, columns: int) -> str:
-    """A function that issues one m64 n`columns` k32 wgmma, A in registers and B in shared memory."""
+    """A function that issues one m64 n`columns` k32 wgmma, A in registers, B in shared memory."""
     count = columns // 2
     accumulator, constraint, kind, scale = {
         "e4m3": ("float", "+f", "f32", ", 1, 1"),

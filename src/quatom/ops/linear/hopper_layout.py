@@ -62,7 +62,7 @@ def _int4_units(codes: Tensor) -> Tensor:
     blocks, _, groups, _ = codes.shape
     sign = codes < 0
     magnitude = torch.where(sign, -codes - 1, codes)
-    # rows: warp, half (first or second 8 rows), row; channels: chunk pair, chunk, half, thread, byte
+    # rows: warp, half (of 16 rows), row; channels: chunk pair, chunk, half chunk, thread, byte
     shape = (blocks, 4, 2, 8, groups, 2, 2, 2, 4, 4)
     to_thread_order = (0, 2, 4, 5, 1, 3, 8, 6, 7, 9)  # (blocks, half, G, pair, warp, row, thread..)
     sign = sign.reshape(shape).permute(to_thread_order).to(torch.uint8)

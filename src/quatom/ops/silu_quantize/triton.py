@@ -1,4 +1,4 @@
-"""Triton kernel for `silu_quantize`: one program multiplies and quantizes some groups of a token."""
+"""Triton kernel for `silu_quantize`: a program quantizes some groups of one token."""
 
 import triton
 import triton.language as tl
