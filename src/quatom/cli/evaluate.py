@@ -27,6 +27,13 @@ def evaluate(
         typer.Option(help="Folder with the data of tasks and corpora, to work offline."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of answers to tasks, from which an interrupted run goes on; default: "
+            "zeroshot in QUATOM_CACHE_DIR (~/.cache/quatom)."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
@@ -49,7 +56,7 @@ def evaluate(
     if perplexity is not None:
         _perplexity(loaded, title, perplexity, sequence_length, max_windows, data_dir, json)
     if tasks is not None:
-        _tasks(loaded, title, tasks.split(","), data_dir, limit, json)
+        _tasks(loaded, title, tasks.split(","), data_dir, limit, cache, json)
 
 
 def _perplexity(
@@ -99,14 +106,22 @@ def _tasks(
     names: list[str],
     data_dir: Path | None,
     limit: int | None,
+    cache: Path | None,
     out: Path | None,
 ) -> None:
     from quatom.cli.common import print_table
+    from quatom.evaluation.request_cache import default_cache_folder
     from quatom.evaluation.results import add_results
     from quatom.evaluation.zero_shot import evaluate_tasks
 
-    entries = evaluate_tasks(loaded, names, data_dir=data_dir, limit=limit)
-    entries = [{"model": title, "recipe": loaded.recipe.name} | entry for entry in entries]
+    entries = evaluate_tasks(
+        loaded,
+        names,
+        data_dir=data_dir,
+        limit=limit,
+        cache=cache or default_cache_folder(),
+        model_name=title,
+    )
     print_table(
         f"{title}, {loaded.recipe.name}, zero-shot",
         ("task", "metric", "value", "examples"),

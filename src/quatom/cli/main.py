@@ -37,11 +37,13 @@ def _register() -> None:
     from quatom.cli.generate import generate
     from quatom.cli.inspect import inspect
     from quatom.cli.quantize import quantize
+    from quatom.cli.report import report
 
     app.command("quantize")(quantize)
     app.command("eval")(evaluate)
     app.command("generate")(generate)
     app.command("inspect")(inspect)
+    app.command("report")(report)
 
 
 _register()

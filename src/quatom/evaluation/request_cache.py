@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from quatom.errors import CheckpointError
 from quatom.loading import LoadedModel
 
 CACHE_FORMAT = 1
+
+
+def default_cache_folder() -> Path:
+    """Where answers are kept unless a folder is named."""
+    root = os.environ.get("QUATOM_CACHE_DIR")
+    return (Path(root) if root else Path.home() / ".cache" / "quatom") / "zeroshot"
 
 
 def model_key(loaded: LoadedModel) -> str:

@@ -96,6 +96,7 @@ def _entries(
                 "num_fewshot": outcome["n-shot"][task],
                 "task_version": outcome["versions"].get(task),
                 "harness": version("lm_eval"),
+                "backend": loaded.backend_name,
             }
         )
     return entries
