@@ -7,7 +7,8 @@ import torch
 
 from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import attention
+from quatom.ops.attention import AttentionOptions, attention
+from quatom.ops.attention.cuda import DecodeConfig, decode_cuda
 from quatom.ops.backend import Backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -288,6 +289,38 @@ def test_cuda_decode_of_extreme_queries(factor):
     batch = Batch([40, 3, 500], head_dim=128, dtype=torch.bfloat16)
     batch.q *= factor / batch.q.norm(dim=-1, keepdim=True)
     assert_close(batch.run(Backend.CUDA), batch.truth(), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 48, 64])
+@pytest.mark.parametrize(("warps", "tile", "stages", "bulk"), [(4, 32, 2, False), (2, 64, 3, True)])
+def test_cuda_variants_agree(head_dim, block_size, warps, tile, stages, bulk):
+    """Other copies (what sm_80 runs) and other tiles than the default."""
+    batch = Batch(
+        [0, 1, 700, 131, 64],
+        heads=8,
+        kv_heads=2,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=torch.float16,
+    )
+    options = AttentionOptions(head_dim**-0.5, None, None, 3)
+    out = torch.full_like(batch.q, torch.nan)
+    a = batch.arguments
+    decode_cuda(
+        batch.q,
+        out,
+        batch.pages,
+        a["block_tables"],
+        a["cu_seqlens_q"],
+        a["seq_lens"],
+        1,
+        700,
+        options,
+        DecodeConfig(warps=warps, tile=tile, stages=stages, min_ctas=1, bulk=bulk),
+    )
+    assert_close(out, batch.truth(), torch.float16)
 
 
 @pytest.mark.gpu

@@ -119,7 +119,7 @@ class KVPages:
             )
         if num_blocks < 1 or num_kv_heads < 1:
             raise ShapeError(f"cannot allocate {num_blocks} blocks of {num_kv_heads} KV heads")
-        record = block_size * _bytes_per_token_head(head_dim, dtype)
+        record = block_size * bytes_per_token_head(head_dim, dtype)
         storage = torch.zeros((num_blocks, num_kv_heads, record), dtype=torch.uint8, device=device)
         return cls(storage, block_size, head_dim, dtype)
 
@@ -146,7 +146,7 @@ class KVPages:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's K and V, all heads of this layer, pairs included."""
-        return self.num_kv_heads * _bytes_per_token_head(self.head_dim, self.dtype)
+        return self.num_kv_heads * bytes_per_token_head(self.head_dim, self.dtype)
 
     @property
     def bytes_per_block(self) -> int:
@@ -252,7 +252,7 @@ class KVPages:
 _BITS = {"int4": 4, "int8": 8, "float16": 16, "bfloat16": 16, "float32": 32}
 
 
-def _bytes_per_token_head(head_dim: int, dtype: KVDtype) -> int:
+def bytes_per_token_head(head_dim: int, dtype: KVDtype) -> int:
     """Bytes of one token and KV head, K and V together."""
     pair = 4 if dtype in ("int4", "int8") else 0
     return 2 * (head_dim * _BITS[dtype] // 8 + pair)

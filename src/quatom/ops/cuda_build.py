@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,7 +23,7 @@ from quatom.errors import BackendError
 _CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _DEFAULT_SHARED_BYTES = 48 * 1024
-_Argument: TypeAlias = "ctypes._SimpleCData | ctypes.Structure"
+_Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
 
 
 def cache_folder() -> Path:

@@ -168,8 +168,8 @@ def _cuda_obstacle(
     if not decode:
         softcap = options.logit_softcap is not None
         return "its prefill, torch's FlashAttention, has no logit soft-cap" if softcap else None
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
-        return "its decode kernel is written for Hopper (compute capability 9.0)"
+    if (capability := torch.cuda.get_device_capability(q.device)) < (8, 0):
+        return f"its decode kernel needs compute capability 8.0, this device has {capability}"
     if pages.dtype != "int4":
         return f"its decode kernel reads int4 caches, got {pages.dtype}"
     return None

@@ -1,4 +1,4 @@
-"""The Hopper decode kernel of `attention`: which variant runs, how many splits, its launch."""
+"""The CUDA decode kernel of `attention`: which variant runs, how many splits, its launch."""
 
 import ctypes
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ class DecodeConfig:
     """Tiles that a warp has in flight or in work."""
     min_ctas: int
     """CTAs of a multiprocessor that registers must allow."""
+    bulk: bool = True
+    """Bulk copies (sm_90 and later) instead of cp.async."""
 
     def shared_bytes(self, head_dim: int, row_tiles: int) -> int:
         """Dynamic shared memory of a CTA: stages, or the exchange between warps if larger."""
@@ -57,11 +59,11 @@ class _Parameters(ctypes.Structure):
     ]
 
 
-def default_config(head_dim: int, row_tiles: int) -> DecodeConfig:
+def default_config(head_dim: int, row_tiles: int, capability: tuple[int, int]) -> DecodeConfig:
     """The fastest variant measured for a head shape."""
-    if head_dim * row_tiles <= 128:
-        return DecodeConfig(warps=4, tile=32, stages=3, min_ctas=4)
-    return DecodeConfig(warps=4, tile=32, stages=3, min_ctas=2)
+    small = head_dim * row_tiles <= 128
+    bulk = capability >= (9, 0)
+    return DecodeConfig(warps=4, tile=32, stages=2, min_ctas=4 if small else 2, bulk=bulk)
 
 
 def decode_cuda(
@@ -86,9 +88,12 @@ def decode_cuda(
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     splits = options.num_splits or choose_splits(ctas, max_seq_len, processors)
     softcap = options.logit_softcap
+    capability = torch.cuda.get_device_capability(q.device)
+    config = config or default_config(head_dim, row_tiles, capability)
     decode, merge = _kernels(
         q.device.index or 0,
-        config or default_config(head_dim, row_tiles),
+        f"sm_{capability[0]}{capability[1]}",
+        config,
         head_dim,
         pages.block_size,
         row_tiles,
@@ -119,9 +124,9 @@ def decode_cuda(
         softcap_log2e=0.0 if softcap is None else softcap * _LOG2E,
         window=options.sliding_window or 0,
     )
-    decode.launch(ctas * splits, [parameters], overlap=False)
+    decode.launch(ctas * splits, [parameters], overlap=config.bulk)
     if splits > 1:
-        merge.launch(tokens * num_heads, [parameters], overlap=True)
+        merge.launch(tokens * num_heads, [parameters], overlap=config.bulk)
 
 
 @lru_cache(maxsize=4096)
@@ -143,6 +148,7 @@ def choose_splits(ctas: int, length: int, processors: int) -> int:
 @cache
 def _kernels(
     device: int,
+    arch: str,
     config: DecodeConfig,
     head_dim: int,
     block_size: int,
@@ -160,12 +166,13 @@ def _kernels(
         "TILE": config.tile,
         "STAGES": config.stages,
         "MIN_CTAS": config.min_ctas,
+        "BULK": int(config.bulk),
         "BF16": int(bf16),
         "SOFTCAP": int(softcap),
         "WINDOW": int(window),
     }
     source = (files("quatom.ops.attention") / "decode.cu").read_text()
-    cubin = compile_cubin(source, "sm_90a", defines)
+    cubin = compile_cubin(source, arch, defines)
     with torch.cuda.device(device):
         decode = load_kernel(
             cubin,

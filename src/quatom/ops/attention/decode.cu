@@ -1,8 +1,9 @@
-// Decode attention over INT4 pages for Hopper. docs/kernels-attention.md explains the design.
+// Decode attention over INT4 pages, sm_80 and later. docs/kernels-attention.md explains the design.
 //
 // One CTA takes 8 * NT query rows (row = new token * G + head of the group) of one KV head over one
-// run of tokens. Its warps work alone: each streams its own tiles of TILE tokens into shared memory
-// by bulk copies, STAGES deep, and keeps a running softmax; they meet once, at the end.
+// run of tokens. Its warps work alone: each streams its own tiles of TILE tokens into shared memory,
+// STAGES deep, by bulk copies (BULK, sm_90 and later) or cp.async, and keeps a running softmax; they
+// meet once, at the end.
 //
 //   scores  S (tokens x rows)   = C_k Q^T       mma.m16n8k16, A = codes of K, B = queries
 //   output  O (channels x rows) = C_v^T P^T     mma.m16n8k16, A = codes of V, B = weights
@@ -11,8 +12,8 @@
 // on), which tensor cores multiply exactly: unpacking is one mask per two codes, with no bias to
 // subtract. Scale and minimum of a token meet its score and its weight, never its elements.
 //
-// Compile-time parameters: HEAD_DIM, BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BF16, SOFTCAP,
-// WINDOW.
+// Compile-time parameters: HEAD_DIM, BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
+// SOFTCAP, WINDOW.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -35,6 +36,8 @@ constexpr int WARP_BYTES = STAGE * STAGES > EXCHANGE ? STAGE * STAGES : EXCHANGE
 #define INF __int_as_float(0x7f800000)
 constexpr u32 LOW = 0x000F000Fu, HIGH = 0x00F000F0u;
 static_assert(COPIES <= 32, "a lane issues at most one copy of a tile");
+static_assert(BULK || TILE <= 64, "a lane copies at most one chunk of pairs");
+static_assert(BULK || TILE * (ROW / 16) % 32 == 0, "all lanes copy the same number of chunks");
 static_assert(STAGE % 16 == 0 && WARP_BYTES % 16 == 0, "bulk copies need 16-byte alignment");
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -129,6 +132,7 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
   return halves_to_floats(x);
 }
 
+#if BULK
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   asm volatile(
       "{.reg .pred p;\n"
@@ -137,6 +141,14 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
+#else
+// Bytes past the end of the sequence are filled with zeros: their blocks may not exist.
+__device__ __forceinline__ void copy_chunk(u32 target, const u8* source, bool stored) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(stored ? 16 : 0)
+               : "memory");
+}
+#endif
 
 struct Parameters {
   const u16* q;          // (T, H, D)
@@ -163,6 +175,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int g = lane >> 2, tg = lane & 3;
 
+#if BULK
+  // Launched while the kernel before still ends; the merge kernel may likewise get ready early.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
   int index = blockIdx.x;
   const int split = index % p.splits;
   index /= p.splits;
@@ -191,27 +208,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   begin += split * run;
   end = min(end, begin + run);
 
-  // 1. Start the copies of this warp's first tiles.
-  __shared__ __align__(8) u64 barriers[WARPS * STAGES];
+  // 1. Start the copies of this warp's first tiles. Lanes 4 r to 4 r + 3 know the block of run r.
   const u32 stages = shared_address(memory) + warp * WARP_BYTES;
+  const int* table = p.tables + batch * p.table_stride;
+  const int my_run = (lane >> 2) * RUN;
+  auto block_of = [&](int tile) {
+    const int token = tile + my_run;
+    return lane < COPIES && token < end ? table[token / BLOCK_SIZE] : 0;
+  };
+#if BULK
+  __shared__ __align__(8) u64 barriers[WARPS * STAGES];
   const u32 barrier = shared_address(barriers) + warp * STAGES * 8;
   if (lane < STAGES)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + lane * 8) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   __syncwarp();
 
-  // Lane l copies section l % 4 (K, V, K pairs, V pairs) of run l / 4 of a tile.
-  const int* table = p.tables + batch * p.table_stride;
-  const int my_run = (lane >> 2) * RUN, section = lane & 3;
+  // Lane l copies section l % 4 (K, V, K pairs, V pairs) of run l / 4.
+  const int section = lane & 3;
   const int row_bytes = section < 2 ? ROW : 4;
   const int section_start = section < 2 ? section * BLOCK_SIZE * ROW
                                         : BLOCK_SIZE * (2 * ROW + (section - 2) * 4);
   const u32 target = section < 2 ? section * TILE * ROW : TILE * (2 * ROW + (section - 2) * 4);
-  auto block_of = [&](int tile) {
-    const int token = tile + my_run;
-    return lane < COPIES && token < end ? table[token / BLOCK_SIZE] : 0;
-  };
   auto start_copy = [&](int tile, int block, int stage) {
+    if (tile >= end) return;
     const int runs = min((end - tile + RUN - 1) / RUN, TILE / RUN);
     if (lane == 0)
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -230,13 +250,41 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
           : "memory");
     }
   };
+#else
+  auto start_copy = [&](int tile, int block, int stage) {
+    const u32 base = stages + stage * STAGE;
+    constexpr int ROW_CHUNKS = ROW / 16;
+    if (tile < end) {
+#pragma unroll
+      for (int i = 0; i < TILE * ROW_CHUNKS; i += 32) {
+        const int t = (i + lane) / ROW_CHUNKS, c = (i + lane) % ROW_CHUNKS;
+        const int owner = __shfl_sync(~0u, block, t / RUN * 4);
+        const bool stored = tile + t / RUN * RUN < end;
+        const u8* source = p.storage + ((long long)owner * p.num_kv_heads + kv_head) * RECORD +
+                           (tile + t) % BLOCK_SIZE * ROW + c * 16;
+        copy_chunk(base + t * ROW + c * 16, source, stored);
+        copy_chunk(base + (TILE + t) * ROW + c * 16, source + BLOCK_SIZE * ROW, stored);
+      }
+      // Four tokens' pairs a chunk: K pairs by the first lanes, V pairs by the others.
+      const int chunk_index = lane % (TILE / 4), which = lane / (TILE / 4), t = chunk_index * 4;
+      const int owner = __shfl_sync(~0u, block, t / RUN * 4);
+      if (which < 2) {
+        const u8* source = p.storage + ((long long)owner * p.num_kv_heads + kv_head) * RECORD +
+                           BLOCK_SIZE * (2 * ROW + which * 4) + (tile + t) % BLOCK_SIZE * 4;
+        copy_chunk(base + TILE * (2 * ROW + which * 4) + t * 4, source,
+                   tile + t / RUN * RUN < end);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+#endif
   int next = begin + warp * TILE;  // tile whose copy starts next
   int next_block[STAGES];
 #pragma unroll
   for (int s = 0; s < STAGES; s++) next_block[s] = block_of(next + s * WARPS * TILE);
 #pragma unroll
   for (int s = 0; s < STAGES; s++) {
-    if (next < end) start_copy(next, next_block[s], s);
+    start_copy(next, next_block[s], s);
     next += WARPS * TILE;
   }
   int block = block_of(next);
@@ -307,7 +355,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   int stage = 0;
   u32 parity = 0;
   for (int tile = begin + warp * TILE; tile < end; tile += WARPS * TILE) {
+#if BULK
     barrier_wait(barrier + stage * 8, parity);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+    __syncwarp();
+#endif
     const u32 keys = stages + stage * STAGE, values = keys + TILE * ROW;
     const u32 key_pairs = values + TILE * ROW, value_pairs = key_pairs + TILE * 4;
 
@@ -457,7 +510,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     }
 
     __syncwarp();  // all lanes have read this stage
-    if (next < end) start_copy(next, block, stage);
+    start_copy(next, block, stage);
     next += WARPS * TILE;
     block = block_of(next);
     if (++stage == STAGES) {
@@ -528,7 +581,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
       if (channel == 0) p.stats[part] = make_float2(top, sum);
     }
   }
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // Merge the splits of one (token, head): warp w takes splits w, w + 4, ..., in that order always.
@@ -537,7 +589,9 @@ extern "C" __global__ void __launch_bounds__(128) merge(const Parameters p) {
   __shared__ float totals[4];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const long long row = blockIdx.x;
+#if BULK
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   const float2* stats = p.stats + row * p.splits;
   float top = -INF;
   for (int s = lane; s < p.splits; s += 32) top = fmaxf(top, stats[s].x);
