@@ -288,6 +288,8 @@ def _presets() -> dict[str, Recipe]:
     float_activations = ActivationSpec(format="float16")
     float_cache = KVSpec(format="float16")
     atom_weights = WeightSpec(rows_per_scale=2, clip_ratio=0.85)
+    searched_weights = WeightSpec(rows_per_scale=2, clip_search="mse")
+    rotated_cache = KVSpec(keys="post_rope", rotation="hadamard", value_rotation="hadamard")
     recipes = (
         Recipe(
             name="fp16",
@@ -336,6 +338,18 @@ def _presets() -> dict[str, Recipe]:
             name="atom-w3a3",
             weights=WeightSpec(format="int3", rows_per_scale=2, clip_ratio=0.85),
             activations=ActivationSpec(format="int3", clip_ratio=0.9),
+        ),
+        Recipe(
+            name="quatom-w4a4kv4",
+            weights=searched_weights,
+            activations=ActivationSpec(clip_ratio=0.95, rotation="hadamard"),
+            kv_cache=rotated_cache,
+        ),
+        Recipe(
+            name="quatom-w4a8kv4",
+            weights=searched_weights,
+            activations=ActivationSpec(format="e4m3", rotation="hadamard"),
+            kv_cache=rotated_cache,
         ),
     )
     return {recipe.name: recipe for recipe in recipes}
