@@ -102,7 +102,7 @@ class CheckpointWriter:
         }
         self._finished = self._renamed_before_a_crash(fingerprint) if resume else False
         if self._finished:
-            shutil.rmtree(self.work)
+            self._clean_up()
             return
         if os.path.lexists(self.target):
             raise CheckpointError(f"{self.target} exists; choose another target or delete it")
@@ -110,7 +110,16 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"{self.work} holds an interrupted run; continue it with --resume, or delete it"
             )
-        self._start(fingerprint)
+        try:
+            self._start(fingerprint)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def finished(self) -> bool:
+        """Whether the target is there; after a crash behind the last rename, from the start."""
+        return self._finished
 
     def completed_blocks(self) -> int:
         """Leading decoder blocks that are on disk."""
@@ -203,8 +212,15 @@ class CheckpointWriter:
             fsync(self.target.parent)
         self._finished = True
         self.close()
-        shutil.rmtree(self.work, ignore_errors=True)
+        self._clean_up()
         return self.target
+
+    def _clean_up(self) -> None:
+        """Remove the working folder, run.json last: it tells a resumed run that this one is done."""
+        for file in self._state.iterdir():
+            if file.name != "run.json":
+                file.unlink()
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def close(self) -> None:
         """Let another process take the working folder. `finish` and the process's end do it too."""
@@ -255,7 +271,6 @@ class CheckpointWriter:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.close()
             raise CheckpointError(f"{self.work} is being written by another process") from error
         if run.exists():
             self._check_fingerprint(read_json(run), json.loads(json.dumps(fingerprint)))
@@ -273,7 +288,6 @@ class CheckpointWriter:
     def _check_fingerprint(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for key in now:
             if before.get(key) != now[key]:
-                self.close()
                 was, is_ = _first_difference(before.get(key), now[key], key)
                 raise CheckpointError(
                     f"{self.work} was begun with another {key} ({was}; now {is_}); use the same, "

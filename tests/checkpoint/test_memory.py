@@ -1,0 +1,47 @@
+"""Streaming a model through reader and writer takes the memory of one block, however many."""
+
+import sys
+
+import torch
+
+from quatom.checkpoint.reader import open_source
+from tests.checkpoint.gguf_models import write_gguf
+from tests.checkpoint.models import CONFIG, write_model
+from tests.checkpoint.rss import peak_rss_bytes
+
+BLOCK = CONFIG | {"hidden_size": 256, "intermediate_size": 1024}
+BLOCK_BYTES = 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 1024)  # float32
+
+COPY = """
+import sys
+from quatom.checkpoint.reader import open_source
+from quatom.checkpoint.writer import CheckpointWriter
+from quatom.recipe import PRESETS
+
+source = open_source(sys.argv[1])
+writer = CheckpointWriter(sys.argv[2], source, PRESETS["fp16"])
+for index in range(source.model_config.num_layers):
+    prefix = f"model.layers.{index}."
+    names = [name for name in source.names() if name.startswith(prefix)]
+    writer.write_block(index, {name: source.load(name) for name in names})
+writer.finish()
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
+    peaks = {}
+    for blocks in (4, 16):
+        config = BLOCK | {"num_hidden_layers": blocks}
+        folder = write_model(tmp_path / f"{blocks}", config, shards=2)
+        peaks[blocks] = peak_rss_bytes(COPY, str(folder), str(tmp_path / f"{blocks}-copy"))
+    assert peaks[16] - peaks[4] < BLOCK_BYTES
+
+
+def test_a_copied_model_keeps_every_bit(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "model.gguf")
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), str(tmp_path / "copy")])
+    exec(COPY, {})
+    source, copy = open_source(tmp_path / "model.gguf"), open_source(tmp_path / "copy")
+    assert copy.model_config == source.model_config
+    for name in source.names():
+        assert torch.equal(copy.load(name), source.load(name))
