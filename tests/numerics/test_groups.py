@@ -56,6 +56,13 @@ HAND_ROWS = {
         [7, 3, 0, 0, 7, 0, 0, 0, 7, 0, 127, 0, 127, 0],
         [1.0, 1.0, 1.0, 1.0, 1.0],
     ),
+    # 91.5 / 61 is 1.5 and goes to 2; times the rounded 1 / 61 it is just below and would go to 1.
+    "it divides, its reciprocal does not multiply": (
+        1.0,
+        [427, 91.5, -91.5, 0, 7, 0, 0, 0, 7, 0, 127, 0, 127, 0],
+        [7, 2, -2, 0, 7, 0, 0, 0, 7, 0, 127, 0, 127, 0],
+        [61.0, 1.0, 1.0, 1.0, 1.0],
+    ),
     # Below 7 * 2**-14 the step stays 2**-14, and the codes shrink instead.
     "the step has a floor": (
         1.0,

@@ -91,7 +91,9 @@ def quantize_checkpoint(
         resume=resume,
     )
     try:
-        _quantize_blocks(writer, opened, recipe, tokens, place, dtype, backend, on_block)
+        # Killed between the last rename and the clean-up, an earlier run has left nothing to do.
+        if not writer.finished:
+            _quantize_blocks(writer, opened, recipe, tokens, place, dtype, backend, on_block)
     finally:
         writer.close()
     return QuantizeReport(

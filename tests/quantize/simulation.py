@@ -1,0 +1,230 @@
+"""What a checkpoint must compute, built from its files and transformers' own network.
+
+Nothing here is shared with the package: tensors are read with safetensors, bits are unpacked with
+numpy, inputs and KV cache are quantized by a few lines of torch in hooks around transformers'
+linears. Weights stand in their original channel order, so orders are judged as well.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+PLACES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+BITS = {"e2m1": 4, "e4m3": 8} | {f"int{b}": b for b in range(2, 9)}
+LARGEST = {"e2m1": 6.0, "e4m3": 448.0} | {f"int{b}": 2.0 ** (b - 1) - 1 for b in range(2, 9)}
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+
+
+def nearest(x: torch.Tensor, name: str) -> torch.Tensor:
+    """x / scale -> nearest value of the format, ties to even."""
+    if name == "e4m3":
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    if name == "e2m1":
+        # An odd code loses a tie by a distance far below any other difference.
+        distance = (x.double().abs().unsqueeze(-1) - E2M1).abs() + torch.arange(8) % 2 * 1e-12
+        return torch.copysign(E2M1[distance.argmin(-1)].float(), x)
+    return torch.round(x).clamp(-LARGEST[name] - 1, LARGEST[name])
+
+
+def unpack(packed: torch.Tensor, name: str) -> torch.Tensor:
+    """(N, bytes) -> values (N, K): a little-endian bit string of two's complement or e2m1."""
+    bits = BITS[name]
+    string = np.unpackbits(packed.numpy(), axis=1, bitorder="little")
+    patterns = string.reshape(packed.shape[0], -1, bits).astype(np.int64) @ (1 << np.arange(bits))
+    patterns = torch.from_numpy(patterns)
+    if name == "e2m1":
+        return torch.where(patterns >= 8, -E2M1[patterns & 7], E2M1[patterns & 7]).float()
+    return torch.where(patterns >= 2 ** (bits - 1), patterns - 2**bits, patterns).float()
+
+
+@dataclass
+class Groups:
+    """Channels of each group of one linear's input, and the format of each group."""
+
+    channels: list[torch.Tensor]
+    normal: int
+    """Groups before the outlier groups."""
+
+
+@dataclass
+class Counts:
+    """Groups where the simulation and the model rounded a value on a tie differently."""
+
+    groups: int = 0
+    differing: int = 0
+
+    def settle(self, ours: torch.Tensor, theirs: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Compare quantized values group by group, (tokens, groups, width), and go on with theirs.
+
+        Both networks compute the same real numbers up to the order of float32 sums, about 1e-6. A
+        number that lies that close to a tie (or whose group's scale lies that close to a tie of
+        float16) may be rounded the other way: by one step. Taking over their value keeps such a
+        tie from spreading, so that everything behind it is compared as sharply as before.
+        """
+        different = (ours != theirs).any(dim=-1)
+        assert ((ours - theirs).abs() <= 1.01 * step.unsqueeze(-1)).all()
+        self.groups += different.numel()
+        self.differing += int(different.sum())
+        return theirs
+
+
+class Simulation:
+    """transformers' model with weights, inputs and KV cache as the checkpoint in `folder` says."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        import transformers
+
+        config = json.loads((folder / "config.json").read_text())
+        self.recipe = config["quantization_config"]["recipe"]
+        self.tensors = {}
+        for file in folder.glob("*.safetensors"):
+            self.tensors |= load_file(file)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.counts = Counts()
+        self.recorded: dict[tuple[int, str], torch.Tensor] = {}
+        for index, layer in enumerate(self.model.model.layers):
+            for place, names in PLACES.items():
+                for name in names:
+                    self._replace(layer.get_submodule(name), index, place, name)
+            if self.recipe["kv_cache"]["format"] != "float16":
+                for name in "kv":
+                    projection = getattr(layer.self_attn, f"{name}_proj")
+                    if name == "k" and self.recipe["kv_cache"]["keys"] == "post_rope":
+                        continue  # see logits()
+                    projection.register_forward_hook(self._kv_hook(index, name))
+
+    def _replace(self, linear: torch.nn.Linear, index: int, place: str, name: str) -> None:
+        key = f"model.layers.{index}.{name}"
+        spec, rows, channels = self.recipe["weights"], linear.out_features, linear.in_features
+        codes = unpack(self.tensors[f"{key}.weight_packed"], spec["format"])
+        outliers = self.tensors.get(f"{key}.outlier_weight", torch.empty(rows, 0))
+        blocks = self.recipe["tensor_parallel"] if place in ("o", "down") else 1
+        order = self.tensors.get(f"{key}.order", torch.arange(channels)).long()
+        # Each block's slice of the order: its normal channels, then its outliers.
+        normal, outlier = order.view(blocks, -1).split(
+            (codes.shape[1] // blocks, outliers.shape[1] // blocks), dim=1
+        )
+        size = spec["group_size"] if spec["group_size"] != -1 else codes.shape[1]
+        channels_of = list(normal.flatten().split(size))
+        groups = Groups(channels_of, len(channels_of))
+        if outliers.shape[1]:
+            groups.channels += list(outlier)
+        scales = self.tensors[f"{key}.weight_scale"].float()
+        scales = scales.repeat_interleave(spec["rows_per_scale"], dim=0)[:rows]
+        with torch.no_grad():
+            linear.weight.fill_(torch.nan)  # every channel must be written
+            for g, part in enumerate(codes.split(size, dim=1)):
+                linear.weight[:, groups.channels[g]] = part * scales[:, g : g + 1]
+            if outliers.shape[1]:
+                kept = outliers.float().split(outliers.shape[1] // blocks, dim=1)
+                factor = self.tensors.get(f"{key}.outlier_scale", torch.ones(rows, blocks)).float()
+                for b, part in enumerate(kept):
+                    linear.weight[:, outlier[b]] = part * factor[:, b : b + 1]
+            assert torch.isfinite(linear.weight).all()
+            if linear.bias is not None:
+                linear.bias.copy_(self.tensors[f"{key}.bias"])
+        if self.recipe["activations"]["format"] != "float16":
+            linear.register_forward_pre_hook(self._input_hook(index, place, groups))
+
+    def _input_hook(self, index: int, place: str, groups: Groups):
+        spec = self.recipe["activations"]
+
+        def fake_quantize(_, arguments):
+            x = arguments[0][0]  # (tokens, K)
+            theirs = self.recorded[index, place]
+            first = 0
+            out = torch.full_like(x, torch.nan)
+            for g, channels in enumerate(groups.channels):
+                is_outlier = g >= groups.normal
+                name = self.recipe["outliers"]["format"] if is_outlier else spec["format"]
+                part = x[:, channels]
+                if name == "float16":
+                    ours = part.half().float()
+                    step = ours.abs().amax(dim=1, keepdim=True) * 2.0**-10
+                else:
+                    clip = 1.0 if is_outlier else spec["clip_ratio"]
+                    absmax = part.abs().amax(dim=1, keepdim=True)
+                    step = (clip * absmax / LARGEST[name]).half().float().clamp(min=2.0**-14)
+                    ours = nearest(part / step, name) * step
+                    if name in ("e4m3", "e2m1"):
+                        step = step * LARGEST[name] / 4  # their widest spacing
+                width = len(channels)
+                got = theirs[:, first : first + width]
+                first += width
+                settled = self.counts.settle(ours[:, None], got[:, None], step)
+                out[:, channels] = settled[:, 0]
+            assert first == x.shape[1]
+            return (out[None],)
+
+        return fake_quantize
+
+    def _quantize_kv(self, x: torch.Tensor, index: int, name: str) -> torch.Tensor:
+        """(tokens, heads, D): asymmetric, one group a token and head."""
+        largest = 2 ** BITS[self.recipe["kv_cache"]["format"]] - 1
+        low = x.amin(-1, keepdim=True).half().float()
+        step = ((x.amax(-1, keepdim=True) - low) / largest).half().float().clamp(min=2.0**-14)
+        ours = torch.round((x - low) / step).clamp(0, largest) * step + low
+        # A minimum that rounds to its other neighbour moves the whole group by 2**-10 of itself.
+        allowed = torch.maximum(step, low.abs() * 2.0**-10)[..., 0]
+        return self.counts.settle(ours, self.recorded[index, name], allowed)
+
+    def _kv_hook(self, index: int, name: str):
+        def fake_quantize(_, __, output):
+            shape = self.recorded[index, name].shape
+            return self._quantize_kv(output[0].view(shape), index, name).view_as(output)
+
+        return fake_quantize
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor, recorded: dict, monkeypatch) -> torch.Tensor:
+        """(tokens, vocab), going along with what the model under test recorded at each place."""
+        self.recorded = recorded
+        self.counts = Counts()
+        if self.recipe["kv_cache"]["keys"] == "post_rope" and (0, "k") in recorded:
+            module = __import__(type(self.model).__module__, fromlist=["x"])
+            rotate, layers = module.apply_rotary_pos_emb, iter(range(100))
+
+            def rotate_and_quantize(q, k, cos, sin):
+                q, k = rotate(q, k, cos, sin)
+                k = self._quantize_kv(k[0].transpose(0, 1), next(layers), "k")
+                return q, k.transpose(0, 1)[None]
+
+            monkeypatch.setattr(module, "apply_rotary_pos_emb", rotate_and_quantize)
+        return self.model(tokens[None]).logits[0]
+
+
+@torch.no_grad()
+def run_and_record(loaded, tokens: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """Logits (tokens, vocab) of a loaded model, and its quantized inputs, keys and values."""
+    from quatom.modeling.llama import full_sequences_context
+    from quatom.quantize.statistics import observe
+
+    context = full_sequences_context(1, len(tokens), 16, torch.device("cpu"))
+    cache = loaded.model.allocate_kv_cache(context.block_tables.numel(), 16)
+    recorded: dict[tuple[int, str], torch.Tensor] = {}
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        for index, block in enumerate(loaded.model.blocks):
+
+            def see(place, x, index=index):
+                recorded[index, place] = x.float()
+
+            stack.enter_context(observe(block, see))
+        logits = loaded.model.compute_logits(loaded.model(tokens, context, cache))
+    if loaded.recipe.kv_cache.format != "float16":
+        for index, pages in enumerate(cache):
+            k, v = pages.gather(context.block_tables[0], len(tokens))
+            recorded |= {(index, "k"): k.float(), (index, "v"): v.float()}
+    return logits, recorded
