@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quatom.errors import BackendError
 from quatom.numerics.formats import get_format
-from quatom.numerics.groups import MIN_SCALE
+from quatom.numerics.groups import MIN_SCALE, GroupLayout
+from quatom.numerics.hadamard import rotation_block
 from quatom.ops.activations import (
     GROUP_BYTES,
     MixedTensor,
@@ -68,6 +69,24 @@ def group_bounds(s, NORMAL: tl.constexpr, GROUP_SIZE: tl.constexpr, OUTLIER_SIZE
 
 
 @triton.jit
+def rotate_tile(
+    x,  # (SB, WIDTH) float32
+    block,  # (SB,) columns that mix, a power of two; 1 leaves the row as it is
+    STAGES: tl.constexpr,
+):
+    """Multiply every `block` columns of each row by a Hadamard matrix, by butterflies."""
+    SB: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = x.shape[1]
+    for stage in tl.static_range(STAGES):
+        # Columns c and c + 2**stage meet.
+        pairs = tl.reshape(x, (SB, WIDTH // (2 << stage), 2, 1 << stage))
+        a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        mixed = tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2))
+        x = tl.where((block > (1 << stage))[:, None], tl.reshape(mixed, (SB, WIDTH)), x)
+    return x * tl.div_rn(1.0, tl.sqrt_rn(block.to(tl.float32)))[:, None]
+
+
+@triton.jit
 def store_groups(
     x,  # (SB, WIDTH) float32, zero outside a group
     s,  # (SB,) group of each row
@@ -88,10 +107,16 @@ def store_groups(
     NORMAL_KIND: tl.constexpr,
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
+    ROTATE_STAGES: tl.constexpr,
 ):
     """Quantize the groups s of one token and store codes and scales."""
     G: tl.constexpr = (NORMAL + GROUP_SIZE - 1) // GROUP_SIZE
     is_outlier = s >= G
+    if ROTATE_STAGES > 0:
+        rest: tl.constexpr = NORMAL % GROUP_SIZE
+        size = tl.where((s == G - 1) & (rest > 0), rest, GROUP_SIZE)
+        block = tl.where(is_outlier, 1, size & -size)  # the largest power of two that divides it
+        x = rotate_tile(x, block, ROTATE_STAGES)
     absmax = tl.max(tl.abs(x), axis=1)
     largest = tl.where(is_outlier, outlier_largest, normal_largest)
     clipped = absmax * tl.where(is_outlier, 1.0, clip_ratio)
@@ -166,6 +191,12 @@ def group_width(spec: QuantizeSpec) -> int:
     return max(width, GROUP_BYTES) if spec.byte_layout == "groups" else width
 
 
+def _rotation_stages(layout: GroupLayout) -> int:
+    """Butterfly stages of the widest rotation: log2 of its block."""
+    sizes = layout.group_sizes[: layout.num_normal_groups]
+    return max(rotation_block(size) for size in sizes).bit_length() - 1
+
+
 def quantize_options(spec: QuantizeSpec) -> dict[str, Any]:
     """The arguments of `store_groups` that follow from the spec."""
     layout = spec.layout
@@ -185,4 +216,5 @@ def quantize_options(spec: QuantizeSpec) -> dict[str, Any]:
         "NORMAL_KIND": _kind(spec.normal),
         "OUTLIER_KIND": _kind(outlier),
         "GROUPS_LAYOUT": spec.byte_layout == "groups",
+        "ROTATE_STAGES": _rotation_stages(layout) if spec.rotate else 0,
     }

@@ -38,6 +38,7 @@ def _reorder_quantize_kernel(
     NORMAL_KIND: tl.constexpr,
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
+    ROTATE_STAGES: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     BLOCK_K: tl.constexpr,  # K rounded up to a power of two
     SB: tl.constexpr,  # S rounded up to a power of two
@@ -78,6 +79,7 @@ def _reorder_quantize_kernel(
         NORMAL_KIND,
         OUTLIER_KIND,
         GROUPS_LAYOUT,
+        ROTATE_STAGES,
     )
 
 

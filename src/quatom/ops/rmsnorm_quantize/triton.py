@@ -44,6 +44,7 @@ def _rmsnorm_quantize_kernel(
     NORMAL_KIND: tl.constexpr,
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
+    ROTATE_STAGES: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_K: tl.constexpr,  # K rounded up to a power of two
@@ -94,6 +95,7 @@ def _rmsnorm_quantize_kernel(
         NORMAL_KIND,
         OUTLIER_KIND,
         GROUPS_LAYOUT,
+        ROTATE_STAGES,
     )
 
 

@@ -36,6 +36,7 @@ def _silu_quantize_kernel(
     NORMAL_KIND: tl.constexpr,
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
+    ROTATE_STAGES: tl.constexpr,
     SB: tl.constexpr,  # groups of a program
     WIDTH: tl.constexpr,
 ):
@@ -68,6 +69,7 @@ def _silu_quantize_kernel(
         NORMAL_KIND,
         OUTLIER_KIND,
         GROUPS_LAYOUT,
+        ROTATE_STAGES,
     )
 
 
