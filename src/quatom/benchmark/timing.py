@@ -39,6 +39,7 @@ def time_graph(
     """
     sequence = list(calls) * max(1, -(-min_calls // len(calls)))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # operands may still be on their way
     with torch.cuda.stream(stream):
         for call in calls:  # compile and load modules outside the capture
             call()
