@@ -41,7 +41,8 @@ class _Origin:
     """Hub dataset and configuration."""
     split: str
     column: str
-    data_file: str | None = None
+    data_files: str | None = None
+    revision: str | None = None
 
 
 _ORIGINS: dict[str, _Origin] = {
@@ -50,16 +51,18 @@ _ORIGINS: dict[str, _Origin] = {
     ),
     "ptb": _Origin(
         ("ptb.valid.txt",),
-        ("ptb-text-only/ptb_text_only", "penn_treebank"),
+        ("ptb-text-only/ptb_text_only", None),
         "validation",
         "sentence",
+        # The main branch holds a loading script, which `datasets` 4 and newer do not run.
+        revision="refs/convert/parquet",
     ),
     "c4": _Origin(
         ("c4-validation.00000-of-00008.json.gz", "c4-validation.00000-of-00008.json"),
         ("allenai/c4", None),
         "train",  # the one split that a list of data files makes
         "text",
-        "en/c4-validation.00000-of-00008.json.gz",
+        data_files="en/c4-validation.00000-of-00008.json.gz",
     ),
 }
 
@@ -208,9 +211,11 @@ def _hub_rows(name: str) -> list[str]:
             f"pip install 'quatom[eval]', or {where}"
         ) from None
     dataset, config = origin.dataset
-    options: dict[str, Any] = {"split": origin.split}
-    if origin.data_file is not None:
-        options["data_files"] = origin.data_file
+    options: dict[str, Any] = {
+        "split": origin.split,
+        "data_files": origin.data_files,
+        "revision": origin.revision,
+    }
     try:
         rows: Iterable[dict[str, str]] = datasets.load_dataset(dataset, config, **options)
     # Offline, gated, moved or script-only datasets raise anything from OSError to RuntimeError.
