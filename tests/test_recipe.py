@@ -118,6 +118,14 @@ def test_recipes_are_frozen():
         ({"weights": {"rows_per_scale": 0}}, "rows_per_scale must be at least 1, got 0"),
         ({"weights": {"damping": 0.0}}, "damping .* got 0.0"),
         ({"kv_cache": {"rotation": "hadamard"}}, "needs kv_cache.keys 'post_rope'"),
+        (
+            {"activations": {"rotation": "hadamard", "format": "float16"}},
+            "activations.rotation 'hadamard' .* quantized activations.format",
+        ),
+        (
+            {"weights": {"target": "float_input", "rounding": "nearest"}},
+            "weights.target 'float_input' .* needs weights.rounding 'gptq'",
+        ),
         ({"outliers": {"channels": 100}}, "outliers.channels .* multiple of 32, got 100"),
         ({"outliers": {"channels": -32}}, "outliers.channels .* got -32"),
         ({"outliers": {"max_fraction": 2.0}}, "outliers.max_fraction .* got 2.0"),

@@ -1,5 +1,6 @@
 """A folder and a device -> a model with its weights, floating-point or quantized."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from torch import Tensor
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import has_bias, linear_layout, linear_shape
 from quatom.checkpoint.tokenizer import tokenizer_from_source
-from quatom.errors import BackendError, CheckpointError
+from quatom.errors import BackendError, CheckpointError, ShapeError
 from quatom.modeling.config import ModelConfig
 from quatom.modeling.inputs import InputQuantizer, activation_spec
 from quatom.modeling.linear import FloatLinear, QuantizedLinear
@@ -18,7 +19,7 @@ from quatom.modeling.llama import BlockInputs, Decoder, DecoderBlock
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
 from quatom.numerics.packing import unpack_bits
-from quatom.numerics.reorder import inverse_order, sliceable_positions
+from quatom.numerics.reorder import check_order, inverse_order, sliceable_positions
 from quatom.ops.backend import Backend
 from quatom.ops.linear import prepare_weights
 from quatom.recipe import PRESETS, Recipe
@@ -119,7 +120,7 @@ def build_float_block(
     config: ModelConfig,
     recipe: Recipe,
     block: FloatBlock,
-    orders: dict[str, Tensor | None] | None = None,
+    orders: Mapping[str, Tensor] | None = None,
     backend: Backend | None = None,
 ) -> DecoderBlock:
     """A block with floating-point linears; its inputs and KV cache as `recipe` says.
@@ -145,9 +146,11 @@ def build_float_block(
     )
 
 
-def load_quantized_linear(source: TensorSource, prefix: str) -> tuple[Tensor, Tensor]:
+def load_quantized_linear(
+    source: TensorSource, recipe: Recipe, prefix: str
+) -> tuple[Tensor, Tensor]:
     """Values (N, K) float32 in units of the scales, and scales (N, S) float16, of one linear."""
-    recipe, config = source.recipe, source.model_config
+    config = source.model_config
     rows = linear_shape(config, prefix)[0]
     layout = linear_layout(recipe, config, prefix)
     normal = get_format(recipe.weights.format)
@@ -199,18 +202,19 @@ def quantized_place(
 
 def load_quantized_block(
     source: TensorSource,
+    recipe: Recipe,
     index: int,
     device: torch.device,
     dtype: torch.dtype,
     backend: Backend | None,
 ) -> DecoderBlock:
     """Read block `index` of a Quatom checkpoint and repack it for the backend."""
-    config, recipe = source.model_config, source.recipe
+    config = source.model_config
     layouts = place_layouts(recipe, config)
     prefix = f"model.layers.{index}."
     linears, inputs = {}, {}
     for place, names in FUSED.items():
-        parts = [load_quantized_linear(source, prefix + name) for name in names]
+        parts = [load_quantized_linear(source, recipe, prefix + name) for name in names]
         values, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         bias = None
         if has_bias(config, names[0]):
@@ -230,7 +234,7 @@ def load_quantized_block(
             values.to(device),
             scales.to(device),
             None if bias is None else bias.to(device),
-            load_order(source, prefix, place),
+            load_order(source, recipe, prefix, place),
             backend,
         )
     return DecoderBlock(
@@ -256,14 +260,13 @@ def fused_rows(recipe: Recipe, config: ModelConfig) -> Tensor:
     return torch.cat((rows, rows + layout.channels))
 
 
-def load_order(source: TensorSource, prefix: str, place: str) -> Tensor | None:
+def load_order(source: TensorSource, recipe: Recipe, prefix: str, place: str) -> Tensor | None:
     """Channel order of a place's input as operations want it, or None where there is none.
 
     Raises:
-        CheckpointError: linears that share the input carry different orders.
+        CheckpointError: linears that share the input carry different orders, or no permutation.
     """
-    recipe, config = source.recipe, source.model_config
-    layout = linear_layout(recipe, config, FUSED[place][0])
+    layout = linear_layout(recipe, source.model_config, FUSED[place][0])
     if place == "down" or not layout.outliers:
         return None
     orders = [source.load(f"{prefix}{n}.order", (layout.channels,)) for n in FUSED[place]]
@@ -272,6 +275,12 @@ def load_order(source: TensorSource, prefix: str, place: str) -> Tensor | None:
             f"{source.folder}: {prefix}{FUSED[place]} share an input but carry different orders; "
             "the checkpoint is damaged: quantize again"
         )
+    try:
+        check_order(orders[0], layout.channels)
+    except ShapeError as error:
+        raise CheckpointError(
+            f"{source.folder}: {prefix}{FUSED[place][0]}.order is damaged ({error}): quantize again"
+        ) from error
     blocks = recipe.tensor_parallel if place == "o" else 1
     positions = sliceable_positions(layout.channels, layout.outliers // blocks, blocks)
     return orders[0][inverse_order(positions)]
@@ -335,7 +344,7 @@ def load(
     dtype = dtype or default_dtype(opened, device)
     config, recipe = opened.model_config, opened.recipe or PRESETS["fp16"]
     blocks = [
-        load_quantized_block(opened, index, device, dtype, backend)
+        load_quantized_block(opened, recipe, index, device, dtype, backend)
         if opened.recipe is not None and recipe.quantizes_weights
         else build_float_block(
             config, recipe, load_float_block(opened, index, device, dtype), backend=backend

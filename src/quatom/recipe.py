@@ -218,6 +218,11 @@ class Recipe:
                 f"activations are {self.activations.format} but weights float16: quantize the "
                 "weights too, or leave the activations in float16"
             )
+        if self.activations.rotation != "none" and not self.quantizes_activations:
+            raise RecipeError(
+                f"activations.rotation {self.activations.rotation!r} rotates groups as they are "
+                "quantized: it needs a quantized activations.format"
+            )
         if self.quantizes_activations and self.weights.group_size != self.activations.group_size:
             raise RecipeError(
                 f"weights.group_size {self.weights.group_size} and activations.group_size "

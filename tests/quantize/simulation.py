@@ -46,6 +46,18 @@ def unpack(packed: torch.Tensor, name: str) -> torch.Tensor:
     return torch.where(patterns >= 2 ** (bits - 1), patterns - 2**bits, patterns).float()
 
 
+def hadamard(size: int) -> torch.Tensor:
+    """Orthonormal, by its definition: the sign is the parity of the bits that i and j share."""
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return torch.tensor(signs) / size**0.5
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Each block of 2**n channels, the largest that divides the width, times a Hadamard matrix."""
+    size = x.shape[-1] & -x.shape[-1]
+    return (x.unflatten(-1, (-1, size)) @ hadamard(size)).flatten(-2)
+
+
 @dataclass
 class Groups:
     """Channels of each group of one linear's input, and the format of each group."""
@@ -125,7 +137,10 @@ class Simulation:
         with torch.no_grad():
             linear.weight.fill_(torch.nan)  # every channel must be written
             for g, part in enumerate(codes.split(size, dim=1)):
-                linear.weight[:, groups.channels[g]] = part * scales[:, g : g + 1]
+                part = part * scales[:, g : g + 1]
+                # A rotation is its own inverse: here weights stand unrotated.
+                part = rotate(part) if self.recipe["activations"]["rotation"] != "none" else part
+                linear.weight[:, groups.channels[g]] = part
             if outliers.shape[1]:
                 kept = outliers.float().split(outliers.shape[1] // blocks, dim=1)
                 factor = self.tensors.get(f"{key}.outlier_scale", torch.ones(rows, blocks)).float()
@@ -149,6 +164,8 @@ class Simulation:
                 is_outlier = g >= groups.normal
                 name = self.recipe["outliers"]["format"] if is_outlier else spec["format"]
                 part = x[:, channels]
+                rotated = spec["rotation"] != "none" and not is_outlier
+                part = rotate(part) if rotated else part
                 if name == "float16":
                     ours = part.half().float()
                     step = ours.abs().amax(dim=1, keepdim=True) * 2.0**-10
@@ -162,8 +179,8 @@ class Simulation:
                 width = len(channels)
                 got = theirs[:, first : first + width]
                 first += width
-                settled = self.counts.settle(ours[:, None], got[:, None], step)
-                out[:, channels] = settled[:, 0]
+                settled = self.counts.settle(ours[:, None], got[:, None], step)[:, 0]
+                out[:, channels] = rotate(settled) if rotated else settled
             assert first == x.shape[1]
             return (out[None],)
 
@@ -193,10 +210,12 @@ class Simulation:
         self.counts = Counts()
         if self.recipe["kv_cache"]["keys"] == "post_rope" and (0, "k") in recorded:
             module = __import__(type(self.model).__module__, fromlist=["x"])
-            rotate, layers = module.apply_rotary_pos_emb, iter(range(100))
+            embed, layers = module.apply_rotary_pos_emb, iter(range(100))
+            rotated = self.recipe["kv_cache"]["rotation"] != "none"
 
             def rotate_and_quantize(q, k, cos, sin):
-                q, k = rotate(q, k, cos, sin)
+                q, k = embed(q, k, cos, sin)
+                q, k = (rotate(q), rotate(k)) if rotated else (q, k)
                 k = self._quantize_kv(k[0].transpose(0, 1), next(layers), "k")
                 return q, k.transpose(0, 1)[None]
 

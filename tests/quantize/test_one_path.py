@@ -26,6 +26,7 @@ GROUPS_OF_32 = dict(
     activations=ActivationSpec(group_size=32, clip_ratio=0.9),
     outliers=OutlierSpec(channels=32),
 )
+WIDE_SCALES = WeightSpec(group_size=32, rows_per_scale=64)
 VARIANTS = {
     "tensor parallel": Recipe(**GROUPS_OF_32, tensor_parallel=2),
     "post-rope keys": Recipe(kv_cache=KVSpec(keys="post_rope")),
@@ -33,6 +34,14 @@ VARIANTS = {
     "float16 outliers": Recipe(outliers=OutlierSpec(format="float16")),
     "mean magnitudes": Recipe(outliers=OutlierSpec(metric="abs_mean")),
     "weights alone, with outliers": Recipe(activations=ActivationSpec(format="float16")),
+    "wide shared scales": Recipe(**GROUPS_OF_32 | {"weights": WIDE_SCALES}),
+    "float targets": Recipe(weights=WeightSpec(target="float_input")),
+    "float residual targets": Recipe(weights=WeightSpec(target="float_residual")),
+    "rotated tensor parallel": Recipe(
+        **GROUPS_OF_32 | {"activations": ActivationSpec(group_size=32, rotation="hadamard")},
+        kv_cache=KVSpec(value_rotation="hadamard"),
+        tensor_parallel=2,
+    ),
     "searched clipping": Recipe(weights=WeightSpec(clip_search="output", format="int3")),
     **{
         f"int{bits} weights": Recipe(
@@ -141,11 +150,18 @@ def test_the_streamed_block_is_the_loaded_block(
         (Recipe(tensor_parallel=2), r"o_proj has 256 input channels, 128 in each of 2"),
         (Recipe(**GROUPS_OF_32, tensor_parallel=3), r"o_proj has 256 .* tensor_parallel 3"),
         (Recipe(**GROUPS_OF_32, tensor_parallel=8), r"4 attention heads .* tensor_parallel 8"),
+        # 192 rows a block divide by 64, its 160 normal and 32 outlier rows do not.
+        (
+            Recipe(**GROUPS_OF_32 | {"weights": WIDE_SCALES}, tensor_parallel=2),
+            r"160 normal channels and 32 outliers.*rows_per_scale 64",
+        ),
+        (
+            Recipe(**GROUPS_OF_32 | {"weights": WeightSpec(group_size=32, rows_per_scale=3)}),
+            r"q_proj has 256 rows, no multiple of weights.rows_per_scale 3",
+        ),
     ],
 )
-def test_tensor_parallel_sizes_that_do_not_fit_are_refused(
-    recipe, message, tiny_llama_dir, text_file, tmp_path
-):
+def test_sizes_that_do_not_fit_are_refused(recipe, message, tiny_llama_dir, text_file, tmp_path):
     with pytest.raises(RecipeError, match=message):
         quantize_checkpoint(tiny_llama_dir, tmp_path / "q", short(recipe), calibration=text_file)
     assert list(tmp_path.iterdir()) == []

@@ -276,8 +276,26 @@ def bits_per_kv(recipe: Recipe, config: ModelConfig) -> float:
 
 def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     """Raise RecipeError unless the recipe fits every linear of the model."""
+    layouts = {linear: linear_layout(recipe, config, linear) for linear in LINEARS}
+    if not recipe.quantizes_weights:
+        return
+    rows_per_scale, blocks = recipe.weights.rows_per_scale, recipe.tensor_parallel
     for linear in LINEARS:
-        linear_layout(recipe, config, linear)
+        rows = linear_shape(config, linear)[0]
+        if rows % rows_per_scale:
+            raise RecipeError(
+                f"{_kind(linear)} has {rows} rows, no multiple of weights.rows_per_scale "
+                f"{rows_per_scale}: use a recipe with rows_per_scale 1"
+            )
+    # What down_proj takes in are rows of gate_proj and up_proj, stored block by block.
+    down = layouts["mlp.down_proj"]
+    parts = down.normal // blocks, down.outliers // blocks
+    if blocks > 1 and any(part % rows_per_scale for part in parts):
+        raise RecipeError(
+            f"a tensor-parallel block of down_proj's input has {parts[0]} normal channels and "
+            f"{parts[1]} outliers, which are rows of gate_proj and up_proj: both must be multiples "
+            f"of weights.rows_per_scale {rows_per_scale}; use rows_per_scale 1"
+        )
 
 
 def _kind(name: str) -> str:

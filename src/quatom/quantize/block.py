@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.schema import linear_layout, linear_shape
-from quatom.errors import QuantizationError, ShapeError
+from quatom.errors import QuantizationError
 from quatom.loading import FUSED, FloatBlock
 from quatom.modeling.config import ModelConfig
 from quatom.numerics.formats import get_format
@@ -135,13 +135,6 @@ def round_place(
     )
     layout = linear_layout(recipe, config, FUSED[place][0])
     importance = None if second_moment is None else second_moment.diagonal()
-    for part in FUSED[place]:
-        rows = linear_shape(config, part)[0]
-        if rows % spec.rows_per_scale:
-            raise ShapeError(
-                f"{name}: {part} has {rows} rows, no multiple of weights.rows_per_scale "
-                f"{spec.rows_per_scale}: use a recipe with rows_per_scale 1"
-            )
     if spec.rounding == "nearest" or second_moment is None:
         rounded = round_to_nearest(weight, layout, options, importance)
     else:
@@ -166,9 +159,11 @@ def _relative_error(weight: Tensor, rounded: RoundedWeight, moment: Tensor | Non
     weight = weight.float()
     error = weight - rounded.dequantize()
     if moment is None:
-        return (error.norm() / weight.norm()).item()
-    cost = ((error @ moment) * error).sum() / ((weight @ moment) * weight).sum()
-    return max(cost.item(), 0.0) ** 0.5
+        cost, size = error.square().sum(), weight.square().sum()
+    else:
+        cost, size = ((error @ moment) * error).sum(), ((weight @ moment) * weight).sum()
+    # Inputs or weights that are all zero lose nothing; 0 / 0 would be a NaN in the report.
+    return max((cost / size).item(), 0.0) ** 0.5 if size > 0 else 0.0
 
 
 def stored_tensors(
@@ -196,9 +191,9 @@ def stored_tensors(
         blocks = place_blocks(recipe, place)
         first = 0
         for name in names:
-            rows = slice(first, first + linear_shape(config, name)[0])
-            first = rows.stop
-            part, part_scales = values[rows], scales[rows]
+            own = slice(first, first + linear_shape(config, name)[0])
+            first = own.stop
+            part, part_scales = values[own], scales[own]
             key = prefix + name
             patterns = normal.encode(part[:, : layout.normal])
             tensors[f"{key}.weight_packed"] = pack_bits(patterns, normal.bits)
@@ -218,7 +213,7 @@ def stored_tensors(
                     )
                     tensors[f"{key}.order"] = orders[place].cpu()[positions].int()
             if bias is not None:
-                tensors[f"{key}.bias"] = bias[rows]
+                tensors[f"{key}.bias"] = bias[own]
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 

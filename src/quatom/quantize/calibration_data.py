@@ -17,7 +17,7 @@ def read_text(path: str | Path) -> str:
     """The text of a file.
 
     Raises:
-        CalibrationError: it does not exist, or is not UTF-8.
+        CalibrationError: it does not exist, cannot be read, or is not UTF-8.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -25,6 +25,8 @@ def read_text(path: str | Path) -> str:
         raise CalibrationError(f"{path}: no such text file") from None
     except IsADirectoryError:
         raise CalibrationError(f"{path} is a folder; give a plain-text file") from None
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path} is not UTF-8 text (byte {error.start}): convert it, or give another file"
