@@ -119,6 +119,11 @@ def test_groups_of_every_linear_of_llama_7b():
         assert layout.outliers == 128
 
 
+def test_rows_left_over_have_a_scale():
+    recipe = replace(ATOM, weights=replace(ATOM.weights, rows_per_scale=5))
+    assert linear_tensors(recipe, SMOL, QUERY)[f"{QUERY}.weight_scale"].shape == (116, 4)
+
+
 def test_whole_rows_are_one_group():
     assert linear_layout(PRESETS["w8a8"], SMOL, DOWN) == GroupLayout(normal=1536, group_size=1536)
     assert linear_layout(PRESETS["fp16"], SMOL, DOWN) == GroupLayout(normal=1536, group_size=1536)

@@ -15,6 +15,7 @@ import torch
 
 from quatom.checkpoint import writer as writer_module
 from quatom.checkpoint.reader import open_source
+from quatom.checkpoint.safetensors_file import read_header, read_tensor
 from quatom.checkpoint.schema import expected_tensors
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CheckpointError, RecipeError
@@ -111,7 +112,7 @@ def checkpoint_bytes(source, spec):
 
 def test_the_same_run_gives_the_same_bytes(tmp_path, source):
     write(tmp_path / "one", source)
-    write(tmp_path / "two", source)
+    write(tmp_path / "two", replace(source, config_dict=dict(reversed(source.config_dict.items()))))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -340,6 +341,16 @@ def test_blocks_are_checked_before_they_are_written(tmp_path, source):
     assert writer.completed_blocks() == 0
     with pytest.raises(CheckpointError, match=r"has 0 of 2 blocks"):
         writer.finish()
+
+
+def test_norms_of_a_float32_computation_are_stored_as_in_the_source(tmp_path, source):
+    norm = "model.layers.0.input_layernorm.weight"
+    exact = block(source, ATOM, 0)[norm]
+    writer = CheckpointWriter(tmp_path / "target", source, ATOM)
+    writer.write_block(0, block(source, ATOM, 0) | {norm: exact.float()})
+    stored = read_header(tmp_path / "target.partial/checkpoint/model-00002-of-00003.safetensors")
+    assert torch.equal(read_tensor(stored[norm]), exact)
+    writer.close()
 
 
 def test_what_cannot_be_quantized(tmp_path, source):

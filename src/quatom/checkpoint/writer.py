@@ -90,10 +90,11 @@ class CheckpointWriter:
                 f"{source.folder} is already quantized ({source.recipe.name}); quantize the "
                 "floating-point model"
             )
+        specs = expected_tensors(recipe, source.model_config)
         self._tensors = {
-            name: (spec.shape, spec.dtype or source.dtype(name))
-            for name, spec in expected_tensors(recipe, source.model_config).items()
+            name: (spec.shape, spec.dtype or source.dtype(name)) for name, spec in specs.items()
         }
+        self._as_in_source = {name for name, spec in specs.items() if spec.dtype is None}
         fingerprint = {
             "recipe": recipe.to_dict(),
             "source": source.fingerprint(),
@@ -133,6 +134,8 @@ class CheckpointWriter:
     def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of decoder block `index`, by full name, as one shard.
 
+        Norms and biases may come in the dtype of the computation; they are stored in the source's.
+
         Raises:
             CheckpointError: a name, shape or dtype is not the schema's, a tensor holds NaN or
                 infinity, or the disk is full.
@@ -144,6 +147,10 @@ class CheckpointWriter:
                 f"block {index} must have {len(expected)} tensors, got {len(tensors)}; "
                 f"differing: {difference}"
             )
+        tensors = {
+            name: tensor.to(expected[name][1]) if name in self._as_in_source else tensor
+            for name, tensor in tensors.items()
+        }
         for name, tensor in tensors.items():
             if (tuple(tensor.shape), tensor.dtype) != expected[name]:
                 raise CheckpointError(
@@ -216,7 +223,7 @@ class CheckpointWriter:
         return self.target
 
     def _clean_up(self) -> None:
-        """Remove the working folder, run.json last: it tells a resumed run that this one is done."""
+        """Remove the working folder, run.json last: it tells a resumed run that nothing is left."""
         for file in self._state.iterdir():
             if file.name != "run.json":
                 file.unlink()
