@@ -37,6 +37,8 @@ class InputQuantizer(nn.Module):
     a plain tensor; in both cases with channels in reordered position.
     """
 
+    order: Tensor | None
+
     def __init__(
         self,
         spec: QuantizeSpec | None,

@@ -19,7 +19,7 @@ from quatom.modeling.config import ModelConfig
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, rms_norm
 from quatom.modeling.rope import rotary_table
-from quatom.numerics.kv_pages import KVPages
+from quatom.numerics.kv_pages import KVDtype, KVPages
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
 from quatom.ops.rope_append_kv import rope_append_kv
@@ -167,15 +167,19 @@ def allocate_pages(
     config: ModelConfig, kv_spec: KVSpec, num_blocks: int, block_size: int, like: Tensor
 ) -> KVPages:
     """Empty pages of one layer; an unquantized cache takes the dtype of `like`."""
-    dtype = str(like.dtype).removeprefix("torch.")
+    dtype: KVDtype = _FLOAT_CACHES[like.dtype]
+    if kv_spec.format != "float16":
+        dtype = kv_spec.format
     return KVPages.allocate(
-        num_blocks,
-        block_size,
-        config.num_kv_heads,
-        config.head_dim,
-        dtype if kv_spec.format == "float16" else kv_spec.format,
-        like.device,
+        num_blocks, block_size, config.num_kv_heads, config.head_dim, dtype, like.device
     )
+
+
+_FLOAT_CACHES: dict[torch.dtype, KVDtype] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+}
 
 
 def full_sequences_context(
