@@ -301,7 +301,8 @@ def test_hub_ids_are_downloaded_and_failures_explained(tmp_path, monkeypatch):
     write_model(tmp_path)
     asked = []
 
-    def download(hub_id, allow_patterns):
+    def download(hub_id, allow_patterns, ignore_patterns):
+        assert "*.safetensors" in allow_patterns
         asked.append(hub_id)
         if hub_id == "some/model":
             return str(tmp_path)

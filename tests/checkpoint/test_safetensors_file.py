@@ -78,3 +78,13 @@ def test_contradicting_headers_are_refused(tmp_path, header):
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(CheckpointError, match=r"damaged safetensors header"):
         read_header(file)
+
+
+def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
+    file = tmp_path / "a.safetensors"
+    data = to_bytes({"a": torch.ones(3), "b": torch.ones(3)})
+    overlapping = data.replace(b"[12,24]", b"[0,12] ")
+    for content in (data + b"x", data[:-1], overlapping):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"truncated or damaged: its header describes"):
+            read_header(file)

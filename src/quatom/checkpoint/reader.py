@@ -31,6 +31,7 @@ from quatom.recipe import Recipe
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+_HUB_IGNORED = ("original/*", "onnx/*", "consolidated*")  # the same weights in other forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,11 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_PATTERNS)))
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=list(_HUB_IGNORED)
+            )
+        )
     except Exception as error:  # the hub client raises HTTP, OS and its own errors
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

@@ -75,9 +75,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             f"{file} has a damaged safetensors header ({error!r}); download it again"
         ) from error
     end = max((t.start + t.num_bytes for t in tensors.values()), default=8 + length)
-    if end != size:
+    described = 8 + length + sum(t.num_bytes for t in tensors.values())
+    if not end == described == size:
         raise CheckpointError(
-            f"{file} is truncated or damaged: its header describes {end} bytes, the file has "
+            f"{file} is truncated or damaged: its header describes {described} bytes, the file has "
             f"{size}; download it again"
         )
     return tensors
