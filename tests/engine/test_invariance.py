@@ -43,5 +43,6 @@ def test_a_crowd_changes_no_bit(tiny_llama_dir, alone, limits):
     llm = LLM(tiny_llama_dir, device="cpu", config=config)
     together = llm.generate(prompts(), PARAMS)
     assert [logprobs(output) for output in together] == alone
-    assert llm.engine.scheduler.prefix_hits > 0
-    assert (llm.engine.scheduler.num_preemptions > 0) == ("kv_cache_memory" in limits)
+    tight = "kv_cache_memory" in limits
+    assert (llm.engine.scheduler.num_preemptions > 0) == tight
+    assert (llm.engine.scheduler.prefix_hits > 0) == (not tight)

@@ -1,16 +1,17 @@
 """Detokenizer: tokens in, text out, never half a character and never part of a stop string.
 
-A token's text depends on the tokens before it, so the open tokens are decoded twice, with and
-without the newest, and the difference is new text. While it ends in U+FFFD the last character may
-be incomplete: UTF-8 needs at most 4 bytes, so after MAX_OPEN tokens it will not become valid.
+A token's text depends on the tokens before it, so new tokens are decoded together with the ones
+emitted last, and what they add is new text. If that ends in U+FFFD, its last character may still
+be incomplete: the tokens that make it, at most 3 bytes, stay open until the next one. The text of
+all deltas together is then the text of all tokens.
 """
 
 from typing import Protocol
 
 from quatom.engine.sampling import SamplingParams
 
-MAX_OPEN = 4
-"""Tokens held back for an incomplete character: one for each byte that it can have."""
+MAX_OPEN = 3
+"""Tokens held back for an incomplete character: one for each byte that it can have so far."""
 CONTEXT = 5
 """Prompt tokens decoded along with the first output token, for its leading space."""
 
@@ -42,13 +43,13 @@ class Detokenizer:
         """New text, and the stop string that it ran into (or None)."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        num_open = len(self._ids) - self._num_context
-        if text.endswith("\ufffd") and num_open < MAX_OPEN:
+        num_open = self._num_open(text) if text.endswith("\ufffd") else 0
+        if num_open == len(self._ids) - self._num_context:
             return "", None
-        new = text[len(self._context_text) :]
+        new = text[len(self._context_text) : len(text) - (num_open > 0)]
         self._ids = self._ids[self._num_context :]
-        self._num_context = len(self._ids)
-        self._context_text = self._decode(self._ids)
+        self._num_context = len(self._ids) - num_open
+        self._context_text = self._decode(self._ids[: self._num_context])
         return self._emit(new, find_stop)
 
     def finish(self) -> str:
@@ -61,6 +62,13 @@ class Detokenizer:
         """Forget what was held back: it belongs to a stop string."""
         self._held = ""
         self._ids = self._ids[: self._num_context]
+
+    def _num_open(self, text: str) -> int:
+        """How many of the last tokens make nothing but the last, incomplete character."""
+        for count in range(1, min(MAX_OPEN, len(self._ids) - self._num_context) + 1):
+            if self._decode(self._ids[:-count]) == text[:-1]:
+                return count
+        return 0  # a whole token that is no text: it will not become any
 
     def _emit(self, new: str, find_stop: bool) -> tuple[str, str | None]:
         if not self._stop:

@@ -173,7 +173,7 @@ class Engine:
         if sequence.matcher is not None and not sequence.matcher.accept(token_id):
             return self._fail(sequence, f"token {token_id} violates the requested structure")
         sequence.token_ids.append(token_id)
-        first = sequence.times.first_token is None
+        first, before = sequence.times.first_token is None, sequence.times.last_token
         sequence.times.last_token = now
         if first:
             sequence.times.first_token = now
@@ -188,6 +188,9 @@ class Engine:
             if first and sequence.params.prompt_logprobs is not None
             else None,
             num_cached=sequence.num_cached,
+            num_prompt=sequence.num_prompt,
+            num_generated=len(sequence.token_ids) - sequence.num_prompt,
+            interval=None if before is None else now - before,
             finish_reason=reason,
             stop_reason=sequence.stop_reason,
             times=sequence.times,

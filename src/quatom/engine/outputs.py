@@ -40,6 +40,12 @@ class SequenceDelta:
     """With the first token, if asked for: the prompt's tokens from the second on."""
     num_cached: int = 0
     """Prompt tokens that were found in the prefix cache."""
+    num_prompt: int = 0
+    """Prompt tokens in all."""
+    num_generated: int = 0
+    """Tokens generated so far, these included."""
+    interval: float | None = None
+    """Seconds since this completion's last token; None for the first."""
     finish_reason: FinishReason | None = None
     """Set on the last delta of a completion."""
     stop_reason: int | str | None = None

@@ -76,16 +76,23 @@ class GrammarCompiler:
         except (RuntimeError, ValueError, TypeError, RecursionError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RequestError(f"invalid {wanted.kind}: {reason[-1]}") from error
-        return Matcher(compiled, self._stop_token_ids)
+        matcher = Matcher(compiled, self._stop_token_ids)
+        mask = build_mask([matcher], self._vocab_size)
+        if mask is not None and not mask.any():
+            raise RequestError(f"invalid {wanted.kind}: it allows no text at all")
+        return matcher
 
     def _compile(self, wanted: StructuredOutput) -> "xgrammar.CompiledGrammar":
         match wanted.kind:
+            # Free whitespace would let a model fill its whole length with it.
             case "json_schema":
                 if not isinstance(json.loads(wanted.value), dict | bool):
                     raise ValueError("a JSON schema is an object")
-                return self._compiler.compile_json_schema(wanted.value)
+                return self._compiler.compile_json_schema(wanted.value, any_whitespace=False)
             case "json_object":
-                return self._compiler.compile_json_schema('{"type": "object"}')
+                return self._compiler.compile_json_schema(
+                    '{"type": "object"}', any_whitespace=False
+                )
             case "regex":
                 return self._compiler.compile_regex(wanted.value)
             case "grammar":

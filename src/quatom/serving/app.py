@@ -1,0 +1,234 @@
+"""The HTTP application: routes, and what surrounds them. `server` runs it."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+import quatom
+from quatom.engine.engine import Engine
+from quatom.errors import QuatomError
+from quatom.serving import responses
+from quatom.serving.api_errors import ApiError, from_quatom, from_validation, json_response
+from quatom.serving.async_engine import AsyncEngine
+from quatom.serving.chat import create_chat_completion
+from quatom.serving.chat_protocol import (
+    ChatCompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from quatom.serving.completions import create_completion
+from quatom.serving.generation import Service
+from quatom.serving.metrics import Metrics
+from quatom.serving.middleware import ApiKeyMiddleware, RequestLogMiddleware
+from quatom.serving.openapi import describe, request_body
+from quatom.serving.prompt import PromptEncoder
+from quatom.serving.protocol import CompletionRequest
+from quatom.serving.tokenize import detokenize, tokenize
+
+STATIC = Path(__file__).parent / "static"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """What the application needs besides an engine."""
+
+    model_names: tuple[str, ...]
+    """Names that requests may use."""
+    api_key: str | None = None
+    """Asked of every request but those to /health and /metrics."""
+    max_body_bytes: int = 16 * 2**20
+    """Larger bodies are refused (413)."""
+
+
+def create_app(
+    engine: Engine,
+    options: ServerOptions,
+    *,
+    on_engine_stop: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """The application around an engine, which runs while the application does."""
+    metrics = Metrics(engine, options.model_names[0])
+    async_engine = AsyncEngine(engine, observe=metrics.observe, on_stop=on_engine_stop)
+    service = Service(async_engine, PromptEncoder(engine.tokenizer), options.model_names)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async_engine.start()
+        yield
+        await async_engine.stop()
+
+    app = FastAPI(
+        title="Quatom",
+        version=quatom.__version__,
+        lifespan=lifespan,
+        docs_url=None,  # Swagger's page would load scripts from the network
+        redoc_url=None,
+    )
+    app.state.async_engine = async_engine
+    _add_generation_routes(app, service, options.max_body_bytes)
+    _add_information_routes(app, service, metrics)
+    _add_page(app)
+    _add_error_handlers(app)
+    if options.api_key is not None:
+        app.add_middleware(ApiKeyMiddleware, api_key=options.api_key)
+    app.add_middleware(RequestLogMiddleware)
+    describe(app)
+    return app
+
+
+async def _read(http: Request, model: type[Body], limit: int) -> Body:
+    """The request's body, checked.
+
+    Raises:
+        ApiError: it is too large, no JSON, or does not fit `model`.
+    """
+    parts, size = [], 0
+    async for part in http.stream():
+        size += len(part)
+        if size > limit:
+            raise ApiError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body is larger than {limit} bytes",
+                code="body_too_large",
+            )
+        parts.append(part)
+    try:
+        return model.model_validate_json(b"".join(parts))
+    except ValidationError as error:
+        raise from_validation(error) from error
+
+
+def _add_generation_routes(app: FastAPI, service: Service, limit: int) -> None:
+    def route(path: str, body: type[BaseModel], response: type[BaseModel]) -> Any:
+        return app.post(
+            path,
+            openapi_extra=request_body(body),
+            response_model=None,
+            responses={200: {"model": response}, **_errors(400, 404, 413, 429, 500, 503)},
+        )
+
+    @route("/v1/completions", CompletionRequest, responses.CompletionResponse)
+    async def completions(http: Request) -> Response:
+        """Complete prompts: text, token ids, or lists of either."""
+        body = await _read(http, CompletionRequest, limit)
+        return await create_completion(service, body, http)
+
+    @route("/v1/chat/completions", ChatCompletionRequest, responses.ChatCompletionResponse)
+    async def chat_completions(http: Request) -> Response:
+        """Answer a conversation."""
+        body = await _read(http, ChatCompletionRequest, limit)
+        return await create_chat_completion(service, body, http)
+
+    @route("/tokenize", TokenizeRequest, responses.TokenizeResponse)
+    async def tokenize_text(http: Request) -> Response:
+        """Token ids of a text or a conversation."""
+        return await tokenize(service, await _read(http, TokenizeRequest, limit))
+
+    @route("/detokenize", DetokenizeRequest, responses.DetokenizeResponse)
+    async def detokenize_tokens(http: Request) -> Response:
+        """Text of token ids."""
+        return await detokenize(service, await _read(http, DetokenizeRequest, limit))
+
+
+def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "quatom",
+            "root": service.model_names[0],
+            "max_model_len": service.engine.engine.max_model_len,
+        }
+
+    @app.get("/v1/models", responses={200: {"model": responses.ModelList}}, response_model=None)
+    async def models() -> Response:
+        """All models: one, under each of its names."""
+        return json_response({"object": "list", "data": [card(n) for n in service.model_names]})
+
+    @app.get(
+        "/v1/models/{name:path}",
+        responses={200: {"model": responses.ModelCard}, **_errors(404)},
+        response_model=None,
+    )
+    async def model(name: str) -> Response:
+        """One model."""
+        return json_response(card(service.check_model(name)))
+
+    @app.get("/version", responses={200: {"model": responses.VersionResponse}}, response_model=None)
+    async def version() -> Response:
+        """This server's version."""
+        return json_response({"version": quatom.__version__})
+
+    @app.get("/health", response_class=Response, responses=_errors(503))
+    async def health() -> Response:
+        """200 while the engine runs."""
+        if service.engine.error is not None:
+            raise ApiError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the engine has stopped: {service.engine.error}",
+                kind="server_error",
+                code="engine_error",
+            )
+        return Response()
+
+    async def exposition() -> Response:
+        """Prometheus metrics."""
+        return Response(metrics.exposition(), media_type=METRICS_TYPE)
+
+    app.get("/metrics", response_class=Response)(exposition)
+    app.head("/metrics", include_in_schema=False)(exposition)
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        # The page loads nothing from elsewhere, and nothing may be injected into it.
+        return FileResponse(
+            STATIC / "index.html",
+            headers={"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'"},
+        )
+
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": responses.ErrorResponse} for status in statuses}
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(http: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(QuatomError)
+    async def quatom_error(http: Request, error: QuatomError) -> Response:
+        return from_quatom(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(http: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        return ApiError(
+            error.status_code, f"{http.url.path}: {error.detail}", headers=headers
+        ).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(http: Request, error: Exception) -> Response:
+        return ApiError(
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            f"{type(error).__name__} while answering; the log has the details",
+            kind="server_error",
+            code="internal_error",
+        ).response()

@@ -1,0 +1,202 @@
+"""Requests: OpenAI's fields, and vLLM's where OpenAI has none. Unknown fields are ignored.
+
+Types are strict (no "5" for 5), numbers finite, and JSON is parsed by pydantic itself, so that
+nesting, UTF-8 and numbers are checked before anything else sees them.
+"""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from quatom.engine.sampling import MAX_LOGPROBS, SamplingParams, StructuredOutput
+from quatom.errors import RequestError
+
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+MAX_PROMPTS = 2048
+
+
+class ApiModel(BaseModel):
+    """Strict types, finite numbers, unknown fields ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class StreamOptions(ApiModel):
+    """What a stream reports besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class StructuredOutputs(ApiModel):
+    """vLLM's constraint object; at most one field."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    def wanted(self) -> list[StructuredOutput]:
+        """The constraints that are set."""
+        found: list[StructuredOutput] = []
+        if self.json_ is not None:
+            text = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
+            found.append(StructuredOutput("json_schema", text))
+        if self.json_object:
+            found.append(StructuredOutput("json_object"))
+        if self.regex is not None:
+            found.append(StructuredOutput("regex", self.regex))
+        if self.grammar is not None:
+            found.append(StructuredOutput("grammar", self.grammar))
+        return found
+
+
+class JsonSchemaFormat(ApiModel):
+    """response_format.json_schema."""
+
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(ApiModel):
+    """OpenAI's constraint."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is required for type 'json_schema'")
+        return self
+
+    def wanted(self) -> list[StructuredOutput]:
+        """The constraint, if any."""
+        if self.type == "json_object":
+            return [StructuredOutput("json_object")]
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            return []
+        return [StructuredOutput("json_schema", json.dumps(self.json_schema.schema_))]
+
+
+class GenerationRequest(ApiModel):
+    """Fields that completions and chat share."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    user: str | None = None
+    response_format: ResponseFormat | None = None
+    # Beyond OpenAI, as vLLM has them.
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    return_token_ids: bool | None = None
+
+    def sampling(self, *, max_tokens: int | None, **more: Any) -> SamplingParams:
+        """SamplingParams of the fields that are set; max_tokens None: to the model's length.
+
+        Raises:
+            RequestError: their values contradict each other.
+        """
+        same_names = (
+            "n",
+            "temperature",
+            "top_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "min_tokens",
+            "ignore_eos",
+            "stop_token_ids",
+            "skip_special_tokens",
+            "include_stop_str_in_output",
+        )
+        given = {name: getattr(self, name) for name in same_names}
+        if self.stop is not None:
+            given["stop"] = self.stop
+        if self.logit_bias:
+            given["logit_bias"] = _token_ids(self.logit_bias)
+        given["structured"] = self._structured()
+        given = {k: v for k, v in {**given, **more}.items() if v is not None}
+        return SamplingParams(max_tokens=max_tokens, **given)
+
+    def _structured(self) -> StructuredOutput | None:
+        found = self.response_format.wanted() if self.response_format else []
+        found += self.structured_outputs.wanted() if self.structured_outputs else []
+        if len(found) > 1:
+            kinds = ", ".join(item.kind for item in found)
+            raise RequestError(f"ask for one kind of structured output, not for {kinds} at once")
+        return found[0] if found else None
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_supported(self) -> Self:
+        if self.suffix:
+            raise ValueError("suffix is not supported")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of {self.best_of} must equal n {self.n or 1}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, or 0 together with echo")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[t for t in self.prompt if isinstance(t, int)]]
+        return [p for p in self.prompt if not isinstance(p, int)]
+
+    def params(self) -> SamplingParams:
+        """Sampling of every prompt; echo asks for the prompt's log-probabilities too."""
+        scored = self.logprobs if self.echo else None
+        return self.sampling(
+            max_tokens=16 if self.max_tokens is None else max(1, self.max_tokens),
+            logprobs=self.logprobs,
+            prompt_logprobs=scored,
+        )
+
+
+def _token_ids(bias: dict[str, float]) -> dict[int, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit()):
+            raise RequestError(f"logit_bias keys are token ids, got {key[:40]!r}")
+    return {int(key): value for key, value in bias.items()}

@@ -1,0 +1,184 @@
+"""Responses as OpenAI defines them; optional fields without a value are left out, never null."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from quatom.engine.outputs import TokenLogprobs
+from quatom.serving.prompt import PromptEncoder
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every response of status 400 and above."""
+
+    error: ErrorBody
+
+
+class PromptTokensDetails(BaseModel):
+    """Prompt tokens by kind."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionChoice(BaseModel):
+    """One completion."""
+
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionResponse(BaseModel):
+    """Result of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ChatMessage(BaseModel):
+    """The assistant's answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletionResponse(BaseModel):
+    """Result of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A model that can be asked for."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeResponse(BaseModel):
+    """Result of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    """Result of /detokenize."""
+
+    prompt: str
+
+
+class VersionResponse(BaseModel):
+    """Result of /version."""
+
+    version: str
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """The usage object."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def completion_logprobs(
+    entries: list[TokenLogprobs], encoder: PromptEncoder, offset: int, *, given: int | None = None
+) -> dict[str, Any]:
+    """Logprobs of /v1/completions.
+
+    Args:
+        entries: one for each token but the prompt's first.
+        encoder: makes strings of tokens.
+        offset: characters before the first token.
+        given: the prompt's first token, if it is echoed. Nothing comes before it: its
+            log-probability is 0, that of a given token, since OpenAI's schema has no null here.
+    """
+    tokens, values, tops, offsets = [], [], [], []
+    if given is not None:
+        entries = [TokenLogprobs(given, 0.0), *entries]
+    for entry in entries:
+        tokens.append(encoder.token_string(entry.token_id))
+        values.append(entry.logprob)
+        top = {encoder.token_string(i): logprob for i, logprob in entry.top}
+        if top:
+            top.setdefault(tokens[-1], entry.logprob)
+        tops.append(top)
+        offsets.append(offset)
+        offset += len(tokens[-1])
+    return {
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(entries: list[TokenLogprobs], encoder: PromptEncoder) -> dict[str, Any]:
+    """Logprobs of /v1/chat/completions."""
+
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        token = encoder.token_string(token_id)
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    content = [
+        {
+            **one(entry.token_id, entry.logprob),
+            "top_logprobs": [one(i, logprob) for i, logprob in entry.top],
+        }
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
