@@ -2,7 +2,7 @@
 
 Requests are told apart, tokenized and truncated exactly as the harness's own Hugging Face adapter
 does, so that numbers compare; what differs is how they run: packed without padding, longest first,
-equal inputs once, and remembered on disk.
+equal inputs and equal beginnings once, and remembered on disk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from quatom.errors import ModelError, RequestError
 from quatom.evaluation.packing import (
     KV_BLOCK_SIZE,
     num_kv_blocks,
-    pack_by_length,
+    pack,
     packed_context,
 )
 from quatom.evaluation.request_cache import RequestCache
@@ -148,10 +148,12 @@ class QuatomLM(TemplateLM):
                 waiting.setdefault(sequence, {})[name] = continuation
         sequences = list(waiting)
         with self._bar("scoring", sum(map(len, waiting.values()))) as advance:
-            for batch in pack_by_length([len(s) for s in sequences], self.batch_tokens):
-                inputs = [sequences[i] for i in batch]
+            computed = [max(map(len, waiting[sequence].values())) for sequence in sequences]
+            for batch in pack(sequences, computed, self.batch_tokens):
+                inputs = [sequences[item.index] for item in batch]
                 asked = [waiting[sequence] for sequence in inputs]
-                for name, answer in self._score(inputs, asked).items():
+                shared = [item.shared for item in batch]
+                for name, answer in self._score(inputs, shared, asked).items():
                     answers[name] = answer
                     if self.cache is not None:
                         self.cache.put(name, list(answer))
@@ -160,13 +162,17 @@ class QuatomLM(TemplateLM):
 
     @torch.no_grad()
     def _score(
-        self, inputs: list[tuple[int, ...]], asked: list[dict[str, list[int]]]
+        self,
+        inputs: list[tuple[int, ...]],
+        shared: list[int],
+        asked: list[dict[str, list[int]]],
     ) -> dict[str, Answer]:
         """One packed forward pass; `asked` holds the continuations that end each input."""
         lengths = [len(sequence) for sequence in inputs]
-        context = packed_context([0] * len(inputs), lengths, lengths, self._device)
-        kv_cache = self._allocate(lengths)
-        tokens = torch.tensor([token for sequence in inputs for token in sequence])
+        new = [sequence[start:] for sequence, start in zip(inputs, shared, strict=True)]
+        context = packed_context(shared, [len(n) for n in new], lengths, self._device, shared)
+        kv_cache = self._allocate(lengths, shared)
+        tokens = torch.tensor([token for sequence in new for token in sequence])
         hidden = self.loaded.model(tokens.to(self._device), context, kv_cache)
 
         rows: list[int] = []  # row of `hidden` that predicts each target
@@ -208,17 +214,17 @@ class QuatomLM(TemplateLM):
             stop, limit = _generation_options(options)
             stops.append(stop)
             limits.append(limit)
-            room = self.max_length - limit
-            if room < 1:
+            if limit >= self.max_length:
                 raise RequestError(
                     f"{limit} new tokens do not fit a model of {self.max_length} positions"
                 )
-            prompts.append(self.tok_encode(context)[-room:])
+            prompts.append(self.tok_encode(context)[limit - self.max_length :])
         todo = [i for i, text in enumerate(texts) if text is None]
-        lengths = [len(prompts[i]) + limits[i] for i in todo]
+        # Room is what a sequence may grow to, and nothing is shared: none of it ends before then.
+        room = [range(len(prompts[i]) + limits[i]) for i in todo]
         with self._bar("generating", len(todo)) as advance:
-            for batch in pack_by_length(lengths, self.batch_tokens):
-                chosen = [todo[i] for i in batch]
+            for batch in pack(room, [len(tokens) for tokens in room], self.batch_tokens):
+                chosen = [todo[item.index] for item in batch]
                 generated = self._generate(
                     [prompts[i] for i in chosen],
                     [stops[i] for i in chosen],
@@ -265,8 +271,9 @@ class QuatomLM(TemplateLM):
                 texts[i] = texts[i].split(stop)[0]
         return texts
 
-    def _allocate(self, capacities: Sequence[int]) -> Any:
-        return self.loaded.model.allocate_kv_cache(num_kv_blocks(capacities), KV_BLOCK_SIZE)
+    def _allocate(self, capacities: Sequence[int], shared: Sequence[int] = ()) -> Any:
+        blocks = num_kv_blocks(capacities, shared)
+        return self.loaded.model.allocate_kv_cache(blocks, KV_BLOCK_SIZE)
 
     def _remembered(self, name: str) -> Any:
         return None if self.cache is None else self.cache.get(name)

@@ -1,34 +1,77 @@
-"""Sequences of different lengths in one forward pass, without padding."""
+"""Sequences of different lengths in one forward pass: no padding, equal beginnings once.
+
+Choices of a question share its tokens. Their keys and values are computed by the first of them and
+read by the others through the block table, whole KV blocks at a time, in the same pass: a layer
+stores all new keys and values before it attends.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from quatom.modeling.context import ForwardContext
 
-KV_BLOCK_SIZE = 64
+KV_BLOCK_SIZE = 16
+"""The smallest that the KV cache has: beginnings are shared in steps of it."""
+
+Tokens = Sequence[int]
 
 
-def pack_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of sequences in batches of at most `batch_tokens` tokens, longest first.
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One sequence of a batch."""
 
-    A sequence longer than that is a batch of its own. Sequences of a batch are of similar length,
-    and a batch that does not fit the memory fails at the start of a run instead of at its end.
+    index: int
+    """Of the sequence, in the order they were given."""
+    shared: int
+    """Leading tokens that the sequence before it in the batch has computed; whole KV blocks."""
+
+
+def pack(
+    sequences: Sequence[Tokens], computed: Sequence[int], batch_tokens: int
+) -> list[list[Packed]]:
+    """Batches of at most `batch_tokens` tokens that must be computed, longest sequences first.
+
+    A longer sequence is a batch of its own. A batch that does not fit the memory so fails at the
+    start of a run instead of at its end.
+
+    Args:
+        computed: how many last tokens of each sequence must be computed by itself: those whose
+            hidden states are wanted.
     """
-    batches: list[list[int]] = []
+    families: dict[tuple[int, ...], list[int]] = {}
+    for index, tokens in enumerate(sequences):
+        families.setdefault(tuple(tokens[:KV_BLOCK_SIZE]), []).append(index)
+
+    batches: list[list[Packed]] = []
     room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or lengths[index] > room:
-            batches.append([])
-            room = batch_tokens
-        batches[-1].append(index)
-        room -= lengths[index]
+    for family in sorted(families.values(), key=lambda f: -max(len(sequences[i]) for i in f)):
+        # In lexicographic order neighbours share the most.
+        for index in sorted(family, key=lambda i: tuple(sequences[i])):
+            tokens = sequences[index]
+            shared = 0
+            if batches:
+                before = sequences[batches[-1][-1].index]
+                limit = min(len(tokens) - computed[index], len(before))
+                shared = _equal(before, tokens, limit) // KV_BLOCK_SIZE * KV_BLOCK_SIZE
+            if not batches or len(tokens) - shared > room:
+                batches.append([])
+                room, shared = batch_tokens, 0
+            batches[-1].append(Packed(index, shared))
+            room -= len(tokens) - shared
     return batches
 
 
-def num_kv_blocks(capacities: Sequence[int], block_size: int = KV_BLOCK_SIZE) -> int:
-    """KV blocks that sequences of up to `capacities` tokens need."""
-    return sum(-(-capacity // block_size) for capacity in capacities)
+def _equal(a: Tokens, b: Tokens, limit: int) -> int:
+    """How many of the first `limit` tokens are equal in both."""
+    return next((i for i in range(limit) if a[i] != b[i]), limit)
+
+
+def num_kv_blocks(capacities: Sequence[int], shared: Sequence[int] = ()) -> int:
+    """KV blocks of sequences of up to `capacities` tokens, `shared` of which another one holds."""
+    blocks = sum(-(-capacity // KV_BLOCK_SIZE) for capacity in capacities)
+    return blocks - sum(shared) // KV_BLOCK_SIZE
 
 
 def packed_context(
@@ -36,25 +79,30 @@ def packed_context(
     lengths: Sequence[int],
     capacities: Sequence[int],
     device: torch.device,
-    block_size: int = KV_BLOCK_SIZE,
+    shared: Sequence[int] = (),
 ) -> ForwardContext:
     """Context of B sequences, whose KV blocks lie one after another.
 
     Args:
         starts: position of each sequence's first new token.
-        lengths: new tokens of each.
+        lengths: new tokens of each, at least one.
         capacities: tokens each may grow to; the same in every call on one KV cache.
+        shared: leading tokens of each that lie in the blocks of the sequence before it.
     """
-    blocks = [-(-capacity // block_size) for capacity in capacities]
+    size = KV_BLOCK_SIZE
+    blocks = [-(-capacity // size) for capacity in capacities]
     tables = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
     positions, slots = [], []
     first = 0
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        tables[row, : blocks[row]] = torch.arange(first, first + blocks[row])
+        borrowed = shared[row] // size if shared else 0
+        tables[row, :borrowed] = tables[row - 1, :borrowed]
+        own = blocks[row] - borrowed
+        tables[row, borrowed : blocks[row]] = torch.arange(first, first + own)
+        first += own
         tokens = torch.arange(start, start + length)
         positions.append(tokens)
-        slots.append(tokens + first * block_size)
-        first += blocks[row]
+        slots.append(tables[row, tokens // size].long() * size + tokens % size)
     sequences = [start + length for start, length in zip(starts, lengths, strict=True)]
     prefix = torch.tensor([0, *lengths]).cumsum(0)
     return ForwardContext(
