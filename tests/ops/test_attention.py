@@ -7,7 +7,7 @@ import torch
 
 from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import AttentionOptions, attention
+from quatom.ops.attention import AttentionOptions, Sequences, attention
 from quatom.ops.attention.cuda import DecodeConfig, decode_cuda
 from quatom.ops.backend import Backend
 
@@ -143,7 +143,7 @@ def test_decodes_first_changes_nothing_but_the_route(backend):
 )
 @pytest.mark.parametrize("new_tokens", [1, 25])
 def test_options(backend, options, truth, new_tokens):
-    batch = Batch([70, 26], new_tokens)
+    batch = Batch([150, 26], new_tokens, block_size=64)
     assert_close(batch.run(backend, **options), batch.truth(**truth), torch.float32)
 
 
@@ -305,21 +305,10 @@ def test_cuda_variants_agree(head_dim, block_size, warps, tile, stages, bulk):
         block_size=block_size,
         dtype=torch.float16,
     )
-    options = AttentionOptions(head_dim**-0.5, None, None, 3)
     out = torch.full_like(batch.q, torch.nan)
-    a = batch.arguments
-    decode_cuda(
-        batch.q,
-        out,
-        batch.pages,
-        a["block_tables"],
-        a["cu_seqlens_q"],
-        a["seq_lens"],
-        1,
-        700,
-        options,
-        DecodeConfig(warps=warps, tile=tile, stages=stages, min_ctas=1, bulk=bulk),
-    )
+    config = DecodeConfig(warps=warps, tile=tile, stages=stages, min_ctas=1, bulk=bulk)
+    options = AttentionOptions(head_dim**-0.5, num_splits=3)
+    decode_cuda(batch.q, out, batch.pages, Sequences(**batch.arguments), options, config)
     assert_close(out, batch.truth(), torch.float16)
 
 

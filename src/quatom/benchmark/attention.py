@@ -212,7 +212,7 @@ def _query(case: Case) -> Tensor:
 def _relative_error(case: Case, q: Tensor, out: Tensor, pages: KVPages, table: Tensor) -> float:
     """Error of the last sequence against float64 over what its pages dequantize to."""
     k, v = (x.double() for x in pages.gather(table[-1], case.length))
-    options = AttentionOptions(case.head_dim**-0.5, None, None, None)
+    options = AttentionOptions(case.head_dim**-0.5)
     new = min(case.new_tokens, 64)
     want = causal_attention(q[-new:].double(), k, v, options)
     return float(f"{(out[-new:].double() - want).norm() / want.norm():.2e}")

@@ -16,13 +16,26 @@ MAX_DECODE_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
+class Sequences:
+    """Which rows of q belong to which cached sequence; `attention` documents each field."""
+
+    block_tables: Tensor
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    max_seqlen_q: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionOptions:
     """What an implementation needs besides tensors; `attention` documents each field."""
 
     softmax_scale: float
-    sliding_window: int | None
-    logit_softcap: float | None
-    num_splits: int | None
+    sliding_window: int | None = None
+    logit_softcap: float | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    num_splits: int | None = None
+    total_kv_tokens: int | None = None
 
 
 def attention(
@@ -82,86 +95,70 @@ def attention(
         softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(pages.head_dim),
         sliding_window,
         logit_softcap,
+        rotary,
         num_splits,
+        total_kv_tokens,
     )
+    n = num_decodes
+    if not 0 < n < seq_lens.shape[0] or max_seqlen_q == 1:
+        batch = Sequences(block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, max_seq_len)
+        return _run(q, None, pages, batch, options, backend)
+    # Decodes have one new token each, so sequence i of them is row i of q.
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if not q.shape[0]:
-        return out
-    mixed = 0 < num_decodes < seq_lens.shape[0] and max_seqlen_q > 1
-    groups = [(0, num_decodes), (num_decodes, seq_lens.shape[0])] if mixed else [(0, None)]
-    for first, last in groups:
-        # Decodes have one new token each, so sequence i of them is row i of q.
-        decodes = mixed and first == 0
-        rows = slice(0, num_decodes) if decodes else slice(first, None)
-        starts = cu_seqlens_q[first : None if last is None else last + 1]
-        _run(
-            q[rows],
-            out[rows],
-            pages,
-            block_tables[first:last],
-            starts if first == 0 else starts - first,
-            seq_lens[first:last],
-            1 if decodes else max_seqlen_q,
-            max_seq_len,
-            rotary,
-            options,
-            total_kv_tokens,
-            backend,
-        )
+    decodes = Sequences(block_tables[:n], cu_seqlens_q[: n + 1], seq_lens[:n], 1, max_seq_len)
+    rest = Sequences(
+        block_tables[n:], cu_seqlens_q[n:] - n, seq_lens[n:], max_seqlen_q, max_seq_len
+    )
+    _run(q[:n], out[:n], pages, decodes, options, backend)
+    _run(q[n:], out[n:], pages, rest, options, backend)
     return out
 
 
 def _run(
     q: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     pages: KVPages,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    max_seqlen_q: int,
-    max_seq_len: int,
-    rotary: tuple[Tensor, Tensor] | None,
+    batch: Sequences,
     options: AttentionOptions,
-    total_kv_tokens: int | None,
     backend: Backend | None,
-) -> None:
-    """Attention of one homogeneous part of a batch, written into `out`."""
-    tensors = (q, out, pages, block_tables, cu_seqlens_q, seq_lens)
-    decode = max_seqlen_q <= MAX_DECODE_TOKENS
-    obstacle = _cuda_obstacle(q, pages, decode, rotary, options)
+) -> Tensor:
+    """Attention of one homogeneous part of a batch, into `out` where that is given."""
+    decode = batch.max_seqlen_q <= MAX_DECODE_TOKENS
+    obstacle = _cuda_obstacle(q, pages, decode, options)
     available = BACKENDS if obstacle is None else BACKENDS[:-1]
     if backend is Backend.CUDA and obstacle is not None:
         raise BackendError(f"attention cannot run on backend cuda: {obstacle}; use backend triton")
-    match choose_backend("attention", available, q.device, backend):
-        case Backend.CUDA if decode:
-            from quatom.ops.attention.cuda import decode_cuda
+    chosen = choose_backend("attention", available, q.device, backend)
+    if chosen is Backend.CUDA and not decode:
+        from quatom.ops.attention.flash import prefill_flash
 
-            decode_cuda(*tensors, max_seqlen_q, max_seq_len, options)
-        case Backend.CUDA:
-            from quatom.ops.attention.flash import prefill_flash
+        result = prefill_flash(q, pages, batch, options)
+        return result if out is None else out.copy_(result)
 
-            prefill_flash(*tensors, max_seqlen_q, max_seq_len, options, total_kv_tokens)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    if not q.shape[0]:
+        return out
+    match chosen:
+        case Backend.REFERENCE:
+            from quatom.ops.attention.reference import attention_reference as run
         case Backend.TRITON:
-            from quatom.ops.attention.triton import attention_triton
-
-            attention_triton(*tensors, max_seqlen_q, max_seq_len, rotary, options)
-        case _:
-            from quatom.ops.attention.reference import attention_reference
-
-            attention_reference(*tensors, rotary, options)
+            from quatom.ops.attention.triton import attention_triton as run
+        case Backend.CUDA:
+            from quatom.ops.attention.cuda import decode_cuda as run
+    run(q, out, pages, batch, options)
+    return out
 
 
 def _cuda_obstacle(
     q: Tensor,
     pages: KVPages,
     decode: bool,
-    rotary: tuple[Tensor, Tensor] | None,
     options: AttentionOptions,
 ) -> str | None:
     """Why the CUDA backend cannot run this call, or None if it can."""
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}"
-    if rotary is not None:
+    if options.rotary is not None:
         return "it does not rotate keys as it reads them: append them rotated"
     if q.dtype is torch.float32:
         return "it computes float16 and bfloat16 queries, got float32"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import AttentionOptions
+from quatom.ops.attention import AttentionOptions, Sequences
 from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
 
 _LOG2E = 1.4426950408889634
@@ -70,23 +70,19 @@ def decode_cuda(
     q: Tensor,
     out: Tensor,
     pages: KVPages,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    max_seqlen_q: int,
-    max_seq_len: int,
+    batch: Sequences,
     options: AttentionOptions,
     config: DecodeConfig | None = None,
 ) -> None:
     """See `attention`: a few new tokens of each sequence over INT4 pages."""
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = pages.num_kv_heads
-    rows = max_seqlen_q * (num_heads // num_kv_heads)
+    rows = batch.max_seqlen_q * (num_heads // num_kv_heads)
     row_tiles = 2 if rows > 8 and head_dim <= 128 else 1  # two of 256 channels spill registers
     row_chunks = -(-rows // (8 * row_tiles))
-    ctas = seq_lens.shape[0] * row_chunks * num_kv_heads
+    ctas = batch.seq_lens.shape[0] * row_chunks * num_kv_heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    splits = options.num_splits or choose_splits(ctas, max_seq_len, processors)
+    splits = options.num_splits or choose_splits(ctas, batch.max_seq_len, processors)
     softcap = options.logit_softcap
     capability = torch.cuda.get_device_capability(q.device)
     config = config or default_config(head_dim, row_tiles, capability)
@@ -111,10 +107,10 @@ def decode_cuda(
         partial=partial.data_ptr(),
         stats=stats.data_ptr(),
         storage=pages.storage.data_ptr(),
-        tables=block_tables.data_ptr(),
-        starts=cu_seqlens_q.data_ptr(),
-        lengths=seq_lens.data_ptr(),
-        table_stride=block_tables.stride(0),
+        tables=batch.block_tables.data_ptr(),
+        starts=batch.cu_seqlens_q.data_ptr(),
+        lengths=batch.seq_lens.data_ptr(),
+        table_stride=batch.block_tables.stride(0),
         q_stride=q.stride(0),
         num_kv_heads=num_kv_heads,
         group=num_heads // num_kv_heads,
@@ -136,7 +132,7 @@ def choose_splits(ctas: int, length: int, processors: int) -> int:
     A multiprocessor with one CTA cannot draw its full share of bandwidth, so two are counted at
     least; a CTA costs about 128 tokens' time besides its tokens.
     """
-    most = max(1, min(64, length // 256))
+    most = max(1, min(64, length // 128))
 
     def cost(splits: int) -> float:
         busiest = max(-(-ctas * splits // processors), 2)

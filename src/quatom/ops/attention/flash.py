@@ -9,38 +9,34 @@ import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import AttentionOptions
+from quatom.ops.attention import AttentionOptions, Sequences
 from quatom.ops.attention.triton_gather import gather_triton
 
 
 def prefill_flash(
     q: Tensor,
-    out: Tensor,
     pages: KVPages,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    max_seqlen_q: int,
-    max_seq_len: int,
+    batch: Sequences,
     options: AttentionOptions,
-    total_kv_tokens: int | None,
-) -> None:
+) -> Tensor:
     """See `attention`: prefill chunks, packed, over any cache format."""
-    cu_seqlens_k = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
-    total = int(cu_seqlens_k[-1]) if total_kv_tokens is None else total_kv_tokens
+    cu_seqlens_k = torch.zeros_like(batch.cu_seqlens_q)
+    torch.cumsum(batch.seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
+    total = options.total_kv_tokens
+    if total is None:
+        total = int(cu_seqlens_k[-1])
     if not total:
-        out.zero_()
-        return
-    k, v = gather_triton(pages, block_tables, cu_seqlens_k, total, max_seq_len, q.dtype)
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    k, v = gather_triton(pages, batch.block_tables, cu_seqlens_k, total, batch.max_seq_len, q.dtype)
     window = options.sliding_window
     result = torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
-        cu_seqlens_q,
+        batch.cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
-        max_seq_len,
+        batch.max_seqlen_q,
+        batch.max_seq_len,
         0.0,
         True,  # causal, aligned to the last token
         False,
@@ -49,4 +45,4 @@ def prefill_flash(
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
     )
-    out.copy_(result[0])
+    return result[0]

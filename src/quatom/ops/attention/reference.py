@@ -4,30 +4,27 @@ import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import AttentionOptions
+from quatom.ops.attention import AttentionOptions, Sequences
 
 
 def attention_reference(
     q: Tensor,
     out: Tensor,
     pages: KVPages,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
+    batch: Sequences,
     options: AttentionOptions,
 ) -> None:
     """See `attention`; float32 on any device, one sequence at a time."""
-    starts, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
+    starts, lengths = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist()
     for b, length in enumerate(lengths):
         first, last = starts[b], starts[b + 1]
         # Query i of n stands at position length - n + i: those before position 0 see nothing.
         seeing = min(last - first, length)
         out[first : last - seeing] = 0
         if seeing:
-            k, v = pages.gather(block_tables[b], length)
-            if rotary is not None:
-                k = _rotate(k, rotary)
+            k, v = pages.gather(batch.block_tables[b], length)
+            if options.rotary is not None:
+                k = _rotate(k, options.rotary)
             new = q[last - seeing : last].float()
             out[last - seeing : last] = causal_attention(new, k, v, options)
 

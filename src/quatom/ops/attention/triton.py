@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import AttentionOptions
+from quatom.ops.attention import AttentionOptions, Sequences
 
 _LOG2E = 1.4426950408889634
 
@@ -284,12 +284,7 @@ def attention_triton(
     q: Tensor,
     out: Tensor,
     pages: KVPages,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    max_seqlen_q: int,
-    max_seq_len: int,
-    rotary: tuple[Tensor, Tensor] | None,
+    batch: Sequences,
     options: AttentionOptions,
 ) -> None:
     """See `attention`. CUDA, or the CPU under TRITON_INTERPRET=1."""
@@ -297,34 +292,35 @@ def attention_triton(
         q = q.float()  # the interpreter's dot multiplies the bit patterns of bfloat16
     tokens, num_heads, head_dim = q.shape
     num_kv_heads, half = pages.num_kv_heads, head_dim // 2
-    rows_per_head = max_seqlen_q * (num_heads // num_kv_heads)
+    rows_per_head = batch.max_seqlen_q * (num_heads // num_kv_heads)
     block_m = min(max(16, triton.next_power_of_2(rows_per_head)), 64 if head_dim <= 128 else 32)
     row_blocks = triton.cdiv(rows_per_head, block_m)
     # 64-token tiles and two warps read fastest in decode (measured on an H100, 2026-11-22); a
     # prefill tile has enough rows for four.
     block_t, num_warps = (64, 2) if block_m == 16 else (32, 4)
-    programs = row_blocks * num_kv_heads * seq_lens.shape[0]
-    splits = options.num_splits or num_decode_splits(programs, max_seq_len, q.device)
+    batch_size = batch.seq_lens.shape[0]
+    programs = row_blocks * num_kv_heads * batch_size
+    splits = options.num_splits or num_decode_splits(programs, batch.max_seq_len, q.device)
 
     partial = stats = out
     if splits > 1:
         partial = q.new_empty((tokens, num_heads, splits, head_dim), dtype=torch.float32)
         stats = q.new_empty((tokens, num_heads, splits, 2), dtype=torch.float32)
-    softcap = options.logit_softcap
+    softcap, rotary = options.logit_softcap, options.rotary
     rows = pages.storage if pages.quantized else pages.storage.view(getattr(torch, pages.dtype))
-    _attention_kernel[(row_blocks, num_kv_heads, seq_lens.shape[0] * splits)](
+    _attention_kernel[(row_blocks, num_kv_heads, batch_size * splits)](
         q,
         out,
         partial,
         stats,
         rows,
         pages.storage.view(torch.float16),
-        block_tables,
-        cu_seqlens_q,
-        seq_lens,
+        batch.block_tables,
+        batch.cu_seqlens_q,
+        batch.seq_lens,
         q if rotary is None else rotary[0],
         q if rotary is None else rotary[1],
-        block_tables.stride(0),
+        batch.block_tables.stride(0),
         q.stride(0),
         options.softmax_scale * (_LOG2E if softcap is None else 1.0 / softcap),
         0.0 if softcap is None else softcap * _LOG2E,
