@@ -98,6 +98,14 @@ def block_progress(title: str) -> Iterator[Callable[["QuantizedBlock"], None]]:
 
 
 @contextmanager
+def rung_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over decoder blocks."""
+    with _progress("") as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, total=total, completed=done)
+
+
+@contextmanager
 def window_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
     """A bar over evaluation windows with the perplexity so far."""
     with _progress("perplexity {task.fields[perplexity]}") as progress:

@@ -33,6 +33,7 @@ def _options(
 
 
 def _register() -> None:
+    from quatom.cli.ablate import ablate
     from quatom.cli.evaluate import evaluate
     from quatom.cli.generate import generate
     from quatom.cli.inspect import inspect
@@ -41,6 +42,7 @@ def _register() -> None:
 
     app.command("quantize")(quantize)
     app.command("eval")(evaluate)
+    app.command("ablate")(ablate)
     app.command("generate")(generate)
     app.command("inspect")(inspect)
     app.command("report")(report)
@@ -53,7 +55,7 @@ def main() -> None:
     """Run the command line: exit status 0 done, 1 failed with one line on stderr, 2 usage."""
     try:
         app()
-    except QuatomError as error:
+    except (QuatomError, OSError) as error:  # files that --json and --plot name among them
         print(f"quatom: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

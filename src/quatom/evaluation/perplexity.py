@@ -64,14 +64,23 @@ def window_loss(loaded: LoadedModel, window: Tensor) -> float:  # (length,)
     window = window.to(loaded.device)
     context = full_sequences_context(1, length, KV_BLOCK_SIZE, loaded.device)
     cache = loaded.model.allocate_kv_cache(context.block_tables.numel(), KV_BLOCK_SIZE)
-    hidden = loaded.model(window, context, cache)
-    total = torch.zeros((), dtype=torch.float64, device=loaded.device)
-    for start in range(0, length - 1, LOGIT_ROWS):
-        rows = slice(start, min(start + LOGIT_ROWS, length - 1))
-        logits = loaded.model.compute_logits(hidden[rows])
+    return mean_loss(loaded.model(window, context, cache), window, loaded.model.compute_logits)
+
+
+def mean_loss(
+    hidden: Tensor,  # (length, hidden) after the final norm
+    window: Tensor,  # (length,) int64
+    compute_logits: Callable[[Tensor], Tensor],
+) -> float:
+    """Mean cross-entropy of predicting each token of the window from those before it."""
+    last = window.numel() - 1
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for start in range(0, last, LOGIT_ROWS):
+        rows = slice(start, min(start + LOGIT_ROWS, last))
+        logits = compute_logits(hidden[rows])
         targets = window[rows.start + 1 : rows.stop + 1]
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double()
-    return float(total) / (length - 1)
+    return float(total) / last
 
 
 def measure_perplexity(

@@ -1,6 +1,8 @@
 """Entries of accuracy files, and adding them to a file without losing what is there."""
 
+import errno
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +15,17 @@ from quatom.evaluation.perplexity import Perplexity
 from quatom.loading import LoadedModel
 
 # What makes two entries the same measurement: the newer one replaces the older.
-_IDENTITY = ("model", "recipe", "corpus", "sequence_length", "windows", "backend", "task", "metric")
+_IDENTITY = (
+    "model",
+    "recipe",
+    "corpus",
+    "sequence_length",
+    "windows",
+    "backend",
+    "task",
+    "metric",
+    "rung",
+)
 
 
 def accuracy_entry(
@@ -38,20 +50,38 @@ def accuracy_entry(
     }
 
 
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Entries of a result file that may be written; none where there is no file yet.
+
+    Called before a measurement too: hours of it must not end at a file that cannot be written.
+
+    Raises:
+        CalibrationError: the file is there but is no result file, or its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "its folder cannot be written")
+        return list(json.loads(path.read_text(encoding="utf-8"))["results"])
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot write {path}: {error.strerror}; give another --json"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(
+            f"{path} exists and is no result file ({error!r}): give another --json"
+        ) from error
+
+
 def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write entries to a result file, keeping those it has of other measurements.
 
     Raises:
-        CalibrationError: the file is there but is no result file.
+        CalibrationError: as `read_results` says.
     """
-    kept: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))["results"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(
-                f"{path} exists and is no result file ({error!r}): give another --json"
-            ) from error
+    kept = read_results(path)
     command = shlex.join(["quatom", *sys.argv[1:]])
     new = {_identity(entry) for entry in entries}
     merged = [entry for entry in kept if _identity(entry) not in new]

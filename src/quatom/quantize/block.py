@@ -1,5 +1,6 @@
 """One decoder block: choose channel orders, round its weights, lay out what is stored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +30,7 @@ def place_blocks(recipe: Recipe, place: str) -> int:
 
 
 def choose_orders(
-    scores: dict[str, Tensor],  # place -> (K,)
+    scores: Mapping[str, Tensor],  # place -> (K,)
     recipe: Recipe,
     config: ModelConfig,
 ) -> dict[str, Tensor]:

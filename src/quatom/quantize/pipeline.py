@@ -135,6 +135,7 @@ def _quantize_blocks(
         errors = torch.cat((errors, row.double()))
         state = {"errors": errors}
         if streams is not None:
+            assert streams.float_hidden is not None
             state |= {"float": streams.float_hidden, "quantized": streams.quantized_hidden}
         writer.save_state(_state_name(block.index), state)
         writer.write_block(block.index, block.tensors)

@@ -9,7 +9,7 @@ Source: Atom (Zhao et al., MLSys 2024): orders from float statistics, GPTQ on qu
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,8 @@ from quatom.recipe import PRESETS, Recipe
 class Streams:
     """Hidden states that enter the next block, each (sequences, length, hidden)."""
 
-    float_hidden: Tensor
+    float_hidden: Tensor | None
+    """None where channel scores are known: the float stream is not run then."""
     quantized_hidden: Tensor
 
 
@@ -91,12 +92,25 @@ class BlockQuantizer:
         device: torch.device,
         dtype: torch.dtype,
         streams: Streams | None,
+        scores: Sequence[Mapping[str, Tensor]] | None = None,
         backend: Backend | None = None,
     ) -> None:
+        """Prepare to quantize `source`.
+
+        Args:
+            source: the floating-point model.
+            recipe: how to quantize it.
+            device: where blocks are computed.
+            dtype: of the computation.
+            streams: hidden states of the calibration text; None for recipes that read none.
+            scores: channel scores of every block, of an earlier `collect_scores`.
+            backend: implementation of the operations.
+        """
+        self.scores = scores
         self.source, self.recipe, self.config = source, recipe, source.model_config
         self.device, self.dtype, self.backend = device, dtype, backend
         self.streams = streams
-        length = 1 if streams is None else streams.float_hidden.shape[1]
+        length = 1 if streams is None else streams.quantized_hidden.shape[1]
         self.rope = rotary_table(self.config, length, device)
 
     def run(self, first: int = 0) -> Iterator[QuantizedBlock]:
@@ -113,7 +127,7 @@ class BlockQuantizer:
             self.config,
         )
         entering = None if self.streams is None else self.streams.float_hidden
-        scores = self._run_float(original)
+        scores = self._run_float(original) if self.scores is None else self.scores[index]
         orders = {} if scores is None else choose_orders(scores, self.recipe, self.config)
         block = arrange_block(original, orders, self.recipe, self.config)
         moments, targets = self._moments(block, original, entering, orders)
@@ -142,13 +156,21 @@ class BlockQuantizer:
 
     def _run_float(self, block: FloatBlock) -> dict[str, Tensor] | None:
         """Advance the float stream; channel scores of its inputs."""
-        if self.streams is None:
+        if self.streams is None or self.streams.float_hidden is None:
             return None
         scores = ChannelScores(self.recipe.outliers.metric)
         module = build_float_block(self.config, PRESETS["fp16"], block, backend=self.backend)
         with observe(module, scores.add):
             self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rope)
         return scores.sums
+
+    def collect_scores(self) -> Iterator[dict[str, Tensor]]:
+        """Channel scores of block after block, nothing quantized: shared by several recipes."""
+        for index in range(self.config.num_layers):
+            block = load_float_block(self.source, index, self.device, self.dtype)
+            scores = self._run_float(rotate_values(block, self.recipe, self.config))
+            assert scores is not None
+            yield scores
 
     def _moments(
         self,
@@ -163,7 +185,6 @@ class BlockQuantizer:
             weights.rounding == "nearest" and weights.clip_search != "output"
         ):
             return {}, {}
-        assert entering is not None
         run_time = {place: order for place, order in orders.items() if place != "down"}
         module = build_float_block(self.config, self.recipe, block, run_time, self.backend)
         hidden = self.streams.quantized_hidden
@@ -172,6 +193,7 @@ class BlockQuantizer:
             with observe(module, moments.add):
                 run_block(module, hidden, self.rope)
             return moments.sums, {}
+        assert entering is not None
         reference = build_float_block(self.config, PRESETS["fp16"], original, backend=self.backend)
         for rows in batch_slices(hidden):
             wanted: dict[str, Tensor] = {}
@@ -235,6 +257,8 @@ class BlockQuantizer:
             )
         self.streams.quantized_hidden = hidden
         target = self.streams.float_hidden
+        if target is None:
+            return None
         # In float32 a sequence at a time: whole streams would need another copy of each.
         error = sum(
             (q.float() - f.float()).square().sum() for q, f in zip(hidden, target, strict=True)

@@ -1,0 +1,128 @@
+"""`quatom ablate`: what each part of a recipe is worth, rung by rung."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def ablate(
+    source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF.")],
+    calibration: Annotated[Path, typer.Option(help="Plain-text file to measure statistics on.")],
+    perplexity: Annotated[
+        Path, typer.Option(help="Plain-text file to measure perplexity on, or a corpus name.")
+    ],
+    json: Annotated[Path, typer.Option(help="Result file; finished rungs in it are kept.")],
+    ladder: Annotated[
+        str, typer.Option(help="atom: the paper's seven rungs; quatom: what goes beyond them.")
+    ] = "atom",
+    plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Windows to score.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Of the computation.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name in the result file; default: the folder's.")
+    ] = None,
+) -> None:
+    """Measure perplexity with each part of a recipe added to those before it."""
+    from quatom.checkpoint.reader import open_source
+    from quatom.checkpoint.tokenizer import tokenizer_from_source
+    from quatom.cli.common import print_table, read_dtype, rung_progress
+    from quatom.errors import RecipeError
+    from quatom.evaluation.corpora import load_corpus
+    from quatom.evaluation.ladder import LADDERS, LadderRun
+    from quatom.evaluation.perplexity import cut_windows
+    from quatom.evaluation.results import add_results, read_results
+    from quatom.loading import default_dtype, usable_device
+    from quatom.quantize.calibration_data import read_text, sample_sequences
+    from quatom.recipe import CalibrationSpec
+
+    if ladder not in LADDERS:
+        raise RecipeError(f"unknown ladder {ladder!r}; known: {', '.join(LADDERS)}")
+    opened = open_source(source)
+    place = usable_device(device)
+    tokenizer = tokenizer_from_source(opened)
+    spec = CalibrationSpec(num_samples=num_samples, sequence_length=calibration_length, seed=seed)
+    sequences = sample_sequences(read_text(calibration), tokenizer, spec, origin=str(calibration))
+    corpus = load_corpus(perplexity, tokenizer, sequence_length=sequence_length)
+    windows = cut_windows(corpus.tokens, sequence_length, max_windows)
+    run_hash = _hash(sequences, windows)
+    model = name or Path(source).resolve().name
+    done = {
+        entry["rung"]: entry
+        for entry in read_results(json)
+        if entry.get("model") == model and entry.get("texts") == run_hash
+    }
+    rungs = {"float": None} | dict(LADDERS[ladder])
+    json.parent.mkdir(parents=True, exist_ok=True)
+    for position, (rung, recipe) in enumerate(rungs.items()):
+        as_stored = None if recipe is None else recipe.to_dict()
+        if rung in done and done[rung]["settings"] == as_stored:
+            continue
+        with rung_progress(f"{position + 1} of {len(rungs)}: {rung}") as on_block:
+            measured = LadderRun(
+                opened,
+                sequences,
+                windows,
+                device=place,
+                dtype=read_dtype(dtype) or default_dtype(opened, place),
+                scores_file=json.with_name(f".{json.stem}-{run_hash}"),
+                on_block=on_block,
+            ).measure(rung, recipe)
+        done[rung] = {
+            "model": model,
+            "ladder": ladder,
+            "rung": rung,
+            "corpus": corpus.name,
+            "windows": len(windows),
+            "sequence_length": sequence_length,
+            "perplexity": measured.perplexity,
+            "settings": as_stored,
+            "calibration": f"{num_samples} x {calibration_length}, seed {seed}",
+            "texts": run_hash,
+        }
+        add_results(json, [done[rung]])
+    for file in json.parent.glob(f".{json.stem}-{run_hash}.*.safetensors"):
+        file.unlink()
+    print_table(
+        f"{model}, {corpus.name}, {len(windows)} windows of {sequence_length} tokens",
+        ("rung", "perplexity"),
+        [(rung, f"{done[rung]['perplexity']:.2f}") for rung in rungs],
+    )
+    if plot is not None:
+        _plot([done[rung] for rung in rungs], plot)
+
+
+def _hash(*tokens: "Tensor") -> str:
+    import hashlib
+
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()[:16]
+
+
+def _plot(entries: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [entry["rung"] for entry in entries]
+    values = [entry["perplexity"] for entry in entries]
+    figure, axis = plt.subplots(figsize=(8, 0.45 * len(names) + 1.2))
+    bars = axis.barh(names, values, color="#4878a8")
+    axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3)
+    axis.axvline(values[0], color="grey", linewidth=0.8)
+    axis.set_xscale("log")  # the first rung is orders of magnitude above the rest
+    axis.set_xlim(values[0] * 0.9, max(values) * 2)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"perplexity on {entries[0]['corpus']} (log scale)")
+    axis.set_title(entries[0]["model"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

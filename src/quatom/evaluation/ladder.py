@@ -1,0 +1,216 @@
+"""Ladders of recipes: each rung adds one part to the one before, and its perplexity is measured.
+
+"atom" is the ablation of the paper and its poster; "quatom" goes on from the whole Atom recipe.
+A rung is quantized and evaluated block by block in one walk, so that only one block is in memory;
+channel scores, which rungs share, are measured once and kept beside the result file.
+
+Source: Atom (Zhao et al., MLSys 2024), accuracy ablation.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quatom.checkpoint.reader import TensorSource
+from quatom.errors import CalibrationError
+from quatom.evaluation.perplexity import mean_loss
+from quatom.loading import FUSED, build_float_block, load_float_block
+from quatom.modeling.inputs import rms_norm
+from quatom.modeling.llama import DecoderBlock
+from quatom.modeling.rope import rotary_table
+from quatom.ops.backend import Backend
+from quatom.quantize.statistics import run_block
+from quatom.quantize.stream import BlockQuantizer, Streams, embed
+from quatom.recipe import PRESETS, ActivationSpec, KVSpec, OutlierSpec, Recipe, WeightSpec
+
+
+def _atom_ladder() -> dict[str, Recipe]:
+    rtn = replace(PRESETS["rtn-w4a4"], name="rtn")
+    fp16 = replace(rtn, outliers=OutlierSpec(format="float16"))
+    int8 = replace(rtn, outliers=OutlierSpec())
+    groups = replace(
+        int8,
+        weights=WeightSpec(rounding="nearest", rows_per_scale=2),
+        activations=ActivationSpec(),
+    )
+    clipping = replace(
+        groups,
+        weights=replace(groups.weights, clip_ratio=0.85),
+        activations=ActivationSpec(clip_ratio=0.9),
+    )
+    gptq = replace(clipping, weights=replace(clipping.weights, rounding="gptq"))
+    return {
+        "rtn": rtn,
+        "outliers_fp16": fp16,
+        "outliers_int8": int8,
+        "groups": groups,
+        "clipping": clipping,
+        "gptq": gptq,
+        "kv4": replace(gptq, kv_cache=KVSpec()),
+    }
+
+
+def _quatom_ladder() -> dict[str, Recipe]:
+    atom = PRESETS["atom-w4a4kv4"]
+    rotation = replace(atom, activations=ActivationSpec(rotation="hadamard"))
+    keys = replace(rotation, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
+    values = replace(keys, kv_cache=replace(keys.kv_cache, value_rotation="hadamard"))
+    weights = replace(values, weights=replace(atom.weights, clip_ratio=1.0, clip_search="mse"))
+    clipping = replace(weights, activations=replace(weights.activations, clip_ratio=0.95))
+    return {
+        "atom": atom,
+        "group_rotation": rotation,
+        "rotated_keys": keys,
+        "rotated_values": values,
+        "searched_weights": weights,
+        "activation_clipping": clipping,
+        "output_weighted_search": replace(
+            clipping, weights=replace(clipping.weights, clip_search="output")
+        ),
+        "float_input_target": replace(
+            clipping, weights=replace(clipping.weights, target="float_input")
+        ),
+    }
+
+
+LADDERS: Mapping[str, Mapping[str, Recipe]] = {
+    "atom": _atom_ladder(),
+    "quatom": _quatom_ladder(),
+}
+"""Rungs by name, in order. The last two rungs of "quatom" are tries beside its recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One measured rung."""
+
+    name: str
+    recipe: Recipe | None
+    """None: the floating-point model."""
+    perplexity: float
+
+
+class LadderRun:
+    """Measures the rungs of one model on one calibration and one evaluation text."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        calibration: Tensor,  # (samples, length) int64
+        windows: Tensor,  # (windows, length) int64
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        scores_file: Path,
+        backend: Backend | None = None,
+        on_block: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            source: the floating-point model.
+            calibration: token windows that statistics are measured on.
+            windows: token windows that perplexity is measured on.
+            device: where blocks are computed.
+            dtype: of the computation.
+            scores_file: stem of the files that keep channel scores for a resumed run.
+            backend: implementation of the operations.
+            on_block: called with (blocks done, blocks in all) of the current rung.
+        """
+        self.source, self.config = source, source.model_config
+        self.calibration, self.windows = calibration, windows
+        self.device, self.dtype, self.backend = device, dtype, backend
+        self.scores_file = scores_file
+        self.on_block = on_block or (lambda done, total: None)
+        self._scores: dict[str, list[dict[str, Tensor]]] = {}
+
+    @torch.no_grad()
+    def measure(self, name: str, recipe: Recipe | None) -> Rung:
+        """Quantize with `recipe` and evaluate, block by block; None evaluates the float model."""
+        modules = self._float_modules() if recipe is None else self._quantized_modules(recipe)
+        hidden = embed(self.source, self.windows, self.device, self.dtype)
+        rope = rotary_table(self.config, self.windows.shape[1], self.device)
+        for index, module in enumerate(modules):
+            hidden = run_block(module, hidden, rope)
+            self.on_block(index + 1, self.config.num_layers)
+        return Rung(name, recipe, self._perplexity(hidden))
+
+    def _float_modules(self) -> Iterator[DecoderBlock]:
+        for index in range(self.config.num_layers):
+            block = load_float_block(self.source, index, self.device, self.dtype)
+            yield build_float_block(self.config, PRESETS["fp16"], block, backend=self.backend)
+
+    def _quantized_modules(self, recipe: Recipe) -> Iterator[DecoderBlock]:
+        needs_float = recipe.weights.target != "own_input"
+        scores = None if needs_float else self._shared_scores(recipe)
+        streams = None
+        if recipe.weights.rounding == "gptq":
+            hidden = embed(self.source, self.calibration, self.device, self.dtype)
+            streams = Streams(hidden if needs_float else None, hidden)
+        for block in self._quantizer(recipe, streams, scores).run():
+            yield block.module
+
+    def _quantizer(
+        self,
+        recipe: Recipe,
+        streams: Streams | None,
+        scores: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> BlockQuantizer:
+        return BlockQuantizer(
+            self.source,
+            recipe,
+            device=self.device,
+            dtype=self.dtype,
+            streams=streams,
+            scores=scores,
+            backend=self.backend,
+        )
+
+    def _shared_scores(self, recipe: Recipe) -> list[dict[str, Tensor]]:
+        """Channel scores of all blocks; what changes them is the rotation of values alone."""
+        key = f"{recipe.outliers.metric}-{recipe.kv_cache.value_rotation}"
+        if key in self._scores:
+            return self._scores[key]
+        file = self.scores_file.with_name(f"{self.scores_file.name}.{key}.safetensors")
+        if file.exists():
+            flat = load_file(file, device=str(self.device))
+        else:
+            hidden = embed(self.source, self.calibration, self.device, self.dtype)
+            quantizer = self._quantizer(recipe, Streams(hidden, hidden))
+            flat = {
+                f"{index}.{place}": score
+                for index, scores in enumerate(quantizer.collect_scores())
+                for place, score in scores.items()
+            }
+            save_file({name: score.cpu() for name, score in flat.items()}, file)
+        self._scores[key] = [
+            {place: flat[f"{index}.{place}"] for place in FUSED}
+            for index in range(self.config.num_layers)
+        ]
+        return self._scores[key]
+
+    def _perplexity(self, hidden: Tensor) -> float:
+        config, source = self.config, self.source
+
+        def outer(name: str) -> Tensor:
+            return source.load(name).to(device=self.device, dtype=self.dtype)
+
+        norm = outer("model.norm.weight")
+        tied = config.tie_word_embeddings
+        head = outer("model.embed_tokens.weight" if tied else "lm_head.weight")
+        losses = [
+            mean_loss(
+                rms_norm(states, norm, config.rms_norm_eps),
+                window.to(self.device),
+                lambda rows: torch.nn.functional.linear(rows, head).float(),
+            )
+            for states, window in zip(hidden, self.windows, strict=True)
+        ]
+        if not all(map(math.isfinite, losses)):
+            raise CalibrationError("the loss is not finite: evaluate in --dtype float32")
+        return math.exp(math.fsum(losses) / len(losses))
