@@ -47,10 +47,13 @@ def evaluate(
 ) -> None:
     """Measure perplexity (GPTQ's protocol) and zero-shot accuracy."""
     from quatom.cli.common import read_dtype
+    from quatom.evaluation.results import read_results
     from quatom.loading import load
 
     if perplexity is None and tasks is None:
         raise typer.BadParameter("give --perplexity FILE, --tasks NAMES, or both")
+    if json is not None:
+        read_results(json)
     loaded = load(model, device=device, dtype=read_dtype(dtype))
     title = name or Path(model).resolve().name
     if perplexity is not None:
