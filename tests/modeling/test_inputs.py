@@ -1,0 +1,87 @@
+"""What precedes a linear: with and without quantization it makes the same input."""
+
+import pytest
+import torch
+
+from quatom.modeling.inputs import InputQuantizer, activation_spec, rms_norm
+from quatom.numerics.groups import GroupLayout
+from quatom.ops.activations import MixedTensor, QuantizeSpec
+from quatom.recipe import PRESETS
+
+LAYOUT = GroupLayout(normal=96, group_size=64, outliers=32)
+# e4m3 with whole float range and int8 outliers lose little: 2**-4 of a value at most.
+SPEC = QuantizeSpec(layout=LAYOUT, normal="e4m3", outlier="int8")
+
+
+def tokens(seed=0, rows=5, channels=128):
+    return torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def order():
+    return torch.randperm(128, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_that_of_transformers(dtype):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    theirs = LlamaRMSNorm(128, eps=1e-5)
+    theirs.weight.data = (1 + 0.3 * tokens(1)[0]).to(dtype)
+    x = (tokens() * 3).to(dtype)
+    assert torch.equal(rms_norm(x, theirs.weight.data, 1e-5), theirs(x))
+
+
+def test_plain_inputs_are_reordered_and_no_more():
+    x = tokens()
+    assert torch.equal(InputQuantizer(None, order()).plain(x), x[:, order()])
+    assert torch.equal(InputQuantizer(None).plain(x), x)
+
+
+def test_norm_adds_the_residual_and_returns_the_sum():
+    x, residual, weight = tokens(), tokens(1), 1 + 0.1 * tokens(2)[0]
+    made, total = InputQuantizer(None, order()).norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(made, rms_norm(x + residual, weight, 1e-5)[:, order()])
+    made, total = InputQuantizer(None).norm(x, None, weight, 1e-5)
+    assert torch.equal(total, x)
+    assert torch.equal(made, rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("method", ["norm", "plain", "silu_mul"])
+def test_quantized_inputs_are_the_plain_ones_up_to_their_steps(method):
+    """Each of the three ways, judged by the real numbers that its codes stand for."""
+    arguments = {
+        "norm": (tokens(), tokens(1), 1 + 0.1 * tokens(2)[0], 1e-5),
+        "plain": (tokens(),),
+        "silu_mul": (tokens(channels=256),),
+    }[method]
+    # silu(gate) * up arrives in order: gate's and up's rows are permuted.
+    orders = None if method == "silu_mul" else order()
+    plain = getattr(InputQuantizer(None, orders), method)(*arguments)
+    codes = getattr(InputQuantizer(SPEC, orders), method)(*arguments)
+    if method == "norm":
+        assert torch.equal(plain[1], codes[1])
+        plain, codes = plain[0], codes[0]
+    assert isinstance(codes, MixedTensor)
+    error = (codes.dequantize() - plain).abs()
+    # e4m3 keeps 3 mantissa bits: half a step is 2**-4 of the value, but at least half a subnormal
+    # step of its group; int8 half of absmax / 127, and the float16 scale another 2**-11.
+    largest = plain[:, :96].abs().amax(dim=1, keepdim=True)
+    assert (error[:, :96] <= plain[:, :96].abs() * 2.0**-4 * 1.01 + largest * 2.0**-17).all()
+    largest = plain[:, 96:].abs().amax(dim=1, keepdim=True)
+    assert (error[:, 96:] <= largest / 127 * 0.5 + largest * 2.0**-11).all()
+
+
+def test_the_recipe_says_how_inputs_are_quantized():
+    assert activation_spec(PRESETS["w4a16"], LAYOUT) is None
+    spec = activation_spec(PRESETS["atom-w4a4kv4"], LAYOUT)
+    assert (spec.normal, spec.outlier, spec.clip_ratio, spec.rotate) == ("int4", "int8", 0.9, False)
+    assert spec.layout == LAYOUT
+    assert activation_spec(PRESETS["quatom-w4a4kv4"], LAYOUT).rotate
+
+
+def test_the_order_follows_the_module_to_its_device():
+    quantizer = InputQuantizer(None, order())
+    assert quantizer.order.dtype == torch.int32
+    assert dict(quantizer.named_buffers()).keys() == {"order"}
+    assert quantizer.state_dict() == {}
