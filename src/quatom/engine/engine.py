@@ -159,7 +159,7 @@ class Engine:
         for row, (sequence, token_id) in enumerate(zip(step.sampled, tokens, strict=True)):
             sequence.in_flight -= 1
             if not sequence.finished:  # it may have been aborted, or have ended a step ago
-                logprobs = step.token_logprobs(row, token_id)
+                logprobs = None if step.logprobs is None else step.token_logprobs(row, token_id)
                 deltas.append(self._append(sequence, token_id, logprobs, now))
         for item in step.items:
             self.scheduler.computed(item.sequence)

@@ -22,6 +22,9 @@ from quatom.engine.sequence import Sequence
 INVALID_TOKEN = -1
 """Reported instead of a token where the model's logits are not numbers."""
 
+SHORTLIST = 1024
+"""Tokens of a row that top_p looks at first on a CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class RandomRows:
@@ -205,18 +208,36 @@ def _sample_rows(logits: Tensor, random: RandomRows) -> Tensor:  # -> (R,) int64
         asks = random.top_k <= random.max_top_k
         probs = probs.masked_fill((probs < floor) & asks, 0.0)
     if random.top_p is not None:
-        probs = probs.masked_fill(probs < _nucleus_floor(probs, random.top_p), 0.0)
+        nucleus = _sorted_floor if probs.device.type == "cpu" else _bisected_floor
+        probs = probs.masked_fill(probs < nucleus(probs, random.top_p), 0.0)
     # In float64 the sum does not drift, and u * total stays below the last cumulative sum.
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     token_ids = torch.searchsorted(cumulative, random.uniform * cumulative[:, -1:], right=True)
     return token_ids.squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def _nucleus_floor(probs: Tensor, top_p: Tensor) -> Tensor:  # (R, vocab), (R, 1) -> (R, 1)
+def _sorted_floor(probs: Tensor, top_p: Tensor) -> Tensor:  # (R, vocab), (R, 1) -> (R, 1)
     """The largest probability f such that tokens of probability f or more reach top_p of the sum.
 
-    Found by bisection on the bits of a float32, which order non-negative numbers as they stand:
-    31 sums over a row replace a sort, and tokens of equal probability are kept or dropped together.
+    Few tokens usually do, so each row sorts its largest SHORTLIST first and all only if it must.
+    """
+    target = top_p * probs.sum(dim=-1, keepdim=True)
+    largest = probs.topk(min(SHORTLIST, probs.shape[1]), dim=-1).values
+    sums = largest.cumsum(dim=-1)
+    floor = largest.gather(1, (sums < target).sum(-1, keepdim=True).clamp(max=sums.shape[1] - 1))
+    short = (sums[:, -1:] < target).squeeze(1)
+    if short.any():
+        largest = probs[short].sort(dim=-1, descending=True).values
+        below = (largest.cumsum(dim=-1) < target[short]).sum(-1, keepdim=True)
+        floor[short] = largest.gather(1, below.clamp(max=probs.shape[1] - 1))
+    return floor
+
+
+def _bisected_floor(probs: Tensor, top_p: Tensor) -> Tensor:  # (R, vocab), (R, 1) -> (R, 1)
+    """`_sorted_floor` without a sort and without waiting for the device, for GPUs.
+
+    Bisection on the bits of a float32, which order non-negative numbers as they stand: 31 sums
+    over a row.
     """
     bits = probs.contiguous().view(torch.int32)
     target = top_p * probs.sum(dim=-1, keepdim=True)
