@@ -34,11 +34,13 @@ def _options(
 
 def _register() -> None:
     from quatom.cli.ablate import ablate
+    from quatom.cli.bench import app as bench
     from quatom.cli.evaluate import evaluate
     from quatom.cli.generate import generate
     from quatom.cli.inspect import inspect
     from quatom.cli.quantize import quantize
     from quatom.cli.report import report
+    from quatom.cli.serve import serve
 
     app.command("quantize")(quantize)
     app.command("eval")(evaluate)
@@ -46,6 +48,8 @@ def _register() -> None:
     app.command("generate")(generate)
     app.command("inspect")(inspect)
     app.command("report")(report)
+    app.command("serve")(serve)
+    app.add_typer(bench, name="bench")
 
 
 _register()

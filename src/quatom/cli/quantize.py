@@ -1,5 +1,6 @@
 """`quatom quantize`: a floating-point model in, a Quatom checkpoint out."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,12 @@ def quantize(
         str | None, typer.Option(help="Of the computation: float32, bfloat16 or float16.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Result file: time, memory and size of this run.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name in the result file; default: the folder's.")
+    ] = None,
 ) -> None:
     """Quantize a model and write a packed checkpoint."""
     from quatom.cli.common import block_progress, print_table, read_dtype, read_recipe
@@ -35,6 +42,7 @@ def quantize(
     chosen = read_recipe(
         recipe, num_samples=num_samples, sequence_length=sequence_length, seed=seed
     )
+    started = time.perf_counter()
     with block_progress(f"Quantizing to {chosen.name}") as on_block:
         report = quantize_checkpoint(
             source,
@@ -46,6 +54,12 @@ def quantize(
             resume=resume,
             on_block=on_block,
         )
+    if json is not None:
+        from quatom.evaluation.results import add_results, quantize_entry
+
+        seconds = time.perf_counter() - started
+        title = name or Path(source).resolve().name
+        add_results(json, [quantize_entry(report, title, seconds)])
     print_table(
         f"Wrote {report.target}",
         ("recipe", "bits a weight", "size (MB)"),

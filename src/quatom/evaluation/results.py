@@ -3,16 +3,20 @@
 import errno
 import json
 import os
+import resource
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quatom.benchmark.environment import describe_environment, write_results
 from quatom.checkpoint.schema import bits_per_activation, bits_per_kv, bits_per_weight
 from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import Perplexity
 from quatom.loading import LoadedModel
+from quatom.quantize.pipeline import QuantizeReport
 
 # What makes two entries the same measurement: the newer one replaces the older.
 _IDENTITY = (
@@ -25,6 +29,7 @@ _IDENTITY = (
     "task",
     "metric",
     "rung",
+    "samples",
 )
 
 
@@ -47,6 +52,23 @@ def accuracy_entry(
         "bits_per_kv": bits_per_kv(recipe, config),
         "backend": loaded.backend_name,
         "seconds": round(measured.seconds, 1),
+    }
+
+
+def quantize_entry(report: QuantizeReport, model: str, seconds: float) -> dict[str, Any]:
+    """One entry of a quantize-MACHINE.json: time, peak memory of this process, size."""
+    calibration = report.recipe.calibration
+    on_gpu = torch.cuda.is_available()
+    return {
+        "model": model,
+        "recipe": report.recipe.name,
+        "samples": calibration.num_samples,
+        "sequence_length": calibration.sequence_length,
+        "seconds": round(seconds, 1),
+        # ru_maxrss is in KiB on Linux.
+        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+        "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if on_gpu else 0.0,
+        "checkpoint_bytes": report.checkpoint_bytes,
     }
 
 
@@ -82,12 +104,19 @@ def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
         CalibrationError: as `read_results` says.
     """
     kept = read_results(path)
-    command = shlex.join(["quatom", *sys.argv[1:]])
+    command = _command()
     new = {_identity(entry) for entry in entries}
     merged = [entry for entry in kept if _identity(entry) not in new]
     merged += [entry | {"command": command} for entry in entries]
     _fill_float_perplexity(merged)
     write_results(path, command, describe_environment(), merged)
+
+
+def _command() -> str:
+    """The command line, paths shortened to their last part: where they lie is nobody's business."""
+    return shlex.join(
+        ["quatom", *(Path(word).name if os.sep in word else word for word in sys.argv[1:])]
+    )
 
 
 def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
