@@ -61,13 +61,15 @@ def test_longest_come_first_and_full_batches_end():
 
 
 def test_block_tables_of_sharing_sequences_begin_alike():
-    context = packed_context([0, 32], [40, 3], [40, 35], CPU, shared=[0, 32])
-    assert context.block_tables.tolist() == [[0, 1, 2], [0, 1, 3]]
-    assert context.slot_mapping[-3:].tolist() == [48, 49, 50]
-    assert context.positions[-3:].tolist() == [32, 33, 34]
-    assert context.cu_seqlens_q.tolist() == [0, 40, 43]
-    assert context.seq_lens.tolist() == [40, 35]
-    assert num_kv_blocks([40, 35], [0, 32]) == 4
+    shared, capacities = [0, 32, 0, 16], [40, 35, 20, 18]
+    context = packed_context(shared, [40, 3, 20, 2], capacities, CPU, shared)
+    assert context.block_tables.tolist() == [[0, 1, 2], [0, 1, 3], [4, 5, 0], [4, 6, 0]]
+    assert context.slot_mapping[40:43].tolist() == [48, 49, 50]
+    assert context.positions[40:43].tolist() == [32, 33, 34]
+    assert context.slot_mapping[63:].tolist() == [96, 97]
+    assert context.cu_seqlens_q.tolist() == [0, 40, 43, 63, 65]
+    assert context.seq_lens.tolist() == capacities
+    assert num_kv_blocks(capacities, shared) == 7
 
 
 def test_room_to_grow_keeps_the_layout_from_call_to_call():
@@ -84,7 +86,7 @@ def test_hidden_states_are_those_of_each_sequence_alone(fixture, request):
     torch.manual_seed(0)
     question = torch.randint(0, 256, (45,)).tolist()
     tails = ([1, 2, 3], [4], [1, 2, 3, 9, 9, 9, 9, 9])
-    tokens = [question + tail for tail in tails] + [[7] * 20]
+    tokens = [question + tail for tail in tails] + [[7] * 20, [7] * 19 + [8]]
 
     def run(batch):
         shared = [item.shared for item in batch]
@@ -101,7 +103,7 @@ def test_hidden_states_are_those_of_each_sequence_alone(fixture, request):
 
     (batch,) = pack(tokens, [1] * len(tokens), 1000)
     # The third tail begins like the first.
-    assert [item.shared for item in batch] == [0, 48, 32, 0]
+    assert [item.shared for item in batch] == [0, 48, 32, 0, 16]
     together = run(batch)
     for index in range(len(tokens)):
         alone = run([Packed(index, 0)])[index]
