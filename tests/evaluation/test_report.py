@@ -184,6 +184,31 @@ def test_a_rung_that_atom_does_not_have_is_shown_last(tmp_path):
     assert [cells[0] for cells in rows[1:]] == ["+ GPTQ", "rotation"]
 
 
+def test_another_ladder_has_its_own_chart_and_the_same_float_model(tmp_path):
+    base = {"model": "tiny", "corpus": "wikitext2", "windows": 8}
+    entries = [
+        base | {"ladder": "atom", "rung": "float", "perplexity": 20.0},
+        base | {"ladder": "atom", "rung": "rtn", "perplexity": 900.0},
+        base | {"ladder": "quatom", "rung": "atom", "perplexity": 30.0},
+        base | {"ladder": "quatom", "rung": "group_rotation", "perplexity": 25.0},
+    ]
+    content = {"format": 1, "command": "", "environment": {}, "results": entries}
+    (tmp_path / "ablation-x.json").write_text(json.dumps(content))
+    page = render_report(read_inputs([tmp_path]))
+    rows = Tables(page).sections["ladder"]
+    assert rows[1:3] == [
+        ["floating point", "20.00", "", "5.68", ""],
+        ["W4A4 round to nearest", "900.00", "× 45", "2,315.52", "× 408"],
+    ]
+    assert rows[4:] == [
+        ["floating point", "20.00", ""],
+        ["atom", "30.00", "+50.0 %"],
+        ["group rotation", "25.00", "+25.0 %"],
+    ]
+    assert page.count("<svg") == 2
+    assert "<h3>Ladder: quatom</h3>" in page
+
+
 def test_perplexities_have_the_float_model_first_and_say_their_windows(tables):
     header, *rows = tables["perplexity"]
     assert header[4::2] == ["wikitext2\nfirst 8 windows\nof 2048", "ptb\nall 3 windows\nof 2048"]

@@ -1,6 +1,6 @@
 """What a report reads, and what its page is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,3 +119,22 @@ class Section:
     title: str
     text: str
     parts: Sequence[Part]
+
+
+def unique(items: Iterable[Any]) -> list[Any]:
+    """The items without repetitions, in their order."""
+    return list(dict.fromkeys(items))
+
+
+def number(value: object, digits: int = 2) -> str:
+    """A number with thousands set apart, or a dash."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def increase(value: float | None, base: float | None) -> str:
+    """By how much a perplexity exceeds the float model's; empty for that model itself."""
+    if value is None or base is None:
+        return "–"
+    if value == base:
+        return ""
+    return f"× {value / base:,.0f}" if value > 10 * base else f"{100 * (value / base - 1):+.1f} %"

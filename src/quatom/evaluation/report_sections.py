@@ -1,101 +1,25 @@
 """The sections of the report: entries of result files -> tables and charts."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from quatom.evaluation.report_charts import (
-    REFERENCE_COLOUR,
-    Series,
-    heat_map,
-    ladder_chart,
-    line_chart,
-)
+from quatom.evaluation.report_charts import REFERENCE_COLOUR, Series, heat_map, line_chart
+from quatom.evaluation.report_ladder import ladder_section
 from quatom.evaluation.report_model import (
-    ATOM_LADDER,
-    ATOM_NAME,
     HEADLINE,
-    RUNGS,
     Entry,
     Part,
     ReportInputs,
     Section,
     Table,
+    increase,
+    number,
+    unique,
 )
 
 
-def _unique(items: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(items))
-
-
-def _number(value: object, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _increase(value: float | None, base: float | None) -> str:
-    """By how much a perplexity exceeds the float model's; empty for that model itself."""
-    if value is None or base is None:
-        return "–"
-    if value == base:
-        return ""
-    return f"× {value / base:,.0f}" if value > 10 * base else f"{100 * (value / base - 1):+.1f} %"
-
-
-def _recipe_order(recipe: str) -> int:
-    return 0 if recipe in ("fp16", "float") else 1
-
-
-def ladder_section(inputs: ReportInputs) -> Section | None:
-    """Atom's ablation on the models measured, beside Atom's own numbers."""
-    entries = inputs.having("rung", "perplexity")
-    if not entries:
-        return None
-    key = ("model", "corpus", "windows")
-    groups = _unique(tuple(entry[k] for k in key) for entry in entries)
-    measured: dict[tuple[Any, ...], dict[str, float]] = {group: {} for group in groups}
-    for entry in entries:
-        group = tuple(entry[k] for k in key)
-        measured[group][entry["rung"]] = entry["perplexity"]
-    for entry in inputs.having(*key, "recipe", "perplexity"):
-        # An ablation that did not score the float model itself may find it in another file.
-        group = tuple(entry[k] for k in key)
-        if entry["recipe"] == "fp16" and group in measured:
-            measured[group].setdefault("float", entry["perplexity"])
-    found = {rung for rungs in measured.values() for rung in rungs}
-    rungs = [r for r in RUNGS if r in found]
-    rungs += [r for r in _unique(e["rung"] for e in entries) if r not in RUNGS]
-    names = [f"{model}\n{corpus}, {windows} windows" for model, corpus, windows in groups]
-    columns = {name: measured[g] for name, g in zip(names, groups, strict=True)}
-    columns[ATOM_NAME] = ATOM_LADDER
-    labels = [RUNGS.get(rung, rung) for rung in rungs]
-    series = [
-        Series(
-            name.replace("\n", ", "),
-            [values.get(rung) for rung in rungs],
-            colour=REFERENCE_COLOUR if name == ATOM_NAME else index % REFERENCE_COLOUR,
-        )
-        for index, (name, values) in enumerate(columns.items())
-    ]
-    rows = []
-    for rung, label in zip(rungs, labels, strict=True):
-        cells = [label]
-        for values in columns.values():
-            value = values.get(rung)
-            cells += [_number(value), _increase(value, values.get("float"))]
-        rows.append(cells)
-    header = ["step"]
-    for name in columns:
-        header += [f"{name}\nperplexity", "over\nfloat"]
-    return Section(
-        "ladder",
-        "Ablation ladder",
-        "Each step adds to the one above it. Atom's poster shows another, larger model: compare "
-        "the shape of the ladders, not their heights.",
-        [
-            Part(chart=ladder_chart("Ablation ladder", labels, series), legend=series),
-            Part(table=Table(header, rows)),
-        ],
-    )
+def _float_first(recipe: str) -> bool:
+    return recipe != "fp16"
 
 
 def perplexity_section(inputs: ReportInputs) -> Section | None:
@@ -104,24 +28,24 @@ def perplexity_section(inputs: ReportInputs) -> Section | None:
     if not entries:
         return None
     parts = []
-    for model in _unique(entry["model"] for entry in entries):
+    for model in unique(entry["model"] for entry in entries):
         own = [entry for entry in entries if entry["model"] == model]
         key = ("corpus", "windows", "sequence_length", "all_windows")
-        corpora = _unique(tuple(entry.get(k) for k in key) for entry in own)
+        corpora = unique(tuple(entry.get(k) for k in key) for entry in own)
         header = ["recipe", "bits a\nweight", "bits an\nactivation", "bits a\nKV value"]
         for corpus, windows, length, whole in corpora:
             extent = f"all {windows}" if whole else f"first {windows}"
             header += [f"{corpus}\n{extent} windows\nof {length}", "over\nfloat"]
         rows = []
-        for recipe in sorted(_unique(entry["recipe"] for entry in own), key=_recipe_order):
+        for recipe in sorted(unique(entry["recipe"] for entry in own), key=_float_first):
             mine = [entry for entry in own if entry["recipe"] == recipe]
             bits = ("bits_per_weight", "bits_per_activation", "bits_per_kv")
-            row = [recipe, *(_number(mine[0].get(name)) for name in bits)]
+            row = [recipe, *(number(mine[0].get(name)) for name in bits)]
             for corpus in corpora:
                 cell = [e for e in mine if tuple(e.get(k) for k in key) == corpus]
                 value = cell[-1]["perplexity"] if cell else None
                 base = cell[-1].get("float_perplexity") if cell else None
-                row += [_number(value), _increase(value, base)]
+                row += [number(value), increase(value, base)]
             rows.append(row)
         parts.append(Part(title=model, table=Table(header, rows)))
     return Section(
@@ -138,9 +62,9 @@ def zero_shot_section(inputs: ReportInputs) -> Section | None:
     if not entries:
         return None
     parts = []
-    for model in _unique(entry["model"] for entry in entries):
+    for model in unique(entry["model"] for entry in entries):
         own = [entry for entry in entries if entry["model"] == model]
-        recipes = sorted(_unique(entry["recipe"] for entry in own), key=_recipe_order)
+        recipes = sorted(unique(entry["recipe"] for entry in own), key=_float_first)
         shown = {(e["recipe"], e["task"], e["metric"]): e for e in own}
         tasks = [t for t in HEADLINE if any(e["task"] == t for e in own)]
         header = ["recipe", *(f"{t}\n{HEADLINE[t]}" for t in tasks), "average"]
@@ -149,7 +73,7 @@ def zero_shot_section(inputs: ReportInputs) -> Section | None:
             cells = [shown.get((recipe, task, HEADLINE[task])) for task in tasks]
             values = [cell["value"] for cell in cells if cell is not None]
             complete = len(values) == len(HEADLINE)
-            average = _number(100 * math.fsum(values) / len(values)) if complete else "–"
+            average = number(100 * math.fsum(values) / len(values)) if complete else "–"
             rows.append([recipe, *map(_accuracy, cells), average])
         note = (
             "Per cent ± one standard error of the sample. The average is over the six tasks of "
@@ -158,7 +82,7 @@ def zero_shot_section(inputs: ReportInputs) -> Section | None:
         if tasks:
             parts.append(Part(title=model, table=Table(header, rows, note)))
         every = [
-            [e["recipe"], e["task"], e["metric"], _number(e["value"], 4), str(e["examples"])]
+            [e["recipe"], e["task"], e["metric"], number(e["value"], 4), str(e["examples"])]
             for e in own
         ]
         head = ("recipe", "task", "metric", "value", "examples")
@@ -186,7 +110,7 @@ def _examples(entries: Sequence[Entry]) -> str:
     for entry in entries:
         extent = "all" if entry.get("all_examples") else "the first"
         counts.setdefault(entry["task"], set()).add(f"{extent} {entry['examples']}")
-    extents = _unique(" or ".join(sorted(extent)) for extent in counts.values())
+    extents = unique(" or ".join(sorted(extent)) for extent in counts.values())
     if len(extents) == 1:
         return f"Each task on {extents[0]} examples."
     return (
@@ -214,8 +138,8 @@ def layers_section(inputs: ReportInputs) -> Section | None:
         chart = heat_map(f"Output error of each place of {layer.name}", places, "block")
         parts.append(Part(title=f"{layer.name}: output error of each place", chart=chart))
         rows = [
-            [str(block), _number(error, 4)]
-            + [_number(errors[block], 4) for errors in layer.linear_errors.values()]
+            [str(block), number(error, 4)]
+            + [number(errors[block], 4) for errors in layer.linear_errors.values()]
             for block, error in enumerate(layer.relative_errors)
         ]
         header = ["block", "hidden state", *layer.linear_errors]
@@ -246,12 +170,12 @@ def sizes_section(inputs: ReportInputs) -> Section | None:
     rows = [
         [
             f"{entry['model']}, {entry['recipe']}",
-            _number(entry["checkpoint_bytes"] / 1e6, 1),
-            _number(entry.get("bits_per_weight")),
+            number(entry["checkpoint_bytes"] / 1e6, 1),
+            number(entry.get("bits_per_weight")),
             f"{entry.get('samples')} × {entry.get('sequence_length')}",
-            _number(entry.get("seconds"), 1),
-            _number(entry.get("peak_rss_gb"), 1),
-            _number(entry.get("peak_gpu_gb"), 1),
+            number(entry.get("seconds"), 1),
+            number(entry.get("peak_rss_gb"), 1),
+            number(entry.get("peak_gpu_gb"), 1),
         ]
         for entry in entries
     ]
@@ -275,7 +199,7 @@ def other_section(inputs: ReportInputs) -> Section | None:
     for file in inputs.files:
         rest = [e for e in file.entries if not any(keys <= e.keys() for keys in known)]
         if rest:
-            header = _unique(key for entry in rest for key in entry)
+            header = unique(key for entry in rest for key in entry)
             rows = [[_plain(entry.get(key)) for key in header] for entry in rest]
             parts.append(Part(table=Table(header, rows), folded=f"{file.name} ({len(rest)})"))
     return Section("other", "Other measurements", "", parts) if parts else None
