@@ -8,8 +8,14 @@ import torch
 from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.attention import AttentionOptions, Sequences, attention
-from quatom.ops.attention.cuda import DecodeConfig, decode_cuda
+from quatom.ops.attention.cuda import (
+    DecodeConfig,
+    choose_splits,
+    compile_decode,
+    decode_cuda,
+)
 from quatom.ops.backend import Backend
+from quatom.ops.cuda_build import _nvrtc
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [Backend.REFERENCE, Backend.TRITON]
@@ -335,3 +341,23 @@ def test_cuda_prefill(dtype, kv, head_dim, window):
         got = batch.run(Backend.CUDA, **options).double().cpu()
         want = batch.truth(window=window)
         assert (got - want).norm() / want.norm() <= 2 * TOLERANCE[dtype]
+
+
+def test_splits_fill_the_device_and_stop_at_128_tokens():
+    assert choose_splits(8, 32768, 132) == 33  # 264 CTAs: two for each of 132 processors
+    assert choose_splits(2048, 1024, 132) == 1  # enough CTAs already
+    assert choose_splits(8, 1024, 132) <= 8
+    assert choose_splits(1, 10, 132) == 1
+    assert all(1 <= choose_splits(n, 131072, 132) <= 64 for n in range(1, 600, 7))
+
+
+@pytest.mark.parametrize(("arch", "bulk"), [("sm_80", 0), ("sm_90", 1), ("sm_120", 1)])
+def test_cuda_source_compiles_without_a_gpu(arch, bulk, tmp_path, monkeypatch):
+    try:
+        _nvrtc()
+    except BackendError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("QUATOM_CACHE_DIR", str(tmp_path))
+    config = DecodeConfig(warps=4, tile=32, stages=2, min_ctas=4, bulk=bool(bulk))
+    cubin = compile_decode(arch, config, 128, 16, 1, bf16=True, softcap=True, window=True)
+    assert cubin.startswith(b"\x7fELF")

@@ -84,11 +84,11 @@ def decode_cuda(
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     splits = options.num_splits or choose_splits(ctas, batch.max_seq_len, processors)
     softcap = options.logit_softcap
-    capability = torch.cuda.get_device_capability(q.device)
-    config = config or default_config(head_dim, row_tiles, capability)
+    if config is None:
+        capability = torch.cuda.get_device_capability(q.device)
+        config = default_config(head_dim, row_tiles, capability)
     decode, merge = _kernels(
         q.device.index or 0,
-        f"sm_{capability[0]}{capability[1]}",
         config,
         head_dim,
         pages.block_size,
@@ -141,19 +141,18 @@ def choose_splits(ctas: int, length: int, processors: int) -> int:
     return min(range(1, most + 1), key=cost)
 
 
-@cache
-def _kernels(
-    device: int,
+def compile_decode(
     arch: str,
     config: DecodeConfig,
     head_dim: int,
     block_size: int,
     row_tiles: int,
+    *,
     bf16: bool,
     softcap: bool,
     window: bool,
-) -> tuple[CudaKernel, CudaKernel]:
-    """The decode and merge kernels of one variant, compiled and loaded on `device`."""
+) -> bytes:
+    """The cubin of one variant for `arch` ("sm_90"); needs NVRTC but no GPU."""
     defines = {
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
@@ -168,12 +167,33 @@ def _kernels(
         "WINDOW": int(window),
     }
     source = (files("quatom.ops.attention") / "decode.cu").read_text()
-    cubin = compile_cubin(source, arch, defines)
+    return compile_cubin(source, arch, defines)
+
+
+@cache
+def _kernels(
+    device: int,
+    config: DecodeConfig,
+    head_dim: int,
+    block_size: int,
+    row_tiles: int,
+    bf16: bool,
+    softcap: bool,
+    window: bool,
+) -> tuple[CudaKernel, CudaKernel]:
+    """The decode and merge kernels of one variant, compiled and loaded on `device`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = compile_decode(
+        f"sm_{major}{minor}",
+        config,
+        head_dim,
+        block_size,
+        row_tiles,
+        bf16=bf16,
+        softcap=softcap,
+        window=window,
+    )
     with torch.cuda.device(device):
-        decode = load_kernel(
-            cubin,
-            "decode",
-            threads=32 * config.warps,
-            shared_bytes=config.shared_bytes(head_dim, row_tiles),
-        )
+        shared_bytes = config.shared_bytes(head_dim, row_tiles)
+        decode = load_kernel(cubin, "decode", threads=32 * config.warps, shared_bytes=shared_bytes)
         return decode, load_kernel(cubin, "merge", threads=128)

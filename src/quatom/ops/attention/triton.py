@@ -295,9 +295,7 @@ def attention_triton(
     rows_per_head = batch.max_seqlen_q * (num_heads // num_kv_heads)
     block_m = min(max(16, triton.next_power_of_2(rows_per_head)), 64 if head_dim <= 128 else 32)
     row_blocks = triton.cdiv(rows_per_head, block_m)
-    # 64-token tiles and two warps read fastest in decode (measured on an H100, 2026-11-22); a
-    # prefill tile has enough rows for four.
-    block_t, num_warps = (64, 2) if block_m == 16 else (32, 4)
+    block_t, num_warps = _tile(block_m)
     batch_size = batch.seq_lens.shape[0]
     programs = row_blocks * num_kv_heads * batch_size
     splits = options.num_splits or num_decode_splits(programs, batch.max_seq_len, q.device)
@@ -354,6 +352,11 @@ def attention_triton(
             SPLITS_PAD=triton.next_power_of_2(splits),
             num_warps=4,
         )
+
+
+def _tile(block_m: int) -> tuple[int, int]:
+    """Tokens of a tile and warps of a program, as measured fastest for decode and for prefill."""
+    return (64, 2) if block_m == 16 else (32, 4)
 
 
 def num_decode_splits(programs: int, max_seq_len: int, device: torch.device) -> int:
