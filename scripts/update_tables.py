@@ -101,7 +101,41 @@ def quantize(name: str) -> str:
     return table(["model", "recipe", "calibration", "seconds", "peak RSS (GB)", "size (MB)"], rows)
 
 
-TABLES: dict[str, Callable[[str], str]] = {"accuracy": accuracy, "quantize": quantize}
+def attention(name: str) -> str:
+    """Decode attention over the INT4 cache, the fastest backend, beside cuDNN in BF16."""
+    data = read(name)
+    environment = data["environment"]
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for e in data["results"]:
+        shape = (e["num_heads"], e["num_kv_heads"], e["head_dim"], e["length"], e["batch"])
+        wanted = e["op"] == "decode" and e["kv"] == "int4" and e["new_tokens"] == 1
+        if not wanted or e["head_dim"] != 128 or e["ratio_cudnn_bf16"] is None:
+            continue
+        if shape not in best or e["microseconds"] < best[shape]["microseconds"]:
+            best[shape] = e
+    rows = [
+        [
+            f"{e['batch']} x {e['length']}, {e['num_heads']}/{e['num_kv_heads']} heads",
+            f"{e['microseconds']:.1f}",
+            f"{100 * e['share_of_copy']:.0f} %",
+            f"{e['ratio_cudnn_bf16']:.2f}x",
+            f"{e['ratio_flash_bf16']:.2f}x",
+        ]
+        for _, e in sorted(best.items(), reverse=True)
+    ]
+    header = ["batch x length", "us", "of copy bandwidth", "cuDNN BF16", "FlashAttention BF16"]
+    return (
+        f"{environment['gpu']}, copy {environment['copy_tb_s']} TB/s, torch "
+        f"{environment['torch']}; ratios: time of the other over ours, in one run:\n\n"
+        + table(header, rows)
+    )
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "accuracy": accuracy,
+    "attention": attention,
+    "quantize": quantize,
+}
 
 
 def render(text: str) -> str:
