@@ -142,6 +142,7 @@ def _quantize_blocks(
         writer.drop_state(_state_name(block.index - 1))
         if on_block is not None:
             on_block(block)
+        del block  # or it would stay until the next one is made
     writer.finish({REPORT_FILE: {"recipe": recipe.name, "blocks": _describe(errors)}})
 
 

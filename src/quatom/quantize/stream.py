@@ -131,12 +131,14 @@ class BlockQuantizer:
         orders = {} if scores is None else choose_orders(scores, self.recipe, self.config)
         block = arrange_block(original, orders, self.recipe, self.config)
         moments, targets = self._moments(block, original, entering, orders)
+        del original
+        # Each weight goes as its codes come: at no time is the block there several times over.
         rounded = {
             place: round_place(
                 f"model.layers.{index} {place}",
-                block.weights[place],
-                moments.get(place),
-                targets.get(place),
+                block.weights.pop(place),
+                moments.pop(place, None),
+                targets.pop(place, None),
                 self.recipe,
                 self.config,
                 place,

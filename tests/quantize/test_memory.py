@@ -1,0 +1,87 @@
+"""Blocks are streamed: a model of four times as many blocks needs no more memory."""
+
+import json
+
+import pytest
+
+from quatom.modeling.config import ModelConfig
+from tests.checkpoint.models import CONFIG, random_tensor, write_file
+from tests.checkpoint.rss import peak_rss_bytes
+from tests.conftest import write_byte_tokenizer
+
+WIDE = CONFIG | {
+    "vocab_size": 260,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+}
+BLOCK_BYTES = (4 * 768 * 768 + 3 * 768 * 2048) * 4
+"""One block in float32: 28 MB."""
+
+# Orders, clipping, calibration streams and packing, but rounding to nearest: GPTQ holds nothing
+# from one block to the next, and would take minutes here.
+QUANTIZE = """
+import sys
+from dataclasses import replace
+from quatom.quantize.pipeline import quantize_checkpoint
+from quatom.recipe import PRESETS, CalibrationSpec
+
+recipe = PRESETS["atom-w4a4kv4"]
+recipe = replace(
+    recipe,
+    weights=replace(recipe.weights, rounding="nearest"),
+    calibration=CalibrationSpec(num_samples=2, sequence_length=16),
+)
+source, target, text = sys.argv[1:]
+quantize_checkpoint(source, target, recipe, calibration=text)
+"""
+
+
+def write_equal_blocks(folder, layers: int):
+    """Every block has the same weights, one shard a block; written a block at a time."""
+    import torch
+
+    from quatom.checkpoint.schema import float_tensors
+
+    config = WIDE | {"num_hidden_layers": layers}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_byte_tokenizer(folder)
+    specs = float_tensors(ModelConfig.from_hf(config))
+    weight_map = {}
+    first = {}
+    for layer in [*range(layers), None]:
+        prefix = f"model.layers.{layer}."
+        tensors = {}
+        for name, spec in specs.items():
+            if not (name.startswith(prefix) if layer is not None else "layers" not in name):
+                continue
+            key = name.replace(prefix, "model.layers.0.")
+            if key not in first:
+                first[key] = random_tensor(key, spec, torch.bfloat16)
+            tensors[name] = first[key]
+        file = folder / f"model-{len(weight_map):05d}.safetensors"
+        write_file(file, tensors)
+        weight_map |= dict.fromkeys(tensors, file.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory, text_file):
+    folder = tmp_path_factory.mktemp("memory")
+    return {
+        layers: peak_rss_bytes(
+            QUANTIZE,
+            str(write_equal_blocks(folder / f"source-{layers}", layers)),
+            str(folder / f"target-{layers}"),
+            str(text_file),
+        )
+        for layers in (4, 16)
+    }
+
+
+def test_sixteen_blocks_need_less_than_one_block_more_than_four(peaks):
+    assert peaks[16] - peaks[4] < BLOCK_BYTES, {n: p / 1e6 for n, p in peaks.items()}
