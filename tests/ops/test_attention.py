@@ -14,8 +14,10 @@ from quatom.ops.attention.cuda import (
     compile_decode,
     decode_cuda,
 )
+from quatom.ops.attention.triton_gather import gather_triton
 from quatom.ops.backend import Backend
 from quatom.ops.cuda_build import _nvrtc
+from quatom.ops.rope_append_kv.reference import rotate_halves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [Backend.REFERENCE, Backend.TRITON]
@@ -172,6 +174,25 @@ def test_keys_stored_before_rotary_embedding(backend):
         c, s = (x[: len(low), None].double() for x in (cos, sin))
         kv[0] = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
     assert_close(got, batch.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("kv", ["int4", "int8", "bfloat16"])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_gathered_workspace_holds_what_the_pages_dequantize_to(kv, rotated):
+    batch = Batch([45, 0, 33], head_dim=96, kv_heads=2, kv=kv)
+    angle = torch.outer(torch.arange(64.0), 10000.0 ** -torch.linspace(0, 1, 48)).to(DEVICE)
+    rotary = (angle.cos(), angle.sin())
+    starts = torch.tensor([0, 45, 45, 78], dtype=torch.int32, device=DEVICE)
+    table = batch.arguments["block_tables"]
+    got = gather_triton(
+        batch.pages, table, starts, 78, 45, torch.float32, rotary if rotated else None
+    )
+    k, v = (torch.cat(parts).float() for parts in zip(*batch.kv, strict=True))
+    if rotated:
+        position = torch.cat([torch.arange(n) for n in batch.lengths])
+        k = rotate_halves(k, *(x.cpu()[position] for x in rotary))
+    torch.testing.assert_close(got[0].cpu(), k, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1].cpu(), v, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -343,10 +364,10 @@ def test_cuda_prefill(dtype, kv, head_dim, window):
         assert (got - want).norm() / want.norm() <= 2 * TOLERANCE[dtype]
 
 
-def test_splits_fill_the_device_and_stop_at_128_tokens():
+def test_splits_fill_the_device_and_stop_at_256_tokens():
     assert choose_splits(8, 32768, 132) == 33  # 264 CTAs: two for each of 132 processors
     assert choose_splits(2048, 1024, 132) == 1  # enough CTAs already
-    assert choose_splits(8, 1024, 132) <= 8
+    assert choose_splits(8, 1024, 132) == 4
     assert choose_splits(1, 10, 132) == 1
     assert all(1 <= choose_splits(n, 131072, 132) <= 64 for n in range(1, 600, 7))
 
@@ -361,3 +382,13 @@ def test_cuda_source_compiles_without_a_gpu(arch, bulk, tmp_path, monkeypatch):
     config = DecodeConfig(warps=4, tile=32, stages=2, min_ctas=4, bulk=bool(bulk))
     cubin = compile_decode(arch, config, 128, 16, 1, bf16=True, softcap=True, window=True)
     assert cubin.startswith(b"\x7fELF")
+
+
+@pytest.mark.gpu
+def test_cuda_prefill_rotates_keys_stored_before_rotary_embedding():
+    batch = Batch([200, 90], [64, 90], heads=4, kv_heads=2, head_dim=128, dtype=torch.float16)
+    angle = torch.outer(torch.arange(256.0), 10000.0 ** -torch.linspace(0, 1, 64)).cuda()
+    rotary = (angle.cos(), angle.sin())
+    got = batch.run(Backend.CUDA, rotary=rotary).float()
+    want = batch.run(Backend.REFERENCE, rotary=rotary).float()
+    assert (got - want).norm() / want.norm() <= 2 * TOLERANCE[torch.float16]

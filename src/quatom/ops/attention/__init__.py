@@ -158,13 +158,13 @@ def _cuda_obstacle(
     """Why the CUDA backend cannot run this call, or None if it can."""
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}"
-    if options.rotary is not None:
-        return "it does not rotate keys as it reads them: append them rotated"
     if q.dtype is torch.float32:
         return "it computes float16 and bfloat16 queries, got float32"
     if not decode:
         softcap = options.logit_softcap is not None
         return "its prefill, torch's FlashAttention, has no logit soft-cap" if softcap else None
+    if options.rotary is not None:
+        return "its decode kernel does not rotate keys as it reads them: append them rotated"
     if (capability := torch.cuda.get_device_capability(q.device)) < (8, 0):
         return f"its decode kernel needs compute capability 8.0, this device has {capability}"
     if pages.dtype != "int4":

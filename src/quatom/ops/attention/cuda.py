@@ -132,7 +132,7 @@ def choose_splits(ctas: int, length: int, processors: int) -> int:
     A multiprocessor with one CTA cannot draw its full share of bandwidth, so two are counted at
     least; a CTA costs about 128 tokens' time besides its tokens.
     """
-    most = max(1, min(64, length // 128))
+    most = max(1, min(64, length // 256))
 
     def cost(splits: int) -> float:
         busiest = max(-(-ctas * splits // processors), 2)

@@ -585,8 +585,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
 
 // Merge the splits of one (token, head): warp w takes splits w, w + 4, ..., in that order always.
 extern "C" __global__ void __launch_bounds__(128) merge(const Parameters p) {
-  constexpr int PAIRS = (HEAD_DIM + 63) / 64;  // channel pairs of a lane
-  constexpr int AHEAD = 8;                     // splits of a warp that are loaded together
   __shared__ float2 sums[4][HEAD_DIM / 2];
   __shared__ float totals[4];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -595,43 +593,31 @@ extern "C" __global__ void __launch_bounds__(128) merge(const Parameters p) {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const float2* stats = p.stats + row * p.splits;
-  const float2* partial = (const float2*)(p.partial + row * p.splits * HEAD_DIM);
   float top = -INF;
   for (int s = lane; s < p.splits; s += 32) top = fmaxf(top, stats[s].x);
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
 
-  float2 acc[PAIRS] = {};
+  float2 acc[(HEAD_DIM + 63) / 64] = {};
   float total = 0.f;
-  for (int first = warp; first < p.splits; first += 4 * AHEAD) {
-    // Loads before the maximum is known: one round trip to memory instead of two.
-    float2 stat[AHEAD], value[AHEAD][PAIRS];
+#pragma unroll 8
+  for (int s = warp; s < p.splits; s += 4) {
+    const float2 stat = stats[s];
+    const float share = stat.x == -INF ? 0.f : exp2_fast(stat.x - top);
+    total = fmaf(stat.y, share, total);
+    const float2* o = (const float2*)(p.partial + (row * p.splits + s) * HEAD_DIM);
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const int s = first + 4 * i;
-      stat[i] = s < p.splits ? stats[s] : make_float2(-INF, 0.f);
-#pragma unroll
-      for (int k = 0; k < PAIRS; k++)
-        value[i][k] = s < p.splits && k * 32 + lane < HEAD_DIM / 2
-                          ? partial[s * (HEAD_DIM / 2) + k * 32 + lane]
-                          : make_float2(0.f, 0.f);
-    }
-    if (first == warp) {
-#pragma unroll
-      for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const float share = stat[i].x == -INF ? 0.f : exp2_fast(stat[i].x - top);
-      total = fmaf(stat[i].y, share, total);
-#pragma unroll
-      for (int k = 0; k < PAIRS; k++) {
-        acc[k].x = fmaf(value[i][k].x, share, acc[k].x);
-        acc[k].y = fmaf(value[i][k].y, share, acc[k].y);
+    for (int k = 0; k < (HEAD_DIM + 63) / 64; k++) {
+      if (HEAD_DIM % 64 == 0 || k * 32 + lane < HEAD_DIM / 2) {
+        const float2 v = o[k * 32 + lane];
+        acc[k].x = fmaf(v.x, share, acc[k].x);
+        acc[k].y = fmaf(v.y, share, acc[k].y);
       }
     }
   }
 #pragma unroll
-  for (int k = 0; k < PAIRS; k++)
-    if (k * 32 + lane < HEAD_DIM / 2) sums[warp][k * 32 + lane] = acc[k];
+  for (int k = 0; k < (HEAD_DIM + 63) / 64; k++)
+    if (HEAD_DIM % 64 == 0 || k * 32 + lane < HEAD_DIM / 2) sums[warp][k * 32 + lane] = acc[k];
   if (lane == 0) totals[warp] = total;
   __syncthreads();
   const float sum = (totals[0] + totals[1]) + (totals[2] + totals[3]);

@@ -2,7 +2,7 @@
 
 For chunks of hundreds of tokens the workspace costs a few percent of the attention itself, and the
 matrix kernels are those of FlashAttention-2. The workspace holds the new tokens too, so that they
-are seen as decode will see them.
+are seen as decode will see them; keys stored before rotary embedding are rotated on the way.
 """
 
 import torch
@@ -27,7 +27,15 @@ def prefill_flash(
         total = int(cu_seqlens_k[-1])
     if not total:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    k, v = gather_triton(pages, batch.block_tables, cu_seqlens_k, total, batch.max_seq_len, q.dtype)
+    k, v = gather_triton(
+        pages,
+        batch.block_tables,
+        cu_seqlens_k,
+        total,
+        batch.max_seq_len,
+        q.dtype,
+        options.rotary,
+    )
     window = options.sliding_window
     result = torch.ops.aten._flash_attention_forward(
         q,

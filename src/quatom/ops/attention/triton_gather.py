@@ -17,6 +17,8 @@ def _gather_kernel(
     starts_ptr,  # (B + 1,) int32, prefix sums of cached tokens
     k_ptr,  # (total, KV, D)
     v_ptr,  # (total, KV, D)
+    cos_ptr,  # (max_position, D / 2) float32, read when KEY_ROTARY
+    sin_ptr,
     table_stride,
     KV: tl.constexpr,
     HALF: tl.constexpr,
@@ -26,6 +28,7 @@ def _gather_kernel(
     RECORD: tl.constexpr,  # bytes of a block's record of one KV head
     ELEMENT_BYTES: tl.constexpr,  # of rows_ptr
     BITS: tl.constexpr,
+    KEY_ROTARY: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
@@ -58,6 +61,13 @@ def _gather_kernel(
             minimum = tl.load(pairs + which * 2 * S + 1, mask=stored, other=0.0).to(tl.float32)
             low = low * scale[:, None] + minimum[:, None]
             high = high * scale[:, None] + minimum[:, None]
+        if KEY_ROTARY and which == 0:
+            angle = token[:, None] * HALF + half[None, :]
+            cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+            sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+            turned = low * cos - high * sin
+            high = high * cos + low * sin
+            low = turned
         tl.store(out, low.to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(out + HALF, high.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -69,6 +79,7 @@ def gather_triton(
     total: int,
     max_seq_len: int,
     dtype: torch.dtype,
+    rotary: tuple[Tensor, Tensor] | None = None,  # cos, sin: rotate K by its token's position
 ) -> tuple[Tensor, Tensor]:
     """Dequantized K and V of all sequences, two (total, KV, D) tensors of `dtype`."""
     num_kv_heads, head_dim = pages.num_kv_heads, pages.head_dim
@@ -85,6 +96,8 @@ def gather_triton(
         cu_seqlens_k,
         k,
         v,
+        k if rotary is None else rotary[0],
+        k if rotary is None else rotary[1],
         block_tables.stride(0),
         KV=num_kv_heads,
         HALF=head_dim // 2,
@@ -94,6 +107,7 @@ def gather_triton(
         RECORD=pages.storage.shape[2],
         ELEMENT_BYTES=rows.element_size(),
         BITS=pages.bits,
+        KEY_ROTARY=rotary is not None,
         BLOCK_T=block_t,
         num_warps=4,
     )
