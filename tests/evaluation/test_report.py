@@ -88,7 +88,8 @@ BLOCKS = [
     {
         "block": i,
         "relative_error": None if i == 1 else 0.01 * (i + 1),
-        "linear_errors": {"qkv": 0.02, "o": 0.04, "gate_up": 0.01 * i, "down": 0.08},
+        # Alphabetical, as checkpoints store them; shown in the order of the block.
+        "linear_errors": {"down": 0.08, "gate_up": 0.01 * i, "o": 0.04, "qkv": 0.02},
     }
     for i in range(4)
 ]
@@ -234,6 +235,8 @@ def test_errors_of_every_block_and_place_are_shown(page, tables):
     assert tables["layers"][2] == ["1", "–", "0.0200", "0.0400", "0.0100", "0.0800"]
     assert "<title>gate_up, block 3: 0.0300</title>" in page
     assert "<title>tiny-atom, block 3: 0.0400</title>" in page
+    assert "up to 0.08, in all" in page
+    assert 'fill-opacity="0.375"><title>gate_up, block 3' in page  # 0.03 of 0.08
 
 
 def test_sizes_other_measurements_and_origins_are_shown(page, tables):

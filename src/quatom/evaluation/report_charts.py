@@ -134,11 +134,9 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str) -
     return _svg(bottom + 44, title, parts)
 
 
-def heat_map(title: str, rows: Sequence[Series], x_name: str) -> Markup:
-    """A row a series and a cell a step; the darker, the nearer to the largest number."""
+def heat_map(title: str, rows: Sequence[Series], x_name: str, largest: float) -> Markup:
+    """A row a series and a cell a step; the darker, the nearer to `largest`."""
     steps = max(len(one.values) for one in rows)
-    known = [value for one in rows for value in one.values if value is not None]
-    largest = max(known) or 1.0
     left, top, height = 90, 6, 24
     cell = (_WIDTH - left - 16) / steps
     parts = []

@@ -133,9 +133,13 @@ def layers_section(inputs: ReportInputs) -> Section | None:
     if lines:
         chart = line_chart("Relative error behind each block", lines, "block", "relative error")
         parts.append(Part(chart=chart, legend=lines))
+    every = [
+        e for layer in inputs.layers for errors in layer.linear_errors.values() for e in errors
+    ]
+    largest = max((error for error in every if error is not None), default=0.0) or 1.0
     for layer in inputs.layers:
         places = [Series(place, errors) for place, errors in layer.linear_errors.items()]
-        chart = heat_map(f"Output error of each place of {layer.name}", places, "block")
+        chart = heat_map(f"Output error of each place of {layer.name}", places, "block", largest)
         parts.append(Part(title=f"{layer.name}: output error of each place", chart=chart))
         rows = [
             [str(block), number(error, 4)]
@@ -149,7 +153,7 @@ def layers_section(inputs: ReportInputs) -> Section | None:
         "Error per layer",
         "Norm of the difference over the norm of the float result, on calibration text: of the "
         "hidden states behind each block, where errors of earlier blocks add up, and of each "
-        "place's own output.",
+        f"place's own output, where darker is larger, up to {largest:.3g}, in all checkpoints alike.",
         parts,
     )
 
