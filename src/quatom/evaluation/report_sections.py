@@ -153,7 +153,7 @@ def layers_section(inputs: ReportInputs) -> Section | None:
         "Error per layer",
         "Norm of the difference over the norm of the float result, on calibration text: of the "
         "hidden states behind each block, where errors of earlier blocks add up, and of each "
-        f"place's own output, where darker is larger, up to {largest:.3g}, in all checkpoints alike.",
+        f"place's own output, where darker is larger, up to {largest:.3g}, in all of them alike.",
         parts,
     )
 
