@@ -82,6 +82,11 @@ def arrange_inputs(
     return x
 
 
+def gate_up_rows(order: Tensor) -> Tensor:  # (I,) -> (2 I,)
+    """Rows of the fused gate_up weight in the order of down_proj's input."""
+    return torch.cat((order, order + order.numel()))
+
+
 def arrange_block(
     block: FloatBlock, orders: dict[str, Tensor], recipe: Recipe, config: ModelConfig
 ) -> FloatBlock:
@@ -95,7 +100,7 @@ def arrange_block(
     }
     biases = dict(block.biases)
     if orders:
-        rows = torch.cat((orders["down"], orders["down"] + orders["down"].numel()))
+        rows = gate_up_rows(orders["down"])
         weights["gate_up"] = weights["gate_up"][rows]
         if (bias := biases["gate_up"]) is not None:
             biases["gate_up"] = bias[rows]
@@ -222,4 +227,4 @@ def _sliceable_rows(recipe: Recipe, config: ModelConfig) -> Tensor:
     layout = linear_layout(recipe, config, "mlp.down_proj")
     blocks = recipe.tensor_parallel
     rows = sliceable_positions(layout.channels, layout.outliers // blocks, blocks)
-    return torch.cat((rows, rows + layout.channels))
+    return gate_up_rows(rows)

@@ -32,6 +32,7 @@ from quatom.quantize.block import (
     RoundedPlace,
     arrange_block,
     choose_orders,
+    gate_up_rows,
     rotate_values,
     round_place,
     stored_tensors,
@@ -190,36 +191,46 @@ class BlockQuantizer:
         run_time = {place: order for place, order in orders.items() if place != "down"}
         module = build_float_block(self.config, self.recipe, block, run_time, self.backend)
         hidden = self.streams.quantized_hidden
+        if weights.target != "own_input":
+            assert entering is not None
+            return self._target_moments(block, original, entering, hidden, module, orders)
+        moments = SecondMoments()
+        with observe(module, moments.add):
+            run_block(module, hidden, self.rope)
+        return moments.sums, {}
+
+    def _target_moments(
+        self,
+        block: FloatBlock,
+        original: FloatBlock,
+        entering: Tensor,
+        hidden: Tensor,  # quantized stream in front of this block
+        module: DecoderBlock,  # float weights, quantized inputs
+        orders: dict[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both moments, the outputs wanted being those of the floating-point network."""
         moments, targets = SecondMoments(), TargetMoments()
-        if weights.target == "own_input":
-            with observe(module, moments.add):
-                run_block(module, hidden, self.rope)
-            return moments.sums, {}
-        assert entering is not None
         reference = build_float_block(self.config, PRESETS["fp16"], original, backend=self.backend)
-        for rows in batch_slices(hidden):
+        for batch in batch_slices(hidden):
             wanted: dict[str, Tensor] = {}
             inputs: dict[str, Tensor] = {}
             outputs: dict[str, Tensor] = {}
             with observe(reference, lambda *_: None, wanted.__setitem__):
-                run_batch(reference, entering[rows], self.rope)
+                run_batch(reference, entering[batch], self.rope)
             with observe(module, inputs.__setitem__, outputs.__setitem__):
-                run_batch(module, hidden[rows], self.rope)
-            if weights.target == "float_residual":
+                run_batch(module, hidden[batch], self.rope)
+            if self.recipe.weights.target == "float_residual":
                 # o and down are added to the residual stream: let them repair it as well.
-                drift = (entering[rows] - hidden[rows]).flatten(0, 1)
+                drift = (entering[batch] - hidden[batch]).flatten(0, 1)
                 after_attention = drift + wanted["o"] - outputs["o"]
                 wanted["o"] = wanted["o"] + drift
                 wanted["down"] = wanted["down"] + after_attention
-            if "down" in orders:
-                gate_up = wanted["gate_up"]
-                rows_ = torch.cat((orders["down"], orders["down"] + orders["down"].numel()))
-                wanted["gate_up"] = gate_up[:, rows_]
+            if "down" in orders:  # whose order the rows of gate and up have
+                wanted["gate_up"] = wanted["gate_up"][:, gate_up_rows(orders["down"])]
             for place, x in inputs.items():
                 bias = block.biases[place]
-                y = wanted[place] if bias is None else wanted[place] - bias
                 moments.add(place, x)
-                targets.add(place, y, x)
+                targets.add(place, wanted[place] if bias is None else wanted[place] - bias, x)
         return moments.sums, targets.sums
 
     def _build(
