@@ -157,7 +157,7 @@ def test_options(backend, options, truth, new_tokens):
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
 def test_split_counts_agree(splits):
-    batch = Batch([0, 1, 300])
+    batch = Batch([0, 200])
     got = batch.run(Backend.TRITON, num_splits=splits)
     assert_close(got, batch.truth(), torch.float32)
     assert torch.equal(got, batch.run(Backend.TRITON, num_splits=splits))
