@@ -7,7 +7,9 @@ rows
     codes (T, K), int8 where every format is an integer and float16 otherwise (all codes of e4m3 and
     e2m1 are float16 numbers); scales (T, S) float32. Read by the reference and by Triton.
 groups
-    codes (S, T_padded, 128) uint8 and scales (S, T_padded) float32, T_padded = T rounded up to 8.
+    codes (S, T_padded, 128) uint8 and scales (S, T_padded, 2) float32, T_padded = T rounded up to
+    8. Beside each scale stands what the kernel adds to a scaled group sum because it multiplies by
+    weight codes + 8: -8 * scale * sum of the token's codes (0 for outlier groups).
     Each group is padded to 128 bytes by zeros; the 16-byte piece p of token t stands at place
     p ^ (t % 8), the 128-byte swizzle of Hopper's matrix unit, so that one bulk copy brings a tile
     of tokens into shared memory ready for use. int4 codes are e4m3 bytes of value code * 2**-9 (the
@@ -79,7 +81,7 @@ class MixedTensor:
     """Quantized activations; read `codes` and `scales` only together with `byte_layout`."""
 
     codes: Tensor  # rows: (T, K); groups: (S, T_padded, 128) uint8
-    scales: Tensor  # rows: (T, S) float32; groups: (S, T_padded) float32
+    scales: Tensor  # rows: (T, S) float32; groups: (S, T_padded, 2) float32
     spec: QuantizeSpec
     tokens: int
     """T."""
@@ -100,7 +102,8 @@ class MixedTensor:
         """Values (T, K) float32 in units of their scale, and scales (T, S) float32."""
         if self.spec.byte_layout == "rows":
             return self.codes.float(), self.scales
-        return _read_groups(self.codes, self.spec)[: self.tokens], self.scales.t()[: self.tokens]
+        values = _read_groups(self.codes, self.spec)[: self.tokens]
+        return values, self.scales[:, : self.tokens, 0].t()
 
     def dequantize(self) -> Tensor:
         """The real numbers, (T, K) float32; rotated ones where `spec.rotate`."""
@@ -135,10 +138,11 @@ def pack_values(
     scales = scales.float()
     if spec.byte_layout == "groups":
         padded = padded_tokens(tokens)
-        group_scales = scales.new_zeros(spec.layout.num_scales, padded)
-        group_scales[:, :tokens] = scales.t()
+        pairs = scales.new_zeros(spec.layout.num_scales, padded, 2)
+        pairs[:, :tokens, 0] = scales.t()
+        pairs[:, :tokens, 1] = _offset_corrections(values, scales, spec).t()
         codes = _write_groups(values, spec, padded)
-        return MixedTensor(codes=codes, scales=group_scales, spec=spec, tokens=tokens, dtype=dtype)
+        return MixedTensor(codes=codes, scales=pairs, spec=spec, tokens=tokens, dtype=dtype)
     return MixedTensor(
         codes=values.to(row_dtype(spec, dtype)),
         scales=scales.contiguous(),
@@ -163,10 +167,26 @@ def _swizzle(device: torch.device, tokens: int) -> Tensor:
     return ((byte // 16) ^ (token % 8)) * 16 + byte % 16
 
 
+def _unit(spec: QuantizeSpec) -> float:
+    """E4m3 number that stands for a normal code of 1.
+
+    int4 codes are multiples of the smallest e4m3 step: their byte is their magnitude.
+    """
+    return 1.0 if spec.normal == "e4m3" else 2.0**-9
+
+
+def _offset_corrections(values: Tensor, scales: Tensor, spec: QuantizeSpec) -> Tensor:
+    """-8 * scale * sum of codes, (T, S), in steps of the matrix unit: weights are 2**-9 each."""
+    normal = spec.layout.num_normal_groups
+    parts = values.float().split(spec.layout.group_sizes, dim=-1)
+    sums = torch.stack([part.sum(dim=-1) for part in parts], dim=1) * (-(2.0**-6) * _unit(spec))
+    sums[:, normal:] = 0.0
+    return sums * scales
+
+
 def _write_groups(values: Tensor, spec: QuantizeSpec, padded: int) -> Tensor:
     tokens = values.shape[0]
-    # int4 codes are multiples of the smallest e4m3 step, 2**-9: the cast writes their magnitude.
-    unit = 1.0 if spec.normal == "e4m3" else 2.0**-9
+    unit = _unit(spec)
     layout = spec.layout
     out = torch.zeros(
         layout.num_scales, padded, GROUP_BYTES, dtype=torch.uint8, device=values.device
@@ -183,7 +203,7 @@ def _write_groups(values: Tensor, spec: QuantizeSpec, padded: int) -> Tensor:
 
 def _read_groups(codes: Tensor, spec: QuantizeSpec) -> Tensor:
     plain = codes.gather(2, _swizzle(codes.device, codes.shape[1]).expand_as(codes))
-    unit = 1.0 if spec.normal == "e4m3" else 2.0**9
+    unit = 1.0 / _unit(spec)
     layout = spec.layout
     parts = []
     for group, size in enumerate(layout.group_sizes):

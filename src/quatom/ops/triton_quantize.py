@@ -150,7 +150,11 @@ def store_groups(
         row = s.to(tl.int64) * tokens_padded + token
         mask = exists[:, None] & (column < 128)[None, :]
         tl.store(codes_ptr + row[:, None] * 128 + place[None, :], byte.to(tl.uint8), mask=mask)
-        tl.store(scales_ptr + row, scale, mask=exists)
+        # See the byte layout `groups`: weights enter the matrix unit as (code + 8) * 2**-9.
+        total = tl.sum(code, axis=1) * (-0.015625 if NORMAL_KIND == 1 else -0.000030517578125)
+        tl.store(scales_ptr + row * 2, scale, mask=exists)
+        correction = tl.where(is_outlier, 0.0, total * scale)
+        tl.store(scales_ptr + row * 2 + 1, correction, mask=exists)
     else:
         channel = first[:, None] + column[None, :]
         mask = exists[:, None] & (channel < end[:, None])
@@ -178,7 +182,7 @@ def allocate(x: Tensor, tokens: int, spec: QuantizeSpec) -> MixedTensor:
     if spec.byte_layout == "groups":
         padded = padded_tokens(tokens)
         codes = x.new_empty((layout.num_scales, padded, GROUP_BYTES), dtype=torch.uint8)
-        scales = x.new_empty((layout.num_scales, padded), dtype=torch.float32)
+        scales = x.new_empty((layout.num_scales, padded, 2), dtype=torch.float32)
     else:
         codes = x.new_empty((tokens, layout.channels), dtype=row_dtype(spec, x.dtype))
         scales = x.new_empty((tokens, layout.num_scales), dtype=torch.float32)

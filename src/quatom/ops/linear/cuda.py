@@ -1,9 +1,13 @@
 """The Hopper kernel of `linear`: which configuration runs, and its launch."""
 
 import ctypes
-from dataclasses import dataclass
+import json
+import math
+import os
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,12 +15,16 @@ from torch import Tensor
 from quatom.errors import BackendError
 from quatom.ops.activations import MixedTensor
 from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
-from quatom.ops.linear.hopper_layout import BLOCK_ROWS, UNIT_BYTES
+from quatom.ops.linear.hopper_layout import UNIT_BYTES
 
 _SHARED_BYTES = 227 * 1024
 """Shared memory that one CTA may have on Hopper."""
 _RESERVED_BYTES = 1024
 """Shared memory of an SM that the system takes from each resident CTA."""
+
+
+TUNING = files("quatom.ops.linear") / "tuning.json"
+"""Written by `python -m quatom.benchmark.tune_linear` on an H100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,9 @@ class Config:
     tokens: int
     """BM: tokens of a tile."""
     warpgroups: int
-    """Consumer warpgroups, 64 output channels each."""
+    """Consumer warpgroups."""
+    blocks: int = 1
+    """Blocks of 64 output channels of each warpgroup."""
     split: int = 1
     """CTAs that share a tile's k-range."""
     multicast: int = 1
@@ -36,15 +46,20 @@ class Config:
     """Units in flight; 0: as many as fit."""
 
     @property
+    def row_blocks(self) -> int:
+        """Blocks of 64 output channels of a tile."""
+        return self.warpgroups * self.blocks
+
+    @property
     def stage_bytes(self) -> int:
         """Shared memory of one stage: activations, weights, activation scales, two barriers."""
-        return self.tokens * 132 + self.warpgroups * UNIT_BYTES + 16
+        return self.tokens * 136 + self.row_blocks * UNIT_BYTES + 16
 
     @property
     def receive_bytes(self) -> int:
         """Shared memory for the partial sums of the other CTAs of a cluster that splits k."""
         owned_blocks = -(-(self.tokens // 8) // self.split) if self.split > 1 else 0
-        return owned_blocks * (self.split - 1) * self.warpgroups * 2048 + 8
+        return owned_blocks * (self.split - 1) * self.row_blocks * 2048 + 8
 
     @property
     def num_stages(self) -> int:
@@ -88,6 +103,28 @@ class Config:
         return 128 * self.warpgroups + self.producer_threads
 
 
+def _candidates() -> tuple[Config, ...]:
+    few = [
+        Config(bm, 1, split=split, ctas_per_sm=ctas)
+        for bm in (8, 16, 32, 64)
+        for ctas in (3, 4)
+        for split in (1, 2, 4, 5, 6)
+        if bm < 64 or ctas == 3
+    ]
+    wide = [Config(64, 2, blocks=2, split=split) for split in (1, 2, 3, 4)]
+    wide += [Config(64, 3, split=split) for split in (1, 2)]
+    wide += [Config(128, 2, split=split) for split in (1, 2, 3)]
+    wide += [Config(128, 3, split=split) for split in (1, 2)]
+    wide += [Config(96, 3), Config(96, 3, split=2), Config(96, 2, blocks=2), Config(112, 3)]
+    wide += [Config(160, 2), Config(192, 2)]
+    wide += [Config(64, 2, blocks=2, multicast=2), Config(128, 3, multicast=2)]
+    return tuple(few + wide)
+
+
+CONFIGS = _candidates()
+"""What tuning chooses from."""
+
+
 def kernel_source(tokens: int) -> str:
     """kernel.cu preceded by the two wgmma instructions for tiles of `tokens` tokens."""
     text = (files("quatom.ops.linear") / "kernel.cu").read_text()
@@ -119,6 +156,7 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
     return {
         "BM": config.tokens,
         "WARPGROUPS": config.warpgroups,
+        "BLOCKS_PER_WARPGROUP": config.blocks,
         "STAGES": config.num_stages,
         "SPLIT": config.split,
         "MULTICAST": config.multicast,
@@ -148,15 +186,33 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose_config(tokens: int, channels: int, units: int, multiprocessors: int) -> Config:
-    """The configuration for T tokens, N output channels and a k-range of `units` units."""
-    if tokens > 64:
-        return Config(tokens=128, warpgroups=2)
-    bm = next(size for size in (8, 16, 32, 64) if tokens <= size)
-    blocks = -(-channels // BLOCK_ROWS)
-    ctas = 3
-    split = min(8, units, max(1, ctas * multiprocessors // blocks))
-    return Config(tokens=bm, warpgroups=1, split=split, ctas_per_sm=ctas)
+@cache
+def _tuned() -> list[tuple[int, int, int, Config]]:
+    """Measured choices: (row blocks, units, tokens, the fastest configuration)."""
+    path = os.environ.get("QUATOM_LINEAR_TUNING")
+    text = Path(path).read_text() if path else TUNING.read_text()
+    return [
+        (row["row_blocks"], row["units"], row["tokens"], Config(**row["config"]))
+        for row in json.loads(text)["choices"]
+    ]
+
+
+@cache
+def choose_config(tokens: int, row_blocks: int, units: int) -> Config:
+    """The configuration for T tokens, N / 64 row blocks and a k-range of `units` units.
+
+    The fastest one measured (`python -m quatom.benchmark.tune_linear`) for the most similar
+    problem: the same or the next larger number of tokens first, then the nearest shape.
+    """
+    choices = _tuned()
+    sizes = sorted({row[2] for row in choices})
+    size = next((s for s in sizes if s >= tokens), sizes[-1])
+
+    def distance(row: tuple[int, int, int, Config]) -> float:
+        return abs(math.log(row[0] / row_blocks)) + 0.5 * abs(math.log(row[1] / units))
+
+    best = min((row for row in choices if row[2] == size), key=distance)[3]
+    return replace(best, split=min(best.split, units))
 
 
 def linear_cuda(
@@ -180,17 +236,17 @@ def linear_cuda(
             "weights or prepare them with backend 'triton'"
         )
     device = packed.device.index
-    config = config or choose_config(x.tokens, channels, packed.shape[1], _multiprocessors(device))
+    config = config or choose_config(x.tokens, packed.shape[0], packed.shape[1])
     y = torch.empty((x.tokens, channels), dtype=x.dtype, device=x.device)
     if not x.tokens:
         return y
     layout = x.spec.layout
-    row_tiles = -(-packed.shape[0] // (config.warpgroups * config.multicast))
+    row_tiles = -(-packed.shape[0] // (config.row_blocks * config.multicast))
     tiles = row_tiles * -(-x.tokens // config.tokens)
     clusters = tiles
     if config.split == 1:  # persistent: each cluster takes every clusters-th tile
         clusters = min(tiles, _multiprocessors(device) * config.ctas_per_sm // config.cluster)
-    # int4 codes are stored as e4m3 numbers of code * 2**-9, on both sides in W4A4.
+    # Weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
     unit_value = 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
     _kernel(config, x.dtype, device).launch(
         clusters * config.cluster,

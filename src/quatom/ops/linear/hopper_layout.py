@@ -6,8 +6,7 @@ bytes of codes followed by the 64 float16 scales. Groups are padded to 128 chann
 
 Inside a unit, bytes stand in the order of the 128 threads of a warpgroup, 16 bytes a thread and
 half, so that each thread reads its operand registers by two conflict-free 16-byte loads. An INT4
-byte holds two codes, (s, m) with s the sign and m the code or its ones' complement: the first in
-bits 7 and 2..0, the second such that a rotation of the 32-bit word by 4 puts it there.
+byte holds code + 8 of two channels of the same k, the first eight rows' in the low nibble.
 """
 
 import torch
@@ -60,16 +59,10 @@ def pack_weights(
 def _int4_units(codes: Tensor) -> Tensor:
     """(blocks, 64, G, 128) int8 -> (blocks, G, 4096) uint8."""
     blocks, _, groups, _ = codes.shape
-    sign = codes < 0
-    magnitude = torch.where(sign, -codes - 1, codes)
     # rows: warp, half (of 16 rows), row; channels: chunk pair, chunk, half chunk, thread, byte
-    shape = (blocks, 4, 2, 8, groups, 2, 2, 2, 4, 4)
-    to_thread_order = (0, 2, 4, 5, 1, 3, 8, 6, 7, 9)  # (blocks, half, G, pair, warp, row, thread..)
-    sign = sign.reshape(shape).permute(to_thread_order).to(torch.uint8)
-    magnitude = magnitude.reshape(shape).permute(to_thread_order).to(torch.uint8)
-    first = (sign[:, 0] << 7) | magnitude[:, 0]
-    second = (sign[:, 1] << 3) | (magnitude[:, 1].roll(-1, dims=-1) << 4)
-    return (first | second).reshape(blocks, groups, 4096)
+    offset = (codes + 8).to(torch.uint8).reshape(blocks, 4, 2, 8, groups, 2, 2, 2, 4, 4)
+    low, high = offset.permute(0, 2, 4, 5, 1, 3, 8, 6, 7, 9).unbind(dim=1)
+    return (low | (high << 4)).reshape(blocks, groups, 4096)
 
 
 def _int8_units(codes: Tensor) -> Tensor:

@@ -6,11 +6,11 @@
 // of INT4 weights or 64 x 64 of INT8 outlier weights: both are 4096 bytes of codes in the order of
 // the registers, then 64 float16 scales. One bulk copy brings a unit; no tensor map is needed.
 //
-// A producer warp keeps STAGES units in flight; WARPGROUPS consumers each own 64 channels. After each
+// A producer warp keeps STAGES units in flight; WARPGROUPS consumers each own one or two blocks of 64 channels. After each
 // group the partial sums, exact in the FP8 unit for INT4 codes, are scaled and added in float32: while
 // one warpgroup does this, the matrix unit works for another.
 //
-// Compiled by NVRTC with BM, WARPGROUPS, STAGES, SPLIT, MULTICAST, PRODUCER_THREADS, CTAS_PER_SM,
+// Compiled by NVRTC with BM, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, MULTICAST, PRODUCER_THREADS, CTAS_PER_SM,
 // PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM columns prepended.
 //   SPLIT      CTAs of a cluster that share one tile's k-range and add up through shared memory
 //   MULTICAST  CTAs of a cluster that share one token tile and load it once
@@ -19,25 +19,24 @@ typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int ROWS = 64 * WARPGROUPS;           // output channels of a tile
 constexpr int CONSUMERS = 128 * WARPGROUPS;     // threads
-constexpr bool ORDERED = WARPGROUPS > 1;
 // Convert the next group's weights while this one multiplies; three warpgroups hide it behind each
 // other's turns instead, and need the registers.
-constexpr bool PREFETCH = WARPGROUPS < 3;
+constexpr bool PREFETCH = WARPGROUPS < 3 && BLOCKS_PER_WARPGROUP == 1;
+constexpr int BLOCKS = WARPGROUPS * BLOCKS_PER_WARPGROUP;  // of 64 output channels, of a tile
 constexpr int CLUSTER = SPLIT * MULTICAST;
 constexpr u32 UNIT_BYTES = 4096 + 128;
 constexpr u32 X_BYTES = BM * 128;
-constexpr u32 XS_BYTES = BM * 4;
+constexpr u32 XS_BYTES = BM * 8;
 // Activation tiles first: the 128-byte swizzle needs them aligned to 1024 bytes.
 constexpr u32 X_OFFSET = 0;
 constexpr u32 W_OFFSET = STAGES * X_BYTES;
-constexpr u32 XS_OFFSET = W_OFFSET + STAGES * WARPGROUPS * UNIT_BYTES;
+constexpr u32 XS_OFFSET = W_OFFSET + STAGES * BLOCKS * UNIT_BYTES;
 constexpr u32 RECEIVE_OFFSET = XS_OFFSET + STAGES * XS_BYTES;
 // Split k: CTA r of a cluster adds up the blocks of 8 tokens j with j % SPLIT == r.
 constexpr int TOKEN_BLOCKS = BM / 8;
-constexpr u32 BLOCK_BYTES = WARPGROUPS * 2048;  // float sums of 8 tokens
-constexpr u32 RECEIVE_BYTES = (TOKEN_BLOCKS + SPLIT - 1) / SPLIT * (SPLIT - 1) * BLOCK_BYTES;
+constexpr u32 TOKEN_BLOCK_BYTES = BLOCKS * 2048;  // float sums of 8 tokens
+constexpr u32 RECEIVE_BYTES = (TOKEN_BLOCKS + SPLIT - 1) / SPLIT * (SPLIT - 1) * TOKEN_BLOCK_BYTES;
 constexpr u32 BARRIER_OFFSET = RECEIVE_OFFSET + RECEIVE_BYTES;
 static_assert(SPLIT == 1 || MULTICAST == 1, "a cluster either splits k or shares tokens");
 static_assert(BM % (8 * MULTICAST) == 0, "each CTA loads whole swizzle atoms");
@@ -97,23 +96,14 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// Warpgroups issue their matrix instructions in turns. Without turns the matrix unit serves them alternately:
-// all finish together, and it idles while all scale their sums (measured: 42 % busy, see the docs).
-__device__ __forceinline__ void wait_turn(int warpgroup) {
-  if (ORDERED) asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
-}
-__device__ __forceinline__ void pass_turn(int warpgroup) {
-  if (ORDERED) asm volatile("bar.arrive %0, 256;" ::"r"(2 + (warpgroup + 1) % WARPGROUPS) : "memory");
-}
-
 __device__ __forceinline__ uint4 load_shared_16(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
-__device__ __forceinline__ float2 load_shared_f2(u32 address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+__device__ __forceinline__ float4 load_shared_f4(u32 address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
   return v;
 }
 __device__ __forceinline__ float load_shared_half(u32 address) {
@@ -143,12 +133,6 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
   return (u64(1) << 62) | (u64(64) << 32) | (u64(1) << 16) | ((address & 0x3FFFF) >> 4);
 }
 
-// Four codes of INT4 from each word: bits 7 and 2..0 of a byte hold sign and magnitude (of a negative
-// code c: -c - 1), which is e4m3 of magnitude * 2**-9 once one is added to negative ones.
-__device__ __forceinline__ u32 to_e4m3(u32 sign_magnitude) {
-  return sign_magnitude + ((sign_magnitude & 0x80808080u) >> 7);
-}
-
 struct Ring {  // position in the ring of stages
   u32 stage = 0, phase = 0;
   __device__ __forceinline__ void advance() {
@@ -171,35 +155,49 @@ struct Tiles {
   }
 };
 
+// A thread's INT4 codes c, stored as c + 8, as e4m3 numbers (c + 8) * 2**-9: e4m3 is linear in its byte up
+// to 0x10, so that three instructions convert eight codes. What the offset adds to a group's sum, 8 times
+// the sum of the token's codes, `promote` takes away without any instruction more.
 __device__ __forceinline__ void load_codes(u32 address, u32 (&a)[16]) {
   const uint4 v0 = load_shared_16(address), v1 = load_shared_16(address + 2048);
   const u32 words[8] = {v0.x, v0.y, v0.z, v0.w, v1.x, v1.y, v1.z, v1.w};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    a[2 * i] = to_e4m3(words[i] & 0x87878787u);
-    a[2 * i + 1] = to_e4m3(__funnelshift_l(words[i], words[i], 4) & 0x87878787u);
+    a[2 * i] = words[i] & 0x0F0F0F0Fu;
+    a[2 * i + 1] = (words[i] >> 4) & 0x0F0F0F0Fu;
   }
 }
 
-// total += partial * (token scale * channel scale), the only arithmetic outside the matrix unit.
+// total += (partial * token scale - correction) * channel scale, the only arithmetic outside the matrix
+// unit. The correction, token scale * 8 * sum of codes, is exact for integer codes, and so is the difference.
 template <typename T>
-__device__ __forceinline__ void promote(float (&total)[BM / 2], const T (&partial)[BM / 2], u32 xs, u32 ws,
-                                        float factor) {
-  const float low = load_shared_half(ws) * factor, high = load_shared_half(ws + 16) * factor;
+__device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2],
+                                        const T (&partial)[BLOCKS_PER_WARPGROUP][BM / 2], u32 xs, u32 ws, float factor) {
+  float low[BLOCKS_PER_WARPGROUP], high[BLOCKS_PER_WARPGROUP];
+#pragma unroll
+  for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r) {
+    low[r] = load_shared_half(ws + r * UNIT_BYTES) * factor;
+    high[r] = load_shared_half(ws + r * UNIT_BYTES + 16) * factor;
+  }
 #pragma unroll
   for (int j = 0; j < BM / 8; ++j) {
-    const float2 s = load_shared_f2(xs + j * 32);
-    total[4 * j] += float(partial[4 * j]) * s.x * low;
-    total[4 * j + 1] += float(partial[4 * j + 1]) * s.y * low;
-    total[4 * j + 2] += float(partial[4 * j + 2]) * s.x * high;
-    total[4 * j + 3] += float(partial[4 * j + 3]) * s.y * high;
+    const float4 s = load_shared_f4(xs + j * 64);  // two tokens: scale, minus correction
+#pragma unroll
+    for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r) {
+      float* sum = total[r] + 4 * j;
+      const T* part = partial[r] + 4 * j;
+      sum[0] = fmaf(fmaf(float(part[0]), s.x, s.y), low[r], sum[0]);
+      sum[1] = fmaf(fmaf(float(part[1]), s.z, s.w), low[r], sum[1]);
+      sum[2] = fmaf(fmaf(float(part[2]), s.x, s.y), high[r], sum[2]);
+      sum[3] = fmaf(fmaf(float(part[3]), s.z, s.w), high[r], sum[3]);
+    }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCER_THREADS, CTAS_PER_SM)
 linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224]
               const u8* __restrict__ x,        // [groups][tokens_padded][128], swizzled
-              const float* __restrict__ xs,    // [groups][tokens_padded]
+              const float* __restrict__ xs,    // [groups][tokens_padded][2]: scale, minus correction
               const float* __restrict__ bias,  // [channels] or null
               void* __restrict__ y,            // [tokens][channels]
               int tokens, int tokens_padded, int channels,
@@ -214,7 +212,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   const int row_blocks = (channels + 63) / 64;
   const int units = int4_groups + 2 * int8_groups;
   const u32 block_stride = u32(units) * UNIT_BYTES;
-  const Tiles tiles{(tokens + BM - 1) / BM, (row_blocks + WARPGROUPS * MULTICAST - 1) / (WARPGROUPS * MULTICAST)};
+  const Tiles tiles{(tokens + BM - 1) / BM, (row_blocks + BLOCKS * MULTICAST - 1) / (BLOCKS * MULTICAST)};
   const int first_tile = blockIdx.x / CLUSTER, tile_step = gridDim.x / CLUSTER;
   const int unit_begin = SPLIT > 1 ? int(rank) * units / SPLIT : 0;
   const int unit_end = SPLIT > 1 ? (int(rank) + 1) * units / SPLIT : units;
@@ -226,12 +224,12 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   // Weights do not depend on the kernel before this one: fetch the first ones before anything else.
   auto load_weights = [&](int unit, u32 stage) {
     const int here = min(BM, tokens_padded - token_tile * BM);
-    barrier_expect(full + 8 * stage, WARPGROUPS * UNIT_BYTES + here * 132);
+    barrier_expect(full + 8 * stage, BLOCKS * UNIT_BYTES + here * 136);
 #pragma unroll
-    for (int g = 0; g < WARPGROUPS; ++g) {
+    for (int g = 0; g < BLOCKS; ++g) {
       // Blocks beyond the last repeat it: their results are not stored.
-      const int block = min((row_tile * MULTICAST + (MULTICAST > 1 ? int(rank) : 0)) * WARPGROUPS + g, row_blocks - 1);
-      bulk_copy(base + W_OFFSET + (stage * WARPGROUPS + g) * UNIT_BYTES,
+      const int block = min((row_tile * MULTICAST + (MULTICAST > 1 ? int(rank) : 0)) * BLOCKS + g, row_blocks - 1);
+      bulk_copy(base + W_OFFSET + (stage * BLOCKS + g) * UNIT_BYTES,
                 weights + u64(block) * block_stride + u64(unit) * UNIT_BYTES, UNIT_BYTES, full + 8 * stage);
     }
   };
@@ -249,7 +247,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       if (SPLIT > 1) {
         const int blocks = (min(BM, tokens - token_tile * BM) + 7) / 8;
         const int owned = (blocks - int(rank) + SPLIT - 1) / SPLIT;
-        if (owned > 0) barrier_expect(received, owned * (SPLIT - 1) * BLOCK_BYTES);
+        if (owned > 0) barrier_expect(received, owned * (SPLIT - 1) * TOKEN_BLOCK_BYTES);
       }
     }
   }
@@ -278,7 +276,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         } else {
           bulk_copy(to, x + token * 128, here * 128, full + 8 * stage);
         }
-        bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs + token, here * 4, full + 8 * stage);
+        bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs + 2 * token, here * 8, full + 8 * stage);
       };
       asm volatile("griddepcontrol.wait;" ::: "memory");
       for (int tile = first_tile; tile < tiles.count(); tile += tile_step) {
@@ -301,12 +299,13 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 #endif
     const int group_warp = warp % 4, warpgroup = warp / 4;
-    const u32 w_thread = base + W_OFFSET + warpgroup * UNIT_BYTES + (threadIdx.x % 128) * 16;
-    const u32 ws_thread = base + W_OFFSET + warpgroup * UNIT_BYTES + 4096 + (group_warp * 16 + lane / 4) * 2;
-    const u32 xs_thread = base + XS_OFFSET + (lane % 4) * 8;
-    constexpr u32 W_STAGE = WARPGROUPS * UNIT_BYTES;
+    constexpr int RB = BLOCKS_PER_WARPGROUP;
+    constexpr u32 W_STAGE = BLOCKS * UNIT_BYTES;
+    const u32 w_thread = base + W_OFFSET + warpgroup * RB * UNIT_BYTES + (threadIdx.x % 128) * 16;
+    const u32 ws_thread = base + W_OFFSET + warpgroup * RB * UNIT_BYTES + 4096 + (group_warp * 16 + lane / 4) * 2;
+    const u32 xs_thread = base + XS_OFFSET + (lane % 4) * 16;
     Ring ring;
-    float total[BM / 2];
+    float total[RB][BM / 2];
 
     auto release = [&](u32 stage) {
       __syncwarp();
@@ -316,42 +315,47 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         barrier_arrive(empty + 8 * stage);
       }
     };
+    auto load_weights_of = [&](u32 stage, u32 (&a)[RB][16]) {
+#pragma unroll
+      for (int r = 0; r < RB; ++r) load_codes(w_thread + stage * W_STAGE + r * UNIT_BYTES, a[r]);
+    };
     // One INT4 group: multiply `now`, and meanwhile convert the next group's weights to `next`.
-    auto int4_step = [&](u32 (&now)[16], u32 (&next)[16], bool more) {
-      float partial[BM / 2];
+    auto int4_step = [&](u32 (&now)[RB][16], u32 (&next)[RB][16], bool more) {
+      float partial[RB][BM / 2];
       const u32 stage = ring.stage;
       const u64 b = descriptor(base + X_OFFSET + stage * X_BYTES);
       if (!PREFETCH) {
         barrier_wait(full + 8 * stage, ring.phase);
-        load_codes(w_thread + stage * W_STAGE, now);
+        load_weights_of(stage, now);
       }
-      wait_turn(warpgroup);
       wgmma_fence();
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        wgmma_e4m3(partial, now[4 * c], now[4 * c + 1], now[4 * c + 2], now[4 * c + 3], b + 2 * c, c);
+      for (int r = 0; r < RB; ++r)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          wgmma_e4m3(partial[r], now[r][4 * c], now[r][4 * c + 1], now[r][4 * c + 2], now[r][4 * c + 3], b + 2 * c, c);
       wgmma_commit();
-      pass_turn(warpgroup);
       ring.advance();
       if (PREFETCH && more) {
         barrier_wait(full + 8 * ring.stage, ring.phase);
-        load_codes(w_thread + ring.stage * W_STAGE, next);
+        load_weights_of(ring.stage, next);
       }
       wgmma_wait();
       promote(total, partial, xs_thread + stage * XS_BYTES, ws_thread + stage * W_STAGE, 1.0f);
       release(stage);
     };
 
-    if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup);  // the first turn is warpgroup 0's
     for (int tile = first_tile; tile < tiles.count(); tile += tile_step) {
 #pragma unroll
-      for (int i = 0; i < BM / 2; ++i) total[i] = 0.0f;
+      for (int r = 0; r < RB; ++r)
+#pragma unroll
+        for (int i = 0; i < BM / 2; ++i) total[r][i] = 0.0f;
       const int int4_steps = max(0, min(unit_end, int4_groups) - unit_begin);
       if (int4_steps > 0) {
-        u32 even[16], odd[16];
+        u32 even[RB][16], odd[RB][16];
         if (PREFETCH) {
           barrier_wait(full + 8 * ring.stage, ring.phase);
-          load_codes(w_thread + ring.stage * W_STAGE, even);
+          load_weights_of(ring.stage, even);
         }
         for (int i = 0; i < int4_steps; i += 2) {
           int4_step(even, odd, i + 1 < int4_steps);
@@ -359,15 +363,20 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         }
       }
       for (int unit = unit_begin + int4_steps; unit < unit_end; ++unit) {  // INT8 outliers, half a group each
-        int partial[BM / 2];
+        int partial[RB][BM / 2];
         const u32 stage = ring.stage;
         barrier_wait(full + 8 * stage, ring.phase);
-        const u32 address = w_thread + stage * W_STAGE;
-        const uint4 a0 = load_shared_16(address), a1 = load_shared_16(address + 2048);
         const u64 b = descriptor(base + X_OFFSET + stage * X_BYTES) + ((unit - int4_groups) % 2) * 4;
+        uint4 a[RB][2];
+#pragma unroll
+        for (int r = 0; r < RB; ++r)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) a[r][c] = load_shared_16(w_thread + stage * W_STAGE + r * UNIT_BYTES + c * 2048);
         wgmma_fence();
-        wgmma_s8(partial, a0.x, a0.y, a0.z, a0.w, b, 0);
-        wgmma_s8(partial, a1.x, a1.y, a1.z, a1.w, b + 2, 1);
+#pragma unroll
+        for (int r = 0; r < RB; ++r)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) wgmma_s8(partial[r], a[r][c].x, a[r][c].y, a[r][c].z, a[r][c].w, b + 2 * c, c);
         wgmma_commit();
         wgmma_wait();
         promote(total, partial, xs_thread + stage * XS_BYTES, ws_thread + stage * W_STAGE, 1.0f / unit_value);
@@ -377,53 +386,55 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
 
       tiles.locate(tile, token_tile, row_tile);
       const int here = min(BM, tokens - token_tile * BM);
-      const int row0 = ((row_tile * MULTICAST + (MULTICAST > 1 ? int(rank) : 0)) * WARPGROUPS + warpgroup) * 64;
       if (SPLIT > 1) {
-        const u32 slot = base + RECEIVE_OFFSET + warpgroup * 2048 + threadIdx.x % 128 * 16;
         cluster_wait();  // the peers' barriers exist
 #pragma unroll
-        for (int j = 0; j < TOKEN_BLOCKS; ++j) {
-          const u32 owner = j % SPLIT;
-          if (rank == owner || 8 * j >= here) continue;
-          const u32 source = j / SPLIT * (SPLIT - 1) + (rank < owner ? rank : rank - 1);
-          store_async(map_to_rank(slot + source * BLOCK_BYTES, owner), total + 4 * j, map_to_rank(received, owner));
-        }
+        for (int r = 0; r < RB; ++r)
+#pragma unroll
+          for (int j = 0; j < TOKEN_BLOCKS; ++j) {
+            const u32 owner = j % SPLIT;
+            if (rank == owner || 8 * j >= here) continue;
+            const u32 source = j / SPLIT * (SPLIT - 1) + (rank < owner ? rank : rank - 1);
+            const u32 slot = base + RECEIVE_OFFSET + (warpgroup * RB + r) * 2048 + threadIdx.x % 128 * 16;
+            store_async(map_to_rank(slot + source * TOKEN_BLOCK_BYTES, owner), total[r] + 4 * j, map_to_rank(received, owner));
+          }
         if (int(rank) * 8 < here) barrier_wait(received, 0);
+      }
+#pragma unroll
+      for (int r = 0; r < RB; ++r) {
+        const int block = ((row_tile * MULTICAST + (MULTICAST > 1 ? int(rank) : 0)) * WARPGROUPS + warpgroup) * RB + r;
+        // Register row i of 16 is channel 4 (i / 2) + i % 2 for i < 8 and two more for i - 8, so that
+        // after the transposition a thread holds four adjacent channels of one token.
+        const int row = block * 64 + group_warp * 16 + lane / 8 * 4 + lane / 4 % 2;
+        float bias_low = 0.0f, bias_high = 0.0f;
+        if (bias != nullptr && row < channels) {
+          bias_low = bias[row];
+          bias_high = bias[row + 2];
+        }
+        const int column = block * 64 + group_warp * 16 + lane % 4 * 4;
 #pragma unroll
         for (int j = 0; j < TOKEN_BLOCKS; ++j) {
-          if (rank != j % SPLIT || 8 * j >= here) continue;
+          if (SPLIT > 1 && (rank != j % SPLIT || 8 * j >= here)) continue;
+          float(&sum)[BM / 2] = total[r];
 #pragma unroll
           for (int other = 0; other < SPLIT - 1; ++other) {  // a fixed order: the sum is deterministic
-            const uint4 v = load_shared_16(slot + (j / SPLIT * (SPLIT - 1) + other) * BLOCK_BYTES);
-            total[4 * j] += __uint_as_float(v.x);
-            total[4 * j + 1] += __uint_as_float(v.y);
-            total[4 * j + 2] += __uint_as_float(v.z);
-            total[4 * j + 3] += __uint_as_float(v.w);
+            const float4 v = load_shared_f4(base + RECEIVE_OFFSET + (warpgroup * RB + r) * 2048 + threadIdx.x % 128 * 16 +
+                                            (j / SPLIT * (SPLIT - 1) + other) * TOKEN_BLOCK_BYTES);
+            sum[4 * j] += v.x;
+            sum[4 * j + 1] += v.y;
+            sum[4 * j + 2] += v.z;
+            sum[4 * j + 3] += v.w;
           }
+          uint2 v;
+          v.x = transpose_8x8(pack_output(sum[4 * j] * unit_value + bias_low, sum[4 * j + 1] * unit_value + bias_low));
+          v.y = transpose_8x8(pack_output(sum[4 * j + 2] * unit_value + bias_high, sum[4 * j + 3] * unit_value + bias_high));
+          const int token = 8 * j + lane / 4;
+          if (token < here && column < channels)
+            *reinterpret_cast<uint2*>(static_cast<unsigned short*>(y) + u64(token_tile * BM + token) * channels + column) = v;
         }
-      }
-      // Register row r of 16 is channel 4 (r / 2) + r % 2 for r < 8 and two more for r - 8, so that
-      // after the transposition a thread holds four adjacent channels of one token.
-      const int row = row0 + group_warp * 16 + lane / 8 * 4 + lane / 4 % 2;
-      float bias_low = 0.0f, bias_high = 0.0f;
-      if (bias != nullptr && row < channels) {
-        bias_low = bias[row];
-        bias_high = bias[row + 2];
-      }
-      const int column = row0 + group_warp * 16 + lane % 4 * 4;
-#pragma unroll
-      for (int j = 0; j < TOKEN_BLOCKS; ++j) {
-        if (SPLIT > 1 && rank != j % SPLIT) continue;
-        uint2 v;
-        v.x = transpose_8x8(pack_output(total[4 * j] * unit_value + bias_low, total[4 * j + 1] * unit_value + bias_low));
-        v.y = transpose_8x8(pack_output(total[4 * j + 2] * unit_value + bias_high, total[4 * j + 3] * unit_value + bias_high));
-        const int token = 8 * j + lane / 4;
-        if (token < here && column < channels)
-          *reinterpret_cast<uint2*>(static_cast<unsigned short*>(y) + u64(token_tile * BM + token) * channels + column) = v;
       }
     }
   }
-  if (warp < 4) wait_turn(0);  // takes the last turn that was passed
   if (SPLIT > 1 && warp >= 4 * WARPGROUPS) {
     __syncwarp();
     cluster_wait();

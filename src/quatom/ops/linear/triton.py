@@ -19,9 +19,11 @@ from quatom.ops.activations import MixedTensor
 
 @triton.jit
 def _multiply(x, w, partial, FLOATS: tl.constexpr):
-    if FLOATS:
-        return tl.dot(x, tl.trans(w.to(x.dtype)), partial)
-    return tl.dot(x, tl.trans(w), partial, out_dtype=tl.int32)
+    if FLOATS:  # no early return: the compiler would go on into the other branch
+        partial = tl.dot(x, tl.trans(w.to(x.dtype)), partial)
+    else:
+        partial = tl.dot(x, tl.trans(w), partial, out_dtype=tl.int32)
+    return partial
 
 
 @triton.jit

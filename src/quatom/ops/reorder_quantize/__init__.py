@@ -5,9 +5,10 @@ from torch import Tensor
 from quatom.errors import ShapeError
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.cuda_quantize import can_quantize
 from quatom.ops.reorder_quantize.reference import reorder_quantize_reference
 
-BACKENDS = (Backend.REFERENCE, Backend.TRITON)
+BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 
 
 def reorder_quantize(
@@ -37,7 +38,11 @@ def reorder_quantize(
         raise ShapeError(f"expected x (T, {channels}) as the layout says; got {tuple(x.shape)}")
     if order is not None and order.shape != (channels,):
         raise ShapeError(f"expected order ({channels},); got {tuple(order.shape)}")
-    match choose_backend("reorder_quantize", BACKENDS, x.device, backend):
+    able = BACKENDS if can_quantize(x, spec) else BACKENDS[:2]
+    available = BACKENDS if backend else able  # a backend asked for says itself what it lacks
+    match choose_backend("reorder_quantize", available, x.device, backend):
+        case Backend.CUDA:
+            from quatom.ops.reorder_quantize.cuda import reorder_quantize_cuda as run
         case Backend.TRITON:
             from quatom.ops.reorder_quantize.triton import reorder_quantize_triton as run
         case _:

@@ -5,9 +5,10 @@ from torch import Tensor
 from quatom.errors import ShapeError
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.cuda_quantize import can_quantize
 from quatom.ops.rmsnorm_quantize.reference import rmsnorm_quantize_reference
 
-BACKENDS = (Backend.REFERENCE, Backend.TRITON)
+BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 
 
 def rmsnorm_quantize(
@@ -57,7 +58,11 @@ def rmsnorm_quantize(
             f"expected residual {tuple(x.shape)} {x.dtype} like x; got {tuple(residual.shape)} "
             f"{residual.dtype}"
         )
-    match choose_backend("rmsnorm_quantize", BACKENDS, x.device, backend):
+    able = BACKENDS if can_quantize(x, spec) else BACKENDS[:2]
+    available = BACKENDS if backend else able  # a backend asked for says itself what it lacks
+    match choose_backend("rmsnorm_quantize", available, x.device, backend):
+        case Backend.CUDA:
+            from quatom.ops.rmsnorm_quantize.cuda import rmsnorm_quantize_cuda as run
         case Backend.TRITON:
             from quatom.ops.rmsnorm_quantize.triton import rmsnorm_quantize_triton as run
         case _:

@@ -5,9 +5,10 @@ from torch import Tensor
 from quatom.errors import ShapeError
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.cuda_quantize import can_quantize
 from quatom.ops.silu_quantize.reference import silu_quantize_reference
 
-BACKENDS = (Backend.REFERENCE, Backend.TRITON)
+BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 
 
 def silu_quantize(
@@ -39,7 +40,11 @@ def silu_quantize(
             f"expected gate_up (T, {2 * channels}), twice the layout's {channels} channels; got "
             f"{tuple(gate_up.shape)}"
         )
-    match choose_backend("silu_quantize", BACKENDS, gate_up.device, backend):
+    able = BACKENDS if can_quantize(gate_up, spec) else BACKENDS[:2]
+    available = BACKENDS if backend else able  # a backend asked for says itself what it lacks
+    match choose_backend("silu_quantize", available, gate_up.device, backend):
+        case Backend.CUDA:
+            from quatom.ops.silu_quantize.cuda import silu_quantize_cuda as run
         case Backend.TRITON:
             from quatom.ops.silu_quantize.triton import silu_quantize_triton as run
         case _:

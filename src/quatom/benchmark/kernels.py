@@ -1,0 +1,331 @@
+"""Speed of the linear and quantize kernels beside the peers found installed, in one run.
+
+Every time is the median of CUDA-graph replays, weights rotated out of the L2 cache.
+`share_of_copy` is the time that the least bytes (weights, activations, result, each once) would
+take at the measured copy bandwidth, over the measured time. Peers: cuBLAS BF16, cuBLASLt INT8 and
+FP8 without groups (`torch._int_mm`, `torch._scaled_mm`), and humming's W4A8 kernels, the GEMM
+alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from quatom.benchmark.environment import describe_environment, measure_ceilings, write_results
+from quatom.benchmark.kernel_peers import PEERS
+from quatom.benchmark.timing import Timing, copies_to_rotate, time_graph
+from quatom.errors import BackendError
+from quatom.numerics.formats import get_format
+from quatom.numerics.groups import GroupLayout, expand_scales
+from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
+from quatom.ops.backend import Backend
+from quatom.ops.linear import PreparedLinear, linear, prepare_weights
+from quatom.ops.reorder_quantize import reorder_quantize
+from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
+from quatom.ops.silu_quantize import silu_quantize
+
+SHAPES = ((12288, 4096), (22016, 4096), (4096, 11008), (4096, 4096))
+"""(N, K) of Llama-2-7B: fused QKV, fused gate and up, down, output projection."""
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
+QUANTIZE_TOKENS = (1, 16, 64, 256, 1024, 4096)
+OUTLIERS = 128
+Op = Literal["all", "linear", "quantize"]
+
+
+@dataclass(frozen=True)
+class HopperOperands:
+    """Packed weights of one shape, as many copies as it takes to leave the L2 cache."""
+
+    weights: list[Tensor]
+    prepared: PreparedLinear
+    values: Tensor
+    """Codes of the first copy, (N, K) int8."""
+    scales: Tensor
+    layout: GroupLayout
+
+    def activations(self, tokens: int, fmt: str) -> MixedTensor:
+        """Random activations of `tokens` tokens."""
+        return random_activations(tokens, self.layout, fmt, "groups")
+
+
+def random_activations(
+    tokens: int, layout: GroupLayout, fmt: str, byte_layout: Literal["rows", "groups"]
+) -> MixedTensor:
+    """Random codes with random scales, in the byte layout of a backend."""
+    normal = torch.randn(tokens, layout.normal, device="cuda")
+    normal = get_format(fmt).round(normal * get_format(fmt).largest / 3)
+    outliers = torch.randint(-127, 128, (tokens, layout.outliers), device="cuda").float()
+    scales = (torch.rand(tokens, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
+    spec = QuantizeSpec(layout=layout, normal=fmt, byte_layout=byte_layout)
+    return pack_values(torch.cat((normal, outliers), dim=1), scales, spec, torch.float16)
+
+
+def random_weights(channels: int, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """INT4 codes with INT8 outliers, (N, K) int8, and scales (N, S)."""
+    values = torch.randint(-8, 8, (channels, layout.channels), device="cuda", dtype=torch.int8)
+    values[:, layout.normal :] = torch.randint(
+        -127, 128, (channels, layout.outliers), device="cuda", dtype=torch.int8
+    )
+    scales = (torch.rand(channels, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
+    return values, scales
+
+
+def hopper_operands(channels: int, k: int) -> HopperOperands:
+    """Random weights (N, K) with 128 outliers, packed for the Hopper kernel."""
+    layout = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
+    values, scales = random_weights(channels, layout)
+    prepared = prepare_weights(values, scales, layout, backend=Backend.CUDA)
+    first = prepared.tensors[0]
+    copies = copies_to_rotate(first.numel())
+    weights = [first, *(first.clone() for _ in range(copies - 1))]
+    return HopperOperands(weights, prepared, values, scales, layout)
+
+
+def relative_error(y: Tensor, x: MixedTensor, values: Tensor, scales: Tensor) -> float:
+    """Error of at most 256 rows of y against float64."""
+    rows = slice(0, min(256, x.tokens))
+    layout = x.spec.layout
+    weights = values.double() * expand_scales(scales, layout).double()
+    want = x.dequantize()[rows].double() @ weights.t()
+    return ((y[rows].double() - want).norm() / want.norm()).item()
+
+
+def _entry(
+    scheme: str,
+    backend: str,
+    tokens: int,
+    shape: tuple[int, int],
+    timing: Timing,
+    least_bytes: int,
+    copy_tb_s: float,
+    error: float | None,
+) -> dict[str, Any]:
+    channels, k = shape
+    return {
+        "op": "linear",
+        "scheme": scheme,
+        "backend": backend,
+        "m": tokens,
+        "n": channels,
+        "k": k,
+        "microseconds": round(timing.median_us, 2),
+        "p10": round(timing.p10_us, 2),
+        "p90": round(timing.p90_us, 2),
+        "tops": round(2 * tokens * channels * k / timing.median_us / 1e6, 1),
+        "share_of_copy": round(least_bytes / copy_tb_s / 1e6 / timing.median_us, 3),
+        "relative_error": error,
+    }
+
+
+def _own_linear(shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[str, Any]]:
+    channels, k = shape
+    operands = hopper_operands(channels, k)
+    for scheme, fmt in (("w4a4", "int4"), ("w4a8-fp8", "e4m3")):
+        for tokens in TOKENS:
+            x = operands.activations(tokens, fmt)
+            layers = [
+                _with_weights(operands.prepared, weights, fmt) for weights in operands.weights
+            ]
+            y = linear(x, layers[0])
+            error = relative_error(y, x, operands.values, operands.scales)
+            timing = time_graph([lambda p=p, x=x: linear(x, p) for p in layers])
+            least = operands.weights[0].numel() + x.codes.numel() + 2 * y.numel()
+            yield _entry(scheme, "cuda", tokens, shape, timing, least, copy_tb_s, error)
+
+
+def _with_weights(prepared: PreparedLinear, weights: Tensor, fmt: str) -> PreparedLinear:
+    from dataclasses import replace
+
+    return replace(prepared, tensors=(weights,), activation_format=fmt)
+
+
+def _portable_linear(shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[str, Any]]:
+    """The Triton kernel, on one small and one large number of tokens."""
+    channels, k = shape
+    grouped = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
+    whole = GroupLayout(k, k)
+    for scheme, weight, fmt, layout in (
+        ("w4a4", "int4", "int4", grouped),
+        ("w8a8", "int8", "int8", whole),
+    ):
+        values, scales = random_weights(channels, layout)
+        prepared = prepare_weights(
+            values,
+            scales,
+            layout,
+            weight_format=weight,
+            activation_format=fmt,
+            backend=Backend.TRITON,
+        )
+        for tokens in (16, 1024):
+            x = random_activations(tokens, layout, fmt, "rows")
+            error = relative_error(linear(x, prepared), x, values, scales)
+            timing = time_graph([lambda x=x: linear(x, prepared)])  # noqa: B023 (called at once)
+            least = sum(t.numel() * t.element_size() for t in prepared.tensors)
+            least += x.codes.numel() + 2 * tokens * channels
+            yield _entry(scheme, "triton", tokens, shape, timing, least, copy_tb_s, error)
+
+
+def _peer_linear(scheme: str, shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[str, Any]]:
+    channels, k = shape
+    peer = PEERS[scheme](channels, k)
+    if peer is None:
+        return
+    for tokens in TOKENS:
+        if calls := peer.calls(tokens):
+            timing = time_graph(calls)
+            least = peer.weight_bytes + tokens * (k * peer.input_bytes + 2 * channels)
+            yield _entry(scheme, "peer", tokens, shape, timing, least, copy_tb_s, None)
+
+
+def _add_ratios(results: list[dict[str, Any]]) -> None:
+    """Ratios to cuBLAS BF16 and to the best of humming's A8 variants at the same m, n, k."""
+
+    def best(m: int, n: int, k: int, prefix: str) -> float | None:
+        times = [
+            r["microseconds"]
+            for r in results
+            if r.get("n") == n and (r["m"], r["k"]) == (m, k) and r["scheme"].startswith(prefix)
+        ]
+        return min(times, default=None)
+
+    for row in results:
+        if row["op"] != "linear":
+            continue
+        for key, prefix in (("ratio_bf16", "bf16"), ("ratio_humming", "peer:humming")):
+            time = best(row["m"], row["n"], row["k"], prefix)
+            row[key] = None if time is None else round(time / row["microseconds"], 2)
+
+
+def _quantize(copy_tb_s: float) -> Iterator[dict[str, Any]]:
+    for k, is_inner in ((4096, False), (8192, False), (11008, True)):
+        layout = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
+        spec = QuantizeSpec(layout=layout, clip_ratio=0.9, byte_layout="groups")
+        order = torch.randperm(k, device="cuda").int()
+        weight = torch.rand(k, device="cuda").half()
+        for tokens in QUANTIZE_TOKENS:
+            out_bytes = tokens * layout.num_scales * (128 + 8)
+            copies = copies_to_rotate(tokens * k * 4, most=16)
+
+            def rows(width: int, tokens: int = tokens, copies: int = copies) -> list[Tensor]:
+                return [torch.randn(tokens, width, device="cuda").half() for _ in range(copies)]
+
+            calls: dict[str, tuple[int, list[Callable[[], object]]]] = {}
+            if is_inner:
+                calls["silu_quantize"] = (
+                    tokens * k * 4 + out_bytes,
+                    [lambda x=x, s=spec: silu_quantize(x, s) for x in rows(2 * k)],
+                )
+            else:
+                calls["reorder_quantize"] = (
+                    tokens * k * 2 + out_bytes,
+                    [lambda x=x, o=order, s=spec: reorder_quantize(x, o, s) for x in rows(k)],
+                )
+                calls["rmsnorm_quantize"] = (
+                    tokens * k * 6 + out_bytes,
+                    [
+                        lambda x=x, r=r, w=weight, o=order, s=spec: rmsnorm_quantize(
+                            x, w, o, s, eps=1e-5, residual=r
+                        )
+                        for x, r in zip(rows(k), rows(k), strict=True)
+                    ],
+                )
+            for op, (least, sequence) in calls.items():
+                timing = time_graph(sequence)
+                yield {
+                    "op": op,
+                    "scheme": "int4",
+                    "backend": "cuda",
+                    "m": tokens,
+                    "n": None,
+                    "k": k,
+                    "microseconds": round(timing.median_us, 2),
+                    "p10": round(timing.p10_us, 2),
+                    "p90": round(timing.p90_us, 2),
+                    "share_of_copy": round(least / copy_tb_s / 1e6 / timing.median_us, 3),
+                }
+
+
+def _reorder_gain(copy_tb_s: float) -> Iterator[dict[str, Any]]:
+    """Quantizing reordered channels against gathering scattered outliers at use.
+
+    Without reordering, every linear splits its input first: a gather of the outlier columns and
+    one of the others, each quantized by its own kernel. The linear itself is the same.
+    """
+    channels, k = 4096, 4096
+    operands = hopper_operands(channels, k)
+    order = torch.randperm(k, device="cuda").int()
+    normal, outlier = order[: k - OUTLIERS].long(), order[k - OUTLIERS :].long()
+    spec = operands.prepared.input_spec(QuantizeSpec(layout=operands.layout))
+    parts = (
+        QuantizeSpec(layout=GroupLayout(k - OUTLIERS, 128), byte_layout="groups"),
+        QuantizeSpec(layout=GroupLayout(OUTLIERS, OUTLIERS), byte_layout="groups"),
+    )
+    for tokens in (16, 256, 4096):
+        x = torch.randn(tokens, k, device="cuda").half()
+        mixed = reorder_quantize(x, order, spec)
+
+        def reordered(x: Tensor = x) -> Tensor:
+            return linear(reorder_quantize(x, order, spec), operands.prepared)
+
+        def gathered(x: Tensor = x, mixed: MixedTensor = mixed) -> Tensor:
+            reorder_quantize(x[:, normal], None, parts[0])
+            reorder_quantize(x[:, outlier], None, parts[1])
+            return linear(mixed, operands.prepared)
+
+        for scheme, call in (("w4a4", reordered), ("w4a4-gathered", gathered)):
+            timing = time_graph([call])
+            least = operands.weights[0].numel() + tokens * (2 * k + 2 * channels)
+            entry = _entry(scheme, "cuda", tokens, (channels, k), timing, least, copy_tb_s, None)
+            yield entry | {"op": "quantize+linear"}
+
+
+def run_kernel_bench(
+    op: Op = "all", json_path: Path | None = None, plot_path: Path | None = None
+) -> list[dict[str, Any]]:
+    """Measure the kernels on the current GPU, and write a result file and a plot.
+
+    The result file is written after every shape, so that an interrupted run keeps what it has.
+
+    Raises:
+        BackendError: there is no Hopper GPU.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise BackendError(
+            "the kernel benchmark measures the Hopper kernels: it needs an sm_90 GPU"
+        )
+    ceilings = measure_ceilings()
+    environment = describe_environment() | ceilings
+    results: list[dict[str, Any]] = []
+    parts: list[Iterator[dict[str, Any]]] = []
+    copy = ceilings["copy_tb_s"]
+    if op in ("all", "quantize"):
+        parts.append(_quantize(copy))
+    if op in ("all", "linear"):
+        parts += [_own_linear(shape, copy) for shape in SHAPES]
+        parts.append(_reorder_gain(copy))
+        parts.append(_portable_linear(SHAPES[0], copy))
+        parts += [_peer_linear(scheme, shape, copy) for scheme in PEERS for shape in SHAPES]
+    for part in parts:
+        results.extend(part)
+        torch.cuda.empty_cache()
+        _add_ratios(results)
+        if json_path:
+            command = f"quatom bench kernels --op {op} --json {json_path.name}"
+            write_results(json_path, command, environment, results)
+    if plot_path:
+        from quatom.benchmark.kernel_plot import plot_kernels
+
+        plot_kernels(results, environment, plot_path)
+    return results
+
+
+if __name__ == "__main__":
+    import sys
+
+    for result in run_kernel_bench(json_path=Path(sys.argv[1]) if sys.argv[1:] else None):
+        print(result)

@@ -1,0 +1,366 @@
+"""linear: every backend against exact arithmetic, on every scheme and on awkward shapes.
+
+Three kinds of checks, from the sharpest to the broadest: integer codes with power-of-two scales
+(all backends equal float64 bit for bit), one element at a time (an index fault moves it), random
+scales with outliers (relative error, no worse than the reference's rounding allows).
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from quatom.errors import BackendError, ShapeError
+from quatom.numerics.groups import GroupLayout, expand_scales
+from quatom.ops.activations import QuantizeSpec, pack_values
+from quatom.ops.backend import Backend
+from quatom.ops.linear import linear, prepare_weights
+
+INTEGER_RANGES = {"int2": (-2, 1), "int3": (-4, 3), "int4": (-8, 7), "int8": (-128, 127)}
+CUDA = pytest.param(Backend.CUDA, marks=pytest.mark.gpu)
+BACKENDS = [Backend.REFERENCE, Backend.TRITON, CUDA]
+
+LAYOUTS = {
+    "llama-like": GroupLayout(384, 128, 128),
+    "SmolLM2": GroupLayout(512, 128, 64),
+    "short last group, three outlier blocks": GroupLayout(160, 64, 96, 3),
+    "no outliers, odd groups": GroupLayout(192, 96),
+    "groups of 32": GroupLayout(96, 32, 32),
+}
+
+
+def random_codes(rows, layout, fmt, rng, fill=None):
+    """Codes (rows, K) float32: `fmt` in normal groups, int8 outliers."""
+    shape = (rows, layout.normal)
+    if fmt == "e4m3":
+        normal = (
+            (torch.randn(shape, generator=rng, device=rng.device) * 100)
+            .clamp(-448, 448)
+            .to(torch.float8_e4m3fn)
+            .float()
+        )
+    elif fmt == "float16":
+        normal = torch.randint(-64, 64, shape, generator=rng, device=rng.device).float() / 16
+    else:
+        low, high = INTEGER_RANGES[fmt]
+        normal = torch.randint(low, high + 1, shape, generator=rng, device=rng.device).float()
+    if fill is not None:
+        normal.fill_(fill)
+    size = (rows, layout.outliers)
+    outliers = torch.randint(-128, 128, size, generator=rng, device=rng.device).float()
+    return torch.cat((normal, outliers), dim=1)
+
+
+def run(x, xs, w, ws, layout, backend, device, *, fmt="int4", weight="int4", bias=None, **options):
+    """Put both operands into the backend's layout, poison the output's memory, multiply."""
+    spec = QuantizeSpec(layout=layout, normal=fmt)
+    prepared = prepare_weights(
+        w.to(device),
+        ws.half().to(device),
+        layout,
+        bias=None if bias is None else bias.to(device),
+        weight_format=weight,
+        activation_format=fmt,
+        backend=backend,
+    )
+    dtype = options.get("dtype", torch.float16)
+    mixed = pack_values(x.to(device), xs.to(device), prepared.input_spec(spec), dtype)
+    # The allocator hands the same block out again: an element that is not written stays NaN.
+    poison = torch.full((x.shape[0], w.shape[0]), torch.nan, dtype=dtype, device=device)
+    del poison
+    return linear(mixed, prepared).cpu()
+
+
+def exact(x, xs, w, ws, layout, bias=None):
+    """The product in float64."""
+    real = [v.double() * expand_scales(s, layout).double() for v, s in ((x, xs), (w, ws))]
+    product = real[0] @ real[1].t()
+    return product if bias is None else product + bias.double()
+
+
+def powers_of_two(rows, layout, rng, low, high):
+    return 2.0 ** torch.randint(low, high, (rows, layout.num_scales), generator=rng).float()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 64), (5, 72), (17, 132)])
+def test_w4a4_with_power_of_two_scales_is_exact(backend, layout, tokens, channels, device):
+    rng = torch.Generator().manual_seed(tokens)
+    x = random_codes(tokens, layout, "int4", rng)
+    w = random_codes(channels, layout, "int4", rng)
+    xs, ws = (powers_of_two(n, layout, rng, -6, -2) for n in (tokens, channels))
+    bias = torch.randint(-8, 8, (channels,), generator=rng).float()
+    got = run(x, xs, w, ws, layout, backend, device, bias=bias)
+    want = exact(x, xs, w, ws, layout, bias)
+    # Every partial sum is a multiple of 2**-12 below 2**12 (three outlier groups of 2**21 * 2**-6):
+    # float32 holds it exactly, so one rounding to float16 is all that happens.
+    assert torch.equal(got, want.half())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("x_fill", "w_fill"), [(-8.0, -8.0), (7.0, 7.0), (-8.0, 7.0)])
+def test_extreme_codes_are_exact(backend, x_fill, w_fill, device):
+    # A group of 128 products of -8 * -8 reaches 8192, the largest sum an FP8 accumulator must hold.
+    layout = GroupLayout(384, 128, 128)
+    rng = torch.Generator().manual_seed(0)
+    x = random_codes(9, layout, "int4", rng, fill=x_fill)
+    w = random_codes(64, layout, "int4", rng, fill=w_fill)
+    xs, ws = torch.full((9, 4), 2.0**-4), torch.full((64, 4), 2.0**-4)
+    got = run(x, xs, w, ws, layout, backend, device)
+    assert torch.equal(got, exact(x, xs, w, ws, layout).half())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_channel_at_a_time_multiplies_its_own_weight(backend, device):
+    layout = GroupLayout(96, 96, 32)
+    rng = torch.Generator().manual_seed(1)
+    w = random_codes(64, layout, "int4", rng)
+    ws = torch.ones(64, 2)
+    # Token k holds a single 1 in channel k: row k of the result is column k of the weights.
+    got = run(torch.eye(128), torch.ones(128, 2), w, ws, layout, backend, device)
+    assert torch.equal(got.float(), w.t())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_scale_belongs_to_its_own_row_and_group(backend, device):
+    layout = GroupLayout(96, 32, 64, 2)
+    x, w = torch.zeros(9, 160), torch.zeros(64, 160)
+    x[:, ::32] = 1.0  # one channel of each of the five groups
+    w[:, ::32] = 1.0
+    rng = torch.Generator().manual_seed(2)
+    # Sums of five products below 20 * 20 are integers below 2048, which float16 holds.
+    xs = torch.randint(1, 20, (9, 5), generator=rng).float()
+    ws = torch.randint(1, 20, (64, 5), generator=rng).float()
+    got = run(x, xs, w, ws, layout, backend, device)
+    assert torch.equal(got.double(), xs.double() @ ws.double().t())
+
+
+@pytest.mark.parametrize(
+    ("backend", "weight", "fmt", "layout"),
+    [
+        *(
+            (backend, weight, fmt, GroupLayout(192, 64, 64))
+            for backend in (Backend.REFERENCE, Backend.TRITON)
+            for weight, fmt in (
+                ("int4", "int8"),
+                ("int4", "e4m3"),
+                ("int4", "float16"),
+                ("int3", "int3"),
+                ("int8", "int8"),
+            )
+        ),
+        (Backend.TRITON, "int8", "int8", GroupLayout(320, 320)),
+        (Backend.TRITON, "int4", "int4", GroupLayout(320, 320)),
+        (Backend.TRITON, "int4", "int8", GroupLayout(512, 256)),
+        pytest.param(Backend.CUDA, "int4", "e4m3", GroupLayout(192, 64, 64), marks=pytest.mark.gpu),
+        pytest.param(Backend.CUDA, "int3", "int3", GroupLayout(192, 64, 64), marks=pytest.mark.gpu),
+        pytest.param(Backend.CUDA, "int2", "int4", GroupLayout(256, 128), marks=pytest.mark.gpu),
+    ],
+)
+def test_every_scheme_has_the_accuracy_of_float32(backend, weight, fmt, layout, device):
+    rng = torch.Generator().manual_seed(7)
+    x = random_codes(6, layout, fmt, rng)
+    w = random_codes(68, layout, weight, rng)
+    xs = torch.rand(6, layout.num_scales, generator=rng).half().float() + 0.0625
+    ws = (torch.rand(68, layout.num_scales, generator=rng) * 0.01).half().float() + 0.0009765625
+    bias = torch.randn(68, generator=rng)
+    got = run(x, xs, w, ws, layout, backend, device, fmt=fmt, weight=weight, bias=bias)
+    want = exact(x, xs, w, ws, layout, bias)
+    # Float16 output rounds by 2**-12 on average; the FP8 unit truncates e4m3 products to 14 bits.
+    error = (got.double() - want).norm() / want.norm()
+    assert error <= (2e-3 if fmt == "e4m3" and backend is Backend.CUDA else 4e-4)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+def test_w4a16_takes_plain_tensors(backend, dtype, device):
+    layout = GroupLayout(160, 64)
+    rng = torch.Generator().manual_seed(3)
+    w = random_codes(40, layout, "int4", rng)
+    ws = (torch.rand(40, 3, generator=rng) * 0.1).half()
+    x = torch.randn(5, 160, generator=rng).to(dtype)
+    prepared = prepare_weights(
+        w.to(device), ws.to(device), layout, activation_format="float16", backend=backend
+    )
+    got = linear(x.to(device), prepared).cpu()
+    want = x.double() @ (w.double() * expand_scales(ws, layout).double()).t()
+    assert got.dtype is dtype
+    tolerance = 4e-4 if dtype is torch.float16 else 4e-3
+    assert (got.double() - want).norm() / want.norm() <= tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["int4", "e4m3"])
+@pytest.mark.parametrize("tokens", [1, 7, 33, 64, 200, 1030])
+@pytest.mark.parametrize(
+    ("channels", "normal", "outliers"),
+    [
+        (576 + 2 * 192, 512, 64),  # SmolLM2-135M: fused QKV
+        (1152, 864, 32),  # Qwen2.5-0.5B: fused QKV
+        (896, 4864 - 128, 128),
+        (11008 * 2, 3968, 128),  # Llama-7B: fused gate and up
+        (4096, 10880, 128),
+        (100, 256, 0),
+    ],
+)
+def test_hopper_shapes(tokens, channels, normal, outliers, fmt, device):
+    layout = GroupLayout(normal, 128, outliers)
+    rng = torch.Generator(device=device).manual_seed(tokens + channels)
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=rng, device=device)
+
+    x = random_codes(tokens, layout, fmt, rng)
+    w = random_codes(channels, layout, "int4", rng)
+    xs = (uniform(tokens, layout.num_scales) * 0.01 + 1e-3).half().float()
+    ws = (uniform(channels, layout.num_scales) * 0.01 + 1e-3).half().float()
+    bias = uniform(channels) - 0.5
+    got = run(x, xs, w, ws, layout, Backend.CUDA, device, fmt=fmt, bias=bias)
+    again = run(x, xs, w, ws, layout, Backend.CUDA, device, fmt=fmt, bias=bias)
+    assert torch.equal(got, again), "split k must add up in a fixed order"
+    want = exact(x, xs, w, ws, layout, bias).cpu()
+    # The bar on random inputs; int4 codes lose nothing but the float16 rounding of the result.
+    assert (got.double() - want).norm() / want.norm() <= (2e-3 if fmt == "e4m3" else 4e-4)
+
+
+@pytest.mark.gpu
+def test_every_configuration_of_the_hopper_kernel_is_exact(device):
+    from quatom.ops.linear.cuda import CONFIGS, linear_cuda
+
+    layout = GroupLayout(512, 128, 128)
+    rng = torch.Generator().manual_seed(5)
+    w = random_codes(192, layout, "int4", rng)
+    ws = powers_of_two(192, layout, rng, -6, -2)
+    prepared = prepare_weights(w.to(device), ws.half().to(device), layout, backend=Backend.CUDA)
+    for tokens in (1, 64, 300):
+        x = random_codes(tokens, layout, "int4", rng)
+        xs = powers_of_two(tokens, layout, rng, -6, -2)
+        spec = prepared.input_spec(QuantizeSpec(layout=layout))
+        mixed = pack_values(x.to(device), xs.to(device), spec, torch.float16)
+        want = exact(x, xs, w, ws, layout).half()
+        for config in CONFIGS:
+            got = linear_cuda(mixed, prepared.tensors[0], 192, None, config)
+            assert torch.equal(got.cpu(), want), config
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_sees_new_inputs(device):
+    layout = GroupLayout(384, 128, 128)
+    rng = torch.Generator().manual_seed(6)
+    w = random_codes(64, layout, "int4", rng).to(device)
+    prepared = prepare_weights(w, torch.ones(64, 4, device=device).half() / 16, layout)
+    spec = prepared.input_spec(QuantizeSpec(layout=layout))
+    xs = torch.full((4, 4), 2.0**-4, device=device)
+    mixed = pack_values(random_codes(4, layout, "int4", rng).to(device), xs, spec, torch.float16)
+    linear(mixed, prepared)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(mixed, prepared)
+    x = random_codes(4, layout, "int4", rng)
+    mixed.codes.copy_(pack_values(x.to(device), xs, spec, torch.float16).codes)
+    graph.replay()
+    want = exact(x, xs.cpu(), w.cpu(), torch.ones(64, 4) / 16, layout).half()
+    assert torch.equal(y.cpu(), want)
+
+
+def test_packed_hopper_weights_hold_every_code_once():
+    """Decode the packed bytes the way the kernel's registers do, without the packing code."""
+    from quatom.ops.linear.hopper_layout import pack_weights
+
+    layout = GroupLayout(128, 128)
+    rng = torch.Generator().manual_seed(8)
+    w = random_codes(64, layout, "int4", rng)
+    packed = pack_weights(w, torch.rand(64, 1, generator=rng).half(), layout)[0, 0]
+    for thread in range(0, 128, 7):
+        warp, lane = divmod(thread, 32)
+        for word in range(8):
+            at = word // 4 * 2048 + thread * 16 + word % 4 * 4
+            for half in range(2):
+                row = 16 * warp + 4 * (lane // 8) + lane // 4 % 2 + 2 * half
+                for byte in range(4):
+                    value = (int(packed[at + byte]) >> 4 * half & 0xF) - 8
+                    k = 32 * (word // 2) + 16 * (word % 2) + 4 * (lane % 4) + byte
+                    assert value == w[row, k]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from quatom.ops.linear.triton import _linear_kernel
+
+pointers = "xs ws bias".split()
+for x, packed, floats in (("*i8", True, False), ("*i8", False, False), ("*bf16", True, True)):
+    constants = dict(NORMAL=224, GROUP_SIZE=128, OUTLIERS=64, OUTLIER_SIZE=64, NUM_SCALES=3)
+    constants |= dict(PACKED=packed, FLOATS=floats, HAS_XS=True, HAS_BIAS=True, BM=16, BN=64)
+    constants |= dict(BK=128)
+    types = {f"{name}_ptr": "*fp32" for name in pointers}
+    types |= dict(x_ptr=x, w_ptr="*i8", outlier_ptr="*i8", y_ptr="*fp16")
+    types |= dict.fromkeys(("T", "N", "x_row_stride", "w_row_stride"), "i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in _linear_kernel.arg_names}
+    source = ASTSource(fn=_linear_kernel, signature=signature, constexprs=constants)
+    for arch in (80, 90):
+        triton.compile(source, target=GPUTarget("cuda", arch, 32))
+print("compiled")
+"""
+
+
+def test_the_triton_kernel_compiles_for_gpus_without_one():
+    # The interpreter accepts what the compiler refuses: a return under a constexpr branch, say.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "compiled", done.stderr
+
+
+def test_no_tokens():
+    layout = GroupLayout(64, 64)
+    prepared = prepare_weights(torch.ones(8, 64), torch.ones(8, 1).half(), layout)
+    mixed = pack_values(
+        torch.empty(0, 64), torch.empty(0, 1), QuantizeSpec(layout=layout), torch.float16
+    )
+    assert linear(mixed, prepared).shape == (0, 8)
+
+
+def test_errors_name_the_numbers_and_the_remedy():
+    layout = GroupLayout(64, 64, 32)
+    w, ws = torch.ones(8, 96), torch.ones(8, 2).half()
+    with pytest.raises(ShapeError, match=r"values \(N, 96\).*got \(8, 64\)"):
+        prepare_weights(w[:, :64], ws, layout)
+    with pytest.raises(ShapeError, match=r"scales \(8, 2\).*got \(8, 1\)"):
+        prepare_weights(w, ws[:, :1], layout)
+    with pytest.raises(ShapeError, match=r"bias \(8,\); got \(7,\)"):
+        prepare_weights(w, ws, layout, bias=torch.ones(7))
+    with pytest.raises(BackendError, match=r"weights must be integers, not e2m1; use the ref"):
+        prepare_weights(w, ws, layout, weight_format="e2m1", backend=Backend.TRITON)
+    with pytest.raises(BackendError, match=r"outliers must be int8, not float16"):
+        prepare_weights(w, ws, layout, outlier_format="float16", backend=Backend.TRITON)
+    with pytest.raises(BackendError, match=r"Hopper GPU \(sm_90\), the weights are on cpu"):
+        prepare_weights(w, ws, layout, backend=Backend.CUDA)
+    prepared = prepare_weights(w, ws, layout)
+    mixed = pack_values(
+        torch.ones(2, 96), torch.ones(2, 2), QuantizeSpec(layout=layout), torch.float16
+    )
+    with pytest.raises(ShapeError, match=r"x is a plain tensor.*int4: quantize x first"):
+        linear(torch.ones(2, 96), prepared)
+    with pytest.raises(ShapeError, match=r"expected x \(T, 96\).*got \(2, 64\)"):
+        linear(torch.ones(2, 64), prepared)
+    with pytest.raises(ShapeError, match=r"x is int4, the weights are prepared for.* e4m3"):
+        linear(mixed, dataclasses.replace(prepared, activation_format="e4m3"))
+    other = QuantizeSpec(layout=GroupLayout(96, 96))
+    mixed = pack_values(torch.ones(2, 96), torch.ones(2, 1), other, torch.float16)
+    with pytest.raises(ShapeError, match=r"quantize with prepared.input_spec"):
+        linear(mixed, prepared)

@@ -1,0 +1,124 @@
+"""rmsnorm_quantize: kernels against the reference, the reference against its properties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quatom.errors import ShapeError
+from quatom.numerics.groups import GroupLayout
+from quatom.ops.activations import QuantizeSpec
+from quatom.ops.backend import Backend
+from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
+
+BACKENDS = [Backend.REFERENCE, Backend.TRITON]
+KERNELS = [
+    (Backend.TRITON, "rows"),
+    (Backend.TRITON, "groups"),
+    pytest.param(Backend.CUDA, "groups", marks=pytest.mark.gpu),
+]
+
+
+def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
+    """Rows with a few large channels, as in a trained model."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=rng)
+    x[:, ::37] *= 30.0
+    weight = 1 + 0.1 * torch.randn(channels, generator=rng)
+    order = torch.randperm(channels, generator=rng).int()
+    residual = torch.randn(tokens, channels, generator=rng)
+    return x.to(dtype), weight.to(dtype), order, residual.to(dtype)
+
+
+@pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
+@pytest.mark.parametrize("normal", ["int4", "e4m3"])
+@pytest.mark.parametrize(
+    ("tokens", "layout", "dtype"),
+    [
+        (1, GroupLayout(256, 128, 128), torch.float16),  # single-token decode
+        (3, GroupLayout(512, 128, 64), torch.float16),  # SmolLM2: 576 channels, no power of two
+        (9, GroupLayout(864, 128, 32), torch.float16),  # Qwen2.5: 896 channels, a short last group
+        # Triton's interpreter truncates to bfloat16, the GPU rounds.
+        pytest.param(2, GroupLayout(256, 128), torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param(70, GroupLayout(3968, 128, 128), torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param(3, GroupLayout(8064, 128, 128), torch.float16, marks=pytest.mark.gpu),
+    ],
+)
+def test_kernels_match_the_reference(backend, byte_layout, normal, tokens, layout, dtype, device):
+    x, weight, order, residual = make_inputs(tokens, layout.channels, dtype=dtype)
+    spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, byte_layout=byte_layout)
+    for reorder, add in ((order, residual), (None, None)):
+        on = [None if t is None else t.to(device) for t in (x, weight, reorder, add)]
+        got, total = rmsnorm_quantize(*on[:3], spec, eps=1e-5, residual=on[3], backend=backend)
+        want, want_total = rmsnorm_quantize(
+            x, weight, reorder, spec, eps=1e-5, residual=add, backend=Backend.REFERENCE
+        )
+        assert torch.equal(total.cpu(), want_total)
+        (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
+        # Squares are summed in another order, so values differ by ulps of float32: a scale by one
+        # float16 step, and codes next to a tie by one.
+        torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
+        difference = (codes.cpu() - want_codes).abs()
+        assert (difference != 0).float().mean() <= 1e-3
+        step = want_codes.abs().clamp(min=8) / 8 if normal == "e4m3" else 1.0
+        assert (difference <= step).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**16), tokens=st.integers(1, 4))
+def test_the_error_is_at_most_half_a_step_without_clipping(seed, tokens):
+    layout = GroupLayout(384, 128, 128)
+    x, weight, order, residual = make_inputs(tokens, 512, seed=seed)
+    quantized, total = rmsnorm_quantize(
+        x, weight, order, QuantizeSpec(layout=layout), eps=1e-6, residual=residual
+    )
+    assert torch.equal(total, x + residual)
+    real = total.double()
+    normed = real * torch.rsqrt(real.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    error = (quantized.dequantize() - normed[:, order.long()]).abs()
+    step = quantized.scales.repeat_interleave(128, dim=1)
+    # The scale itself is rounded to float16, so the extreme code may miss by 127 * 2**-11 steps.
+    assert (error <= step * (0.5 + 127 * 2**-11)).all()
+
+
+@given(exponent=st.integers(-4, 4))
+@settings(deadline=None, max_examples=9)
+def test_scaling_a_token_by_a_power_of_two_changes_nothing(exponent):
+    layout = GroupLayout(384, 128, 128)
+    x, weight, order, _ = make_inputs(2, 512)
+    spec = QuantizeSpec(layout=layout)
+    base, _ = rmsnorm_quantize(x, weight, order, spec, eps=0.0)
+    scaled, _ = rmsnorm_quantize(x * 2.0**exponent, weight, order, spec, eps=0.0)
+    assert torch.equal(base.codes, scaled.codes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_is_inside_the_root(backend, device):
+    # eps completes the mean square to 64 and weight is 8: the row passes through unchanged.
+    x = torch.zeros(1, 128, dtype=torch.float16, device=device)
+    x[0, :7] = torch.tensor([7, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
+    eps = 64.0 - x.float().square().mean().item()
+    weight = torch.full((128,), 8.0, dtype=torch.float16, device=device)
+    spec = QuantizeSpec(layout=GroupLayout(128, 128))
+    got, total = rmsnorm_quantize(x, weight, None, spec, eps=eps, backend=backend)
+    assert got.codes[0, :7].tolist() == [7, 0, 2, 2, 0, -2, -2]
+    assert total is x
+
+
+def test_a_zero_token_stays_zero_and_finite():
+    _, weight, order, _ = make_inputs(2, 256)
+    spec = QuantizeSpec(layout=GroupLayout(128, 128, 128))
+    quantized, _ = rmsnorm_quantize(torch.zeros(2, 256), weight.float(), order, spec, eps=1e-6)
+    assert not quantized.dequantize().any()
+    assert quantized.scales.isfinite().all()
+
+
+def test_errors_name_the_numbers():
+    x, weight, order, residual = make_inputs(2, 256)
+    spec = QuantizeSpec(layout=GroupLayout(128, 128, 128))
+    with pytest.raises(ShapeError, match=r"weight \(256,\).*got \(2, 256\) and \(255,\)"):
+        rmsnorm_quantize(x, weight[:255], order, spec, eps=1e-6)
+    with pytest.raises(ShapeError, match=r"order \(256,\); got \(3,\)"):
+        rmsnorm_quantize(x, weight, order[:3], spec, eps=1e-6)
+    with pytest.raises(ShapeError, match=r"residual \(2, 256\) torch.float16.*torch.float32"):
+        rmsnorm_quantize(x, weight, order, spec, eps=1e-6, residual=residual.float())

@@ -1,0 +1,71 @@
+"""silu_quantize: kernels against the reference, the reference against float64."""
+
+import pytest
+import torch
+
+from quatom.errors import ShapeError
+from quatom.numerics.groups import GroupLayout
+from quatom.ops.activations import QuantizeSpec
+from quatom.ops.backend import Backend
+from quatom.ops.silu_quantize import silu_quantize
+
+BACKENDS = [Backend.REFERENCE, Backend.TRITON]
+KERNELS = [
+    (Backend.TRITON, "rows"),
+    (Backend.TRITON, "groups"),
+    pytest.param(Backend.CUDA, "groups", marks=pytest.mark.gpu),
+]
+
+
+def make_gate_up(tokens, channels, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 2 * channels, generator=rng)
+    x[:, ::41] *= 20.0
+    return x.half()
+
+
+@pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
+@pytest.mark.parametrize("normal", ["int4", "e4m3"])
+@pytest.mark.parametrize(
+    ("tokens", "layout"),
+    [
+        (1, GroupLayout(256, 128, 128)),
+        (5, GroupLayout(512 + 96, 128, 64)),  # a short last group
+        (2, GroupLayout(2688, 128, 128)),  # more groups than one program takes
+    ],
+)
+def test_kernels_match_the_reference(backend, byte_layout, normal, tokens, layout, device):
+    gate_up = make_gate_up(tokens, layout.channels)
+    spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, byte_layout=byte_layout)
+    got = silu_quantize(gate_up.to(device), spec, backend=backend)
+    want = silu_quantize(gate_up, spec, backend=Backend.REFERENCE)
+    (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
+    # exp differs by ulps of float32: a scale by one float16 step, and codes next to a tie by one.
+    torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
+    difference = (codes.cpu() - want_codes).abs()
+    assert (difference != 0).float().mean() <= 1e-3
+    step = want_codes.abs().clamp(min=8) / 8 if normal == "e4m3" else 1.0
+    assert (difference <= step).all()
+
+
+def test_the_reference_is_silu_times_up():
+    layout = GroupLayout(128, 128)
+    gate_up = make_gate_up(4, 128)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    want = gate / (1 + (-gate).exp()) * up
+    got = silu_quantize(gate_up, QuantizeSpec(layout=layout, normal="int8")).dequantize()
+    step = want.abs().amax(dim=1, keepdim=True) / 127
+    assert ((got - want).abs() <= step * (0.5 + 127 * 2**-11)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_negative_gates_vanish_without_nan(backend, device):
+    gate_up = torch.full((1, 128), -60000.0, dtype=torch.float16, device=device)
+    spec = QuantizeSpec(layout=GroupLayout(64, 64))
+    assert not silu_quantize(gate_up, spec, backend=backend).dequantize().any()
+
+
+def test_the_error_names_the_numbers():
+    spec = QuantizeSpec(layout=GroupLayout(64, 64))
+    with pytest.raises(ShapeError, match=r"\(T, 128\), twice the layout's 64.*got \(2, 64\)"):
+        silu_quantize(torch.zeros(2, 64), spec)
