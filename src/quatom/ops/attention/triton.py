@@ -355,7 +355,7 @@ def attention_triton(
 
 
 def _tile(block_m: int) -> tuple[int, int]:
-    """Tokens of a tile and warps of a program, as measured fastest for decode and for prefill."""
+    """Tokens of a tile and warps of a program, for decode rows and for prefill tiles."""
     return (64, 2) if block_m == 16 else (32, 4)
 
 
