@@ -1,0 +1,163 @@
+"""One block: statistics by hand, orders, rotations that change nothing, and rounding of a place."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quatom.checkpoint.reader import open_source
+from quatom.errors import ModelError, QuantizationError
+from quatom.loading import build_float_block, load_float_block, place_layouts
+from quatom.modeling.rope import rotary_table
+from quatom.quantize.block import arrange_block, choose_orders, rotate_values, round_place
+from quatom.quantize.outliers import channel_magnitudes
+from quatom.quantize.statistics import ChannelScores, SecondMoments, observe, run_block
+from quatom.recipe import PRESETS, KVSpec, OutlierSpec, Recipe, WeightSpec
+
+CPU = torch.device("cpu")
+FLOAT = PRESETS["fp16"]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_qwen2_dir):
+    return open_source(tiny_qwen2_dir)
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    return torch.randn(3, 20, 256, generator=torch.Generator().manual_seed(0))
+
+
+def run(source, block, recipe=FLOAT, orders=None):
+    module = build_float_block(source.model_config, recipe, block, orders)
+    return lambda x: run_block(module, x, rotary_table(source.model_config, x.shape[1]))
+
+
+def test_scores_and_moments_by_hand():
+    batches = [torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[-1.0, 1.0]])]
+    squares, magnitudes = ChannelScores("second_moment"), ChannelScores("abs_mean")
+    moments = SecondMoments()
+    for batch in batches:
+        squares.add("qkv", batch)
+        magnitudes.add("qkv", batch)
+        moments.add("qkv", batch)
+    assert squares.sums["qkv"].tolist() == [11.0, 5.0]
+    assert magnitudes.sums["qkv"].tolist() == [5.0, 3.0]
+    assert moments.sums["qkv"].tolist() == [[11.0, -3.0], [-3.0, 5.0]]
+
+
+def test_observers_see_every_place_and_leave(source, hidden):
+    block = load_float_block(source, 0, CPU, torch.float32)
+    module = build_float_block(source.model_config, FLOAT, block)
+    rope = rotary_table(source.model_config, 20)
+    seen = {}
+    with observe(module, lambda place, x: seen.setdefault(place, x.shape)):
+        run_block(module, hidden, rope)
+    assert seen == {"qkv": (60, 256), "o": (60, 256), "gate_up": (60, 256), "down": (60, 384)}
+    seen.clear()
+    run_block(module, hidden, rope)
+    assert not seen
+
+
+def test_batches_do_not_see_each_other(source, hidden, monkeypatch):
+    block = run(source, load_float_block(source, 0, CPU, torch.float32))
+    together = block(hidden)
+    monkeypatch.setattr("quatom.quantize.statistics.TOKENS_PER_BATCH", 21)
+    torch.testing.assert_close(block(hidden), together, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_arranged_weights_compute_the_same_block(tensor_parallel, source, hidden):
+    """Orders move columns and, for down_proj's input, rows of gate and up: no output changes."""
+    recipe = replace(
+        FLOAT,
+        weights=WeightSpec(group_size=32),
+        outliers=OutlierSpec(channels=32),
+        tensor_parallel=tensor_parallel,
+    )
+    block = load_float_block(source, 0, CPU, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    scores = {
+        place: torch.rand(layout.channels, generator=generator)
+        for place, layout in place_layouts(recipe, source.model_config).items()
+    }
+    orders = choose_orders(scores, recipe, source.model_config)
+    assert all(not torch.equal(o, torch.arange(len(o))) for o in orders.values())
+    arranged = arrange_block(block, orders, recipe, source.model_config)
+    inputs = {place: order for place, order in orders.items() if place != "down"}
+    got = run(source, arranged, FLOAT, inputs)(hidden)
+    want = run(source, block)(hidden)
+    # Float32 sums in another order.
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_a_recipe_without_outliers_orders_nothing(source):
+    assert choose_orders({"qkv": torch.rand(256)}, PRESETS["w4a16"], source.model_config) == {}
+
+
+def test_rotated_values_compute_the_same_block(source, hidden):
+    recipe = Recipe(kv_cache=KVSpec(value_rotation="hadamard"))
+    block = load_float_block(source, 0, CPU, torch.float32)
+    rotated = rotate_values(block, recipe, source.model_config)
+    assert not torch.equal(rotated.weights["qkv"], block.weights["qkv"])
+    assert not torch.equal(rotated.biases["qkv"], block.biases["qkv"])
+    first = (4 + 2) * 64
+    assert torch.equal(rotated.weights["qkv"][:first], block.weights["qkv"][:first])
+    want = run(source, block)(hidden)
+    assert (run(source, rotated)(hidden) - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def singular(size=256):
+    """Finite and symmetric, but not positive definite whatever the damping."""
+    moment = torch.eye(size)
+    moment[0, 1] = moment[1, 0] = 10.0
+    return moment
+
+
+def place(source, recipe, moment):
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(2))
+    arguments = ("model.layers.7 o", weight, moment, None, recipe, source.model_config, "o")
+    return round_place(*arguments)
+
+
+def test_moments_that_cannot_be_inverted_stop_or_round_to_nearest(source):
+    recipe = PRESETS["atom-w4a4kv4"]
+    with pytest.raises(
+        QuantizationError,
+        match=r"model\.layers\.7 o: .*256 x 256.*damping \(now 0\.01\).*on_singular='nearest'",
+    ):
+        place(source, recipe, singular())
+    got = place(source, replace(recipe, on_singular="nearest"), singular())
+    nearest = replace(recipe, weights=replace(recipe.weights, rounding="nearest"))
+    want = place(source, nearest, None)
+    assert torch.equal(got.weight.values, want.weight.values)
+
+
+def test_the_relative_error_is_that_of_the_output(source):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(300, 256, generator=generator)
+    got = place(source, PRESETS["atom-w3a3"], x.t() @ x)
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(2))
+    error = x @ (got.weight.dequantize() - weight).t()
+    want = (error.norm() / (x @ weight.t()).norm()).item()
+    assert got.relative_error == pytest.approx(want, rel=1e-3)
+
+
+def test_inputs_that_are_all_zero_have_no_error_and_no_nan(source):
+    assert place(source, PRESETS["atom-w4a4kv4"], torch.zeros(256, 256)).relative_error == 0.0
+
+
+def test_magnitudes_find_the_planted_outliers(source):
+    """conftest multiplies eight channels of each norm by 20."""
+    tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+    for layer in (0, 1):
+        measured = channel_magnitudes(source, tokens, layer, CPU)
+        assert [m.place for m in measured] == ["qkv", "o", "gate_up", "down"]
+        qkv = measured[0]
+        norm = source.load(f"model.layers.{layer}.input_layernorm.weight")
+        planted = norm.abs().topk(8).indices
+        assert set(planted.tolist()) == set(qkv.order[-8:].tolist())
+        assert qkv.largest_over_median > 5
+        assert (qkv.second_moment <= qkv.absmax.square() * 1.0001).all()
+    with pytest.raises(ModelError, match="layer 2 does not exist: the model has 0 to 1"):
+        channel_magnitudes(source, tokens, 2, CPU)

@@ -1,0 +1,114 @@
+"""A folder becomes a model: dtypes, devices, backends, tokenizers; damage is refused."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quatom.checkpoint.reader import open_source
+from quatom.errors import BackendError, CheckpointError
+from quatom.loading import default_dtype, load, usable_device
+from quatom.modeling.linear import FloatLinear, QuantizedLinear
+from quatom.quantize.pipeline import quantize_checkpoint
+from quatom.recipe import PRESETS
+from tests.checkpoint.models import CONFIG, write_model
+from tests.conftest import write_byte_tokenizer
+
+SMALL = CONFIG | {"vocab_size": 260, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def source_dir(tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("m") / "bf16", SMALL, dtype=torch.bfloat16)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(source_dir, tmp_path_factory):
+    target = tmp_path_factory.mktemp("q") / "w8a8"
+    quantize_checkpoint(source_dir, target, "w8a8")
+    return target
+
+
+def linears(loaded):
+    block = loaded.model.blocks[0]
+    return [block.qkv, block.o, block.gate_up, block.down]
+
+
+def test_a_floating_point_folder(source_dir):
+    loaded = load(source_dir)
+    assert loaded.recipe == PRESETS["fp16"]
+    assert (loaded.dtype, loaded.source_dtype) == (torch.float32, torch.bfloat16)
+    assert loaded.backend_name == "torch"
+    assert loaded.source == str(source_dir)
+    assert all(isinstance(linear, FloatLinear) for linear in linears(loaded))
+    assert loaded.require_tokenizer().decode([39]) != ""
+
+
+def test_a_checkpoint(checkpoint_dir):
+    loaded = load(checkpoint_dir)
+    assert loaded.recipe == PRESETS["w8a8"]
+    assert loaded.source_dtype == torch.bfloat16  # what is not quantized keeps its dtype
+    assert loaded.backend_name == "reference"
+    assert all(isinstance(linear, QuantizedLinear) for linear in linears(loaded))
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_asked_for(dtype, source_dir, checkpoint_dir):
+    for folder in (source_dir, checkpoint_dir):
+        loaded = load(folder, dtype=dtype)
+        assert loaded.dtype == loaded.model.embedding.dtype == dtype
+        assert loaded.model.allocate_kv_cache(1, 16)[0].dtype == str(dtype).removeprefix("torch.")
+
+
+def test_the_dtype_by_default(source_dir):
+    source = open_source(source_dir)
+    assert default_dtype(source, torch.device("cpu")) == torch.float32
+    assert default_dtype(source, torch.device("cuda")) == torch.bfloat16
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert usable_device("cpu") == torch.device("cpu")
+    with pytest.raises(BackendError, match="no GPU: use cpu"):
+        usable_device("cuda")
+    with pytest.raises(BackendError, match="'meta' is not supported: use cpu or cuda"):
+        usable_device("meta")
+    with pytest.raises(BackendError, match="unknown device 'gpu9'"):
+        usable_device("gpu9")
+
+
+def test_a_folder_without_tokenizer_runs_on_token_ids(source_dir, tmp_path):
+    folder = shutil.copytree(source_dir, tmp_path / "m")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    loaded = load(folder)
+    assert loaded.tokenizer is None
+    with pytest.raises(CheckpointError, match="has no tokenizer files"):
+        loaded.require_tokenizer()
+
+
+def test_weights_of_a_checkpoint_are_those_of_its_source_up_to_half_a_step(
+    source_dir, checkpoint_dir
+):
+    """w8a8 keeps the order of channels and rows: every linear can be compared as it is."""
+    for ours, theirs in zip(linears(load(checkpoint_dir)), linears(load(source_dir)), strict=True):
+        (weight,) = ours.prepared.tensors
+        step = theirs.weight.abs().amax(dim=1, keepdim=True) / 127
+        # Half a step, and 127 times the rounding of the scale to float16.
+        assert ((weight - theirs.weight).abs() <= step * (0.5 + 127 * 2.0**-11)).all()
+
+
+def test_another_backend_is_refused_where_it_cannot_run(checkpoint_dir):
+    from quatom.ops.backend import Backend
+
+    with pytest.raises(BackendError, match="cuda"):
+        load(checkpoint_dir, backend=Backend.CUDA)
+
+
+def test_a_loaded_model_is_a_value(source_dir):
+    loaded = load(source_dir)
+    assert replace(loaded, source="x").model is loaded.model
