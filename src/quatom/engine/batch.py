@@ -124,6 +124,7 @@ def build_batch(
             max_seqlen_q=max(counts),
             max_seq_len=max(seq_lens),
             num_decodes=n,
+            total_kv_tokens=sum(seq_lens[n:]),
         ),
         sample_rows=to_device(_assign_sample_rows(items), device),
         items=items,

@@ -113,4 +113,5 @@ def packed_context(
         seq_lens=torch.tensor(sequences, dtype=torch.int32, device=device),
         max_seqlen_q=max(lengths),
         max_seq_len=max(sequences),
+        total_kv_tokens=sum(sequences),
     )

@@ -24,3 +24,6 @@ class ForwardContext:
     """Largest of seq_lens."""
     num_decodes: int = 0
     """The first sequences of a mixed batch that have one new token each."""
+    total_kv_tokens: int | None = None
+    """Sum of seq_lens without the decodes, where the host knows it: saves a prefill on a GPU from
+    reading it back."""

@@ -104,6 +104,7 @@ class DecoderBlock(nn.Module):
             sliding_window=config.sliding_window,
             rotary=None if rotates_cached else rope,
             num_decodes=context.num_decodes,
+            total_kv_tokens=context.total_kv_tokens,
             backend=self.backend,
         )
         hidden = self.o(self.o_input.plain(attended.flatten(1)))
@@ -199,4 +200,5 @@ def full_sequences_context(
         seq_lens=torch.full((num_sequences,), length, dtype=torch.int32, device=device),
         max_seqlen_q=length,
         max_seq_len=length,
+        total_kv_tokens=num_sequences * length,
     )
