@@ -92,7 +92,7 @@ class Counts:
 class Simulation:
     """transformers' model with weights, inputs and KV cache as the checkpoint in `folder` says."""
 
-    def __init__(self, folder: Path, source: Path) -> None:
+    def __init__(self, folder: Path, source: Path, **options: str) -> None:
         import transformers
 
         config = json.loads((folder / "config.json").read_text())
@@ -101,7 +101,7 @@ class Simulation:
         for file in folder.glob("*.safetensors"):
             self.tensors |= load_file(file)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="eager"
+            source, dtype=torch.float32, attn_implementation="eager", **options
         ).eval()
         self.counts = Counts()
         self.recorded: dict[tuple[int, str], torch.Tensor] = {}
