@@ -40,9 +40,10 @@ def plot_kernels(
             )
             if points:
                 axis.plot(*zip(*points, strict=True), marker=marker, label=label, color=color)
+        least_bytes = {m: n * k * _WEIGHT_BYTES + m * (k + 2 * n) for m in tokens}
         roof = [
             min(
-                2 * m * n * k / (n * k * _WEIGHT_BYTES + m * (k + 2 * n)) * environment["copy_tb_s"],
+                2 * m * n * k / least_bytes[m] * environment["copy_tb_s"],
                 environment["fp8_tflops"],
             )
             for m in tokens

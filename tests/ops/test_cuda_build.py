@@ -1,0 +1,115 @@
+"""cuda_build: compiling without a GPU, the cache, errors, and what the compiler made of kernels."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from quatom.errors import BackendError
+from quatom.ops import cuda_build
+from quatom.ops.cuda_build import compile_cubin
+
+SOURCE = 'extern "C" __global__ void fill(int* out) { out[threadIdx.x] = VALUE; }'
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUATOM_CACHE_DIR", str(tmp_path))
+    try:
+        cuda_build._nvrtc()
+    except BackendError as error:
+        pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
+
+
+def disassemble(cubin: bytes, folder: Path) -> str:
+    """SASS, by the cuobjdump of the CUDA toolkit or of Triton's wheel."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="no cuobjdump, no Triton that ships one")
+        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if not bundled.exists():
+            pytest.skip(f"no cuobjdump on the path and none at {bundled}")
+        tool = str(bundled)
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    done = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_a_kernel_is_compiled_once_and_every_option_counts(tmp_path, monkeypatch):
+    first = compile_cubin(SOURCE, "sm_80", {"VALUE": 1})
+    assert first[:4] == b"\x7fELF"
+    monkeypatch.setattr(cuda_build, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert compile_cubin(SOURCE, "sm_80", {"VALUE": 1}) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("QUATOM_CACHE_DIR", str(tmp_path))
+    for arch, value in (("sm_80", 2), ("sm_90a", 1)):
+        compile_cubin(SOURCE, arch, {"VALUE": value})
+    assert len(list((tmp_path / "cubin").iterdir())) == 3
+
+
+def test_an_error_carries_the_compiler_log():
+    with pytest.raises(BackendError, match=r"VALUE.* undefined") as info:
+        compile_cubin(SOURCE, "sm_80")
+    assert "sm_80" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tokens": 16, "warpgroups": 1, "split": 4, "ctas_per_sm": 3},
+        {"tokens": 64, "warpgroups": 1, "ctas_per_sm": 3},
+        {"tokens": 128, "warpgroups": 3},
+        {"tokens": 64, "warpgroups": 2, "blocks": 2, "split": 2},
+    ],
+)
+def test_the_hopper_linear_kernel_uses_the_matrix_units_without_spills(fields, tmp_path):
+    from quatom.ops.linear.cuda import Config, defines, kernel_source
+
+    config = Config(**fields)
+    source = kernel_source(config.tokens)
+    sass = disassemble(compile_cubin(source, "sm_90a", defines(config, torch.float16)), tmp_path)
+    assert f"QGMMA.64x{config.tokens}x32.F32.E4M3.E4M3" in sass
+    assert f"IGMMA.64x{config.tokens}x32.S8.S8" in sass
+    assert "UBLKCP" in sass  # bulk copies
+    # A few registers may be saved around the loop; inside it a spill would cost every step.
+    matrix = [match.start() for match in re.finditer("QGMMA", sass)]
+    loop = sass[matrix[0] : matrix[-1]]
+    assert "CALL" not in loop
+    assert len(re.findall(r"\b(LDL|STL)\b", loop)) <= 4
+
+
+def test_candidates_fit_the_chip():
+    from quatom.ops.linear.cuda import CONFIGS
+
+    for config in CONFIGS:
+        per_sm = config.ctas_per_sm * (config.shared_bytes + 1024)
+        assert per_sm <= 228 * 1024, config
+        assert config.num_stages >= 3, config
+        assert config.cluster <= 8, config
+        producer, consumer = config.registers
+        if producer:  # setmaxnreg deadlocks if it asks for more than the launch gave
+            given = 65536 // config.threads // 8 * 8 * config.threads
+            assert producer * 128 + consumer * 128 * config.warpgroups <= given, config
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 100, 5000])
+@pytest.mark.parametrize(("row_blocks", "units"), [(344, 33), (64, 87), (15, 3), (1, 1)])
+def test_every_problem_gets_a_configuration(tokens, row_blocks, units):
+    from quatom.ops.linear.cuda import choose_config
+
+    config = choose_config(tokens, row_blocks, units)
+    assert config.split <= units
+
+
+@pytest.mark.parametrize("operation", [0, 1, 2])
+def test_the_quantize_kernel_moves_wide_words(operation, tmp_path):
+    source = Path(cuda_build.__file__).with_name("quantize.cu").read_text()
+    constants = {"OPERATION": operation, "THREADS": 256, "VECTORS": 2, "INPUT_BF16": 0, "E4M3": 0}
+    sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
+    assert ("LDG.E.64" if operation == 2 else "LDG.E.128") in sass
+    assert "STG.E.64" in sass
+    assert not re.search(r"\b(LDL|STL)\b", sass)
