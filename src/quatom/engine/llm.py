@@ -60,6 +60,7 @@ class LLM:
         base = config or EngineConfig()
         fields = {name: getattr(base, name) for name in EngineConfig.__slots__}
         loaded = load(model, device=device, dtype=dtype, backend=backend)
+        self.recipe = loaded.recipe
         self.engine = Engine(loaded, EngineConfig(**{**fields, **given}))
 
     @classmethod
