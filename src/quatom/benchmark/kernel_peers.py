@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def bf16(channels: int, k: int) -> Peer:
 
     def calls(tokens: int) -> Calls:
         x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
-        return [lambda w=w: x @ w.t() for w in weights]
+        return [partial(torch.matmul, x, w.t()) for w in weights]
 
     return Peer(weights[0].numel() * 2, 2, calls)
 
@@ -48,7 +49,7 @@ def int8(channels: int, k: int) -> Peer:
         if tokens <= 16:
             return []
         x = torch.randint(-127, 128, (tokens, k), device="cuda", dtype=torch.int8)
-        return [lambda w=w: torch._int_mm(x, w.t()) for w in weights]
+        return [partial(torch._int_mm, x, w.t()) for w in weights]
 
     return Peer(weight.numel(), 1, calls)
 
@@ -64,8 +65,14 @@ def fp8(channels: int, k: int) -> Peer:
             return []
         x = torch.randn(tokens, k, device="cuda").to(torch.float8_e4m3fn)
         return [
-            lambda w=w: torch._scaled_mm(
-                x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+            partial(
+                torch._scaled_mm,
+                x,
+                w.t(),
+                one,
+                one,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
             )
             for w in weights
         ]
@@ -99,7 +106,7 @@ def _humming(activation: str) -> Callable[[int, int], Peer | None]:
         def calls(tokens: int) -> Calls:
             x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
             codes, scales = may_quant_input(layers[0].humming_config, x)
-            return [lambda layer=layer: layer(codes, input_scale=scales) for layer in layers]
+            return [partial(layer, codes, input_scale=scales) for layer in layers]
 
         return Peer(bytes_, 1, calls)
 

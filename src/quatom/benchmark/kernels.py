@@ -8,7 +8,8 @@ alone.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from quatom.benchmark.environment import describe_environment, measure_ceilings, write_results
 from quatom.benchmark.kernel_peers import PEERS
 from quatom.benchmark.timing import Timing, copies_to_rotate, time_graph
-from quatom.errors import BackendError
+from quatom.errors import BackendError, RecipeError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout, expand_scales
 from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
@@ -33,7 +34,7 @@ SHAPES = ((12288, 4096), (22016, 4096), (4096, 11008), (4096, 4096))
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
 QUANTIZE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 OUTLIERS = 128
-Op = Literal["all", "linear", "quantize"]
+OPS = ("all", "linear", "quantize")
 
 
 @dataclass(frozen=True)
@@ -128,19 +129,14 @@ def _own_linear(shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[str, 
         for tokens in TOKENS:
             x = operands.activations(tokens, fmt)
             layers = [
-                _with_weights(operands.prepared, weights, fmt) for weights in operands.weights
+                replace(operands.prepared, tensors=(weights,), activation_format=fmt)
+                for weights in operands.weights
             ]
             y = linear(x, layers[0])
             error = relative_error(y, x, operands.values, operands.scales)
-            timing = time_graph([lambda p=p, x=x: linear(x, p) for p in layers])
+            timing = time_graph([partial(linear, x, layer) for layer in layers])
             least = operands.weights[0].numel() + x.codes.numel() + 2 * y.numel()
             yield _entry(scheme, "cuda", tokens, shape, timing, least, copy_tb_s, error)
-
-
-def _with_weights(prepared: PreparedLinear, weights: Tensor, fmt: str) -> PreparedLinear:
-    from dataclasses import replace
-
-    return replace(prepared, tensors=(weights,), activation_format=fmt)
 
 
 def _portable_linear(shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[str, Any]]:
@@ -164,7 +160,7 @@ def _portable_linear(shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[
         for tokens in (16, 1024):
             x = random_activations(tokens, layout, fmt, "rows")
             error = relative_error(linear(x, prepared), x, values, scales)
-            timing = time_graph([lambda x=x: linear(x, prepared)])  # noqa: B023 (called at once)
+            timing = time_graph([partial(linear, x, prepared)])
             least = sum(t.numel() * t.element_size() for t in prepared.tensors)
             least += x.codes.numel() + 2 * tokens * channels
             yield _entry(scheme, "triton", tokens, shape, timing, least, copy_tb_s, error)
@@ -218,19 +214,17 @@ def _quantize(copy_tb_s: float) -> Iterator[dict[str, Any]]:
             if is_inner:
                 calls["silu_quantize"] = (
                     tokens * k * 4 + out_bytes,
-                    [lambda x=x, s=spec: silu_quantize(x, s) for x in rows(2 * k)],
+                    [partial(silu_quantize, x, spec) for x in rows(2 * k)],
                 )
             else:
                 calls["reorder_quantize"] = (
                     tokens * k * 2 + out_bytes,
-                    [lambda x=x, o=order, s=spec: reorder_quantize(x, o, s) for x in rows(k)],
+                    [partial(reorder_quantize, x, order, spec) for x in rows(k)],
                 )
                 calls["rmsnorm_quantize"] = (
                     tokens * k * 6 + out_bytes,
                     [
-                        lambda x=x, r=r, w=weight, o=order, s=spec: rmsnorm_quantize(
-                            x, w, o, s, eps=1e-5, residual=r
-                        )
+                        partial(rmsnorm_quantize, x, weight, order, spec, eps=1e-5, residual=r)
                         for x, r in zip(rows(k), rows(k), strict=True)
                     ],
                 )
@@ -285,15 +279,23 @@ def _reorder_gain(copy_tb_s: float) -> Iterator[dict[str, Any]]:
 
 
 def run_kernel_bench(
-    op: Op = "all", json_path: Path | None = None, plot_path: Path | None = None
+    op: str = "all", json_path: Path | None = None, plot_path: Path | None = None
 ) -> list[dict[str, Any]]:
     """Measure the kernels on the current GPU, and write a result file and a plot.
 
     The result file is written after every shape, so that an interrupted run keeps what it has.
 
+    Args:
+        op: all, linear or quantize.
+        json_path: result file.
+        plot_path: picture of the linear results.
+
     Raises:
+        RecipeError: there is no such op.
         BackendError: there is no Hopper GPU.
     """
+    if op not in OPS:
+        raise RecipeError(f"unknown benchmark op {op!r}; known: {', '.join(OPS)}")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise BackendError(
             "the kernel benchmark measures the Hopper kernels: it needs an sm_90 GPU"
@@ -327,5 +329,4 @@ def run_kernel_bench(
 if __name__ == "__main__":
     import sys
 
-    for result in run_kernel_bench(json_path=Path(sys.argv[1]) if sys.argv[1:] else None):
-        print(result)
+    run_kernel_bench(json_path=Path(sys.argv[1]) if sys.argv[1:] else None)

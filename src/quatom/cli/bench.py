@@ -17,3 +17,15 @@ def attention(
     from quatom.benchmark.attention import run_attention_benchmark
 
     run_attention_benchmark(json=json, plot=plot)
+
+
+@app.command()
+def kernels(
+    op: Annotated[str, typer.Option(help="all, linear or quantize.")] = "all",
+    json: Annotated[Path | None, typer.Option(help="Result file to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+) -> None:
+    """Linear and quantize kernels: shapes x tokens, beside the peers found installed."""
+    from quatom.benchmark.kernels import run_kernel_bench
+
+    run_kernel_bench(op, json_path=json, plot_path=plot)
