@@ -63,10 +63,9 @@ class WeightSpec:
     """Round each weight alone, or push its error onto the columns that are not rounded yet."""
     damping: float = 0.01
     """GPTQ: fraction of the mean diagonal of the second moments that is added to the diagonal."""
-    target: Literal["own_input", "float_input", "float_residual"] = "own_input"
-    """What GPTQ approximates: the float weight on the quantized network's inputs, the float
-    network's own output, or for o_proj and down_proj that output with the error which the residual
-    stream carries made up for as well."""
+    target: Literal["own_input", "float_input"] = "own_input"
+    """What GPTQ approximates: the float weight's output on the quantized network's inputs, or the
+    float network's own output (asymmetric calibration)."""
     target_strength: float = 1.0
     """Fraction of the correction towards a float target that is applied, in (0, 1]."""
 

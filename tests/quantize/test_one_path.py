@@ -36,7 +36,6 @@ VARIANTS = {
     "weights alone, with outliers": Recipe(activations=ActivationSpec(format="float16")),
     "wide shared scales": Recipe(**GROUPS_OF_32 | {"weights": WIDE_SCALES}),
     "float targets": Recipe(weights=WeightSpec(target="float_input")),
-    "float residual targets": Recipe(weights=WeightSpec(target="float_residual")),
     "rotated tensor parallel": Recipe(
         **GROUPS_OF_32 | {"activations": ActivationSpec(group_size=32, rotation="hadamard")},
         kv_cache=KVSpec(value_rotation="hadamard"),

@@ -214,17 +214,10 @@ class BlockQuantizer:
         for batch in batch_slices(hidden):
             wanted: dict[str, Tensor] = {}
             inputs: dict[str, Tensor] = {}
-            outputs: dict[str, Tensor] = {}
             with observe(reference, lambda *_: None, wanted.__setitem__):
                 run_batch(reference, entering[batch], self.rope)
-            with observe(module, inputs.__setitem__, outputs.__setitem__):
+            with observe(module, inputs.__setitem__):
                 run_batch(module, hidden[batch], self.rope)
-            if self.recipe.weights.target == "float_residual":
-                # o and down are added to the residual stream: let them repair it as well.
-                drift = (entering[batch] - hidden[batch]).flatten(0, 1)
-                after_attention = drift + wanted["o"] - outputs["o"]
-                wanted["o"] = wanted["o"] + drift
-                wanted["down"] = wanted["down"] + after_attention
             if "down" in orders:  # whose order the rows of gate and up have
                 wanted["gate_up"] = wanted["gate_up"][:, gate_up_rows(orders["down"])]
             for place, x in inputs.items():
