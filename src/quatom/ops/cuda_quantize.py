@@ -33,10 +33,11 @@ def _kernel(operation: int, vectors: int, bf16: bool, e4m3: bool, shared: int) -
 
 
 def can_quantize(x: Tensor, spec: QuantizeSpec) -> bool:
-    """Whether quantize.cu handles this input: Hopper, half precision, byte layout `groups`."""
+    """Whether quantize.cu handles this: Hopper, half precision, layout `groups`, no rotation."""
     return (
         x.device.type == "cuda"
         and spec.byte_layout == "groups"
+        and not spec.rotate
         and x.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(x.device)[0] == 9
     )
@@ -60,8 +61,8 @@ def quantize_cuda(
     if not can_quantize(x, spec):
         raise BackendError(
             f"the CUDA quantize kernel writes byte layout 'groups' of float16 or bfloat16 inputs "
-            f"on a Hopper GPU, got layout {spec.byte_layout!r} of {x.dtype} on {x.device}: use "
-            "backend 'triton' or 'reference'"
+            f"on a Hopper GPU and does not rotate; got layout {spec.byte_layout!r} of {x.dtype} on "
+            f"{x.device}, rotate {spec.rotate}: use backend 'triton' or 'reference'"
         )
     layout = spec.layout
     tokens, channels = x.shape[0], layout.channels
