@@ -1,0 +1,80 @@
+"""Quantize operations that rotate their groups: every kernel against the reference."""
+
+import pytest
+import torch
+
+from quatom.numerics.groups import GroupLayout
+from quatom.ops.activations import QuantizeSpec
+from quatom.ops.backend import Backend
+from quatom.ops.cuda_quantize import can_quantize
+from quatom.ops.reorder_quantize import reorder_quantize
+from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
+from quatom.ops.silu_quantize import silu_quantize
+
+LAYOUTS = [
+    GroupLayout(normal=512, group_size=128, outliers=64),  # SmolLM2's hidden size
+    GroupLayout(normal=128 + 96, group_size=128, outliers=32),  # a short group of 3 x 32
+]
+
+
+def quantize(op, x, order, spec, backend):
+    if op == "reorder":
+        return reorder_quantize(x, order, spec, backend=backend)
+    if op == "silu":
+        return silu_quantize(torch.cat((x, x.flip(0)), dim=1), spec, backend=backend)
+    weight = torch.linspace(0.5, 2.0, x.shape[1], device=x.device)
+    return rmsnorm_quantize(x, weight, order, spec, eps=1e-5, backend=backend)[0]
+
+
+@pytest.mark.parametrize("byte_layout", ["rows", "groups"])
+@pytest.mark.parametrize("normal", ["int4", "e4m3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", ["reorder", "rmsnorm", "silu"])
+def test_kernel_matches_reference(op, layout, normal, byte_layout, device):
+    rng = torch.Generator().manual_seed(3)
+    gain = torch.rand(layout.channels, generator=rng).exp() ** 2
+    x = (torch.randn(3, layout.channels, generator=rng) * gain).to(device)
+    order = torch.randperm(layout.channels, generator=rng).int().to(device)
+    spec = QuantizeSpec(
+        layout=layout, normal=normal, rotate=True, byte_layout=byte_layout, clip_ratio=0.95
+    )
+    want, want_scales = quantize(op, x, order, spec, Backend.REFERENCE).canonical()
+    got, got_scales = quantize(op, x, order, spec, Backend.TRITON).canonical()
+    # Butterflies and a matrix product sum in another order: a scale may round to its neighbour,
+    # 2**-10 away, and a value may cross a rounding boundary to the next code.
+    torch.testing.assert_close(got_scales, want_scales, rtol=2**-10, atol=0)
+    step = 1.0 if normal == "int4" else 32.0  # distance of e4m3 numbers near 448
+    assert (got - want).abs().max() <= step
+    assert (got != want).float().mean() <= 2e-3
+
+
+def test_a_spike_inside_a_group_costs_less_when_it_is_rotated():
+    layout = GroupLayout(normal=128, group_size=128)
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    x[:, 5] = 40.0
+    errors = {}
+    for rotate in (False, True):
+        spec = QuantizeSpec(layout=layout, rotate=rotate)
+        quantized = reorder_quantize(x, None, spec, backend=Backend.REFERENCE).dequantize()
+        if rotate:  # back to the channels: a rotation is its own inverse
+            from quatom.numerics.hadamard import rotate_groups
+
+            quantized = rotate_groups(quantized, layout)
+        errors[rotate] = float((quantized - x).norm() / x.norm())
+    # Without, a step of 40 / 7 rounds all other values to zero.
+    assert errors[True] < 0.6 * errors[False]
+
+
+def test_the_cuda_kernel_is_not_asked_to_rotate(monkeypatch):
+    layout = GroupLayout(normal=128, group_size=128)
+    spec = QuantizeSpec(layout=layout, byte_layout="groups")
+
+    class OnHopper:
+        device = torch.device("cuda")
+        dtype = torch.bfloat16
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert can_quantize(OnHopper, spec)
+    assert not can_quantize(
+        OnHopper, QuantizeSpec(layout=layout, byte_layout="groups", rotate=True)
+    )
