@@ -110,10 +110,6 @@ class BlockPool:
         """How many of `blocks` are free and cached: holding them uses up free blocks."""
         return sum(self._references[block] == 0 for block in blocks)
 
-    def must_copy_before_write(self, block: int) -> bool:
-        """Whether others read this block, now or later through its digest."""
-        return self._references[block] > 1 or self._digest_of[block] is not None
-
     def forget_prefixes(self) -> None:
         """Drop every known prefix (after the cache's contents became untrustworthy)."""
         for block in range(self.num_blocks):

@@ -180,16 +180,15 @@ class Scheduler:
         sequence.in_flight += samples
 
     def _grow(self, sequence: Sequence, step: ScheduledStep) -> bool:
-        """Make room for one more token. False: no block is free."""
+        """Make room for one more token. False: no block is free.
+
+        The last block is this sequence's own: whoever shared it took a copy when admitted.
+        """
         index = sequence.num_computed // self.config.block_size
         if index == len(sequence.block_table):
             if not self.pool.num_free:
                 return False
             sequence.block_table.append(self.pool.allocate())
-        elif self.pool.must_copy_before_write(block := sequence.block_table[index]):
-            if not self.pool.num_free:
-                return False
-            sequence.block_table[index] = self._copy(block, step)
         return True
 
     def _copy(self, block: int, step: ScheduledStep) -> int:
