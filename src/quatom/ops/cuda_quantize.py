@@ -19,7 +19,9 @@ _THREADS = 256
 
 
 @cache
-def _kernel(operation: int, vectors: int, bf16: bool, e4m3: bool, shared: int) -> CudaKernel:
+def _kernel(
+    operation: int, vectors: int, bf16: bool, e4m3: bool, shared: int, device: int
+) -> CudaKernel:
     source = (files("quatom.ops") / "quantize.cu").read_text()
     constants = {
         "OPERATION": operation,
@@ -29,7 +31,8 @@ def _kernel(operation: int, vectors: int, bf16: bool, e4m3: bool, shared: int) -
         "E4M3": int(e4m3),
     }
     cubin = compile_cubin(source, "sm_90a", constants)
-    return load_kernel(cubin, "quantize_groups", threads=_THREADS, shared_bytes=shared)
+    with torch.cuda.device(device):
+        return load_kernel(cubin, "quantize_groups", threads=_THREADS, shared_bytes=shared)
 
 
 def can_quantize(x: Tensor, spec: QuantizeSpec) -> bool:
@@ -85,6 +88,7 @@ def quantize_cuda(
         x.dtype is torch.bfloat16,
         spec.normal == "e4m3",
         0 if operation == "silu" else (channels + _THREADS // 32) * 4,
+        x.device.index,
     )
     pointers = (x, residual, weight, order, total, codes, scales)
     residual_stride = 0 if residual is None else residual.stride(0)
@@ -96,18 +100,19 @@ def quantize_cuda(
         layout.num_normal_groups,
         layout.num_scales,
     )
-    kernel.launch(
-        tokens * chunks,
-        (
-            *(ctypes.c_void_p(0 if p is None else p.data_ptr()) for p in pointers),
-            *(ctypes.c_int(size) for size in sizes),
-            ctypes.c_float(eps),
-            *(ctypes.c_int(size) for size in groups),
-            ctypes.c_float(spec.clip_ratio),
-            ctypes.c_float(get_format(spec.normal).largest),
-        ),
-        overlap=True,
-    )
+    with torch.cuda.device(x.device):
+        kernel.launch(
+            tokens * chunks,
+            (
+                *(ctypes.c_void_p(0 if p is None else p.data_ptr()) for p in pointers),
+                *(ctypes.c_int(size) for size in sizes),
+                ctypes.c_float(eps),
+                *(ctypes.c_int(size) for size in groups),
+                ctypes.c_float(spec.clip_ratio),
+                ctypes.c_float(get_format(spec.normal).largest),
+            ),
+            overlap=True,
+        )
     return out, total
 
 

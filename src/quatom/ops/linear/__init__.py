@@ -92,12 +92,15 @@ def prepare_weights(
         raise ShapeError(f"expected bias ({rows},); got {tuple(bias.shape)}")
 
     formats = (weight_format, activation_format, outlier_format)
-    chosen = _choose(values.device, layout, formats, backend)
+    chosen = _choose(values, layout, formats, backend)
     match chosen:
         case Backend.CUDA:
             from quatom.ops.linear.hopper_layout import pack_weights
 
             tensors: tuple[Tensor, ...] = (pack_weights(values, scales, layout),)
+            # The kernel fetches weights before it waits for the kernel before it: be sure that
+            # this one is not the packing.
+            torch.cuda.synchronize(values.device)
         case Backend.TRITON:
             from quatom.ops.linear.triton import prepare_triton
 
@@ -164,7 +167,7 @@ def linear(
 
 
 def _choose(
-    device: torch.device,
+    values: Tensor,
     layout: GroupLayout,
     formats: tuple[str, str, str],
     asked: Backend | None,
@@ -172,13 +175,13 @@ def _choose(
     """The backend that runs these formats; BackendError where one asked for cannot."""
     weight, activation, outlier = formats
     obstacles = {
-        Backend.CUDA: _cuda_obstacle(device, layout, weight, activation, outlier),
+        Backend.CUDA: _cuda_obstacle(values, layout, weight, activation, outlier),
         Backend.TRITON: _triton_obstacle(layout, weight, outlier),
     }
     able = tuple(b for b in BACKENDS if not obstacles.get(b))
     if asked is None and "QUATOM_BACKEND" not in os.environ:
-        return choose_backend("linear", able, device)
-    chosen = choose_backend("linear", BACKENDS, device, asked)
+        return choose_backend("linear", able, values.device)
+    chosen = choose_backend("linear", BACKENDS, values.device, asked)
     if chosen not in able:
         raise BackendError(f"linear cannot run on backend {chosen}: {obstacles[chosen]}")
     return chosen
@@ -193,10 +196,13 @@ def _triton_obstacle(layout: GroupLayout, weight: str, outlier: str) -> str | No
 
 
 def _cuda_obstacle(
-    device: torch.device, layout: GroupLayout, weight: str, activation: str, outlier: str
+    values: Tensor, layout: GroupLayout, weight: str, activation: str, outlier: str
 ) -> str | None:
+    device, rows = values.device, values.shape[0]
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return f"it needs a Hopper GPU (sm_90), the weights are on {device}"
+    if rows % 4:
+        return f"it stores four output channels at a time, there are {rows}: pad the weights"
     if weight not in ("int2", "int3", "int4"):
         return f"its weights must be int2 to int4, not {weight}"
     try:

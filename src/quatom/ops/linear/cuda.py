@@ -230,11 +230,6 @@ def linear_cuda(
             f"the Hopper linear kernel reads quantized activations and writes float16 or bfloat16, "
             f"got {type(x).__name__} of {x.dtype}: prepare the weights with backend 'triton'"
         )
-    if channels % 4:
-        raise BackendError(
-            f"the Hopper linear kernel stores four channels at a time, got N = {channels}: pad the "
-            "weights or prepare them with backend 'triton'"
-        )
     device = packed.device.index
     config = config or choose_config(x.tokens, packed.shape[0], packed.shape[1])
     y = torch.empty((x.tokens, channels), dtype=x.dtype, device=x.device)
@@ -248,21 +243,22 @@ def linear_cuda(
         clusters = min(tiles, _multiprocessors(device) * config.ctas_per_sm // config.cluster)
     # Weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
     unit_value = 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
-    _kernel(config, x.dtype, device).launch(
-        clusters * config.cluster,
-        (
-            ctypes.c_void_p(packed.data_ptr()),
-            ctypes.c_void_p(x.codes.data_ptr()),
-            ctypes.c_void_p(x.scales.data_ptr()),
-            ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
-            ctypes.c_void_p(y.data_ptr()),
-            ctypes.c_int(x.tokens),
-            ctypes.c_int(x.codes.shape[1]),
-            ctypes.c_int(channels),
-            ctypes.c_int(layout.num_normal_groups),
-            ctypes.c_int(layout.num_outlier_groups),
-            ctypes.c_float(unit_value),
-        ),
-        overlap=overlap,
-    )
+    with torch.cuda.device(device):
+        _kernel(config, x.dtype, device).launch(
+            clusters * config.cluster,
+            (
+                ctypes.c_void_p(packed.data_ptr()),
+                ctypes.c_void_p(x.codes.data_ptr()),
+                ctypes.c_void_p(x.scales.data_ptr()),
+                ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
+                ctypes.c_void_p(y.data_ptr()),
+                ctypes.c_int(x.tokens),
+                ctypes.c_int(x.codes.shape[1]),
+                ctypes.c_int(channels),
+                ctypes.c_int(layout.num_normal_groups),
+                ctypes.c_int(layout.num_outlier_groups),
+                ctypes.c_float(unit_value),
+            ),
+            overlap=overlap,
+        )
     return y

@@ -47,8 +47,11 @@ def source_sm80() -> str:
 
 
 @cache
-def _kernel(arch: str) -> CudaKernel:
-    return load_kernel(compile_cubin(source_sm80(), arch), "linear_sm80", threads=128)
+def _kernel(device: int) -> CudaKernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = compile_cubin(source_sm80(), f"sm_{major}{minor}")
+    with torch.cuda.device(device):
+        return load_kernel(cubin, "linear_sm80", threads=128)
 
 
 def linear_sm80(
@@ -72,18 +75,18 @@ def linear_sm80(
     y = torch.empty((tokens, channels), dtype=torch.float32, device=x.device)
     if not tokens:
         return y.to(x.dtype)
-    major, minor = torch.cuda.get_device_capability(x.device)
     layout = spec.layout
     blocks = -(-channels // _TILE_CHANNELS)
     pointers = (x.codes, x.scales, packed, outliers, scales, bias, y)
     sizes = (tokens, channels, blocks, layout.normal, layout.group_size, layout.outliers)
-    _kernel(f"sm_{major}{minor}").launch(
-        blocks * -(-tokens // _TILE_TOKENS),
-        (
-            *(ctypes.c_void_p(0 if p is None else p.data_ptr()) for p in pointers),
-            *(ctypes.c_int(size) for size in sizes),
-            ctypes.c_int(max(1, layout.outliers // layout.outlier_blocks)),
-        ),
-        overlap=False,
-    )
+    with torch.cuda.device(x.device):
+        _kernel(x.device.index).launch(
+            blocks * -(-tokens // _TILE_TOKENS),
+            (
+                *(ctypes.c_void_p(0 if p is None else p.data_ptr()) for p in pointers),
+                *(ctypes.c_int(size) for size in sizes),
+                ctypes.c_int(max(1, layout.outliers // layout.outlier_blocks)),
+            ),
+            overlap=False,
+        )
     return y.to(x.dtype)
