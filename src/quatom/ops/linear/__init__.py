@@ -12,7 +12,7 @@ Limits of the backends:
 reference  every format, any device; holds the weights in float32
 triton     integer weights; integer, e4m3 or floating-point activations; sm_80 and later
 cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, groups of at most 128
-           channels, INT8 outliers; sm_90 (Hopper)
+           channels, INT8 outliers, N a multiple of 4; sm_90 (Hopper)
 """
 
 import os
