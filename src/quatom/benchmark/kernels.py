@@ -178,6 +178,10 @@ def _peer_linear(scheme: str, shape: tuple[int, int], copy_tb_s: float) -> Itera
             yield _entry(scheme, "peer", tokens, shape, timing, least, copy_tb_s, None)
 
 
+_OPTIONAL_KEYS = ("tops", "ratio_bf16", "ratio_humming", "relative_error")
+"""Keys that every entry has, null where they mean nothing."""
+
+
 def _add_ratios(results: list[dict[str, Any]]) -> None:
     """Ratios to cuBLAS BF16 and to the best of humming's A8 variants at the same m, n, k."""
 
@@ -313,7 +317,7 @@ def run_kernel_bench(
         parts.append(_portable_linear(SHAPES[0], copy))
         parts += [_peer_linear(scheme, shape, copy) for scheme in PEERS for shape in SHAPES]
     for part in parts:
-        results.extend(part)
+        results.extend(dict.fromkeys(_OPTIONAL_KEYS) | row for row in part)
         torch.cuda.empty_cache()
         _add_ratios(results)
         if json_path:
