@@ -65,7 +65,8 @@ def test_a_new_file_has_format_environment_and_command(tmp_path, monkeypatch):
     assert data["format"] == 1
     assert {"torch", "python", "cpu", "date"} <= data["environment"].keys()
     assert data["command"] == "quatom eval 'a b'"
-    assert data["results"] == [entry() | {"command": "quatom eval 'a b'"}]
+    origin = {"command": "quatom eval 'a b'", "commit": data["environment"]["commit"]}
+    assert data["results"] == [entry() | origin]
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["a.json"]
 
 
@@ -82,7 +83,7 @@ def test_measuring_again_replaces_and_measuring_something_else_adds(tmp_path):
     ]
     for other in others:
         add_results(path, [other])
-    got = [{k: v for k, v in e.items() if k != "command"} for e in results(path)]
+    got = [{k: v for k, v in e.items() if k not in ("command", "commit")} for e in results(path)]
     assert got == [entry("w8a8", 19.5), entry(perplexity=21.0), *others]
 
 

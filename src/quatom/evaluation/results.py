@@ -107,9 +107,11 @@ def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
     command = _command()
     new = {_identity(entry) for entry in entries}
     merged = [entry for entry in kept if _identity(entry) not in new]
-    merged += [entry | {"command": command} for entry in entries]
+    environment = describe_environment()
+    origin = {"command": command, "commit": environment["commit"]}
+    merged += [entry | origin for entry in entries]
     _fill_float_perplexity(merged)
-    write_results(path, command, describe_environment(), merged)
+    write_results(path, command, environment, merged)
 
 
 def _command() -> str:
