@@ -26,7 +26,7 @@ class TokenLogprobs:
     """(token id, log-probability), most likely first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # one a token: frozen would double the time to make it
 class SequenceDelta:
     """What one step added to one completion."""
 

@@ -23,7 +23,7 @@ WATERMARK = 0.01
 """Share of blocks that admission leaves free, so that running sequences can grow for a while."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one a token: frozen would double the time to make it
 class ScheduledSequence:
     """Tokens start to start + count of a sequence run in this step."""
 
