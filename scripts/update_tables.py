@@ -101,6 +101,21 @@ def quantize(name: str) -> str:
     return table(["model", "recipe", "calibration", "seconds", "peak RSS (GB)", "size (MB)"], rows)
 
 
+def engine(name: str) -> str:
+    """The engine's own time per step."""
+    rows = [
+        [
+            f"{e['sampling']}, {e['sequences']} sequences",
+            f"{e['ms_per_step']:.2f}",
+            f"{e['p10']:.2f}",
+            f"{e['p90']:.2f}",
+            f"{e['cpu_ms_per_step']:.2f}",
+        ]
+        for e in read(name)["results"]
+    ]
+    return table(["sampling", "ms a step", "p10", "p90", "CPU ms (median)"], rows)
+
+
 def attention(name: str) -> str:
     """Decode attention over the INT4 cache, the fastest backend, beside cuDNN in BF16."""
     data = read(name)
@@ -163,6 +178,7 @@ def kernels(name: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "accuracy": accuracy,
     "attention": attention,
+    "engine": engine,
     "kernels": kernels,
     "quantize": quantize,
 }

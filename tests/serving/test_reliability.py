@@ -61,7 +61,7 @@ def test_two_hundred_streams_give_the_tokens_that_each_gives_alone():
             return await asyncio.gather(*(read_stream(client, url, body) for body in bodies))
 
     # So few blocks that sequences are preempted.
-    with running_server(make_engine(num_blocks=120)) as server:
+    with running_server(make_engine(num_blocks=40)) as server:
         results = asyncio.run(main(server.url))
         assert server.engine.scheduler.num_preemptions > 0
         assert_idle(server.engine)

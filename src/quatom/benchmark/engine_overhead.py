@@ -7,6 +7,7 @@ is what every step costs besides the model. Run as
 """
 
 import argparse
+import os
 import shlex
 import statistics
 import sys
@@ -107,6 +108,7 @@ def measure(
         "detokenized": tokenizer is not None,
         "threads": torch.get_num_threads(),
         "steps": steps,
+        "load_average": round(os.getloadavg()[0], 1),
         "ms_per_step": round(statistics.median(times), 4),
         "cpu_ms_per_step": round(statistics.median(cpu_times), 4),
         "p10": round(statistics.quantiles(times, n=10)[0], 4),
