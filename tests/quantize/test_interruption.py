@@ -46,14 +46,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(four_block_dir, text_file, tmp_p
     planned = [outcome for outcome in outcomes if "call" in outcome["what"]]
     at_random = [outcome for outcome in outcomes if "random" in outcome["what"]]
     assert len(planned) >= 9
-    # The last two calls remove empty folders: then nothing tells the finished run from any other
-    # folder of that name, and resuming it says that the target exists.
-    *resumed, _, _ = planned
-    for outcome in resumed:
+    for outcome in planned:
         assert outcome["ends"] == ["killed", "done"], (outcome, done.stderr)
         assert outcome["left"] == [], outcome
-    for outcome in planned:
-        assert outcome["ends"][0] == "killed", outcome
         assert "half" not in outcome["what"], outcome
     ends = [end for outcome in at_random for end in outcome["ends"]]
     assert ends.count("killed") >= 3, at_random

@@ -224,7 +224,7 @@ class CheckpointWriter:
 
     def _clean_up(self) -> None:
         """Remove the working folder, run.json last: it tells a resumed run that nothing is left."""
-        for file in self._state.iterdir():
+        for file in self._state.glob("*"):
             if file.name != "run.json":
                 file.unlink()
         shutil.rmtree(self.work, ignore_errors=True)
@@ -261,13 +261,12 @@ class CheckpointWriter:
 
     def _renamed_before_a_crash(self, fingerprint: Mapping[str, Any]) -> bool:
         """Whether a run like this one was killed between its last rename and its clean-up."""
+        if not self.target.exists() or not self.work.exists() or self._folder.exists():
+            return False
+        if not any(file.is_file() for file in self.work.rglob("*")):
+            return True  # killed while it removed the empty folders: nothing else leaves them
         run = self._state / "run.json"
-        return (
-            self.target.exists()
-            and run.exists()
-            and not self._folder.exists()
-            and read_json(run) == json.loads(json.dumps(fingerprint))
-        )
+        return run.exists() and read_json(run) == json.loads(json.dumps(fingerprint))
 
     def _start(self, fingerprint: Mapping[str, Any]) -> None:
         run = self._state / "run.json"
