@@ -116,6 +116,20 @@ def engine(name: str) -> str:
     return table(["sampling", "ms a step", "p10", "p90", "CPU ms (median)"], rows)
 
 
+def decode(name: str) -> str:
+    """Our engine against transformers on a CPU."""
+    rows = [
+        [
+            f"`{e['recipe']}`, batch {e['batch']}",
+            f"{e['tokens_per_s']:.2f}",
+            f"{e['transformers_tokens_per_s']:.2f}",
+            f"{e['ratio']:.2f}",
+        ]
+        for e in read(name)["results"]
+    ]
+    return table(["SmolLM2-135M", "tokens/s", "transformers float32, tokens/s", "ratio"], rows)
+
+
 def attention(name: str) -> str:
     """Decode attention over the INT4 cache, the fastest backend, beside cuDNN in BF16."""
     data = read(name)
@@ -178,6 +192,7 @@ def kernels(name: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "accuracy": accuracy,
     "attention": attention,
+    "decode": decode,
     "engine": engine,
     "kernels": kernels,
     "quantize": quantize,

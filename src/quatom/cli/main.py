@@ -40,6 +40,7 @@ def _register() -> None:
     from quatom.cli.inspect import inspect
     from quatom.cli.quantize import quantize
     from quatom.cli.report import report
+    from quatom.cli.run_batch import run_batch
     from quatom.cli.serve import serve
 
     app.command("quantize")(quantize)
@@ -49,6 +50,7 @@ def _register() -> None:
     app.command("inspect")(inspect)
     app.command("report")(report)
     app.command("serve")(serve)
+    app.command("run-batch")(run_batch)
     app.add_typer(bench, name="bench")
 
 
