@@ -8,9 +8,9 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 from rich.console import Console
 
 from quatom import LLM, PRESETS, SamplingParams, load, quantize_checkpoint
