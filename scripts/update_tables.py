@@ -130,6 +130,24 @@ def decode(name: str) -> str:
     return table(["SmolLM2-135M", "tokens/s", "transformers float32, tokens/s", "ratio"], rows)
 
 
+def ablation(name: str) -> str:
+    """Rungs of every ladder in an ablation file, each beside what it adds."""
+    data = read(name)
+    entries = data["results"]
+    parts = []
+    for ladder in dict.fromkeys(e["ladder"] for e in entries if e["rung"] != "float"):
+        floats = [e for e in entries if e["rung"] == "float"]
+        rungs = floats[:1] + [e for e in entries if e["ladder"] == ladder and e not in floats]
+        first = rungs[-1]
+        rows = [[e["rung"].replace("_", " "), f"{e['perplexity']:.2f}"] for e in rungs]
+        parts.append(
+            f"{first['model']}, {first['corpus']}, {first['windows']} windows of "
+            f"{first['sequence_length']} tokens, calibrated on {first['calibration']}, ladder "
+            f"`{ladder}`:\n\n{table(['rung', 'perplexity'], rows)}"
+        )
+    return "\n".join(parts)
+
+
 def attention(name: str) -> str:
     """Decode attention over the INT4 cache, the fastest backend, beside cuDNN in BF16."""
     data = read(name)
@@ -190,6 +208,7 @@ def kernels(name: str) -> str:
 
 
 TABLES: dict[str, Callable[[str], str]] = {
+    "ablation": ablation,
     "accuracy": accuracy,
     "attention": attention,
     "decode": decode,
