@@ -13,8 +13,9 @@ from tests.checkpoint.rss import peak_rss_bytes
 BLOCK = CONFIG | {"hidden_size": 256, "intermediate_size": 6144}
 BLOCK_BYTES = 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 6144)  # float32
 
+# Freed heap pages go back to the system after each block, as the quantizer does: see stream.py.
 COPY = """
-import sys
+import ctypes, sys
 from quatom.checkpoint.reader import open_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.recipe import PRESETS
@@ -25,6 +26,7 @@ for index in range(source.model_config.num_layers):
     prefix = f"model.layers.{index}."
     names = [name for name in source.names() if name.startswith(prefix)]
     writer.write_block(index, {name: source.load(name) for name in names})
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 writer.finish()
 """
 
