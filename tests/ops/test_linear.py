@@ -264,7 +264,9 @@ def test_a_captured_graph_sees_new_inputs(device):
     with torch.cuda.graph(graph):
         y = linear(mixed, prepared)
     x = random_codes(4, layout, "int4", rng)
-    mixed.codes.copy_(pack_values(x.to(device), xs, spec, torch.float16).codes)
+    fresh = pack_values(x.to(device), xs, spec, torch.float16)
+    mixed.codes.copy_(fresh.codes)
+    mixed.scales.copy_(fresh.scales)  # they hold the correction for the codes' sum too
     graph.replay()
     want = exact(x, xs.cpu(), w.cpu(), torch.ones(64, 4) / 16, layout).half()
     assert torch.equal(y.cpu(), want)
