@@ -363,6 +363,7 @@ def load(
         blocks=blocks,
         final_norm=outer("model.norm.weight", config.hidden_size),
         head=None if config.tie_word_embeddings else outer("lm_head.weight", *vocab),
+        backend=backend,
     )
     return LoadedModel(
         model=model.eval(),

@@ -20,10 +20,10 @@ from quatom.checkpoint.reader import TensorSource
 from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import mean_loss
 from quatom.loading import FUSED, build_float_block, load_float_block
-from quatom.modeling.inputs import rms_norm
 from quatom.modeling.llama import DecoderBlock
 from quatom.modeling.rope import rotary_table
 from quatom.ops.backend import Backend
+from quatom.ops.rmsnorm import rmsnorm
 from quatom.quantize.statistics import run_block
 from quatom.quantize.stream import BlockQuantizer, Streams, embed
 from quatom.recipe import PRESETS, ActivationSpec, KVSpec, OutlierSpec, Recipe, WeightSpec
@@ -205,7 +205,7 @@ class LadderRun:
         head = outer("model.embed_tokens.weight" if tied else "lm_head.weight")
         losses = [
             mean_loss(
-                rms_norm(states, norm, config.rms_norm_eps),
+                rmsnorm(states, norm, eps=config.rms_norm_eps)[0],
                 window.to(self.device),
                 lambda rows: torch.nn.functional.linear(rows, head).float(),
             )

@@ -6,15 +6,11 @@ from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
 from quatom.ops.reorder_quantize import reorder_quantize
+from quatom.ops.rmsnorm import rmsnorm
 from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
+from quatom.ops.silu_mul import silu_mul
 from quatom.ops.silu_quantize import silu_quantize
 from quatom.recipe import Recipe
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (T, K), (K,) -> (T, K)
-    """X / sqrt(mean(x**2) + eps) * weight, statistics in float32."""
-    inverse = (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    return (x.float() * inverse).to(x.dtype) * weight
 
 
 def activation_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
@@ -62,8 +58,8 @@ class InputQuantizer(nn.Module):
     ) -> tuple[Tensor | MixedTensor, Tensor]:
         """RMSNorm of x + residual. Returns the input of the linear and the new residual."""
         if self.spec is None:
-            total = x if residual is None else x + residual
-            return self._reorder(rms_norm(total, weight, eps)), total
+            normed, total = rmsnorm(x, weight, eps=eps, residual=residual, backend=self.backend)
+            return self._reorder(normed), total
         return rmsnorm_quantize(
             x, weight, self.order, self.spec, eps=eps, residual=residual, backend=self.backend
         )
@@ -77,6 +73,5 @@ class InputQuantizer(nn.Module):
     def silu_mul(self, gate_up: Tensor) -> Tensor | MixedTensor:  # (T, 2 K) -> (T, K)
         """silu(gate) * up, in the order that gate's and up's rows already have."""
         if self.spec is None:
-            gate, up = gate_up.chunk(2, dim=-1)
-            return self._reorder(nn.functional.silu(gate) * up)
+            return self._reorder(silu_mul(gate_up, backend=self.backend))
         return silu_quantize(gate_up, self.spec, backend=self.backend)

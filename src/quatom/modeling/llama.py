@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from quatom.modeling.config import ModelConfig
 from quatom.modeling.context import ForwardContext
-from quatom.modeling.inputs import InputQuantizer, rms_norm
+from quatom.modeling.inputs import InputQuantizer
 from quatom.modeling.rope import rotary_table
 from quatom.numerics.kv_pages import KVDtype, KVPages
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
+from quatom.ops.rmsnorm import rmsnorm
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.recipe import KVSpec
 
@@ -125,10 +126,12 @@ class Decoder(nn.Module):
         blocks: Sequence[DecoderBlock],
         final_norm: Tensor,  # (hidden,)
         head: Tensor | None,  # (vocab, hidden); None: tied to the embedding
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.kv_spec = kv_spec
+        self.backend = backend
         self.embedding = nn.Parameter(embedding, requires_grad=False)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = nn.Parameter(final_norm, requires_grad=False)
@@ -148,8 +151,8 @@ class Decoder(nn.Module):
         residual: Tensor | None = None
         for block, kv in zip(self.blocks, kv_cache, strict=True):
             hidden, residual = block(hidden, residual, context, kv, (self.cos, self.sin))
-        hidden = hidden if residual is None else hidden + residual
-        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+        eps = self.config.rms_norm_eps
+        return rmsnorm(hidden, self.final_norm, eps=eps, residual=residual, backend=self.backend)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab) float32
         """Scores of the next token."""
