@@ -16,6 +16,8 @@ class Backend(StrEnum):
     """Plain torch on any device: the specification."""
     TRITON = "triton"
     """Triton: CUDA from sm_80 on, or the CPU under TRITON_INTERPRET=1."""
+    CUBLAS = "cublas"
+    """NVIDIA's matrix products through torch, where a scheme is one such product."""
     CUDA = "cuda"
     """CUDA C++ compiled at first use; which architectures, each operation says."""
 

@@ -11,6 +11,8 @@ Limits of the backends:
 
 reference  every format, any device; holds the weights in float32
 triton     integer weights; integer, e4m3 or floating-point activations; sm_80 and later
+cublas     int8 by int8 with one scale a row, and int2 to int4 weights under floating-point
+           activations, without outliers; CUDA
 cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, groups of at most 128
            channels, INT8 outliers, N a multiple of 4; sm_90 (Hopper)
 """
@@ -28,7 +30,7 @@ from quatom.ops.activations import ByteLayout, MixedTensor, QuantizeSpec, check_
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.linear.reference import linear_reference, prepare_reference
 
-BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
+BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUBLAS, Backend.CUDA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ def prepare_weights(
             # The kernel fetches weights before it waits for the kernel before it: be sure that
             # this one is not the packing.
             torch.cuda.synchronize(values.device)
-        case Backend.TRITON:
+        case Backend.TRITON | Backend.CUBLAS:
             from quatom.ops.linear.triton import prepare_triton
 
             tensors = prepare_triton(values, scales, layout, get_format(weight_format).bits)
@@ -162,6 +164,12 @@ def linear(
             return linear_triton(
                 x, prepared.tensors, prepared.layout, prepared.out_channels, prepared.bias
             )
+        case Backend.CUBLAS:
+            from quatom.ops.linear.cublas import linear_cublas
+
+            return linear_cublas(
+                x, prepared.tensors, prepared.layout, prepared.out_channels, prepared.bias
+            )
         case _:
             return linear_reference(x, prepared.tensors[0], prepared.bias)
 
@@ -176,6 +184,7 @@ def _choose(
     weight, activation, outlier = formats
     obstacles = {
         Backend.CUDA: _cuda_obstacle(values, layout, weight, activation, outlier),
+        Backend.CUBLAS: _cublas_obstacle(values, layout, weight, activation),
         Backend.TRITON: _triton_obstacle(layout, weight, outlier),
     }
     able = tuple(b for b in BACKENDS if not obstacles.get(b))
@@ -193,6 +202,24 @@ def _triton_obstacle(layout: GroupLayout, weight: str, outlier: str) -> str | No
     if layout.outliers and outlier != "int8":
         return f"its outliers must be int8, not {outlier}; use the reference backend"
     return None
+
+
+def _cublas_obstacle(
+    values: Tensor, layout: GroupLayout, weight: str, activation: str
+) -> str | None:
+    if values.device.type != "cuda":
+        return f"it needs a CUDA device, the weights are on {values.device}"
+    if layout.outliers:
+        return f"it multiplies one format, this layout has {layout.outliers} outlier channels"
+    if (weight, activation) == ("int8", "int8"):
+        if layout.num_scales != 1:
+            return f"its INT8 product has one scale a row, this layout has {layout.num_scales}"
+        if values.shape[0] % 8 or layout.channels % 8:
+            return f"INT8 sizes must be multiples of 8, got {tuple(values.shape)}"
+        return None
+    if weight in ("int2", "int3", "int4") and activation == "float16":
+        return None
+    return f"it runs int8 by int8 and int2 to int4 by float16, not {weight} by {activation}"
 
 
 def _cuda_obstacle(

@@ -122,7 +122,7 @@ def _linear_kernel(
     tl.store(out, total.to(y_ptr.dtype.element_ty), mask=in_t[:, None] & in_n[None, :])
 
 
-def _block_channels(layout: GroupLayout) -> int:
+def block_channels(layout: GroupLayout) -> int:
     """BK: channels of a dot; half of it must still be 32 wide for int8."""
     return 128 if layout.group_size > 64 else 64
 
@@ -134,7 +134,7 @@ def prepare_triton(
     normal = values[:, : layout.normal].to(torch.int8)
     outliers = values[:, layout.normal :].to(torch.int8).contiguous()
     if bits <= 4:
-        block = _block_channels(layout)
+        block = block_channels(layout)
         blocks = -(-layout.group_size // block)
         groups = normal.new_zeros(
             (values.shape[0], layout.num_normal_groups, blocks * block), dtype=torch.int8
@@ -169,7 +169,7 @@ def linear_triton(
     if codes.stride(1) != 1:
         codes = codes.contiguous()
     bm = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    block = _block_channels(layout)
+    block = block_channels(layout)
     grid = (triton.cdiv(channels, 64), triton.cdiv(tokens, bm))
     _linear_kernel[grid](
         codes,
