@@ -63,6 +63,9 @@ class WeightSpec:
     """Round each weight alone, or push its error onto the columns that are not rounded yet."""
     damping: float = 0.01
     """GPTQ: fraction of the mean diagonal of the second moments that is added to the diagonal."""
+    column_order: Literal["stored", "important_first"] = "stored"
+    """GPTQ: visit columns as they are stored, a group's scale following the errors pushed onto it;
+    or by descending second moment, with the scales of the unchanged weights."""
     target: Literal["own_input", "float_input"] = "own_input"
     """What GPTQ approximates: the float weight's output on the quantized network's inputs, or the
     float network's own output (asymmetric calibration)."""
@@ -78,6 +81,11 @@ class WeightSpec:
                 f"weights.rows_per_scale must be at least 1, got {self.rows_per_scale}"
             )
         _check_ratio("weights", "target_strength", self.target_strength)
+        if self.column_order != "stored" and self.rounding != "gptq":
+            raise RecipeError(
+                f"weights.column_order {self.column_order!r} is how GPTQ visits columns: it needs "
+                "weights.rounding 'gptq'"
+            )
         if self.target != "own_input" and self.rounding != "gptq":
             raise RecipeError(
                 f"weights.target {self.target!r} is what GPTQ approximates: it needs "
@@ -311,7 +319,7 @@ def _presets() -> dict[str, Recipe]:
         ),
         Recipe(
             name="w4a16",
-            weights=WeightSpec(clip_search="mse"),
+            weights=WeightSpec(clip_search="mse", column_order="important_first"),
             activations=float_activations,
             kv_cache=float_cache,
             outliers=no_outliers,

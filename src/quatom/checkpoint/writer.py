@@ -178,6 +178,10 @@ class CheckpointWriter:
         header = read_header(self._state_file(name))
         return {key: read_tensor(stored) for key, stored in header.items()}
 
+    def has_state(self, name: str) -> bool:
+        """Whether `load_state` would find it."""
+        return self._state_file(name).exists()
+
     def drop_state(self, name: str) -> None:
         """Remove a state that is no longer needed, if it is there."""
         self._state_file(name).unlink(missing_ok=True)

@@ -4,7 +4,9 @@ Both take the weight with its input channels already in reordered position and r
 scales in the layout that a checkpoint stores.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from quatom.errors import QuantizationError
 from quatom.numerics.clipping import SEARCH_RATIOS, weight_scales
 from quatom.numerics.formats import Format
 from quatom.numerics.groups import GroupLayout, expand_scales
+from quatom.numerics.reorder import inverse_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class RoundingOptions:
     clip_search: str = "none"
     rows_per_scale: int = 1
     damping: float = 0.01
+    column_order: str = "stored"
 
     def group_scales(
         self, weight: Tensor, is_outlier: bool, importance: Tensor | None
@@ -89,28 +93,32 @@ def inverse_factor(
     Raises:
         QuantizationError: the damped matrix is not positive definite, or not finite.
     """
-    moment = second_moment.double()
+    moment = second_moment.to(torch.float64, copy=True)
     diagonal = moment.diagonal()
     mean = diagonal.mean()
     if not torch.isfinite(mean):
         raise QuantizationError("second moments of the inputs are not finite")
     # Channels that are always zero: any value does, so let them be their own unit problem.
     dead = diagonal == 0
-    moment = moment + torch.diag(damping * mean + dead.double() * max(mean.item(), 1.0))
-    factor, failed = torch.linalg.cholesky_ex(moment)
+    diagonal += damping * mean + dead.double() * max(mean.item(), 1.0)
+    # Read backwards, H = R R^T with R upper triangular; then H^-1 = U^T U with U = R^-1.
+    factor, failed = torch.linalg.cholesky_ex(moment.flip((0, 1)))
+    size = moment.shape[0]
     if failed.item():
         raise QuantizationError(
-            f"second moments ({moment.shape[0]} x {moment.shape[0]}) are not positive definite "
-            f"at damping {damping}: the leading minor of order {failed.item()} fails"
+            f"second moments ({size} x {size}) are not positive definite at damping {damping}: the "
+            f"trailing minor of order {failed.item()} fails"
         )
-    inverse = torch.cholesky_inverse(factor)
-    factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    if failed.item() or not torch.isfinite(factor).all():
+    upper = factor.flip((0, 1))
+    del moment, factor
+    identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+    if not torch.isfinite(inverse).all():
         raise QuantizationError(
-            f"the inverse of the second moments ({moment.shape[0]} x {moment.shape[0]}) is not "
-            f"positive definite at damping {damping}"
+            f"the inverse of the second moments ({size} x {size}) is not finite at damping "
+            f"{damping}"
         )
-    return factor.float()
+    return inverse.float().contiguous()
 
 
 def shift_to_target(
@@ -144,52 +152,118 @@ def shift_to_target(
     return weight.float() + strength * correction.float()
 
 
+def round_columns(
+    columns: Tensor,  # (C, N) float32, updated in place; columns of the weight as rows
+    steps: Tensor,  # (C, N) float32, the scale of every weight
+    factor: Tensor,  # (C, C) float32, the block of `inverse_factor` on these columns
+    formats: Sequence[Format],  # C of them
+) -> tuple[Tensor, Tensor]:
+    """GPTQ within a block: round column after column, each error pushed onto those behind it.
+
+    Returns:
+        codes (C, N) float32, and errors (C, N) float32 that columns behind the block must make up
+        for: minus `factor`'s rows times these.
+    """
+    errors, codes = torch.empty_like(columns), torch.empty_like(columns)
+    for j, fmt in enumerate(formats):
+        codes[j] = fmt.round(columns[j] / steps[j])
+        errors[j] = (columns[j] - codes[j] * steps[j]) / factor[j, j]
+        columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
+    return codes, errors
+
+
+RoundColumns = Callable[
+    [Tensor, Tensor, Tensor, Sequence[Format]],
+    tuple[Tensor, Tensor],
+]
+"""`round_columns`, or a kernel that does the same."""
+
+BLOCK = 128
+"""Columns that are rounded before their errors reach those behind them, in one product."""
+
+
 def gptq(
     weight: Tensor,  # (N, K) reordered
     layout: GroupLayout,
     options: RoundingOptions,
     second_moment: Tensor,  # (K, K) float32, X^T X of the reordered, quantized inputs
+    round_block: RoundColumns = round_columns,
 ) -> RoundedWeight:
     """Round column by column, pushing each column's error onto the columns still to come.
 
-    The scale of a group is fixed when its first column is reached, from the weights as they are
-    then. Channels are visited in stored order: from least to most important, so that the INT8
-    outlier channels, last, absorb what the INT4 ones cannot hold.
+    In stored order the scale of a group is fixed when its first column is reached, from the weights
+    as they are then, and channels go from least to most important, so that the INT8 outlier
+    channels, last, absorb what the INT4 ones cannot hold. With `column_order` "important_first" all
+    scales are fixed at the start and channels go by descending second moment, across groups.
 
     Raises:
         QuantizationError: the second moments cannot be inverted.
 
     Source: GPTQ (Frantar et al., ICLR 2023), with the order of Atom (Zhao et al., MLSys 2024).
     """
-    factor = inverse_factor(second_moment, options.damping)
     importance = second_moment.diagonal()
-    work = weight.float().clone()
-    values = torch.empty_like(work)
-    scales = torch.empty(work.shape[0], layout.num_scales, dtype=torch.float16, device=work.device)
-    start = 0
-    for group, size in enumerate(layout.group_sizes):
-        is_outlier = group >= layout.num_normal_groups
-        fmt = options.outlier if is_outlier else options.normal
-        scale = options.group_scales(
-            work[:, start : start + size], is_outlier, importance[start : start + size]
+    groups = _group_columns(layout)
+    formats = [
+        options.outlier if group >= layout.num_normal_groups else options.normal
+        for group, columns in enumerate(groups)
+        for _ in columns
+    ]
+    scales = torch.empty(
+        weight.shape[0], layout.num_scales, dtype=torch.float16, device=weight.device
+    )
+
+    def fix_scale(group: int, source: Tensor) -> None:
+        columns = slice(groups[group].start, groups[group].stop)
+        scales[:, group] = options.group_scales(
+            source[:, columns], group >= layout.num_normal_groups, importance[columns]
         )
-        scales[:, group] = scale
-        # Columns as rows: the loop below touches one column at a time, and rows are contiguous.
-        columns = work[:, start : start + size].t().contiguous()  # (C, N)
-        step = scale.float()
-        local = factor[start : start + size, start : start + size]
-        errors = torch.empty_like(columns)
-        codes = torch.empty_like(columns)
-        for j in range(size):
-            column = columns[j]
-            codes[j] = fmt.round(column / step)
-            errors[j] = (column - codes[j] * step) / local[j, j]
-            if j + 1 < size:
-                columns[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1.0)
-        values[:, start : start + size] = codes.t()
-        if start + size < work.shape[1]:
-            work[:, start + size :].addmm_(
-                errors.t(), factor[start : start + size, start + size :], alpha=-1.0
-            )
-        start += size
+
+    if options.column_order == "stored":
+        visited = None
+        blocks = [
+            (group, range(start, min(start + BLOCK, columns.stop)))
+            for group, columns in enumerate(groups)
+            for start in range(columns.start, columns.stop, BLOCK)
+        ]
+        factor = inverse_factor(second_moment, options.damping)
+        work = weight.float().clone()
+    else:
+        visited = importance.argsort(descending=True, stable=True)
+        blocks = [
+            (-1, range(start, min(start + BLOCK, layout.channels)))
+            for start in range(0, layout.channels, BLOCK)
+        ]
+        factor = inverse_factor(second_moment[visited][:, visited], options.damping)
+        for group in range(layout.num_scales):
+            fix_scale(group, weight.float())
+        work = weight.float()[:, visited]
+        every_step = expand_scales(scales, layout)[:, visited]
+        formats = [formats[channel] for channel in visited.tolist()]
+
+    values = torch.empty_like(work)
+    for group, block in blocks:
+        columns = slice(block.start, block.stop)
+        if visited is None:
+            if block.start == groups[group].start:
+                fix_scale(group, work)
+            steps = scales[:, group].float().expand(len(block), -1)
+        else:
+            steps = every_step[:, columns].t().contiguous()
+        # Columns as rows: rounding touches one column at a time, and rows are contiguous.
+        codes, errors = round_block(
+            work[:, columns].t().contiguous(),
+            steps,
+            factor[columns, columns],
+            formats[columns],
+        )
+        values[:, columns] = codes.t()
+        work[:, block.stop :].addmm_(errors.t(), factor[columns, block.stop :], alpha=-1.0)
+    if visited is not None:
+        values = values[:, inverse_order(visited)]
     return RoundedWeight(values, scales, layout)
+
+
+def _group_columns(layout: GroupLayout) -> list[range]:
+    """Columns of each group."""
+    ends = list(accumulate(layout.group_sizes))
+    return [range(end - size, end) for end, size in zip(ends, layout.group_sizes, strict=True)]

@@ -21,6 +21,7 @@ from quatom.numerics.rounding import (
     round_to_nearest,
     shift_to_target,
 )
+from quatom.quantize.gptq_triton import choose_round_columns
 from quatom.recipe import Recipe
 
 
@@ -138,6 +139,7 @@ def round_place(
         clip_search=spec.clip_search,
         rows_per_scale=spec.rows_per_scale,
         damping=spec.damping,
+        column_order=spec.column_order,
     )
     layout = linear_layout(recipe, config, FUSED[place][0])
     importance = None if second_moment is None else second_moment.diagonal()
@@ -149,7 +151,14 @@ def round_place(
                 weight = shift_to_target(
                     weight, second_moment, target_moment, spec.damping, spec.target_strength
                 )
-            rounded = gptq(weight, layout, options, second_moment)
+            formats = (options.normal, options.outlier) if layout.outliers else (options.normal,)
+            rounded = gptq(
+                weight,
+                layout,
+                options,
+                second_moment,
+                choose_round_columns(weight.device, formats),
+            )
         except QuantizationError as error:
             if recipe.on_singular == "error":
                 raise QuantizationError(

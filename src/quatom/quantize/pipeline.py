@@ -1,10 +1,11 @@
 """Quantize a whole model: a Hugging Face folder in, a Quatom checkpoint out.
 
 The target appears at the end, in one rename. Until then finished blocks, and the hidden states
-behind the last of them, lie in a working folder beside it, from which `resume` goes on.
+behind one of the last of them, lie in a working folder beside it, from which `resume` goes on.
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ from quatom.recipe import PRESETS, Recipe
 
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""
+LARGE_STATE = 2**28
+"""Bytes of hidden states from which on they are not saved behind every block."""
+STATE_SECONDS = 60.0
+"""Time between two saves of large hidden states: what an interruption can cost. A 7B model's, 4.3
+GB, would otherwise take longer to write than its blocks to quantize."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,9 @@ def _quantize_blocks(
     on_block: Callable[[QuantizedBlock], None] | None,
 ) -> None:
     first = writer.completed_blocks()
+    while first and not writer.has_state(_state_name(first - 1)):
+        first -= 1  # blocks behind the last saved state are made again, to the same bytes
+    saved, saved_at = first - 1, time.monotonic()
     # Row i: relative error of the hidden states behind block i, then of each of its places.
     errors = torch.zeros(0, 1 + len(FUSED), dtype=torch.float64)
     streams = None
@@ -137,9 +146,15 @@ def _quantize_blocks(
         if streams is not None:
             assert streams.float_hidden is not None
             state |= {"float": streams.float_hidden, "quantized": streams.quantized_hidden}
-        writer.save_state(_state_name(block.index), state)
-        writer.write_block(block.index, block.tensors)
-        writer.drop_state(_state_name(block.index - 1))
+        size = sum(tensor.nbytes for tensor in state.values())
+        if size < LARGE_STATE or time.monotonic() - saved_at >= STATE_SECONDS:
+            # In this order there is a state at every moment, and none for a block that is missing.
+            writer.save_state(_state_name(block.index), state)
+            writer.write_block(block.index, block.tensors)
+            writer.drop_state(_state_name(saved))
+            saved, saved_at = block.index, time.monotonic()
+        else:
+            writer.write_block(block.index, block.tensors)
         if on_block is not None:
             on_block(block)
         del block  # or it would stay until the next one is made
