@@ -34,6 +34,7 @@ def _options(
 
 def _register() -> None:
     from quatom.cli.ablate import ablate
+    from quatom.cli.agree import agree
     from quatom.cli.bench import app as bench
     from quatom.cli.evaluate import evaluate
     from quatom.cli.generate import generate
@@ -46,6 +47,7 @@ def _register() -> None:
     app.command("quantize")(quantize)
     app.command("eval")(evaluate)
     app.command("ablate")(ablate)
+    app.command("agree")(agree)
     app.command("generate")(generate)
     app.command("inspect")(inspect)
     app.command("report")(report)

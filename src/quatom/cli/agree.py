@@ -1,0 +1,69 @@
+"""`quatom agree`: hold one backend's choices of tokens against another's."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def agree(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
+    choices: Annotated[Path, typer.Argument(help="File of recorded choices.")],
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Plain-text file: record choices after prompts from it, on a CPU say."),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="With --record: prompts.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="With --record: their length.")] = 128,
+    num_tokens: Annotated[int, typer.Option(min=1, help="With --record: choices each.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Result file to write or add to.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name in the result file; default: the folder's.")
+    ] = None,
+) -> None:
+    """Record a model's greedy choices, or feed recorded ones to it and compare."""
+    from quatom.cli.common import print_table, read_dtype
+    from quatom.engine.config import EngineConfig
+    from quatom.evaluation.agreement import (
+        Choices,
+        agreement_entry,
+        compare_choices,
+        cut_prompts,
+        record_choices,
+    )
+    from quatom.evaluation.results import add_results
+    from quatom.loading import load
+
+    recorded = None if record is not None else Choices.read(choices)
+    loaded = load(model, device=device, dtype=read_dtype(dtype))
+    if record is not None:
+        text = record.read_text(encoding="utf-8")
+        tokens = loaded.require_tokenizer().encode(text, add_special_tokens=False)
+        prompts = cut_prompts(tokens, num_prompts, prompt_tokens)
+        config = EngineConfig(max_num_seqs=num_prompts, max_model_len=prompt_tokens + num_tokens)
+        record_choices(loaded, prompts, num_tokens, config).save(choices)
+        return
+    assert recorded is not None
+    longest = max(map(len, recorded.prompts)) + len(recorded.tokens[0])
+    config = EngineConfig(max_num_seqs=len(recorded.prompts), max_model_len=longest)
+    measured = compare_choices(loaded, recorded, config)
+    title = name or Path(model).resolve().name
+    print_table(
+        f"{title}, {loaded.recipe.name}: {loaded.backend_name} against {recorded.backend}",
+        ("positions", "agree", "noise", "unexplained", "same twice"),
+        [
+            (
+                str(measured.positions),
+                f"{100 * measured.share:.2f} %",
+                f"{measured.noise:.3f}",
+                str(measured.unexplained),
+                "yes" if measured.repeatable else "no",
+            )
+        ],
+    )
+    if json is not None:
+        add_results(json, [agreement_entry(loaded, recorded, measured, title)])
