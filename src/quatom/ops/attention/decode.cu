@@ -591,6 +591,7 @@ extern "C" __global__ void __launch_bounds__(128) merge(const Parameters p) {
   const long long row = blockIdx.x;
 #if BULK
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
   const float2* stats = p.stats + row * p.splits;
   float top = -INF;
