@@ -1,11 +1,34 @@
-"""`quatom bench`: measurements on a GPU, as JSON with their environment."""
+"""`quatom bench`: measurements as JSON with their environment."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(help="Measure kernels on a GPU.", no_args_is_help=True, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from quatom.benchmark.roofline import Ceilings
+    from quatom.benchmark.workloads import Workload
+
+app = typer.Typer(
+    help="Measure kernels, and a whole model under load.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+JsonOption = Annotated[
+    Path | None, typer.Option(help="Result file; entries of other measurements are kept.")
+]
+RandomOption = Annotated[
+    str | None,
+    typer.Option(help="Random weights of this shape instead of MODEL: llama-2-7b, llama-3-8b, ..."),
+]
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")
+]
+ConversationsOption = Annotated[
+    Path | None,
+    typer.Option(help="JSON list of [input, output] lengths, instead of fixed ones."),
+]
 
 
 @app.command()
@@ -29,3 +52,154 @@ def kernels(
     from quatom.benchmark.kernels import run_kernel_bench
 
     run_kernel_bench(op, json_path=json, plot_path=plot)
+
+
+@app.command()
+def throughput(
+    model: ModelArgument = None,
+    random_weights: RandomOption = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Recipe of random weights; may be repeated. Default: fp16."),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GiB for everything: weights, activations, graphs, KV cache."),
+    ] = None,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 1024,
+    output_len: Annotated[int, typer.Option(min=1, help="Generated tokens.")] = 512,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests, all at once.")] = 256,
+    conversations: ConversationsOption = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Steady decoding at these batch sizes over --input-len cached tokens instead of "
+            "a run: 1,8,32,max; max is what fits."
+        ),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of one step, prompt chunks and decodes.")
+    ] = 2048,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens a KV block.")] = 32,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Only so many blocks of a random model, for trials.")
+    ] = None,
+    ceilings: Annotated[
+        str | None,
+        typer.Option(help="TB/s of a copy, BF16 and 8-bit TFLOPS, for the limit; else measured."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if any.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Tokens a second of an engine in this process, with latencies and the share of the limit."""
+    from quatom.benchmark.memory_budget import release_memory
+    from quatom.benchmark.serving_results import add_entries, read_entries, summary
+    from quatom.benchmark.throughput import Setting, measure_fixed_batches, measure_throughput
+    from quatom.benchmark.throughput_models import benchmark_models
+    from quatom.cli.common import read_dtype, read_recipe
+    from quatom.engine.config import EngineConfig
+
+    device = device or _default_device()
+    if json is not None:
+        read_entries(json)  # a file that cannot be merged into is found before the measurement
+    limits, measured = _read_ceilings(ceilings, device)
+    models = benchmark_models(
+        model,
+        random_weights,
+        [read_recipe(name) for name in recipe or ()],
+        device=device,
+        dtype=read_dtype(dtype),
+        num_layers=layers,
+        seed=seed,
+        gpu_memory=gpu_memory,
+    )
+    for name, loaded in models:
+        setting = Setting(
+            loaded=loaded,
+            model=name,
+            gpu_memory=gpu_memory,
+            config=EngineConfig(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                block_size=block_size,
+            ),
+            ceilings=limits,
+        )
+        if batch is not None:
+            entries = measure_fixed_batches(setting, _read_batches(batch), input_len, seed=seed)
+        else:
+            longest = loaded.config.max_position
+            workload = _workload(conversations, num_prompts, input_len, output_len, longest, seed)
+            entries = [measure_throughput(setting, workload, seed)]
+        for entry in entries:
+            typer.echo(summary(entry))
+        if json is not None:
+            add_entries(json, entries, measured)
+        del loaded, setting
+        release_memory()
+
+
+def _workload(
+    conversations: Path | None,
+    num_prompts: int,
+    input_len: int,
+    output_len: int,
+    longest: int,
+    seed: int,
+) -> "Workload":
+    from quatom.benchmark.workloads import fixed_lengths, read_conversations
+
+    if conversations is not None:
+        return read_conversations(conversations, num_prompts, longest=longest, seed=seed)
+    return fixed_lengths(num_prompts, input_len, output_len)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _read_ceilings(text: str | None, device: str) -> "tuple[Ceilings | None, dict[str, float]]":
+    """Ceilings given or measured, and as a result file stores them; none on a CPU."""
+    from quatom.benchmark.environment import measure_ceilings
+    from quatom.benchmark.memory_budget import release_memory
+    from quatom.benchmark.roofline import Ceilings
+
+    if text is not None:
+        parts = text.split(",")
+        try:
+            values = [float(part) for part in parts]
+        except ValueError:
+            values = []
+        if len(values) != 3 or min(values) <= 0:
+            raise typer.BadParameter(
+                f"{text!r} is not three positive numbers: TB/s, BF16 TFLOPS, 8-bit TFLOPS",
+                param_hint="--ceilings",
+            )
+        measured = dict(zip(("copy_tb_s", "bf16_tflops", "fp8_tflops"), values, strict=True))
+    elif device.startswith("cuda"):
+        measured = measure_ceilings()
+        release_memory()
+    else:
+        return None, {}
+    return Ceilings.from_environment(measured), measured
+
+
+def _read_batches(text: str) -> list[int | None]:
+    """Batch sizes; None for "max"."""
+    try:
+        batches = [None if part == "max" else int(part) for part in text.split(",")]
+    except ValueError:
+        batches = [0]
+    if any(batch is not None and batch < 1 for batch in batches):
+        raise typer.BadParameter(
+            f"{text!r} is not a list of positive numbers or max, such as 1,8,32,max",
+            param_hint="--batch",
+        )
+    return batches

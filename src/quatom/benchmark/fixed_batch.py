@@ -1,0 +1,113 @@
+"""Steady decoding at fixed batch sizes: what a step costs when nobody arrives or leaves."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from quatom.benchmark.offline_run import greedy
+from quatom.engine.engine import Engine
+from quatom.engine.scheduler import WATERMARK
+from quatom.errors import EngineError
+
+SETTLE = 4
+"""Steps after a change of the batch that are not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTiming:
+    """One batch size."""
+
+    batch: int
+    context: float
+    """Cached tokens of a sequence, averaged over sequences and measured steps."""
+    step_seconds: list[float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences together."""
+        return self.batch / fmean(self.step_seconds)
+
+
+def longest_sequence(context: int, steps: int, sizes: int) -> int:
+    """Tokens that a sequence may reach while `sizes` batch sizes are measured."""
+    return context + sizes * (SETTLE + steps) + SETTLE
+
+
+def largest_batch(engine: Engine, context: int, steps: int) -> int:
+    """Sequences of about `context` tokens that decode together without running out of blocks."""
+    block_size = engine.config.block_size
+    each = -(-longest_sequence(context, steps, 1) // block_size)
+    usable = int((1.0 - WATERMARK) * engine.pool.num_blocks)
+    return min(usable // each, engine.config.max_num_seqs)
+
+
+def measure_batches(
+    engine: Engine, batches: Sequence[int], context: int, steps: int, seed: int = 0
+) -> list[BatchTiming]:
+    """Time `steps` decode steps at each batch size, the largest first.
+
+    The largest batch is filled by running its prompts; smaller ones are what is left of it after
+    aborts, so that no prompt runs twice. Prompts that are run earlier are shorter by the tokens
+    that they will have generated when the last one is there.
+
+    Args:
+        engine: idle, with max_model_len for `longest_sequence`.
+        batches: sizes, none above `largest_batch`.
+        context: cached tokens of a sequence while its batch is measured, nearly: each smaller
+            batch has SETTLE + steps more. The result says the number reached.
+        steps: decode steps that are timed.
+        seed: of the prompts' token ids.
+
+    Raises:
+        EngineError: a batch did not stay together.
+    """
+    sizes = sorted(set(batches), reverse=True)
+    names = _fill(engine, sizes[0], context - SETTLE - steps // 2, seed)
+    timings = []
+    for size in sizes:
+        for name in names[size:]:
+            engine.abort(name)
+        del names[size:]
+        for _ in range(SETTLE):
+            engine.step()
+        reached = fmean(s.num_tokens for s in engine.scheduler.running)
+        timings.append(BatchTiming(size, reached + steps / 2, _time_steps(engine, size, steps)))
+    for name in names:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+    return timings
+
+
+def _fill(engine: Engine, size: int, context: int, seed: int) -> list[str]:
+    """Start `size` sequences that have about `context` tokens once all of them decode."""
+    generator = np.random.default_rng(seed)
+    steps_each = context / engine.config.max_num_batched_tokens
+    names = [f"batch-{i}" for i in range(size)]
+    for i, name in enumerate(names):
+        length = max(1, context - round((size - 1 - i) * steps_each))
+        prompt = generator.integers(engine.model_config.vocab_size, size=length).tolist()
+        engine.add_request(name, prompt, greedy(engine.max_model_len - length))
+    started: set[str] = set()
+    while len(started) < size:
+        started |= {delta.request_id for delta in engine.step()}
+    return names
+
+
+def _time_steps(engine: Engine, batch: int, steps: int) -> list[float]:
+    seconds = []
+    last = time.perf_counter()
+    for _ in range(steps):
+        deltas = engine.step()
+        now = time.perf_counter()
+        seconds.append(now - last)
+        last = now
+        if len(deltas) != batch or any(delta.finish_reason for delta in deltas):
+            raise EngineError(
+                f"a decode batch of {batch} gave {len(deltas)} tokens in a step: the KV cache of "
+                f"{engine.pool.num_blocks} blocks is too small for it"
+            )
+    return seconds

@@ -1,0 +1,144 @@
+"""The least time that a GPU needs for decode steps and prompts.
+
+Each phase takes its bytes over the bandwidth or its operations over a matrix rate, whichever is
+larger, and phases follow one another. docs/performance.md derives the formulas.
+
+What is left out (launches, norms, activations read and written, gathering, sampling) is what a
+perfect implementation would hide, so a share of this limit never reaches 100 %.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Self
+
+from quatom.checkpoint.schema import bits_per_kv, bits_per_weight, linear_names, linear_shape
+from quatom.modeling.config import ModelConfig
+from quatom.recipe import Recipe
+
+_HALF = 2  # bytes of a number that no recipe quantizes
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What one GPU can do at best, as measured or given."""
+
+    copy_tb_s: float
+    """Memory bandwidth, bytes read plus bytes written."""
+    bf16_tflops: float
+    """16-bit matrix rate."""
+    low_bit_tflops: float
+    """Matrix rate of operands of 8 bits or fewer. FP8's on Hopper, which multiplies INT4 codes
+    exactly and has no INT4 units of its own."""
+
+    @classmethod
+    def from_environment(cls, measured: Mapping[str, Any]) -> Self:
+        """From `measure_ceilings`; a GPU without FP8 multiplies INT8 twice as fast as BF16."""
+        bf16 = measured["bf16_tflops"]
+        return cls(measured["copy_tb_s"], bf16, measured.get("fp8_tflops", 2 * bf16))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step, or a whole run, has to do."""
+
+    steps: float
+    """Times that every weight is read."""
+    tokens: float
+    """Tokens through the linears: decodes and prompts."""
+    sampled: float
+    """Rows through the output head."""
+    pairs: float
+    """(query, key) pairs that attention scores, of one head."""
+    cached_read: float
+    """Cached tokens that decodes read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """The limits of one model under one recipe on one GPU."""
+
+    ceilings: Ceilings
+    linear_weights: int
+    """Weights of all decoder linears."""
+    linear_bytes: float
+    """Their bytes as the recipe stores them, scales and outliers included."""
+    linear_tflops: float
+    """The matrix rate that their operands allow."""
+    head_weights: int
+    kv_bytes: float
+    """Bytes of one cached token, all layers."""
+    attention_flops: int
+    """Operations of one (query, key) pair, all heads and layers: QK and PV."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, recipe: Recipe, ceilings: Ceilings) -> Self:
+        """The roofline of a model."""
+        weights = sum(prod(linear_shape(config, name)) for name in linear_names(config))
+        low_bit = recipe.quantizes_activations
+        kv_numbers = 2 * config.num_kv_heads * config.head_dim * config.num_layers
+        return cls(
+            ceilings=ceilings,
+            linear_weights=weights,
+            linear_bytes=weights * bits_per_weight(recipe, config) / 8,
+            linear_tflops=ceilings.low_bit_tflops if low_bit else ceilings.bf16_tflops,
+            head_weights=config.vocab_size * config.hidden_size,
+            kv_bytes=kv_numbers * bits_per_kv(recipe, config) / 8,
+            attention_flops=4 * config.num_heads * config.head_dim * config.num_layers,
+        )
+
+    def seconds(self, work: Work) -> float:
+        """Least time: linears, output head and attention, one after another."""
+        return sum(self.phases(work).values())
+
+    def phases(self, work: Work) -> dict[str, float]:
+        """Least seconds of each phase: "linears", "head", "attention"."""
+        bf16 = self.ceilings.bf16_tflops
+        return {
+            "linears": self._phase(
+                work.steps * self.linear_bytes,
+                2 * self.linear_weights * work.tokens,
+                self.linear_tflops,
+            ),
+            "head": self._phase(
+                work.steps * self.head_weights * _HALF, 2 * self.head_weights * work.sampled, bf16
+            ),
+            "attention": self._phase(
+                (work.cached_read + work.tokens) * self.kv_bytes,  # every token is written once
+                self.attention_flops * work.pairs,
+                bf16,
+            ),
+        }
+
+    def decode_step(self, batch: int, context: float) -> float:
+        """Least seconds of one decode of `batch` sequences that have `context` cached tokens."""
+        cached = batch * context
+        return self.seconds(Work(1, batch, batch, cached + batch, cached))
+
+    def run(self, lengths: list[tuple[int, int]], concurrent: float) -> float:
+        """Least seconds for requests of (input, output) tokens, `concurrent` of them at a time.
+
+        Prompts ride in the same steps as decodes, so weights are read once a step for both.
+        """
+        prompt = sum(length for length, _ in lengths)
+        output = sum(length for _, length in lengths)
+        decoded = output - len(lengths)  # the first token comes from the prompt's own step
+        cached = sum(
+            _decoded_context(prompt_tokens, output_tokens)
+            for prompt_tokens, output_tokens in lengths
+        )
+        pairs = cached + decoded + sum(length * (length + 1) / 2 for length, _ in lengths)
+        steps = max(decoded / concurrent, 1.0)
+        return self.seconds(Work(steps, prompt + decoded, output, pairs, cached))
+
+    def _phase(self, num_bytes: float, operations: float, tflops: float) -> float:
+        return max(num_bytes / (self.ceilings.copy_tb_s * 1e12), operations / (tflops * 1e12))
+
+
+def _decoded_context(prompt: int, output: int) -> float:
+    """Cached tokens read by the decodes of one request, all together.
+
+    The i-th generated token (from 2 to `output`) is computed over prompt + i - 2 cached ones.
+    """
+    decodes = output - 1
+    return decodes * prompt + decodes * (decodes - 1) / 2

@@ -1,0 +1,96 @@
+"""The limits against arithmetic by hand, and against the table of Llama-2-7B's floors."""
+
+import pytest
+
+from quatom.benchmark.random_weights import SHAPES
+from quatom.benchmark.roofline import Ceilings, Roofline, Work
+from quatom.recipe import PRESETS
+
+SPEC = Ceilings(copy_tb_s=3.35, bf16_tflops=989.0, low_bit_tflops=1979.0)
+LLAMA = SHAPES["llama-2-7b"]
+LINEARS = 6_476_005_376  # 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+
+
+def roofline(recipe, config=LLAMA, ceilings=SPEC):
+    return Roofline.of(config, PRESETS[recipe], ceilings)
+
+
+def test_what_a_model_moves():
+    half = roofline("fp16")
+    assert half.linear_weights == LINEARS
+    assert half.linear_bytes == 2 * LINEARS
+    assert half.head_weights == 32000 * 4096
+    assert half.kv_bytes == 512 * 1024  # 2 * 32 * 128 numbers * 2 bytes * 32 layers
+    assert half.attention_flops == 4 * 32 * 128 * 32
+    assert half.linear_tflops == 989.0
+    atom = roofline("atom-w4a4kv4")
+    assert atom.kv_bytes == 136 * 1024  # 64 bytes of codes and 4 of scale and minimum, 64 heads
+    assert atom.linear_tflops == 1979.0
+    # 4.2 bits a weight: 4-bit codes, one scale of 16 bits for 256 of them, 128 channels of 8 bits
+    assert 4.1 < atom.linear_bytes * 8 / LINEARS < 4.3
+    assert roofline("w4a16").linear_tflops == 989.0
+    assert roofline("w8a8").linear_tflops == 1979.0
+    assert roofline("fp16", SHAPES["llama-3-8b"]).kv_bytes == 128 * 1024
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "tokens_per_second"),
+    [  # floors published for these sizes at 3.35 TB/s and context 1024, with a scale for each row
+        ("fp16", 1, 244),
+        ("fp16", 64, 4507),
+        ("w8a8", 16, 3496),
+        ("w4a16", 32, 5159),
+        ("atom-w4a4kv4", 1, 874),
+        ("atom-w4a4kv4", 64, 16730),
+    ],
+)
+def test_decode_floors(recipe, batch, tokens_per_second):
+    step = roofline(recipe).decode_step(batch, 1024)
+    # 2 %: one scale for two rows saves 0.06 of 4.2 bits; the new token's own KV adds 0.1 %
+    assert batch / step == pytest.approx(tokens_per_second, rel=0.02)
+
+
+def test_a_decode_step_by_hand():
+    step = roofline("fp16").decode_step(64, 1000)
+    linears = 2 * LINEARS / 3.35e12  # 3.87 ms; 64 tokens at 989 TFLOPS would take 0.84 ms
+    head = 2 * 32000 * 4096 / 3.35e12
+    kv = (64 * 1000 + 64) * 512 * 1024 / 3.35e12
+    assert step == pytest.approx(linears + head + kv, rel=1e-12)
+
+
+def test_large_batches_are_bound_by_operations():
+    model = roofline("fp16")
+    phases = model.phases(Work(1, 4096, 1, 4096 * 4097 / 2, 0))
+    assert phases["linears"] == pytest.approx(2 * LINEARS * 4096 / 989e12, rel=1e-12)
+    assert phases["head"] == pytest.approx(2 * 32000 * 4096 / 3.35e12, rel=1e-12)
+    pairs = 4096 * 4097 / 2 * 4 * 32 * 128 * 32 / 989e12
+    assert phases["attention"] == pytest.approx(pairs, rel=1e-12)
+    assert model.seconds(Work(1, 4096, 1, 4096 * 4097 / 2, 0)) == sum(phases.values())
+
+
+def test_a_whole_run_by_hand():
+    model = roofline("atom-w4a4kv4")
+    # Two requests of 10 + 3 tokens at once: the prompts' own steps give each its first token, two
+    # decode steps the rest, over 10 and 11 cached tokens.
+    work = Work(
+        steps=2,
+        tokens=2 * (10 + 2),
+        sampled=6,
+        pairs=2 * (55 + 11 + 12),
+        cached_read=2 * (10 + 11),
+    )
+    assert model.run([(10, 3), (10, 3)], concurrent=2) == pytest.approx(model.seconds(work))
+    # One at a time reads the weights twice as often.
+    alone = model.run([(10, 3), (10, 3)], concurrent=1)
+    more = 2 * (model.linear_bytes + 2 * model.head_weights) / 3.35e12
+    assert alone - model.seconds(work) == pytest.approx(more, rel=1e-9)
+    # A prompt alone reads them once.
+    assert model.run([(10, 1)], 1) == pytest.approx(model.seconds(Work(1, 10, 1, 55, 0)))
+
+
+def test_ceilings_of_a_gpu_without_fp8():
+    assert Ceilings.from_environment({"copy_tb_s": 2.0, "bf16_tflops": 300.0}) == Ceilings(
+        2.0, 300.0, 600.0
+    )
+    measured = {"copy_tb_s": 3.0, "bf16_tflops": 760.0, "fp8_tflops": 1450.0}
+    assert Ceilings.from_environment(measured).low_bit_tflops == 1450.0

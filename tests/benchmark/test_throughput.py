@@ -1,0 +1,242 @@
+"""`quatom bench throughput` on the CPU: counts that are exact whatever the clock says."""
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+
+import pytest
+
+from quatom.benchmark import memory_budget
+from quatom.benchmark.fixed_batch import largest_batch, measure_batches
+from quatom.benchmark.memory_budget import GIB, build_engine, bytes_in_use, step_sizes
+from quatom.benchmark.offline_run import run_offline
+from quatom.benchmark.random_weights import random_model
+from quatom.benchmark.roofline import Ceilings
+from quatom.benchmark.serving_results import add_entries, identity, make_entry, read_entries
+from quatom.benchmark.throughput import Setting, measure_fixed_batches, measure_throughput
+from quatom.benchmark.throughput_models import benchmark_models
+from quatom.benchmark.workloads import Workload, fixed_lengths
+from quatom.engine.config import EngineConfig
+from quatom.engine.engine import Engine
+from quatom.errors import EngineError, ModelError
+from quatom.recipe import PRESETS
+
+LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
+FORM = {  # the keys that every entry of a serving file has
+    "mode",
+    "model",
+    "recipe",
+    "gpu_memory_gb",
+    "requests",
+    "input_tokens",
+    "output_tokens",
+    "request_rate",
+    "output_tokens_per_s",
+    "total_tokens_per_s",
+    *LATENCIES,
+    "max_running",
+    "kv_tokens",
+    "share_of_limit",
+    "seconds",
+}
+CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return random_model("tiny", PRESETS["atom-w4a4kv4"], device="cpu")
+
+
+def setting(loaded, **changes):
+    given = {
+        "loaded": loaded,
+        "model": "tiny",
+        "gpu_memory": None,
+        "config": CONFIG,
+        "ceilings": Ceilings(0.001, 0.01, 0.02),
+    }
+    return Setting(**(given | changes))
+
+
+def test_an_entry_counts_every_token(loaded):
+    workload = Workload("mixed", ((20, 5), (40, 9), (3, 1), (33, 16), (9, 2)))
+    entry = measure_throughput(setting(loaded), workload)
+    assert entry.keys() >= FORM
+    assert entry["mode"] == "throughput"
+    assert (entry["model"], entry["recipe"]) == ("tiny", "atom-w4a4kv4")
+    assert entry["output_tokens_per_s"] == pytest.approx(33 / entry["seconds"], rel=0.01)
+    assert entry["total_tokens_per_s"] == pytest.approx(138 / entry["seconds"], rel=0.01)
+    assert entry["max_running"] == 4
+    assert 0 < entry["mean_running"] <= 4
+    assert entry["preemptions"] == 0
+    assert entry["share_of_limit"] > 0
+    assert all(entry[key]["p50"] > 0 for key in LATENCIES)
+    assert entry["e2e_ms"]["p99"] <= entry["seconds"] * 1e3
+    assert entry["timeline"]["running"][-1] == 0
+    assert max(entry["timeline"]["waiting"]) >= 1
+    one = measure_throughput(setting(loaded, ceilings=None), fixed_lengths(1, 8, 3))
+    assert one["mode"] == "latency"
+    assert one["share_of_limit"] is None
+
+
+def test_a_run_reports_each_request(loaded):
+    engine = Engine(loaded, replace(CONFIG, prefix_caching=False))
+    result = run_offline(engine, [[1] * 10, [2] * 30], [4, 7])
+    assert [r.output_tokens for r in result.requests] == [4, 7]
+    assert [r.input_tokens for r in result.requests] == [10, 30]
+    assert len(result.intervals) == 3 + 6
+    for r in result.requests:
+        assert 0 < r.first_token < r.last_token <= result.seconds
+    assert len(result.timeline.samples) == result.steps
+
+
+def test_preemptions_are_counted(loaded):
+    layers = loaded.model.allocate_kv_cache(1, 32)
+    blocks = 5 * sum(layer.bytes_per_block for layer in layers)
+    config = replace(CONFIG, kv_cache_memory=blocks, max_model_len=100, prefix_caching=False)
+    result = run_offline(Engine(loaded, config), [[1] * 30, [2] * 30, [3] * 30], [60] * 3)
+    assert result.preemptions > 0
+    assert [r.output_tokens for r in result.requests] == [60] * 3
+
+
+def test_a_budget_is_weights_and_cache(loaded):
+    used = bytes_in_use(loaded)
+    config = replace(CONFIG, max_model_len=64, prefix_caching=False)
+    engine = build_engine(loaded, config, (used + 300_000) / GIB)
+    per_block = engine.kv_cache_bytes // engine.pool.num_blocks
+    assert 300_000 - per_block < engine.kv_cache_bytes <= 300_000
+    with pytest.raises(EngineError, match=r"atom-w4a4kv4 takes .* the budget is 0\.00 GiB"):
+        build_engine(loaded, config, 0.5 * used / GIB)
+
+
+def test_warm_up_runs_every_size(loaded, monkeypatch):
+    assert step_sizes(20) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    engine = Engine(loaded, replace(CONFIG, max_model_len=48, prefix_caching=False))
+    sizes, batches = set(), set()
+    launch = engine.runner.launch
+
+    def recording(step):
+        sizes.add(step.num_tokens)
+        batches.add((len(step.items), max(item.count for item in step.items)))
+        return launch(step)
+
+    monkeypatch.setattr(engine.runner, "launch", recording)
+    memory_budget.warm_up(engine)
+    assert {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128} - sizes <= {48, 96, 64, 128}
+    assert max(sizes) >= 64  # longer steps on a CPU end at whole chunks of 64 tokens
+    assert (4, 1) in batches  # a full decode batch
+    assert any(count == 2 and most > 1 for count, most in batches)  # a decode beside a prompt
+    assert not engine.has_work
+    engine.check_accounting()
+
+
+def test_fixed_batches(loaded):
+    gpu_memory = (bytes_in_use(loaded) + 400_000) / GIB
+    entries = measure_fixed_batches(
+        setting(loaded, gpu_memory=gpu_memory), [1, 3, 1000], 40, steps=4
+    )
+    assert [(e["batch"], e["comparison"]) for e in entries] == [
+        (1, "equal batch"),
+        (3, "equal batch"),
+    ]
+    for entry in entries:
+        assert entry.keys() >= FORM
+        assert entry["mode"] == "batch"
+        rate = entry["batch"] * 4 / entry["seconds"]
+        assert entry["output_tokens_per_s"] == pytest.approx(rate, rel=0.01)
+        assert entry["itl_ms"]["p50"] > 0
+        assert entry["ttft_ms"] is None
+    assert entries[1]["context"] == pytest.approx(40, abs=2)
+
+
+def test_the_largest_batch_fills_the_budget(loaded):
+    gpu_memory = (bytes_in_use(loaded) + 400_000) / GIB
+    entries = measure_fixed_batches(setting(loaded, gpu_memory=gpu_memory), [2, None], 40, steps=4)
+    assert [e["comparison"] for e in entries] == ["equal batch", "equal memory"]
+    largest = entries[1]["batch"]
+    # 40 + 4 + 4 + 4 tokens are two blocks of 32; 1 % of the blocks stays free for growth.
+    assert largest == int(0.99 * entries[1]["kv_tokens"] / 32) // 2
+    assert largest > 2
+
+
+def test_a_batch_that_falls_apart_is_no_measurement(loaded):
+    layers = loaded.model.allocate_kv_cache(1, 32)
+    blocks = 6 * sum(layer.bytes_per_block for layer in layers)
+    config = replace(CONFIG, kv_cache_memory=blocks, max_model_len=100, prefix_caching=False)
+    engine = Engine(loaded, config)
+    assert largest_batch(engine, 40, 4) == 2
+    with pytest.raises(EngineError, match="a decode batch of 3 gave"):
+        measure_batches(engine, [3], 60, 20)
+
+
+def test_models_one_after_another_leave_no_memory_behind():
+    models = benchmark_models(
+        None,
+        "tiny",
+        [PRESETS["fp16"], PRESETS["w8a8"]],
+        device="cpu",
+        dtype=None,
+        num_layers=1,
+        seed=0,
+        gpu_memory=1.0,
+    )
+    name, loaded = next(models)
+    assert (name, loaded.recipe.name, len(loaded.model.blocks)) == ("tiny, 1 layers", "fp16", 1)
+    gone = weakref.ref(loaded.model)
+    del loaded
+    gc.collect()
+    assert gone() is None
+    assert next(models)[1].recipe.name == "w8a8"
+
+
+def test_what_cannot_be_run_is_refused_before_it_is_made():
+    def first(model, shape, recipe="fp16", **more):
+        options = {"num_layers": None, "seed": 0, "gpu_memory": None} | more
+        return next(
+            benchmark_models(model, shape, [PRESETS[recipe]], device="cpu", dtype=None, **options)
+        )
+
+    with pytest.raises(ModelError, match="either MODEL or --random-weights"):
+        first(None, None)
+    with pytest.raises(ModelError, match="either MODEL or --random-weights"):
+        first("folder", "tiny")
+    with pytest.raises(ModelError, match="folder has its own"):
+        first("folder", None)
+    with pytest.raises(EngineError, match=r"llama-2-70b as fp16 take 128\.5 GiB, the budget is 80"):
+        first(None, "llama-2-70b", gpu_memory=80.0)
+
+
+def entry(**changes):
+    given = {"mode": "batch", "model": "m", "recipe": "r", "gpu_memory_gb": 24.0, "batch": 8}
+    return make_entry(**(given | changes))
+
+
+def test_entries_are_replaced_by_newer_ones_of_the_same_measurement(tmp_path):
+    path = tmp_path / "serving.json"
+    add_entries(path, [entry(output_tokens_per_s=1.0), entry(batch=16)], {"copy_tb_s": 3.0})
+    add_entries(path, [entry(output_tokens_per_s=2.0)], None)
+    kept = read_entries(path)
+    assert [(e["batch"], e.get("output_tokens_per_s")) for e in kept] == [(16, None), (8, 2.0)]
+    assert {"command", "commit", "date"} <= kept[0].keys()
+    assert json.loads(path.read_text())["format"] == 1
+    path.write_text("[]")
+    with pytest.raises(EngineError, match="is no result file"):
+        read_entries(path)
+
+
+def test_the_batch_that_fits_is_one_measurement_whatever_its_size():
+    same = [entry(comparison="equal memory", batch=b) for b in (30, 31)]
+    assert identity(same[0]) == identity(same[1])
+    assert identity(entry(comparison="equal batch")) != identity(
+        entry(comparison="equal batch", batch=9)
+    )
+    assert identity(entry(recipe="other")) != identity(entry())
+
+
+def test_timelines_are_written_on_one_line_each(tmp_path):
+    path = tmp_path / "serving.json"
+    columns = {"seconds": [0.0, 1.5], "running": [1, -2]}
+    add_entries(path, [entry(timeline=columns)], None)
+    assert read_entries(path)[0]["timeline"] == columns
+    assert '"seconds": [0.0, 1.5],' in path.read_text()
