@@ -61,6 +61,7 @@ def test_ptb_sentences_are_stripped_lines():
         ("wiki.test.raw", " \n = A = \n", "wikitext2", "\n\n = A = \n"),
         ("ptb.valid.txt", " a b \n c \n", "ptb", "a b\n\nc"),
         ("notes.txt", " a b \n c \n", "notes.txt", " a b \n c \n"),
+        ("some.jsonl", '{"text": "a"}\n\n{"text": "b "}\n', "some.jsonl", "a\n\nb "),
     ],
 )
 def test_a_file_is_read_by_the_protocol_of_its_name(tmp_path, tokenizer, file, text, name, want):
@@ -142,7 +143,7 @@ def test_a_document_of_exactly_one_window_has_one_place(tokenizer):
 def test_a_file_that_is_no_c4_shard_is_refused(tmp_path, tokenizer):
     path = tmp_path / "c4-validation.00000-of-00008.json"
     path.write_text('{"body": 1}\n')
-    with pytest.raises(CalibrationError, match="no C4 shard"):
+    with pytest.raises(CalibrationError, match="must be JSON lines"):
         load_corpus(path, tokenizer)
 
 

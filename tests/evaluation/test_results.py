@@ -1,6 +1,7 @@
 """Result files: entries, replacement of what is measured again, and nothing else lost."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -134,3 +135,20 @@ def test_a_crash_while_writing_keeps_the_earlier_results(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         add_results(path, [entry(windows=16)])
     assert path.read_text() == before
+
+
+def _add(path, first):
+    for number in range(first, first + 5):
+        add_results(path, [entry(recipe=f"recipe-{number}")])
+
+
+def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
+    path = tmp_path / "accuracy.json"
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=_add, args=(path, 5 * i)) for i in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert {e["recipe"] for e in results(path)} == {f"recipe-{number}" for number in range(20)}

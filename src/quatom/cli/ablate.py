@@ -19,6 +19,10 @@ def ablate(
     ladder: Annotated[
         str, typer.Option(help="atom: the paper's seven rungs; quatom: what goes beyond them.")
     ] = "atom",
+    rungs: Annotated[
+        str | None,
+        typer.Option(help="Only these rungs, separated by commas; float is one of them."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Windows to score.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
@@ -42,10 +46,14 @@ def ablate(
     from quatom.evaluation.results import add_results, read_results
     from quatom.loading import default_dtype, usable_device
     from quatom.quantize.calibration_data import read_text, sample_sequences
-    from quatom.recipe import CalibrationSpec
+    from quatom.recipe import CalibrationSpec, Recipe
 
     if ladder not in LADDERS:
         raise RecipeError(f"unknown ladder {ladder!r}; known: {', '.join(LADDERS)}")
+    steps: dict[str, Recipe | None] = {"float": None, **LADDERS[ladder]}
+    chosen = list(steps) if rungs is None else rungs.split(",")
+    if unknown := [rung for rung in chosen if rung not in steps]:
+        raise RecipeError(f"ladder {ladder} has no rung {unknown[0]!r}; it has {', '.join(steps)}")
     opened = open_source(source)
     place = usable_device(device)
     tokenizer = tokenizer_from_source(opened)
@@ -60,13 +68,13 @@ def ablate(
         for entry in read_results(json)
         if entry.get("model") == model and entry.get("texts") == run_hash
     }
-    rungs = {"float": None} | dict(LADDERS[ladder])
     json.parent.mkdir(parents=True, exist_ok=True)
-    for position, (rung, recipe) in enumerate(rungs.items()):
+    for position, rung in enumerate(chosen):
+        recipe = steps[rung]
         as_stored = None if recipe is None else recipe.to_dict()
         if rung in done and done[rung]["settings"] == as_stored:
             continue
-        with rung_progress(f"{position + 1} of {len(rungs)}: {rung}") as on_block:
+        with rung_progress(f"{position + 1} of {len(chosen)}: {rung}") as on_block:
             measured = LadderRun(
                 opened,
                 sequences,
@@ -89,15 +97,16 @@ def ablate(
             "texts": run_hash,
         }
         add_results(json, [done[rung]])
-    for file in json.parent.glob(f".{json.stem}-{run_hash}.*.safetensors"):
-        file.unlink()
+    if done.keys() >= steps.keys():  # or another run may want what they share
+        for file in json.parent.glob(f".{json.stem}-{run_hash}.*.safetensors"):
+            file.unlink()
     print_table(
         f"{model}, {corpus.name}, {len(windows)} windows of {sequence_length} tokens",
         ("rung", "perplexity"),
-        [(rung, f"{done[rung]['perplexity']:.2f}") for rung in rungs],
+        [(rung, f"{done[rung]['perplexity']:.2f}") for rung in chosen],
     )
     if plot is not None:
-        _plot([done[rung] for rung in rungs], plot)
+        _plot([done[rung] for rung in chosen], plot)
 
 
 def _hash(*tokens: "Tensor") -> str:

@@ -8,7 +8,13 @@ import typer
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Hugging Face folder, hub id or GGUF; or random:llama-2-7b, random weights and "
+            "tokens of that shape, to measure time and memory."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
     recipe: Annotated[
         str, typer.Option(help="Preset name, or a JSON file with a recipe.")
@@ -36,19 +42,30 @@ def quantize(
     ] = None,
 ) -> None:
     """Quantize a model and write a packed checkpoint."""
+    from torch import Tensor
+
+    from quatom.benchmark.random_source import random_source, random_tokens
+    from quatom.checkpoint.reader import TensorSource
     from quatom.cli.common import block_progress, print_table, read_dtype, read_recipe
     from quatom.quantize.pipeline import quantize_checkpoint
 
     chosen = read_recipe(
         recipe, num_samples=num_samples, sequence_length=sequence_length, seed=seed
     )
+    opened: str | TensorSource = source
+    tokens: Path | Tensor | None = calibration
+    if source.startswith("random:"):
+        if calibration is not None:
+            raise typer.BadParameter("random weights read random tokens, no --calibration")
+        opened = random_source(source.removeprefix("random:"), device=device)
+        tokens = random_tokens(opened.model_config, chosen.calibration)
     started = time.perf_counter()
     with block_progress(f"Quantizing to {chosen.name}") as on_block:
         report = quantize_checkpoint(
-            source,
+            opened,
             target,
             chosen,
-            calibration=calibration,
+            calibration=tokens,
             device=device,
             dtype=read_dtype(dtype),
             resume=resume,

@@ -145,7 +145,8 @@ def load_corpus(
     Args:
         name_or_path: one of `CORPORA`, or a file. A file with the official name of a corpus
             (wiki.test.raw, ptb.valid.txt, c4-validation.00000-of-00008.json.gz) is read by its
-            protocol; any other text is used as it is.
+            protocol; of any other .jsonl file the `text` fields are joined with two newlines; any
+            other text is used as it is.
         sequence_length: tokens a window; only c4 is drawn by it.
         data_dir: folder in which a named corpus lies, itself or in a folder called like the
             corpus; without it the corpus comes from the hub through `datasets`.
@@ -169,6 +170,8 @@ def load_corpus(
         text = wikitext_rows(read_text(path))
     elif name == "ptb":
         text = ptb_sentences(read_text(path))
+    elif path.suffix == ".jsonl":
+        text = "\n\n".join(_read_documents(path))
     else:
         text = read_text(path)
     return Corpus(name, tokenize(text, tokenizer))
@@ -195,9 +198,7 @@ def _read_documents(path: Path) -> list[str]:
     except FileNotFoundError:
         raise CalibrationError(f"{path}: no such file") from None
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(
-            f"{path} is no C4 shard, which is JSON lines with a 'text' each: {error}"
-        ) from None
+        raise CalibrationError(f"{path} must be JSON lines with a 'text' each: {error}") from None
 
 
 def _hub_rows(name: str) -> list[str]:

@@ -8,6 +8,7 @@ Source: Atom (Zhao et al., MLSys 2024), accuracy ablation.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,8 +73,15 @@ def _quatom_ladder() -> dict[str, Recipe]:
         "output_weighted_search": replace(
             clipping, weights=replace(clipping.weights, clip_search="output")
         ),
+        "important_columns_first": replace(
+            clipping, weights=replace(clipping.weights, column_order="important_first")
+        ),
         "float_input_target": replace(
             clipping, weights=replace(clipping.weights, target="float_input")
+        ),
+        "half_float_input_target": replace(
+            clipping,
+            weights=replace(clipping.weights, target="float_input", target_strength=0.5),
         ),
     }
 
@@ -82,7 +90,8 @@ LADDERS: Mapping[str, Mapping[str, Recipe]] = {
     "atom": _atom_ladder(),
     "quatom": _quatom_ladder(),
 }
-"""Rungs by name, in order. The last two rungs of "quatom" are tries beside its recipe."""
+"""Rungs by name, in order. The last four rungs of "quatom" are tries beside its recipe, which is
+"activation_clipping"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +196,10 @@ class LadderRun:
                 for index, scores in enumerate(quantizer.collect_scores())
                 for place, score in scores.items()
             }
-            save_file({name: score.cpu() for name, score in flat.items()}, file)
+            # Renamed into place: another process may be looking for it.
+            temporary = file.with_name(f"{file.name}.{os.getpid()}")
+            save_file({name: score.cpu() for name, score in flat.items()}, temporary)
+            temporary.replace(file)
         self._scores[key] = [
             {place: flat[f"{index}.{place}"] for place in FUSED}
             for index in range(self.config.num_layers)

@@ -1,11 +1,14 @@
 """Entries of accuracy files, and adding them to a file without losing what is there."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +70,7 @@ def quantize_entry(report: QuantizeReport, model: str, seconds: float) -> dict[s
         "seconds": round(seconds, 1),
         # ru_maxrss is in KiB on Linux.
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
-        "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if on_gpu else 0.0,
+        "peak_gpu_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3) if on_gpu else 0.0,
         "checkpoint_bytes": report.checkpoint_bytes,
     }
 
@@ -100,18 +103,31 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write entries to a result file, keeping those it has of other measurements.
 
+    Processes that add to one file at the same time wait for each other.
+
     Raises:
         CalibrationError: as `read_results` says.
     """
-    kept = read_results(path)
-    command = _command()
-    new = {_identity(entry) for entry in entries}
-    merged = [entry for entry in kept if _identity(entry) not in new]
-    environment = describe_environment()
+    command, environment = _command(), describe_environment()
     origin = {"command": command, "commit": environment["commit"]}
-    merged += [entry | origin for entry in entries]
-    _fill_float_perplexity(merged)
-    write_results(path, command, environment, merged)
+    new = {_identity(entry) for entry in entries}
+    read_results(path)  # makes the folder, or says why not
+    with _locked(path.parent):
+        merged = [entry for entry in read_results(path) if _identity(entry) not in new]
+        merged += [entry | origin for entry in entries]
+        _fill_float_perplexity(merged)
+        write_results(path, command, environment, merged)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone among the processes that ask for this folder; ends with the process at the latest."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _command() -> str:

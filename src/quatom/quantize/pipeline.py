@@ -47,11 +47,11 @@ class QuantizeReport:
 
 @torch.no_grad()
 def quantize_checkpoint(
-    source: str | Path,
+    source: str | Path | TensorSource,
     target: str | Path,
     recipe: Recipe | str = "atom-w4a4kv4",
     *,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Tensor | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     backend: Backend | None = None,
@@ -61,10 +61,11 @@ def quantize_checkpoint(
     """Quantize the decoder of a model and write a checkpoint.
 
     Args:
-        source: Hugging Face folder, hub id or GGUF of a floating-point model.
+        source: Hugging Face folder, hub id or GGUF of a floating-point model, or one opened.
         target: folder to write; it must not exist.
         recipe: a `Recipe`, or the name of one of `PRESETS`.
-        calibration: plain-text file; recipes that order channels or use GPTQ need it.
+        calibration: plain-text file, or tokens (samples, length) int64 in place of a sample of it;
+            recipes that order channels or use GPTQ need it.
         device: where blocks are computed.
         dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
         backend: implementation of the operations; None picks by device.
@@ -84,7 +85,7 @@ def quantize_checkpoint(
             "make; load the source itself"
         )
     place = usable_device(device)
-    opened = open_source(source)
+    opened = source if isinstance(source, TensorSource) else open_source(source)
     check_recipe(recipe, opened.model_config)
     dtype = dtype or default_dtype(opened, place)
     tokens = _calibration_tokens(opened, recipe, calibration)
@@ -168,7 +169,7 @@ def _named(name: str) -> Recipe:
 
 
 def _calibration_tokens(
-    source: TensorSource, recipe: Recipe, text: str | Path | None
+    source: TensorSource, recipe: Recipe, text: str | Path | Tensor | None
 ) -> Tensor | None:
     """(samples, length) int64, or None for a recipe that measures nothing."""
     if not recipe.needs_calibration:
@@ -184,6 +185,8 @@ def _calibration_tokens(
             f"calibration sequences of {length} tokens are longer than the model's {limit} "
             "positions: give a smaller --sequence-length"
         )
+    if isinstance(text, Tensor):
+        return text
     return sample_sequences(
         read_text(text), tokenizer_from_source(source), recipe.calibration, origin=str(text)
     )

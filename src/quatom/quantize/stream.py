@@ -207,7 +207,7 @@ class BlockQuantizer:
         if weights.target != "own_input":
             assert entering is not None
             return self._target_moments(block, original, entering, hidden, module, orders)
-        moments = SecondMoments()
+        moments = SecondMoments(tf32=self.dtype != torch.float32)
         with observe(module, moments.add):
             run_block(module, hidden, self.rope)
         return moments.sums, {}
@@ -222,7 +222,7 @@ class BlockQuantizer:
         orders: dict[str, Tensor],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Both moments, the outputs wanted being those of the floating-point network."""
-        moments, targets = SecondMoments(), TargetMoments()
+        moments, targets = SecondMoments(tf32=self.dtype != torch.float32), TargetMoments()
         reference = build_float_block(self.config, PRESETS["fp16"], original, backend=self.backend)
         for batch in batch_slices(hidden):
             wanted: dict[str, Tensor] = {}
