@@ -1,0 +1,157 @@
+"""Where the time of an engine step goes, beside the least time that each part could take.
+
+Kernels overlap: with programmatic dependent launch one starts while its predecessor still runs and
+waits for it. So a kernel is charged from the end of those that started before it, not from its own
+start, and what nobody covers is idle time. The parts then add up to the step.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from quatom.benchmark.roofline import Ceilings, Roofline, Work
+from quatom.engine.config import EngineConfig
+from quatom.engine.engine import Engine
+from quatom.engine.sampling import SamplingParams
+from quatom.errors import EngineError
+from quatom.loading import LoadedModel
+
+PARTS = {
+    "linears": r"linear_hopper|_linear_kernel|_scale_kernel|_dequantize_kernel",
+    "attention": r"^decode$|^merge$|flash|_attention_kernel|_gather_kernel|fmha|splitk",
+    "norm, reorder, quantize": r"quantize|rmsnorm|silu",
+    "rope, append": r"rope_append",
+    "matrix products of cuBLAS": r"nvjet|gemm|cutlass|xmma|cublas",
+}
+"""Parts of a step and the kernels that belong to them; the first that matches. cuBLAS multiplies
+the output head, and every linear of a recipe that leaves weights or activations in 16 bits."""
+REST = "sampling, copies, rest"
+IDLE = "idle"
+
+
+def profile_steps(
+    loaded: LoadedModel,
+    *,
+    batch: int,
+    context: int,
+    prefill_tokens: int,
+    ceilings: Ceilings,
+    kv_cache_memory: int,
+    steps: int = 8,
+    report: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Entries of a decode step and of a prefill step.
+
+    Args:
+        batch: sequences of the decode step.
+        context: tokens of each when decoding begins; also the length of the prefill's prompts.
+        prefill_tokens: tokens of the prefill step.
+        kv_cache_memory: bytes of KV cache.
+        steps: steps that are averaged.
+
+    Raises:
+        EngineError: there is no GPU, or the cache does not hold the batch.
+    """
+    if loaded.device.type != "cuda":
+        raise EngineError("a step is profiled on a GPU: the model is on the CPU")
+    config = EngineConfig(
+        max_num_seqs=max(batch, -(-prefill_tokens // context)),
+        max_num_batched_tokens=max(prefill_tokens, batch),
+        max_model_len=context + 2 * steps + 64,
+        kv_cache_memory=kv_cache_memory,
+        prefix_caching=False,
+    )
+    engine = Engine(loaded, config)
+    roofline = Roofline.of(loaded.config, loaded.recipe, ceilings)
+    entries = []
+    for name, count in (
+        ("decode", batch),
+        ("prefill", -(-(steps + 4) * prefill_tokens // context)),
+    ):
+        rows = _run(engine, name, count, context, steps)
+        if name == "decode":
+            cached = batch * (context + steps)
+            work = Work(1, batch, batch, cached + batch, cached)
+        else:
+            tokens = prefill_tokens
+            work = Work(1, tokens, tokens / context, tokens * (context + 1) / 2, 0)
+        limit = {part: 1e3 * seconds for part, seconds in roofline.phases(work).items()}
+        entries.append(
+            {
+                "mode": "profile",
+                "model": loaded.source,
+                "recipe": loaded.recipe.name,
+                "step": name,
+                "batch": batch if name == "decode" else None,
+                "tokens": batch if name == "decode" else prefill_tokens,
+                "context": context,
+                "milliseconds": sum(rows.values()),
+                "parts_ms": rows,
+                "limit_ms": limit,
+                "share_of_limit": sum(limit.values()) / sum(rows.values()),
+            }
+        )
+        report(f"{name}: {entries[-1]['milliseconds']:.2f} ms, limit {sum(limit.values()):.2f} ms")
+        for part, value in rows.items():
+            report(f"  {part:28s}{value:8.3f} ms")
+    return entries
+
+
+def charge(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Time of each part, from (name, start, end) of kernels.
+
+    A moment in which several run belongs to the one that has run longest.
+    """
+    charged = dict.fromkeys((*PARTS, REST, IDLE), 0.0)
+    waiting = sorted(kernels, key=lambda kernel: kernel[1])
+    covered = waiting[0][1] if waiting else 0.0
+    for name, start, end in waiting:
+        charged[IDLE] += max(start - covered, 0.0)
+        charged[part_of(name)] += max(end - max(start, covered), 0.0)
+        covered = max(covered, end)
+    return charged
+
+
+def part_of(kernel: str) -> str:
+    """The part that a kernel belongs to, by its name."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, kernel)), REST)
+
+
+def _run(engine: Engine, kind: str, count: int, context: int, steps: int) -> dict[str, float]:
+    """Milliseconds of each part of a step, `steps` steps averaged."""
+    from torch.profiler import ProfilerActivity, profile
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = engine.model_config.vocab_size
+    length = 2 * steps + 32 if kind == "decode" else 1
+    params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+    for i in range(count):
+        prompt = torch.randint(vocabulary, (context,), generator=generator).tolist()
+        engine.add_request(f"{kind}-{i}", prompt, params)
+    if kind == "decode":
+        while engine.scheduler.waiting or any(
+            s.num_uncomputed > 1 for s in engine.scheduler.running
+        ):
+            engine.step()
+    for _ in range(2):  # past the first steps, the next one is always launched ahead
+        engine.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as measured:
+        started = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+    while engine.has_work:
+        engine.step()
+    kernels = [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in measured.events() or []
+        if event.device_type.name == "CUDA"
+    ]
+    if not kernels:
+        raise EngineError(f"the profiler saw no kernels in {elapsed:.3f} s")
+    return {part: value / 1e3 / steps for part, value in charge(kernels).items()}
