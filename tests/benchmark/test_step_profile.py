@@ -44,7 +44,8 @@ def test_a_cpu_has_no_steps_to_profile():
     with pytest.raises(EngineError, match="the model is on the CPU"):
         profile_steps(
             loaded,
-            batch=2,
+            model="tiny",
+            batches=[2],
             context=8,
             prefill_tokens=16,
             ceilings=Ceilings(3.0, 800.0, 1500.0),

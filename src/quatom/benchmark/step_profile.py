@@ -7,12 +7,13 @@ start, and what nobody covers is idle time. The parts then add up to the step.
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from quatom.benchmark.roofline import Ceilings, Roofline, Work
+from quatom.benchmark.serving_results import make_entry
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
@@ -35,7 +36,8 @@ IDLE = "idle"
 def profile_steps(
     loaded: LoadedModel,
     *,
-    batch: int,
+    model: str,
+    batches: Sequence[int],
     context: int,
     prefill_tokens: int,
     ceilings: Ceilings,
@@ -43,23 +45,28 @@ def profile_steps(
     steps: int = 8,
     report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Entries of a decode step and of a prefill step.
+    """Entries of serving-GPU.json, mode "profile": decode steps and a prefill step.
 
     Args:
-        batch: sequences of the decode step.
+        loaded: the model, on a GPU.
+        model: its name in the result file.
+        batches: sequences of the decode steps.
         context: tokens of each when decoding begins; also the length of the prefill's prompts.
         prefill_tokens: tokens of the prefill step.
+        ceilings: of the GPU.
         kv_cache_memory: bytes of KV cache.
         steps: steps that are averaged.
+        report: called with each line of a table.
 
     Raises:
         EngineError: there is no GPU, or the cache does not hold the batch.
     """
     if loaded.device.type != "cuda":
         raise EngineError("a step is profiled on a GPU: the model is on the CPU")
+    prompts = -(-(steps + 4) * prefill_tokens // context)
     config = EngineConfig(
-        max_num_seqs=max(batch, -(-prefill_tokens // context)),
-        max_num_batched_tokens=max(prefill_tokens, batch),
+        max_num_seqs=max(*batches, prompts),
+        max_num_batched_tokens=max(prefill_tokens, *batches, prompts),
         max_model_len=context + 2 * steps + 64,
         kv_cache_memory=kv_cache_memory,
         prefix_caching=False,
@@ -67,35 +74,39 @@ def profile_steps(
     engine = Engine(loaded, config)
     roofline = Roofline.of(loaded.config, loaded.recipe, ceilings)
     entries = []
-    for name, count in (
-        ("decode", batch),
-        ("prefill", -(-(steps + 4) * prefill_tokens // context)),
-    ):
-        rows = _run(engine, name, count, context, steps)
-        if name == "decode":
+    for batch in (*batches, None):
+        if batch is None:
+            parts = _run(engine, "prefill", prompts, context, steps)
+            sampled = prefill_tokens / context
+            pairs = prefill_tokens * (context + 1) / 2
+            work = Work(1, prefill_tokens, sampled, pairs, 0)
+        else:
+            parts = _run(engine, "decode", batch, context, steps)
             cached = batch * (context + steps)
             work = Work(1, batch, batch, cached + batch, cached)
-        else:
-            tokens = prefill_tokens
-            work = Work(1, tokens, tokens / context, tokens * (context + 1) / 2, 0)
         limit = {part: 1e3 * seconds for part, seconds in roofline.phases(work).items()}
-        entries.append(
-            {
-                "mode": "profile",
-                "model": loaded.source,
-                "recipe": loaded.recipe.name,
-                "step": name,
-                "batch": batch if name == "decode" else None,
-                "tokens": batch if name == "decode" else prefill_tokens,
-                "context": context,
-                "milliseconds": sum(rows.values()),
-                "parts_ms": rows,
-                "limit_ms": limit,
-                "share_of_limit": sum(limit.values()) / sum(rows.values()),
-            }
+        milliseconds = sum(parts.values())
+        kind = "prefill" if batch is None else "decode"
+        entry = make_entry(
+            mode="profile",
+            model=model,
+            recipe=loaded.recipe.name,
+            gpu_memory_gb=None,
+            workload=f"{kind} step",
+            batch=batch,
+            step_tokens=batch or prefill_tokens,
+            context=context,
+            milliseconds=round(milliseconds, 4),
+            parts_ms={part: round(value, 4) for part, value in parts.items()},
+            limit_ms={part: round(value, 4) for part, value in limit.items()},
+            share_of_limit=round(sum(limit.values()) / milliseconds, 4),
         )
-        report(f"{name}: {entries[-1]['milliseconds']:.2f} ms, limit {sum(limit.values()):.2f} ms")
-        for part, value in rows.items():
+        entries.append(entry)
+        report(
+            f"{model} {loaded.recipe.name}, {kind} of {entry['step_tokens']} tokens: "
+            f"{milliseconds:.2f} ms, limit {sum(limit.values()):.2f} ms"
+        )
+        for part, value in parts.items():
             report(f"  {part:28s}{value:8.3f} ms")
     return entries
 

@@ -43,6 +43,7 @@ def _register() -> None:
     from quatom.cli.report import report
     from quatom.cli.run_batch import run_batch
     from quatom.cli.serve import serve
+    from quatom.cli.steps import steps
 
     app.command("quantize")(quantize)
     app.command("eval")(evaluate)
@@ -53,6 +54,7 @@ def _register() -> None:
     app.command("report")(report)
     app.command("serve")(serve)
     app.command("run-batch")(run_batch)
+    bench.command("steps")(steps)
     app.add_typer(bench, name="bench")
 
 
