@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quatom.benchmark.model_shapes import SHAPES
 from quatom.benchmark.random_source import random_source, random_tokens
-from quatom.benchmark.random_weights import SHAPES
 from quatom.checkpoint.reader import open_source
 from quatom.errors import ModelError
 from quatom.quantize.pipeline import quantize_checkpoint

@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quatom.benchmark.model_shapes import SHAPES, find_shape
 from quatom.benchmark.random_weights import (
-    SHAPES,
     STD,
-    find_shape,
     random_model,
     root_mean_square,
     weight_bytes,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quatom.benchmark.random_weights import SHAPES
+from quatom.benchmark.model_shapes import SHAPES
 from quatom.benchmark.roofline import Ceilings, Roofline, Work
 from quatom.recipe import PRESETS
 

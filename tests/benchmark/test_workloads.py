@@ -44,7 +44,7 @@ def test_conversations(tmp_path):
     assert read_conversations(path, 3, longest=100, seed=1) == workload
     with pytest.raises(RequestError, match="has 3 conversations of at most 100 tokens, 4 were"):
         read_conversations(path, 4, longest=100)
-    path.write_text("{}" if path.suffix == ".txt" else '{"a": 1}')
+    path.write_text(json.dumps({"a": 1}))
     with pytest.raises(RequestError, match="must hold a JSON list"):
         read_conversations(path, 1, longest=100)
     with pytest.raises(RequestError, match="cannot read conversations"):

@@ -43,3 +43,39 @@ def test_options_that_make_no_sense(words, message, shell):
     done = shell(*TINY, *words)
     assert done.status != 0
     assert message in " ".join(done.err.split())
+
+
+def test_serve_measures_every_load_on_a_server_of_its_own(shell, tmp_path):
+    path = tmp_path / "serving.json"
+    done = shell(
+        *("bench", "serve", "--random-weights", "tiny", "--recipe", "w4a16", "--device", "cpu"),
+        *("--gpu-memory", 0.05, "--max-num-seqs", 4, "--max-num-batched-tokens", 128),
+        *("--max-model-len", 64, "--input-len", 20, "--output-len", 4, "--num-prompts", 4),
+        *("--concurrency", "1,2", "--request-rate", 20, "--json", path),
+    )
+    assert done.status == 0, done.err
+    entries = json.loads(path.read_text())["results"]
+    loads = [(e["mode"], e["recipe"], e["concurrency"], e["request_rate"]) for e in entries]
+    assert loads == [
+        ("serve", "w4a16", 1, None),
+        ("serve", "w4a16", 2, None),
+        ("serve", "w4a16", None, 20.0),
+    ]
+    assert all(e["errors"] == 0 and e["kv_tokens"] > 0 for e in entries)
+    assert all(e["gpu_memory_gb"] == 0.05 for e in entries)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--random-weights", "tiny"), "give --concurrency, --request-rate or both"),
+        (("--concurrency", "1"), "give one of MODEL, --random-weights and --url"),
+        (("--random-weights", "tiny", "--concurrency", "0"), "not a list of positive numbers"),
+        (("--random-weights", "tiny", "--request-rate", "x"), "not a list of positive numbers"),
+        (("--url", "http://127.0.0.1:9", "--concurrency", "1"), "gave no model"),
+    ],
+)
+def test_loads_that_make_no_sense(words, message, shell):
+    done = shell("bench", "serve", *words)
+    assert done.status != 0
+    assert message in " ".join(done.err.split())

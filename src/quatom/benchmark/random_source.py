@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quatom.benchmark.random_weights import STD, find_shape
+from quatom.benchmark.model_shapes import find_shape
+from quatom.benchmark.random_weights import STD
 from quatom.checkpoint.reader import TensorSource
 from quatom.checkpoint.schema import TensorSpec, float_tensors
 from quatom.errors import ModelError

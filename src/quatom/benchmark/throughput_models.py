@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from quatom.benchmark.memory_budget import GIB
-from quatom.benchmark.random_weights import find_shape, random_model
+from quatom.benchmark.model_shapes import find_shape
+from quatom.benchmark.random_weights import random_model
 from quatom.checkpoint.schema import bits_per_weight, linear_names, linear_shape
 from quatom.errors import EngineError, ModelError
 from quatom.loading import LoadedModel, load

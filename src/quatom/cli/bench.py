@@ -1,34 +1,27 @@
 """`quatom bench`: measurements as JSON with their environment."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from quatom.benchmark.roofline import Ceilings
-    from quatom.benchmark.workloads import Workload
+from quatom.cli.bench_options import (
+    ConversationsOption,
+    JsonOption,
+    ModelArgument,
+    RandomOption,
+    default_device,
+    make_workload,
+    read_batches,
+    read_ceilings,
+)
+from quatom.cli.bench_serve import serve
 
 app = typer.Typer(
     help="Measure kernels, and a whole model under load.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-JsonOption = Annotated[
-    Path | None, typer.Option(help="Result file; entries of other measurements are kept.")
-]
-RandomOption = Annotated[
-    str | None,
-    typer.Option(help="Random weights of this shape instead of MODEL: llama-2-7b, llama-3-8b, ..."),
-]
-ModelArgument = Annotated[
-    str | None, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")
-]
-ConversationsOption = Annotated[
-    Path | None,
-    typer.Option(help="JSON list of [input, output] lengths, instead of fixed ones."),
-]
 
 
 @app.command()
@@ -104,10 +97,10 @@ def throughput(
     from quatom.cli.common import read_dtype, read_recipe
     from quatom.engine.config import EngineConfig
 
-    device = device or _default_device()
+    device = device or default_device()
     if json is not None:
         read_entries(json)  # a file that cannot be merged into is found before the measurement
-    limits, measured = _read_ceilings(ceilings, device)
+    limits, measured = read_ceilings(ceilings, device)
     models = benchmark_models(
         model,
         random_weights,
@@ -131,10 +124,12 @@ def throughput(
             ceilings=limits,
         )
         if batch is not None:
-            entries = measure_fixed_batches(setting, _read_batches(batch), input_len, seed=seed)
+            entries = measure_fixed_batches(setting, read_batches(batch), input_len, seed=seed)
         else:
             longest = loaded.config.max_position
-            workload = _workload(conversations, num_prompts, input_len, output_len, longest, seed)
+            workload = make_workload(
+                conversations, num_prompts, input_len, output_len, longest, seed
+            )
             entries = [measure_throughput(setting, workload, seed)]
         for entry in entries:
             typer.echo(summary(entry))
@@ -144,62 +139,4 @@ def throughput(
         release_memory()
 
 
-def _workload(
-    conversations: Path | None,
-    num_prompts: int,
-    input_len: int,
-    output_len: int,
-    longest: int,
-    seed: int,
-) -> "Workload":
-    from quatom.benchmark.workloads import fixed_lengths, read_conversations
-
-    if conversations is not None:
-        return read_conversations(conversations, num_prompts, longest=longest, seed=seed)
-    return fixed_lengths(num_prompts, input_len, output_len)
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _read_ceilings(text: str | None, device: str) -> "tuple[Ceilings | None, dict[str, float]]":
-    """Ceilings given or measured, and as a result file stores them; none on a CPU."""
-    from quatom.benchmark.environment import measure_ceilings
-    from quatom.benchmark.memory_budget import release_memory
-    from quatom.benchmark.roofline import Ceilings
-
-    if text is not None:
-        parts = text.split(",")
-        try:
-            values = [float(part) for part in parts]
-        except ValueError:
-            values = []
-        if len(values) != 3 or min(values) <= 0:
-            raise typer.BadParameter(
-                f"{text!r} is not three positive numbers: TB/s, BF16 TFLOPS, 8-bit TFLOPS",
-                param_hint="--ceilings",
-            )
-        measured = dict(zip(("copy_tb_s", "bf16_tflops", "fp8_tflops"), values, strict=True))
-    elif device.startswith("cuda"):
-        measured = measure_ceilings()
-        release_memory()
-    else:
-        return None, {}
-    return Ceilings.from_environment(measured), measured
-
-
-def _read_batches(text: str) -> list[int | None]:
-    """Batch sizes; None for "max"."""
-    try:
-        batches = [None if part == "max" else int(part) for part in text.split(",")]
-    except ValueError:
-        batches = [0]
-    if any(batch is not None and batch < 1 for batch in batches):
-        raise typer.BadParameter(
-            f"{text!r} is not a list of positive numbers or max, such as 1,8,32,max",
-            param_hint="--batch",
-        )
-    return batches
+app.command()(serve)

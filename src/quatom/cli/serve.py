@@ -1,13 +1,30 @@
 """`quatom serve`: an OpenAI-compatible HTTP server for one model."""
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    import torch
+
+    from quatom.engine.config import EngineConfig
+    from quatom.engine.engine import Engine
+
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")
+    ] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(help="Random weights of this shape instead of MODEL, to measure speed."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe of random weights.")] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GiB for everything: weights, activations, graphs, KV cache."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     api_key: Annotated[
@@ -46,9 +63,8 @@ def serve(
     """Serve a model over OpenAI's HTTP API, with a chat page at /."""
     from quatom.cli.common import read_dtype
     from quatom.engine.config import EngineConfig
-    from quatom.engine.llm import LLM
     from quatom.serving.app import ServerOptions
-    from quatom.serving.server import configure_logging, default_name, serve_engine
+    from quatom.serving.server import configure_logging, serve_engine
 
     configure_logging(log_level.upper())
     config = EngineConfig(
@@ -60,9 +76,57 @@ def serve(
         block_size=block_size,
         prefix_caching=prefix_caching,
     )
-    llm = LLM(model, device=device, dtype=read_dtype(dtype), config=config)
+    engine, name = serving_engine(
+        model,
+        config,
+        random_weights=random_weights,
+        recipe=recipe,
+        gpu_memory=gpu_memory,
+        device=device,
+        dtype=read_dtype(dtype),
+    )
     options = ServerOptions(
-        model_names=tuple(served_model_name or (default_name(model),)),
+        model_names=tuple(served_model_name or (name,)),
         api_key=api_key or os.environ.get("QUATOM_API_KEY") or None,
     )
-    serve_engine(llm.engine, options, host=host, port=port, drain_seconds=drain_seconds)
+    serve_engine(engine, options, host=host, port=port, drain_seconds=drain_seconds)
+
+
+def serving_engine(
+    model: str | None,
+    config: "EngineConfig",
+    *,
+    random_weights: str | None,
+    recipe: str | None,
+    gpu_memory: float | None,
+    device: str | None,
+    dtype: "torch.dtype | None",
+) -> "tuple[Engine, str]":
+    """An engine for a checkpoint or for random weights, and the name that it is served under.
+
+    With a memory budget it has run every kind of step once, so that no request waits for that.
+    """
+    import torch
+
+    from quatom.benchmark.memory_budget import build_engine
+    from quatom.benchmark.throughput_models import benchmark_models
+    from quatom.cli.common import read_recipe
+    from quatom.engine.engine import Engine
+    from quatom.serving.server import default_name
+
+    models = benchmark_models(
+        model,
+        random_weights,
+        [] if recipe is None else [read_recipe(recipe)],
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=dtype,
+        num_layers=None,
+        seed=0,
+        gpu_memory=gpu_memory,
+    )
+    name, loaded = next(models)
+    if gpu_memory is None:
+        engine = Engine(loaded, config)
+    else:
+        engine = build_engine(loaded, config, gpu_memory)
+    return engine, name if model is None else default_name(model)
