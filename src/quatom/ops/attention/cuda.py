@@ -13,8 +13,6 @@ from quatom.ops.attention import AttentionOptions, Sequences
 from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
 
 _LOG2E = 1.4426950408889634
-_MAX_CLUSTER = 8
-"""CTAs of a cluster that every sm_90 device can run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +87,9 @@ def decode_cuda(
     if config is None:
         capability = torch.cuda.get_device_capability(q.device)
         config = default_config(head_dim, row_tiles, capability)
-    # Splits that fit a cluster merge through its shared memory, without a second kernel.
-    cluster = splits if config.bulk and splits <= _MAX_CLUSTER else 1
     decode, merge = _kernels(
         q.device.index or 0,
         config,
-        cluster,
         head_dim,
         pages.block_size,
         row_tiles,
@@ -103,7 +98,7 @@ def decode_cuda(
         options.sliding_window is not None,
     )
     partial = stats = out
-    if splits > cluster:
+    if splits > 1:
         partial = q.new_empty((tokens, num_heads, splits, head_dim), dtype=torch.float32)
         stats = q.new_empty((tokens, num_heads, splits, 2), dtype=torch.float32)
     parameters = _Parameters(
@@ -126,7 +121,7 @@ def decode_cuda(
         window=options.sliding_window or 0,
     )
     decode.launch(ctas * splits, [parameters], overlap=config.bulk)
-    if splits > cluster:
+    if splits > 1:
         merge.launch(tokens * num_heads, [parameters], overlap=config.bulk)
 
 
@@ -156,7 +151,6 @@ def compile_decode(
     bf16: bool,
     softcap: bool,
     window: bool,
-    cluster: bool = False,
 ) -> bytes:
     """The cubin of one variant for `arch` ("sm_90"); needs NVRTC but no GPU."""
     defines = {
@@ -171,7 +165,6 @@ def compile_decode(
         "BF16": int(bf16),
         "SOFTCAP": int(softcap),
         "WINDOW": int(window),
-        "CLUSTER": int(cluster),
     }
     source = (files("quatom.ops.attention") / "decode.cu").read_text()
     return compile_cubin(source, arch, defines)
@@ -181,7 +174,6 @@ def compile_decode(
 def _kernels(
     device: int,
     config: DecodeConfig,
-    cluster: int,
     head_dim: int,
     block_size: int,
     row_tiles: int,
@@ -200,15 +192,8 @@ def _kernels(
         bf16=bf16,
         softcap=softcap,
         window=window,
-        cluster=cluster > 1,
     )
     with torch.cuda.device(device):
         shared_bytes = config.shared_bytes(head_dim, row_tiles)
-        decode = load_kernel(
-            cubin,
-            "decode",
-            threads=32 * config.warps,
-            shared_bytes=shared_bytes,
-            cluster=cluster,
-        )
+        decode = load_kernel(cubin, "decode", threads=32 * config.warps, shared_bytes=shared_bytes)
         return decode, load_kernel(cubin, "merge", threads=128)

@@ -13,7 +13,7 @@
 // subtract. Scale and minimum of a token meet its score and its weight, never its elements.
 //
 // Compile-time parameters: HEAD_DIM, BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
-// SOFTCAP, WINDOW, CLUSTER (the splits of a run are a cluster and merge through shared memory).
+// SOFTCAP, WINDOW.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -170,27 +170,8 @@ struct Parameters {
   int window;
 };
 
-#if CLUSTER
-// What the CTA of rank `rank` holds at the same place of its shared memory.
-__device__ __forceinline__ float2 load_remote(const void* p, int rank) {
-  u32 mapped;
-  float2 v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(mapped) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const Parameters p) {
   extern __shared__ __align__(128) u8 memory[];
-#if CLUSTER
-  __shared__ float2 merged[ROWS];  // maximum (log2) and sum of this split's rows
-#endif
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int g = lane >> 2, tg = lane & 3;
 
@@ -588,31 +569,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
       x = fmaf(o.x, share, x);
       y = fmaf(o.y, share, y);
     }
-#if CLUSTER
-    // The first warp's place is this thread's own from here on: what the other splits will read.
-    *(float2*)(memory + (row * O_STRIDE + channel) * 4) = make_float2(x, y);
-    if (channel == 0) merged[row] = make_float2(top, sum);
-  }
-  cluster_barrier();
-  for (int item = split * WARPS * 32 + threadIdx.x; item < rows * (HEAD_DIM / 2);
-       item += p.splits * WARPS * 32) {
-    const int row = item / (HEAD_DIM / 2), channel = item % (HEAD_DIM / 2) * 2;
-    float top = -INF, sum = 0.f, x = 0.f, y = 0.f;
-    for (int s = 0; s < p.splits; s++) top = fmaxf(top, load_remote(merged + row, s).x);
-#pragma unroll 4
-    for (int s = 0; s < p.splits; s++) {
-      const float2 stat = load_remote(merged + row, s);
-      const float2 o = load_remote(memory + (row * O_STRIDE + channel) * 4, s);
-      const float share = stat.x == -INF ? 0.f : exp2_fast(stat.x - top);
-      sum = fmaf(stat.y, share, sum);
-      x = fmaf(o.x, share, x);
-      y = fmaf(o.y, share, y);
-    }
-#endif
     const int q_row = chunk * ROWS + row;
     const long long head =
         (long long)(first_q + q_row / p.group) * num_heads + kv_head * p.group + q_row % p.group;
-    if (CLUSTER || p.splits == 1) {
+    if (p.splits == 1) {
       const float norm = sum > 0.f ? 1.f / sum : 0.f;
       *(u32*)(p.out + head * HEAD_DIM + channel) = floats_to_activations(x * norm, y * norm);
     } else {
@@ -621,9 +581,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
       if (channel == 0) p.stats[part] = make_float2(top, sum);
     }
   }
-#if CLUSTER
-  cluster_barrier();  // no CTA leaves while another reads its memory
-#endif
 }
 
 // Merge the splits of one (token, head): warp w takes splits w, w + 4, ..., in that order always.
