@@ -207,14 +207,154 @@ def kernels(name: str) -> str:
     )
 
 
+def throughput(name: str) -> str:
+    """Whole runs of `bench throughput`, beside our own FP16 at the same memory."""
+    return _serving_tables(name, ("throughput", "latency"), _run_row, _RUN_HEADER)
+
+
+def batches(name: str) -> str:
+    """Steady decoding at fixed batch sizes: equal batch and equal memory."""
+    return _serving_tables(name, ("batch",), _batch_row, _BATCH_HEADER)
+
+
+def load(name: str) -> str:
+    """`bench serve`: closed loop and open loop over HTTP."""
+    return _serving_tables(name, ("serve",), _load_row, _LOAD_HEADER)
+
+
+_RUN_HEADER = [
+    "requests x tokens, memory, recipe",
+    "output tokens/s",
+    "over FP16",
+    "running, mean",
+    "KV tokens",
+    "TTFT p50 (ms)",
+    "TPOT p50 (ms)",
+    "end to end p50 (s)",
+    "of the limit",
+]
+_BATCH_HEADER = ["memory, recipe", "batch", "tokens/s", "over FP16", "ms a token", "of the limit"]
+_LOAD_HEADER = [
+    "load, recipe",
+    "output tokens/s",
+    "TTFT p50 / p99 (ms)",
+    "TPOT p50 / p99 (ms)",
+    "ITL p99 (ms)",
+    "end to end p50 (s)",
+    "errors",
+]
+
+
+def _serving_tables(
+    name: str,
+    modes: tuple[str, ...],
+    make_row: Callable[[dict[str, Any], list[dict[str, Any]]], list[str]],
+    header: list[str],
+) -> str:
+    """A table for each model and comparison in serving-MACHINE.json."""
+    file = f"serving-{name.partition('-')[2]}"
+    data = read(file) if (RESULTS / f"{file}.json").exists() else {"results": []}
+    entries = [e for e in data["results"] if e["mode"] in modes]
+    if not entries:
+        return "Not measured yet.\n"
+    environment = data["environment"]
+    parts = [f"{environment.get('gpu') or environment['cpu']}, torch {environment['torch']}:\n"]
+    for model, comparison in sorted({(e["model"], e["comparison"] or "") for e in entries}):
+        rows = [e for e in entries if (e["model"], e["comparison"] or "") == (model, comparison)]
+        rows.sort(key=_serving_order)
+        title = f"{model}, {comparison}" if comparison else model
+        parts.append(f"{title}:\n\n{table(header, [make_row(e, rows) for e in rows])}")
+    return "\n".join(parts)
+
+
+def _serving_order(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """By what is compared first, the recipes of one comparison next to each other."""
+    batch = 0 if entry["comparison"] == "equal memory" else entry["batch"] or 0
+    return (
+        entry["mode"],
+        entry["workload"],
+        entry["gpu_memory_gb"] or 0,
+        entry["concurrency"] or 0,
+        entry["request_rate"] or 0,
+        batch,
+        *_rank(entry["recipe"]),
+    )
+
+
+def _over_float(entry: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Throughput over that of FP16 under the same conditions, whatever its number of requests."""
+    same = [
+        e
+        for e in rows
+        if e["recipe"] == "fp16" and _serving_order(e)[:-2] == _serving_order(entry)[:-2]
+    ]
+    if not same:
+        return ""
+    return f"{entry['output_tokens_per_s'] / same[0]['output_tokens_per_s']:.2f}x"
+
+
+def _memory_and_recipe(entry: dict[str, Any]) -> str:
+    memory = entry["gpu_memory_gb"]
+    return f"`{entry['recipe']}`" if memory is None else f"{memory:g} GiB, `{entry['recipe']}`"
+
+
+def _share(entry: dict[str, Any]) -> str:
+    share = entry["share_of_limit"]
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _run_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    tpot = entry["tpot_ms"]
+    return [
+        f"{entry['requests']} x {entry['workload']}, {_memory_and_recipe(entry)}",
+        f"{entry['output_tokens_per_s']:.0f}",
+        _over_float(entry, rows),
+        "" if entry["mean_running"] is None else f"{entry['mean_running']:.0f}",
+        f"{entry['kv_tokens']:,}",
+        f"{entry['ttft_ms']['p50']:.0f}",
+        "" if tpot is None else f"{tpot['p50']:.1f}",
+        f"{entry['e2e_ms']['p50'] / 1e3:.2f}",
+        _share(entry),
+    ]
+
+
+def _batch_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        _memory_and_recipe(entry),
+        f"{entry['batch']}",
+        f"{entry['output_tokens_per_s']:.0f}",
+        _over_float(entry, rows),
+        f"{entry['itl_ms']['p50']:.2f}",
+        _share(entry),
+    ]
+
+
+def _load_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    users, rate = entry["concurrency"], entry["request_rate"]
+    offered = f"{users} concurrent" if rate is None else f"{rate:g} requests/s"
+    ttft, tpot, itl = entry["ttft_ms"], entry["tpot_ms"], entry["itl_ms"]
+    return [
+        f"{offered}, {entry['workload']}, {_memory_and_recipe(entry)}",
+        f"{entry['output_tokens_per_s']:.0f}",
+        f"{ttft['p50']:.0f} / {ttft['p99']:.0f}",
+        "" if tpot is None else f"{tpot['p50']:.1f} / {tpot['p99']:.1f}",
+        "" if itl is None else f"{itl['p99']:.1f}",
+        f"{entry['e2e_ms']['p50'] / 1e3:.2f}",
+        f"{entry['errors']}",
+    ]
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "ablation": ablation,
     "accuracy": accuracy,
     "attention": attention,
+    "batches": batches,
     "decode": decode,
     "engine": engine,
     "kernels": kernels,
+    "load": load,
     "quantize": quantize,
+    "throughput": throughput,
 }
 
 

@@ -139,4 +139,25 @@ def throughput(
         release_memory()
 
 
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="A serving-GPU.json.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Where pictures go; default: beside the file.")
+    ] = None,
+) -> None:
+    """Draw serving results: by batch at equal batch and at equal memory, and over time."""
+    from json import loads
+
+    from quatom.benchmark.serving_plot import plot_file
+    from quatom.benchmark.serving_results import read_entries
+
+    entries = read_entries(results)
+    if not entries:
+        raise typer.BadParameter(f"{results} holds no results", param_hint="RESULTS")
+    environment = loads(results.read_text(encoding="utf-8"))["environment"]
+    for path in plot_file(entries, environment, folder or results.parent, results.stem):
+        typer.echo(path)
+
+
 app.command()(serve)
