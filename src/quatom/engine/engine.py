@@ -257,7 +257,8 @@ class Engine:
         """One prefill of max_num_batched_tokens tokens and logits for max_num_seqs rows."""
         length = min(self.config.max_num_batched_tokens, self.max_model_len - 1)
         blocks = -(-length // self.config.block_size)
-        sequence = self.make_request("warm-up", [0] * length, SamplingParams()).sequences[0]
+        params = SamplingParams(max_tokens=1)
+        sequence = self.make_request("warm-up", [0] * length, params).sequences[0]
         sequence.block_table.extend(range(blocks))
         runner = self._make_runner(model, model.allocate_kv_cache(blocks, self.config.block_size))
         item = ScheduledSequence(sequence, 0, length, samples=True)
