@@ -21,7 +21,11 @@ from quatom.ops.linear import linear, prepare_weights
 
 INTEGER_RANGES = {"int2": (-2, 1), "int3": (-4, 3), "int4": (-8, 7), "int8": (-128, 127)}
 CUDA = pytest.param(Backend.CUDA, marks=pytest.mark.gpu)
-BACKENDS = [Backend.REFERENCE, Backend.TRITON, CUDA]
+CPU = pytest.param(
+    Backend.CPU,
+    marks=pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs AVX-512 VNNI"),
+)
+BACKENDS = [Backend.REFERENCE, CPU, Backend.TRITON, CUDA]
 
 LAYOUTS = {
     "llama-like": GroupLayout(384, 128, 128),
@@ -56,6 +60,8 @@ def random_codes(rows, layout, fmt, rng, fill=None):
 
 def run(x, xs, w, ws, layout, backend, device, *, fmt="int4", weight="int4", bias=None, **options):
     """Put both operands into the backend's layout, poison the output's memory, multiply."""
+    if backend is Backend.CPU:
+        device = "cpu"
     spec = QuantizeSpec(layout=layout, normal=fmt)
     prepared = prepare_weights(
         w.to(device),
@@ -153,6 +159,15 @@ def test_every_scale_belongs_to_its_own_row_and_group(backend, device):
                 ("int8", "int8"),
             )
         ),
+        *(
+            pytest.param(Backend.CPU, weight, fmt, layout, marks=CPU.marks)
+            for weight, fmt, layout in (
+                ("int4", "int8", GroupLayout(192, 64, 64)),
+                ("int3", "int3", GroupLayout(192, 64, 64)),
+                ("int2", "int4", GroupLayout(256, 128)),
+                ("int8", "int8", GroupLayout(320, 320)),
+            )
+        ),
         (Backend.TRITON, "int8", "int8", GroupLayout(320, 320)),
         (Backend.TRITON, "int4", "int4", GroupLayout(320, 320)),
         (Backend.TRITON, "int4", "int8", GroupLayout(512, 256)),
@@ -173,6 +188,26 @@ def test_every_scheme_has_the_accuracy_of_float32(backend, weight, fmt, layout, 
     # Float16 output rounds by 2**-12 on average; the FP8 unit truncates e4m3 products to 14 bits.
     error = (got.double() - want).norm() / want.norm()
     assert error <= (2e-3 if fmt == "e4m3" and backend is Backend.CUDA else 4e-4)
+
+
+@pytest.mark.parametrize("backend", [CPU])
+def test_rows_on_a_cpu_do_not_see_each_other(backend, device):
+    layout = GroupLayout(544, 128, 32)
+    rng = torch.Generator().manual_seed(9)
+    x, w = (random_codes(n, layout, "int4", rng) for n in (150, 72))
+    xs, ws = (torch.rand(n, 6, generator=rng).half().float() for n in (150, 72))
+
+    def rows(which):
+        return run(x[which], xs[which], w, ws, layout, backend, device, dtype=torch.float32)
+
+    # 150 rows multiply one group at a time, 40 three and one all six: the sums are the same bits.
+    together = rows(slice(0, 150))
+    for which in (slice(0, 1), slice(149, 150), slice(20, 60), slice(1, 14)):
+        assert torch.equal(rows(which), together[which])
+    want = exact(x, xs, w, ws, layout)
+    # Six float32 additions: an error of 6 * 2**-24 of the largest partial sum at most, which is
+    # below 2**6 of the result's norm here.
+    assert (together.double() - want).norm() / want.norm() < 6 * 2**-18
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
@@ -348,6 +383,8 @@ def test_errors_name_the_numbers_and_the_remedy():
         prepare_weights(w, ws, layout, bias=torch.ones(7))
     with pytest.raises(BackendError, match=r"weights must be integers, not e2m1; use the ref"):
         prepare_weights(w, ws, layout, weight_format="e2m1", backend=Backend.TRITON)
+    with pytest.raises(BackendError, match=r"cannot run on backend cpu: it multiplies integers"):
+        prepare_weights(w, ws, layout, activation_format="e4m3", backend=Backend.CPU)
     with pytest.raises(BackendError, match=r"outliers must be int8, not float16"):
         prepare_weights(w, ws, layout, outlier_format="float16", backend=Backend.TRITON)
     with pytest.raises(BackendError, match=r"Hopper GPU \(sm_90\), the weights are on cpu"):

@@ -14,6 +14,8 @@ class Backend(StrEnum):
 
     REFERENCE = "reference"
     """Plain torch on any device: the specification."""
+    CPU = "cpu"
+    """torch's int8 matrix product, for linear layers on a CPU."""
     TRITON = "triton"
     """Triton: CUDA from sm_80 on, or the CPU under TRITON_INTERPRET=1."""
     CUBLAS = "cublas"

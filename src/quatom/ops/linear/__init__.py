@@ -10,6 +10,7 @@ will run.
 Limits of the backends:
 
 reference  every format, any device; holds the weights in float32
+cpu        integer weights and activations of at most 8 bits; x86 with AVX-512 VNNI
 triton     integer weights; integer, e4m3 or floating-point activations; sm_80 and later
 cublas     int8 by int8 with one scale a row, and int2 to int4 weights under floating-point
            activations, without outliers; CUDA
@@ -28,9 +29,10 @@ from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import ByteLayout, MixedTensor, QuantizeSpec, check_fits_groups
 from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.linear.cpu import cpu_obstacle, linear_cpu, prepare_cpu
 from quatom.ops.linear.reference import linear_reference, prepare_reference
 
-BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUBLAS, Backend.CUDA)
+BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUBLAS, Backend.CUDA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,8 @@ def prepare_weights(
             from quatom.ops.linear.triton import prepare_triton
 
             tensors = prepare_triton(values, scales, layout, get_format(weight_format).bits)
+        case Backend.CPU:
+            tensors = prepare_cpu(values, scales, layout)
         case _:
             tensors = (prepare_reference(values, scales, layout),)
     return PreparedLinear(
@@ -170,6 +174,9 @@ def linear(
             return linear_cublas(
                 x, prepared.tensors, prepared.layout, prepared.out_channels, prepared.bias
             )
+        case Backend.CPU:
+            assert isinstance(x, MixedTensor)  # it is prepared for integer activations alone
+            return linear_cpu(x, prepared.tensors, prepared.bias)
         case _:
             return linear_reference(x, prepared.tensors[0], prepared.bias)
 
@@ -186,9 +193,12 @@ def _choose(
         Backend.CUDA: _cuda_obstacle(values, layout, weight, activation, outlier),
         Backend.CUBLAS: _cublas_obstacle(values, layout, weight, activation),
         Backend.TRITON: _triton_obstacle(layout, weight, outlier),
+        Backend.CPU: cpu_obstacle(values, formats if layout.outliers else formats[:2]),
     }
     able = tuple(b for b in BACKENDS if not obstacles.get(b))
     if asked is None and "QUATOM_BACKEND" not in os.environ:
+        if Backend.CPU in able:  # which means that the weights are on a CPU
+            return Backend.CPU
         return choose_backend("linear", able, values.device)
     chosen = choose_backend("linear", BACKENDS, values.device, asked)
     if chosen not in able:
