@@ -1,0 +1,79 @@
+"""The engine on a GPU: graphs change nothing, runs repeat, blocks run out and come back."""
+
+import pytest
+
+from quatom.benchmark.random_weights import random_model
+from quatom.engine.config import EngineConfig
+from quatom.engine.engine import Engine
+from quatom.engine.sampling import SamplingParams
+from quatom.recipe import PRESETS
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = [[(7 * i * j + i) % 500 + 1 for j in range(3 + 29 * i)] for i in range(8)]
+DEVICE = "cuda"
+RECIPES = ["fp16", "w8a8", "w4a16", "atom-w4a4kv4", "quatom-w4a4kv4", "quatom-w4a8kv4"]
+
+
+def make_engine(recipe="quatom-w4a4kv4", **options):
+    loaded = random_model("tiny", PRESETS[recipe], device=DEVICE)
+    given = dict(max_num_seqs=8, max_num_batched_tokens=128, kv_cache_memory=2**23)
+    return Engine(loaded, EngineConfig(**{**given, **options}))
+
+
+def generate(engine, prompts=PROMPTS, **params):
+    wanted = SamplingParams(**{**dict(temperature=0.0, max_tokens=24, ignore_eos=True), **params})
+    tokens = {}
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, wanted)
+        tokens[str(i)] = []
+    while engine.has_work:
+        for delta in engine.step():
+            assert delta.error is None
+            tokens[delta.request_id] += delta.token_ids
+    engine.check_accounting()
+    return list(tokens.values())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_graphs_and_overlap_change_no_token_and_runs_repeat(recipe):
+    # One prompt at a time: the same batches, so the same products.
+    engine = make_engine(recipe, prefix_caching=False)
+    assert engine.runner.graphs is not None
+    graphs = [generate(engine, [prompt])[0] for prompt in PROMPTS]
+    assert graphs == [generate(engine, [prompt])[0] for prompt in PROMPTS]
+    eager = make_engine(recipe, prefix_caching=False, cuda_graphs=False, overlap=False)
+    assert graphs == [generate(eager, [prompt])[0] for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in graphs}) == len(PROMPTS)
+
+
+def test_a_batch_repeats_and_samples_by_seed():
+    engine = make_engine(prefix_caching=False)
+    assert generate(engine) == generate(engine)
+    chance = dict(temperature=1.0, top_p=0.9, top_k=40, min_p=0.01, seed=5)
+    first = generate(engine, **chance)
+    assert first == generate(engine, **chance)
+    assert first != generate(engine, **{**chance, "seed": 6})
+
+
+def test_blocks_run_out_and_every_request_finishes():
+    engine = make_engine(kv_cache_memory=2**17 + 2**15, max_model_len=256)
+    tokens = generate(engine)
+    assert all(len(row) == 24 for row in tokens)
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_known_prefixes_are_used_and_measured_memory_makes_a_cache():
+    engine = make_engine(kv_cache_memory=None, memory_fraction=0.3)
+    generate(engine)
+    before = engine.scheduler.prefix_hits
+    generate(engine)
+    assert engine.scheduler.prefix_hits > before
+    assert engine.kv_cache_bytes > 2**30
+
+
+def test_logprobs_and_penalties_run_on_the_device():
+    engine = make_engine()
+    plain = generate(engine, logprobs=3)
+    assert plain == generate(engine)
+    assert generate(engine, frequency_penalty=2.0, repetition_penalty=1.5) != plain
