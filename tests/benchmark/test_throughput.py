@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from quatom.benchmark import memory_budget
-from quatom.benchmark.fixed_batch import largest_batch, measure_batches
+from quatom.benchmark.fixed_batch import largest_batch, measure_batches, prompt_lengths
 from quatom.benchmark.memory_budget import GIB, build_engine, bytes_in_use, step_sizes
 from quatom.benchmark.offline_run import run_offline
 from quatom.benchmark.random_weights import random_model
@@ -148,6 +148,24 @@ def test_fixed_batches(loaded):
         assert entry["itl_ms"]["p50"] > 0
         assert entry["ttft_ms"] is None
     assert entries[1]["context"] == pytest.approx(40, abs=2)
+
+
+def test_prompts_that_run_earlier_are_shorter():
+    # Steps of 12 tokens: the last prompt takes 10 / 10 of a step beside two decodes, the second
+    # 9 / 11 beside one; what the others generate meanwhile is rounded to a token.
+    assert prompt_lengths(3, 10, 12) == [8, 9, 10]
+    assert prompt_lengths(1, 10, 12) == [10]
+    assert prompt_lengths(4, 2, 4) == [1, 1, 1, 2]
+
+
+def test_all_sequences_of_a_batch_have_about_the_same_context(loaded):
+    config = replace(CONFIG, max_num_seqs=24, prefix_caching=False, invariant_chunk=0)
+    engine = Engine(loaded, config)
+    (timing,) = measure_batches(engine, [24], 200, 4)
+    assert timing.context == pytest.approx(200, abs=3)
+    assert timing.tokens_per_second == pytest.approx(24 * 4 / sum(timing.step_seconds))
+    assert not engine.has_work
+    engine.check_accounting()
 
 
 def test_the_largest_batch_fills_the_budget(loaded):

@@ -85,16 +85,28 @@ def measure_batches(
 def _fill(engine: Engine, size: int, context: int, seed: int) -> list[str]:
     """Start `size` sequences that have about `context` tokens once all of them decode."""
     generator = np.random.default_rng(seed)
-    steps_each = context / engine.config.max_num_batched_tokens
     names = [f"batch-{i}" for i in range(size)]
-    for i, name in enumerate(names):
-        length = max(1, context - round((size - 1 - i) * steps_each))
+    lengths = prompt_lengths(size, context, engine.config.max_num_batched_tokens)
+    for name, length in zip(names, lengths, strict=True):
         prompt = generator.integers(engine.model_config.vocab_size, size=length).tolist()
         engine.add_request(name, prompt, greedy(engine.max_model_len - length))
     started: set[str] = set()
     while len(started) < size:
         started |= {delta.request_id for delta in engine.step()}
     return names
+
+
+def prompt_lengths(size: int, context: int, step_tokens: int) -> list[int]:
+    """Prompts after which `size` sequences have `context` tokens each once the last one decodes.
+
+    While a prompt runs, those before it generate a token a step, and their decodes take that much
+    from the `step_tokens` tokens of a step.
+    """
+    lengths, steps = [], 0.0  # steps from the end of a sequence's prompt to the end of the last one
+    for before in reversed(range(size)):
+        lengths.append(max(1, context - round(steps)))
+        steps += lengths[-1] / max(1, step_tokens - before)
+    return lengths[::-1]
 
 
 def _time_steps(engine: Engine, batch: int, steps: int) -> list[float]:
