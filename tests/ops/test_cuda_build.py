@@ -108,8 +108,9 @@ def test_every_problem_gets_a_configuration(tokens, row_blocks, units):
 @pytest.mark.parametrize("operation", [0, 1, 2])
 def test_the_quantize_kernel_moves_wide_words(operation, tmp_path):
     source = Path(cuda_build.__file__).with_name("quantize.cu").read_text()
-    constants = {"OPERATION": operation, "THREADS": 256, "VECTORS": 2, "INPUT_BF16": 0, "E4M3": 0}
+    constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
+    constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "ROTATE": 0}
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
-    assert ("LDG.E.64" if operation == 2 else "LDG.E.128") in sass
+    assert ("LDG.E.128" if operation == 2 else "LDG.E.64") in sass
     assert "STG.E.64" in sass
     assert not re.search(r"\b(LDL|STL)\b", sass)

@@ -6,7 +6,7 @@ import torch
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
-from quatom.ops.cuda_quantize import can_quantize
+from quatom.ops.cuda_quantize import Variant, quantize_cuda
 from quatom.ops.reorder_quantize import reorder_quantize
 from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
 from quatom.ops.silu_quantize import silu_quantize
@@ -22,24 +22,33 @@ def quantize(op, x, order, spec, backend):
         return reorder_quantize(x, order, spec, backend=backend)
     if op == "silu":
         return silu_quantize(torch.cat((x, x.flip(0)), dim=1), spec, backend=backend)
-    weight = torch.linspace(0.5, 2.0, x.shape[1], device=x.device)
+    weight = torch.linspace(0.5, 2.0, x.shape[1], device=x.device).to(x.dtype)
     return rmsnorm_quantize(x, weight, order, spec, eps=1e-5, backend=backend)[0]
 
 
-@pytest.mark.parametrize("byte_layout", ["rows", "groups"])
+@pytest.mark.parametrize(
+    ("backend", "byte_layout"),
+    [
+        (Backend.TRITON, "rows"),
+        (Backend.TRITON, "groups"),
+        pytest.param(Backend.CUDA, "groups", marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("normal", ["int4", "e4m3"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ["reorder", "rmsnorm", "silu"])
-def test_kernel_matches_reference(op, layout, normal, byte_layout, device):
+def test_kernel_matches_reference(op, layout, normal, backend, byte_layout, device):
     rng = torch.Generator().manual_seed(3)
     gain = torch.rand(layout.channels, generator=rng).exp() ** 2
     x = (torch.randn(3, layout.channels, generator=rng) * gain).to(device)
+    if backend is Backend.CUDA:
+        x = x.half()
     order = torch.randperm(layout.channels, generator=rng).int().to(device)
     spec = QuantizeSpec(
         layout=layout, normal=normal, rotate=True, byte_layout=byte_layout, clip_ratio=0.95
     )
     want, want_scales = quantize(op, x, order, spec, Backend.REFERENCE).canonical()
-    got, got_scales = quantize(op, x, order, spec, Backend.TRITON).canonical()
+    got, got_scales = quantize(op, x, order, spec, backend).canonical()
     # Butterflies and a matrix product sum in another order: a scale may round to its neighbour,
     # 2**-10 away, and a value may cross a rounding boundary to the next code.
     torch.testing.assert_close(got_scales, want_scales, rtol=2**-10, atol=0)
@@ -65,16 +74,27 @@ def test_a_spike_inside_a_group_costs_less_when_it_is_rotated():
     assert errors[True] < 0.6 * errors[False]
 
 
-def test_the_cuda_kernel_is_not_asked_to_rotate(monkeypatch):
-    layout = GroupLayout(normal=128, group_size=128)
-    spec = QuantizeSpec(layout=layout, byte_layout="groups")
-
-    class OnHopper:
-        device = torch.device("cuda")
-        dtype = torch.bfloat16
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert can_quantize(OnHopper, spec)
-    assert not can_quantize(
-        OnHopper, QuantizeSpec(layout=layout, byte_layout="groups", rotate=True)
+@pytest.mark.gpu
+@pytest.mark.parametrize("normal", ["int4", "e4m3"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *LAYOUTS,
+        GroupLayout(normal=160, group_size=64, outliers=96, outlier_blocks=3),
+        GroupLayout(normal=192, group_size=96),  # blocks of 32
+        GroupLayout(normal=3968, group_size=128, outliers=128),
+    ],
+)
+def test_cuda_rotates_as_triton_does_bit_for_bit(layout, normal):
+    """Both add and subtract the same channels in the same order."""
+    rng = torch.Generator().manual_seed(7)
+    x = (torch.randn(5, layout.channels, generator=rng) * 3).half().cuda()
+    order = torch.randperm(layout.channels, generator=rng).int().cuda()
+    spec = QuantizeSpec(
+        layout=layout, normal=normal, rotate=True, byte_layout="groups", clip_ratio=0.9
     )
+    want = reorder_quantize(x, order, spec, backend=Backend.TRITON)
+    for variant in (Variant(128, 1), Variant(128, 2)):
+        got, _ = quantize_cuda("reorder", x, spec, order=order, variant=variant)
+        assert torch.equal(got.canonical()[0], want.canonical()[0])
+        assert torch.equal(got.canonical()[1], want.canonical()[1])

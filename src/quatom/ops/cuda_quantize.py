@@ -1,6 +1,7 @@
 """Launch of quantize.cu: the quantize operations in the byte layout `groups`, on Hopper."""
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Literal
@@ -10,40 +11,96 @@ from torch import Tensor
 
 from quatom.errors import BackendError
 from quatom.numerics.formats import get_format
+from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import GROUP_BYTES, MixedTensor, QuantizeSpec, padded_tokens
 from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
 
 Operation = Literal["reorder", "rmsnorm", "silu"]
 _OPERATIONS = {"reorder": 0, "rmsnorm": 1, "silu": 2}
-_THREADS = 256
+_TWO_TOKENS_FROM = 512
+"""Tokens of a batch from which on a CTA takes two of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How a CTA of quantize.cu is cut."""
+
+    threads: int
+    tokens: int
+    """Tokens of a CTA: 1 or 2."""
+
+
+def choose_variant(operation: Operation, tokens: int, layout: GroupLayout) -> Variant:
+    """The fastest variant measured, see docs/kernels-linear.md."""
+    if operation == "silu":
+        return Variant(128, 1)
+    pairs = -(-layout.num_scales // 2)  # a warp takes two groups
+    two_tokens = tokens >= _TWO_TOKENS_FROM
+    # Two wide rows fill registers: large CTAs, few of which fit, would all wait at the same time.
+    most = 8 if two_tokens and operation == "reorder" and pairs > 16 else 16
+    rounds = -(-pairs // most)
+    return Variant(-(-pairs // rounds) * 32, 2 if two_tokens else 1)
+
+
+def defines(
+    operation: Operation, variant: Variant, spec: QuantizeSpec, dtype: torch.dtype
+) -> dict[str, int]:
+    """The constants that quantize.cu is compiled with."""
+    silu = operation == "silu"
+    layout = spec.layout
+    return {
+        "OPERATION": _OPERATIONS[operation],
+        "THREADS": variant.threads,
+        "TOKENS": variant.tokens,
+        "VECTORS": 1 if silu else -(-layout.channels // (4 * variant.threads)),
+        "ROUNDS": 1 if silu else -(-layout.num_scales // (variant.threads // 16)),
+        "INPUT_BF16": int(dtype is torch.bfloat16),
+        "E4M3": int(spec.normal == "e4m3"),
+        "ROTATE": int(spec.rotate),
+    }
+
+
+def _shared_bytes(operation: Operation, variant: Variant, channels: int) -> int:
+    """Rows of 16-bit numbers, the norm's weight beside them, and a partial sum of each warp."""
+    if operation == "silu":
+        return 0
+    if operation == "reorder":
+        return channels * 2 * variant.tokens
+    return channels * 2 * (variant.tokens + 1) + variant.tokens * variant.threads // 32 * 4
 
 
 @cache
-def _kernel(
-    operation: int, vectors: int, bf16: bool, e4m3: bool, shared: int, device: int
-) -> CudaKernel:
+def _kernel(constants: tuple[tuple[str, int], ...], shared: int, device: int) -> CudaKernel:
     source = (files("quatom.ops") / "quantize.cu").read_text()
-    constants = {
-        "OPERATION": operation,
-        "THREADS": _THREADS,
-        "VECTORS": vectors,
-        "INPUT_BF16": int(bf16),
-        "E4M3": int(e4m3),
-    }
-    cubin = compile_cubin(source, "sm_90a", constants)
+    defined = dict(constants)
+    cubin = compile_cubin(source, "sm_90a", defined)
     with torch.cuda.device(device):
-        return load_kernel(cubin, "quantize_groups", threads=_THREADS, shared_bytes=shared)
+        return load_kernel(
+            cubin, "quantize_groups", threads=defined["THREADS"], shared_bytes=shared
+        )
 
 
 def can_quantize(x: Tensor, spec: QuantizeSpec) -> bool:
-    """Whether quantize.cu handles this: Hopper, half precision, layout `groups`, no rotation."""
-    return (
-        x.device.type == "cuda"
-        and spec.byte_layout == "groups"
-        and not spec.rotate
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(x.device)[0] == 9
-    )
+    """Whether quantize.cu handles this: Hopper, half precision, layout `groups`, groups of 8 n."""
+    return _obstacle(x, spec) is None
+
+
+def _obstacle(x: Tensor, spec: QuantizeSpec) -> str | None:
+    """Why quantize.cu cannot run this, or None if it can."""
+    if x.device.type != "cuda":
+        return f"the input is on {x.device}"
+    if spec.byte_layout != "groups":
+        return f"it writes byte layout 'groups', not {spec.byte_layout!r}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"it reads float16 and bfloat16, not {x.dtype}"
+    if (capability := torch.cuda.get_device_capability(x.device))[0] != 9:
+        return f"it needs compute capability 9.x, this device has {capability}"
+    if spec.clip_ratio < 2.0**-11:
+        return f"it clamps 16-bit codes, which overflow below clip_ratio 2**-11: {spec.clip_ratio}"
+    layout = spec.layout
+    if (layout.normal | layout.group_size | (layout.outliers // layout.outlier_blocks)) % 8:
+        return f"a thread takes 8 channels of one group, these groups are {layout.group_sizes}"
+    return None
 
 
 def quantize_cuda(
@@ -55,17 +112,20 @@ def quantize_cuda(
     weight: Tensor | None = None,
     residual: Tensor | None = None,
     eps: float = 0.0,
+    variant: Variant | None = None,
 ) -> tuple[MixedTensor, Tensor]:
     """Run one operation; the second result is the sum of x and residual, or x without one.
 
     Raises:
-        BackendError: the input is none that `can_quantize`.
+        BackendError: the input is none that `can_quantize`, or weight has another dtype.
     """
-    if not can_quantize(x, spec):
+    obstacle = _obstacle(x, spec)
+    if weight is not None and weight.dtype is not x.dtype:
+        obstacle = obstacle or f"weight {weight.dtype} has another dtype than x {x.dtype}"
+    if obstacle:
         raise BackendError(
-            f"the CUDA quantize kernel writes byte layout 'groups' of float16 or bfloat16 inputs "
-            f"on a Hopper GPU and does not rotate; got layout {spec.byte_layout!r} of {x.dtype} on "
-            f"{x.device}, rotate {spec.rotate}: use backend 'triton' or 'reference'"
+            f"the CUDA quantize kernel cannot run this: {obstacle}; use backend 'triton' or "
+            "'reference'"
         )
     layout = spec.layout
     tokens, channels = x.shape[0], layout.channels
@@ -78,21 +138,24 @@ def quantize_cuda(
     residual = None if residual is None else _aligned(residual)
     if not tokens:
         return out, total
-    weight = None if weight is None else weight.to(x.dtype).contiguous()
+    given = (weight, order)
+    weight = None if weight is None else weight.contiguous()
     order = None if order is None else order.to(torch.int32).contiguous()
-    groups_a_cta = _THREADS // 16
-    chunks = -(-layout.num_scales // groups_a_cta) if operation == "silu" else 1
+    variant = variant or choose_variant(operation, tokens, layout)
     kernel = _kernel(
-        _OPERATIONS[operation],
-        1 if operation == "silu" else -(-channels // (8 * _THREADS)),
-        x.dtype is torch.bfloat16,
-        spec.normal == "e4m3",
-        0 if operation == "silu" else (channels + _THREADS // 32) * 4,
+        tuple(defines(operation, variant, spec, x.dtype).items()),
+        _shared_bytes(operation, variant, channels),
         x.device.index,
     )
+    if operation == "silu":
+        chunks = -(-layout.num_scales // (variant.threads // 16))
+        grid = tokens * chunks
+    else:
+        chunks = 1
+        grid = -(-tokens // variant.tokens)
     pointers = (x, residual, weight, order, total, codes, scales)
     residual_stride = 0 if residual is None else residual.stride(0)
-    sizes = (padded, channels, x.stride(0), residual_stride, chunks)
+    sizes = (tokens, padded, channels, x.stride(0), residual_stride, chunks)
     groups = (
         layout.normal,
         layout.group_size,
@@ -102,16 +165,19 @@ def quantize_cuda(
     )
     with torch.cuda.device(x.device):
         kernel.launch(
-            tokens * chunks,
+            grid,
             (
                 *(ctypes.c_void_p(0 if p is None else p.data_ptr()) for p in pointers),
                 *(ctypes.c_int(size) for size in sizes),
+                ctypes.c_float(1.0 / channels),
                 ctypes.c_float(eps),
                 *(ctypes.c_int(size) for size in groups),
                 ctypes.c_float(spec.clip_ratio),
-                ctypes.c_float(get_format(spec.normal).largest),
+                ctypes.c_int(int(get_format(spec.normal).largest)),
             ),
-            overlap=True,
+            # The kernel reads weight and order while the kernel before it still runs: they must not
+            # be that one's results.
+            overlap=given[0] is weight and given[1] is order,
         )
     return out, total
 

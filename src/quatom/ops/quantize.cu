@@ -3,46 +3,73 @@
 // by up. Each is one pass over device memory.
 //
 // A half-warp owns one group: 16 lanes of 8 channels, so that codes leave as 8-byte pieces of one
-// 128-byte line. Operations 0 and 1 bring the row into shared memory first, as float32, because the
-// order gathers from all over it; operation 2 needs no order and no shared memory.
+// 128-byte line. Operations 0 and 1 bring their rows into shared memory first, as the 16-bit numbers
+// they are, because the order gathers from all over them; operation 2 needs no order. A CTA takes one
+// token, where time is latency, or two, where it is throughput: the rows of two tokens lie interleaved,
+// so that one gather, one index and one shuffle serve both.
 //
-// Compiled by NVRTC with OPERATION, THREADS, VECTORS (16-byte loads of a thread that cover a row),
-// INPUT_BF16 and E4M3 (normal groups are e4m3, else integers) defined.
+// Compiled by NVRTC with THREADS, TOKENS (of a CTA; 1 for operation 2), VECTORS (4-channel pieces of a
+// thread that cover a row), ROUNDS (of THREADS / 16 groups), INPUT_BF16, E4M3 (normal groups are e4m3,
+// else integers) and ROTATE (normal groups are multiplied by a Hadamard matrix) defined.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+constexpr u32 ALL = ~0u;                       // every lane takes part in a shuffle
 constexpr float MIN_SCALE = 6.103515625e-05f;  // 2**-14, see quatom.numerics.groups
 constexpr float ROUND = 12582912.0f;           // 1.5 * 2**23: adding it rounds to an integer, ties to even
+constexpr u32 ONES = 0x01010101;
+constexpr bool PAIRS = TOKENS == 2 || OPERATION == 1;  // shared memory holds words of two numbers
 
-__device__ __forceinline__ float to_float(u16 v) {
+__device__ __forceinline__ float low_half(u32 word) {
 #if INPUT_BF16
-  return __uint_as_float(u32(v) << 16);
+  return __uint_as_float(word << 16);
 #else
   float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(word));
   return f;
 #endif
 }
-__device__ __forceinline__ void unpack(const uint4& v, float (&f)[8]) {
-  const u32 words[4] = {v.x, v.y, v.z, v.w};
+__device__ __forceinline__ float high_half(u32 word) {
+#if INPUT_BF16
+  return __uint_as_float(word & 0xFFFF0000);
+#else
+  float f;
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(word));
+  return f;
+#endif
+}
+// The sum of two 16-bit numbers, rounded once: the same as a float32 sum rounded to 16 bits.
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
+  u32 sum;
+#if INPUT_BF16
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+#else
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+#endif
+  return sum;
+}
+__device__ __forceinline__ u32 lower_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ u32 upper_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+// Words of 8 neighbouring channels: one by one, lanes would share banks.
+__device__ __forceinline__ void read_neighbours(u32 (&out)[8], const u32* words, const u16* halves, int channel) {
+  if (PAIRS) {
+    const uint4 a = reinterpret_cast<const uint4*>(words + channel)[0];
+    const uint4 b = reinterpret_cast<const uint4*>(words + channel)[1];
+    const u32 read[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    f[2 * i] = to_float(words[i] & 0xFFFF);
-    f[2 * i + 1] = to_float(words[i] >> 16);
+    for (int i = 0; i < 8; ++i) out[i] = read[i];
+  } else {
+    const uint4 a = *reinterpret_cast<const uint4*>(halves + channel);
+    const u32 read[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = i % 2 ? read[i / 2] >> 16 : read[i / 2];
   }
 }
-__device__ __forceinline__ u32 pack_input(float low, float high) {
-  u32 packed;
-#if INPUT_BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#endif
-  return packed;
-}
+
 __device__ __forceinline__ float round_to_half(float v) {
   u16 h;
   float f;
@@ -51,72 +78,209 @@ __device__ __forceinline__ float round_to_half(float v) {
   return f;
 }
 
-struct Layout {
-  int normal, group_size, outlier_size, num_normal, num_scales;
-  float clip_ratio, largest;
+// Division by a number of at most 11 significant bits, correctly rounded. high is its correctly rounded
+// reciprocal and low what that lacks, so x * high + x * low errs by 2**-47 before the one rounding that
+// counts. A quotient of 24 by 11 bits lies at least 2**-36 of itself from the middle of two floats (the
+// middle has 25 bits, times 11 makes 36; it is never hit, because an odd 25-bit number has no 24-bit
+// multiple), so that rounding goes the right way.
+struct Divisor {
+  float high, low;
+  __device__ __forceinline__ explicit Divisor(float d) {
+    float guess;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(d));
+    high = fmaf(guess, fmaf(-d, guess, 1.0f), guess);
+    low = fmaf(-d, high, 1.0f) * high;
+  }
+  __device__ __forceinline__ float divide(float x) const { return fmaf(x, high, x * low); }
 };
 
-// Quantize the 8 channels of this lane, all of one group with those of its half-warp, and store them.
-__device__ __forceinline__ void store_group(const float (&x)[8], int group, int column, bool inside, u64 token,
-                                            u64 tokens_padded, const Layout& layout, u8* codes, float2* scales) {
-  const bool outlier = group >= layout.num_normal;
-  float absmax = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) absmax = fmaxf(absmax, fabsf(x[i]));
-#pragma unroll
-  for (int d = 8; d > 0; d /= 2) absmax = fmaxf(absmax, __shfl_xor_sync(~0u, absmax, d));
-  const float largest = outlier ? 127.0f : layout.largest;
-  const float wanted = __fdiv_rn(outlier ? absmax : absmax * layout.clip_ratio, largest);
-  const float scale = round_to_half(fmaxf(wanted, MIN_SCALE));
+// 1 / sqrt(x): one Newton step on the approximation, to an ulp.
+__device__ __forceinline__ float inverse_root(float x) {
+  float guess;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(x));
+  return fmaf(0.5f * guess, fmaf(-x * guess, guess, 1.0f), guess);
+}
 
-  // x / scale, correctly rounded: one Newton step on a correctly rounded reciprocal.
-  const float reciprocal = __frcp_rn(scale);
-  float units[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float q = x[i] * reciprocal;
-    units[i] = fmaf(fmaf(-q, scale, x[i]), reciprocal, q);
+struct Layout {
+  int normal, group_size, outlier_size, num_normal, num_scales;
+  float clip_ratio;
+  int largest;
+};
+
+// The group of a half-warp, and the 8 channels of a lane in it.
+struct Place {
+  int group, first, size, column;
+  bool outlier, inside;
+  __device__ __forceinline__ Place(const Layout& layout, int index) {
+    group = index;
+    outlier = group >= layout.num_normal;
+    first = outlier ? layout.normal + (group - layout.num_normal) * layout.outlier_size : group * layout.group_size;
+    size = outlier ? layout.outlier_size : min(layout.group_size, layout.normal - first);
+    column = threadIdx.x % 16 * 8;
+    inside = group < layout.num_scales && column < size;
   }
-  u32 words[2] = {0, 0};
-  float sum = 0.0f;
-  float unit = 1.0f / 512.0f;  // e4m3 number of a code of 1
-#if E4M3
-  if (!outlier) {
-    unit = 1.0f;
+  __device__ __forceinline__ int channel() const { return first + column; }
+};
+
+#if ROTATE
+// Multiply each block of channels by a Hadamard matrix. Channels whose numbers differ in one bit meet,
+// bit after bit: three bits stand inside a lane, four are lanes. A block is the largest power of two
+// that divides its group.
+__device__ __forceinline__ void rotate(float (&x)[TOKENS][8], const Place& place) {
+  const int block = place.outlier ? 1 : place.size & -place.size;
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      u16 pair;
-      u32 halves;
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(units[i + 1]), "f"(units[i]));
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
-      u16 low = halves & 0xFFFF, high = halves >> 16;
-      float a, b;
-      asm("cvt.f32.f16 %0, %1;" : "=f"(a) : "h"(low));
-      asm("cvt.f32.f16 %0, %1;" : "=f"(b) : "h"(high));
-      sum += a + b;
-      words[i / 4] |= u32(pair) << (i % 4 * 8);
+  for (int t = 0; t < TOKENS; ++t) {
+#pragma unroll
+    for (int bit = 1; bit < 8; bit *= 2) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i & bit) continue;
+        const float a = x[t][i], b = x[t][i + bit];
+        x[t][i] = block > bit ? a + b : a;
+        x[t][i + bit] = block > bit ? a - b : b;
+      }
     }
-  } else
+#pragma unroll
+    for (int bit = 1; bit < 16; bit *= 2) {
+      const float sign = threadIdx.x & bit ? -1.0f : 1.0f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float other = __shfl_xor_sync(ALL, x[t][i], bit);
+        if (block > 8 * bit) x[t][i] = fmaf(x[t][i], sign, other);
+      }
+    }
+  }
+  const float norm = __frcp_rn(__fsqrt_rn(float(block)));
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[t][i] *= norm;
+}
 #endif
-  {
+
+// Of two tokens the lower eight lanes of a half-warp keep what concerns the first, the others the second.
+__device__ __forceinline__ bool keeps_second() { return TOKENS == 2 && threadIdx.x & 8; }
+
+// The maximum of a group of the token that this lane keeps.
+__device__ __forceinline__ float reduce_max(const float (&values)[TOKENS]) {
+  float kept = keeps_second() ? values[TOKENS - 1] : values[0];
+  const float sent = keeps_second() ? values[0] : values[TOKENS - 1];
+  kept = fmaxf(kept, __shfl_xor_sync(ALL, sent, 8));
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float code = fminf(fmaxf((units[i] + ROUND) - ROUND, -largest - 1.0f), largest);
-      const int integer = __float_as_int(code + ROUND) - __float_as_int(ROUND);
-      sum += code;
-      // The magnitude of an INT4 code is the e4m3 byte of magnitude * 2**-9.
-      const u32 byte = outlier ? integer & 0xFF : u32(abs(integer)) | (u32(integer >> 24) & 0x80);
-      words[i / 4] |= byte << (i % 4 * 8);
-    }
+  for (int d = 4; d > 0; d /= 2) kept = fmaxf(kept, __shfl_xor_sync(ALL, kept, d));
+  return kept;
+}
+__device__ __forceinline__ float reduce_sum(const float (&values)[TOKENS]) {
+  float kept = keeps_second() ? values[TOKENS - 1] : values[0];
+  const float sent = keeps_second() ? values[0] : values[TOKENS - 1];
+  kept += __shfl_xor_sync(ALL, sent, 8);
+#pragma unroll
+  for (int d = 4; d > 0; d /= 2) kept += __shfl_xor_sync(ALL, kept, d);
+  return kept;
+}
+
+// Quantize 8 channels of each token, all of one group with those of the half-warp, and store them. x is 0
+// outside the group.
+__device__ __forceinline__ void store_group(float (&x)[TOKENS][8], const Place& place, u64 token, int tokens,
+                                            u64 tokens_padded, const Layout& layout, u8* codes, float2* scales) {
+#if ROTATE
+  rotate(x, place);
+#endif
+  float absmax[TOKENS] = {};
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) absmax[t] = fmaxf(absmax[t], fabsf(x[t][i]));
+  const float top = reduce_max(absmax);
+  const float largest = place.outlier ? 127.0f : float(layout.largest);
+  const float clipped = place.outlier ? top : top * layout.clip_ratio;
+  const float wanted = clipped < __int_as_float(0x7F800000) ? Divisor(largest).divide(clipped) : clipped;
+  const float scale = round_to_half(fmaxf(wanted, MIN_SCALE));
+  float group_scales[TOKENS] = {scale};
+  if (TOKENS == 2) {
+    const float other = __shfl_xor_sync(ALL, scale, 8);
+    group_scales[0] = keeps_second() ? other : scale;
+    group_scales[TOKENS - 1] = keeps_second() ? scale : other;
   }
+
+  uint2 bytes[TOKENS];
+  float sum;  // of the codes of the token that this lane keeps, in units that linear's weights count in
+#if E4M3
+  float sums[TOKENS] = {};
+#else
+  u32 packed_sums = 0;  // 16 bits for each token
+#endif
+  // Codes are counted from the smallest one on, so that a minimum and a ReLU clamp two at once.
+  const int offset = place.outlier ? 128 : layout.largest + 1;
+  const float magic = ROUND + (place.outlier ? 128.0f : float(layout.largest + 1));
+  const u32 limit = u32(2 * offset - 1) * 0x00010001;
 #pragma unroll
-  for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-  if (group >= layout.num_scales) return;
-  const u64 row = u64(group) * tokens_padded + token;
-  const int place = ((column / 16) ^ int(token % 8)) * 16 + column % 16;
-  *reinterpret_cast<uint2*>(codes + row * 128 + place) = inside ? make_uint2(words[0], words[1]) : make_uint2(0, 0);
+  for (int t = 0; t < TOKENS; ++t) {
+    const Divisor divisor(group_scales[t]);
+    u32 words[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      float units[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) units[i] = divisor.divide(x[t][4 * w + i]);
+#if E4M3
+      if (!place.outlier) {
+        u16 pairs[2];
+        float parts = 0.0f;
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+          u32 halves;
+          asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pairs[p]) : "f"(units[2 * p + 1]), "f"(units[2 * p]));
+          asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pairs[p]));
+          float a, b;
+          asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+              : "=f"(a), "=f"(b) : "r"(halves));
+          parts += a + b;
+        }
+        sums[t] += parts;
+        words[w] = u32(pairs[0]) | u32(pairs[1]) << 16;
+        continue;
+      }
+#endif
+      u32 counts[2];
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const u32 pair = lower_halves(__float_as_uint(units[2 * p] + magic), __float_as_uint(units[2 * p + 1] + magic));
+        asm("min.relu.s16x2 %0, %1, %2;" : "=r"(counts[p]) : "r"(pair), "r"(limit));
+      }
+      u32 code = __byte_perm(counts[0], counts[1], 0x6420);
+#if E4M3
+      words[w] = code ^ 0x80808080;
+#else
+      packed_sums += __dp4a(code, ONES, 0u) << 16 * t;
+      // The magnitude of an INT4 code is the e4m3 byte of magnitude * 2**-9. Now 8 stands for 0.
+      const u32 shifted = code + u32(8 - offset) * ONES;
+      const u32 negative = ~shifted >> 3 & ONES;
+      const u32 signs = ((shifted ^ negative * 7) & 7 * ONES) + negative * 0x81;
+      words[w] = place.outlier ? code ^ 0x80808080 : signs;
+#endif
+    }
+    bytes[t] = make_uint2(words[0], words[1]);
+  }
+#if E4M3
+  sum = reduce_sum(sums);
+#else
+#pragma unroll
+  for (int d = 8; d > 0; d /= 2) packed_sums += __shfl_xor_sync(ALL, packed_sums, d);
+  const int counted = keeps_second() ? packed_sums >> 16 : packed_sums & 0xFFFF;
+  sum = float(counted - 128 * offset) * (1.0f / 512.0f);  // the e4m3 number of a code of 1
+#endif
+  if (place.group >= layout.num_scales) return;
+  const u64 row = u64(place.group) * tokens_padded + token;
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    const int piece = ((place.column / 16) ^ (int(token + t) % 8)) * 16 + place.column % 16;
+    if (t == 0 || int(token) + t < tokens) *reinterpret_cast<uint2*>(codes + (row + t) * 128 + piece) = bytes[t];
+  }
   // Weights enter the matrix unit as (code + 8) * 2**-9: what the 8 adds, with its sign changed.
-  if (column == 0) scales[row] = make_float2(scale, outlier ? 0.0f : sum * (-0.015625f * unit) * scale);
+  const int kept = keeps_second();
+  if (threadIdx.x % (TOKENS == 2 ? 8 : 16) == 0 && int(token) + kept < tokens)
+    scales[row + kept] = make_float2(scale, place.outlier ? 0.0f : sum * -0.015625f * scale);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -127,109 +291,184 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
                 u16* __restrict__ total,           // [tokens][channels], written where there is a residual
                 u8* __restrict__ codes,            // [groups][tokens_padded][128]
                 float2* __restrict__ scales,       // [groups][tokens_padded]
-                int tokens_padded, int channels, int x_stride, int residual_stride, int chunks, float eps,
+                int tokens, int tokens_padded, int channels, int x_stride, int residual_stride, int chunks,
+                float mean_factor /* 1 / channels */, float eps,
                 int normal, int group_size, int outlier_size, int num_normal, int num_scales, float clip_ratio,
-                float largest) {
+                int largest) {
   const Layout layout{normal, group_size, outlier_size, num_normal, num_scales, clip_ratio, largest};
-  const int half_warp = threadIdx.x / 16, column = threadIdx.x % 16 * 8;
+  const int half_warp = threadIdx.x / 16;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
 #if OPERATION == 2
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   const u64 token = blockIdx.x / chunks;
-  const int group = blockIdx.x % chunks * (THREADS / 16) + half_warp;
-  const bool outlier = group >= num_normal;
-  const int first = outlier ? normal + (group - num_normal) * outlier_size : group * group_size;
-  const int size = outlier ? outlier_size : min(group_size, normal - first);
-  const bool inside = column < size && group < num_scales;
-  float values[8] = {};
-  if (inside) {
-    const u16* row = x + token * x_stride + first + column;
-    float gate[8], up[8];
-    unpack(*reinterpret_cast<const uint4*>(row), gate);
-    unpack(*reinterpret_cast<const uint4*>(row + channels), up);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = __fdividef(gate[i], 1.0f + __expf(-gate[i])) * up[i];
-  }
-  store_group(values, group, column, inside, token, tokens_padded, layout, codes, scales);
-#else
-  extern __shared__ float row[];  // channels, then one partial sum a warp
-  const u64 token = blockIdx.x;
-  float values[VECTORS][8] = {};
+  const Place place(layout, blockIdx.x % chunks * (THREADS / 16) + half_warp);
+  const u16* row = x + token * x_stride + place.channel();
+  float values[1][8] = {};
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (place.inside) {
+    const uint4 a = *reinterpret_cast<const uint4*>(row), b = *reinterpret_cast<const uint4*>(row + channels);
+    const u32 gates[4] = {a.x, a.y, a.z, a.w}, ups[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int k = (v * THREADS + threadIdx.x) * 8;
-    if (k < channels) unpack(*reinterpret_cast<const uint4*>(x + token * x_stride + k), values[v]);
-  }
-#if OPERATION == 1
-  if (residual != nullptr) {
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      const int k = (v * THREADS + threadIdx.x) * 8;
-      if (k >= channels) continue;
-      float other[8];
-      unpack(*reinterpret_cast<const uint4*>(residual + token * residual_stride + k), other);
-      uint4 sums;  // rounded as it is stored, before it is normalized
-      sums.x = pack_input(values[v][0] + other[0], values[v][1] + other[1]);
-      sums.y = pack_input(values[v][2] + other[2], values[v][3] + other[3]);
-      sums.z = pack_input(values[v][4] + other[4], values[v][5] + other[5]);
-      sums.w = pack_input(values[v][6] + other[6], values[v][7] + other[7]);
-      *reinterpret_cast<uint4*>(total + token * channels + k) = sums;
-      unpack(sums, values[v]);
+    for (int i = 0; i < 4; ++i) {
+      const float low = low_half(gates[i]), high = high_half(gates[i]);
+      values[0][2 * i] = __fdividef(low, 1.0f + __expf(-low)) * low_half(ups[i]);
+      values[0][2 * i + 1] = __fdividef(high, 1.0f + __expf(-high)) * high_half(ups[i]);
     }
   }
-  float squares = 0.0f;
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) squares = fmaf(values[v][i], values[v][i], squares);
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
-  float* partial = row + channels;
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
-  __syncthreads();
-  squares = 0.0f;
-#pragma unroll
-  for (int w = 0; w < THREADS / 32; ++w) squares += partial[w];
-  const float inverse = __frcp_rn(__fsqrt_rn(__fdiv_rn(squares, float(channels)) + eps));
+  store_group(values, place, token, tokens, tokens_padded, layout, codes, scales);
+#else
+  extern __shared__ __align__(16) u32 words[];  // rows, weights of two tokens' rows, partial sums
+  u16* const halves = reinterpret_cast<u16*>(words);
+  const u64 token = u64(blockIdx.x) * TOKENS;
+  const bool whole = int(token) + TOKENS <= tokens;  // else the CTA has one token
+  const auto holds = [&](int t, int channel) { return channel < channels && (t == 0 || whole); };
+
+  // Parameters are not the work of the kernel before: they come while that still runs.
+  int4 next[2];
+  auto load_order = [&](int round) {
+    const Place place(layout, round * (THREADS / 16) + half_warp);
+    if (order == nullptr || !place.inside) return;
+    next[0] = reinterpret_cast<const int4*>(order + place.channel())[0];
+    next[1] = reinterpret_cast<const int4*>(order + place.channel())[1];
+  };
+  load_order(0);
+#if OPERATION == 1
+  u16* const weights = halves + 2 * channels;  // where two tokens fill the words
+  float* const partial = reinterpret_cast<float*>(weights + (TOKENS == 2 ? channels : 0));
+  uint2 norm_weight[VECTORS];
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    const int k = (v * THREADS + threadIdx.x) * 8;
+    const int k = (v * THREADS + threadIdx.x) * 4;
     if (k >= channels) continue;
-    float factor[8];
-    unpack(*reinterpret_cast<const uint4*>(weight + k), factor);
+    norm_weight[v] = *reinterpret_cast<const uint2*>(weight + k);
+    if (TOKENS == 2) *reinterpret_cast<uint2*>(weights + k) = norm_weight[v];
+  }
+#endif
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+
+  uint2 loaded[TOKENS][VECTORS] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[v][i] = values[v][i] * inverse * factor[i];
+  for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      const int k = (v * THREADS + threadIdx.x) * 4;
+      if (holds(t, k))
+        loaded[t][v] = *reinterpret_cast<const uint2*>(x + (token + t) * x_stride + k);
+    }
+#if OPERATION == 1
+  if (residual != nullptr) {
+    uint2 others[TOKENS][VECTORS] = {};
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        const int k = (v * THREADS + threadIdx.x) * 4;
+        if (holds(t, k))
+          others[t][v] = *reinterpret_cast<const uint2*>(residual + (token + t) * residual_stride + k);
+      }
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        const int k = (v * THREADS + threadIdx.x) * 4;
+        uint2& sum = loaded[t][v];  // rounded as it is stored, before it is normalized
+        sum = make_uint2(add_halves(sum.x, others[t][v].x), add_halves(sum.y, others[t][v].y));
+        if (holds(t, k))
+          *reinterpret_cast<uint2*>(total + (token + t) * channels + k) = sum;
+      }
   }
 #endif
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    const int k = (v * THREADS + threadIdx.x) * 8;
+    const int k = (v * THREADS + threadIdx.x) * 4;
     if (k >= channels) continue;
-    reinterpret_cast<float4*>(row + k)[0] = make_float4(values[v][0], values[v][1], values[v][2], values[v][3]);
-    reinterpret_cast<float4*>(row + k)[1] = make_float4(values[v][4], values[v][5], values[v][6], values[v][7]);
+    const uint2 a = loaded[0][v];
+#if TOKENS == 2
+    const uint2 b = loaded[1][v];
+#elif OPERATION == 1
+    const uint2 b = norm_weight[v];
+#endif
+#if TOKENS == 2 || OPERATION == 1
+    *reinterpret_cast<uint4*>(words + k) =
+        make_uint4(lower_halves(a.x, b.x), upper_halves(a.x, b.x), lower_halves(a.y, b.y), upper_halves(a.y, b.y));
+#else
+    *reinterpret_cast<uint2*>(halves + k) = a;
+#endif
   }
-  __syncthreads();
-  // Whole warps take part in each round: the last one may hold a half-warp without a group.
-  for (int pair = half_warp / 2 * 2; pair < num_scales; pair += THREADS / 16) {
-    const int group = pair + half_warp % 2;
-    const bool outlier = group >= num_normal;
-    const int first = outlier ? normal + (group - num_normal) * outlier_size : group * group_size;
-    const int size = outlier ? outlier_size : min(group_size, normal - first);
-    const bool inside = column < size && group < num_scales;
-    float gathered[8] = {};
-    if (inside) {
-      const int k = first + column;
-      int4 a = make_int4(k, k + 1, k + 2, k + 3), b = make_int4(k + 4, k + 5, k + 6, k + 7);
-      if (order != nullptr) {
-        a = *reinterpret_cast<const int4*>(order + k);
-        b = *reinterpret_cast<const int4*>(order + k + 4);
+#if OPERATION == 1
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      const u32 pairs[2] = {loaded[t][v].x, loaded[t][v].y};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        squares = fmaf(low_half(pairs[i]), low_half(pairs[i]), squares);
+        squares = fmaf(high_half(pairs[i]), high_half(pairs[i]), squares);
       }
-      gathered[0] = row[a.x]; gathered[1] = row[a.y]; gathered[2] = row[a.z]; gathered[3] = row[a.w];
-      gathered[4] = row[b.x]; gathered[5] = row[b.y]; gathered[6] = row[b.z]; gathered[7] = row[b.w];
     }
-    store_group(gathered, group, column, inside, token, tokens_padded, layout, codes, scales);
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(ALL, squares, d);
+    if (threadIdx.x % 32 == 0) partial[t * (THREADS / 32) + threadIdx.x / 32] = squares;
+  }
+#endif
+  __syncthreads();
+#if OPERATION == 1
+  float inverse[TOKENS];
+  {
+    float squares = 0.0f;
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; ++w) squares += partial[(keeps_second() ? THREADS / 32 : 0) + w];
+    inverse[0] = inverse_root(squares * mean_factor + eps);
+    if (TOKENS == 2) {
+      const float own = inverse[0], other = __shfl_xor_sync(ALL, own, 8);
+      inverse[0] = keeps_second() ? other : own;
+      inverse[TOKENS - 1] = keeps_second() ? own : other;
+    }
+  }
+#endif
+  constexpr int UNROLL = ROUNDS > 4 ? 1 : ROUNDS;
+#pragma unroll UNROLL
+  for (int round = 0; round < ROUNDS; ++round) {
+    // Whole warps take part in each round: the last one may hold a half-warp without a group.
+    if (round * (THREADS / 16) + half_warp / 2 * 2 >= num_scales) break;
+    const Place place(layout, round * (THREADS / 16) + half_warp);
+    const int indices[8] = {next[0].x, next[0].y, next[0].z, next[0].w, next[1].x, next[1].y, next[1].z, next[1].w};
+    if (round + 1 < ROUNDS) load_order(round + 1);
+    // A word holds the channel of both tokens, or of the token and its weight, or of the token alone.
+    u32 gathered[8] = {};
+#if OPERATION == 1 && TOKENS == 2
+    u32 factors[8] = {};
+#endif
+    if (place.inside) {
+      if (order == nullptr) {
+        read_neighbours(gathered, words, halves, place.channel());
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) gathered[i] = PAIRS ? words[indices[i]] : halves[indices[i]];
+      }
+#if OPERATION == 1 && TOKENS == 2
+#pragma unroll
+      for (int i = 0; i < 8; ++i) factors[i] = weights[order == nullptr ? place.channel() + i : indices[i]];
+#endif
+    }
+    float values[TOKENS][8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      values[0][i] = low_half(gathered[i]);
+      if (TOKENS == 2) values[TOKENS - 1][i] = high_half(gathered[i]);
+#if OPERATION == 1
+#if TOKENS == 2
+      const float factor = low_half(factors[i]);
+#else
+      const float factor = high_half(gathered[i]);
+#endif
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) values[t][i] = values[t][i] * inverse[t] * factor;
+#endif
+    }
+    store_group(values, place, token, tokens, tokens_padded, layout, codes, scales);
   }
 #endif
 }

@@ -58,7 +58,7 @@ def rmsnorm_quantize(
             f"expected residual {tuple(x.shape)} {x.dtype} like x; got {tuple(residual.shape)} "
             f"{residual.dtype}"
         )
-    able = BACKENDS if can_quantize(x, spec) else BACKENDS[:2]
+    able = BACKENDS if can_quantize(x, spec) and weight.dtype == x.dtype else BACKENDS[:2]
     available = BACKENDS if backend else able  # a backend asked for says itself what it lacks
     match choose_backend("rmsnorm_quantize", available, x.device, backend):
         case Backend.CUDA:

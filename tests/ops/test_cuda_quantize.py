@@ -1,0 +1,198 @@
+"""quantize.cu: every variant of every operation against the reference; who may call it."""
+
+import pytest
+import torch
+
+from quatom.errors import BackendError
+from quatom.numerics.groups import GroupLayout
+from quatom.ops.activations import QuantizeSpec
+from quatom.ops.backend import Backend
+from quatom.ops.cuda_quantize import Variant, can_quantize, choose_variant, quantize_cuda
+from quatom.ops.reorder_quantize import reorder_quantize
+from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
+
+LAYOUTS = {
+    "SmolLM2": GroupLayout(512, 128, 64),
+    "short last group": GroupLayout(4096 - 32, 128, 32),
+    "small groups": GroupLayout(1024 - 96, 32, 96, 3),  # 32 groups: several rounds
+    "no outliers": GroupLayout(1152, 128),
+    "Llama-2-70B": GroupLayout(8192 - 128, 128, 128),
+}
+
+
+def variants(layout):
+    """Whatever `choose_variant` may return, and smaller and larger CTAs."""
+    chosen = {choose_variant("reorder", tokens, layout) for tokens in (1, 4096)}
+    return chosen | {Variant(128, 1), Variant(1024, 1), Variant(96, 2), Variant(512, 2)}
+
+
+def make_inputs(tokens, channels, dtype, seed=0):
+    """Rows with a few large channels, a residual, a norm's weight and an order; on the CPU."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=rng)
+    x[:, ::37] *= 30.0
+    residual = torch.randn(tokens, channels, generator=rng)
+    weight = 1 + 0.1 * torch.randn(channels, generator=rng)
+    order = torch.randperm(channels, generator=rng).int()
+    return x.to(dtype), residual.to(dtype), weight.to(dtype), order
+
+
+@pytest.fixture
+def poisoned():
+    """Fill what torch allocates with NaN and the largest integers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normal", ["int4", "int3", "e4m3"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_variant_reorders_as_the_reference_does(layout, normal, poisoned):
+    for tokens, dtype in ((1, torch.float16), (7, torch.bfloat16)):
+        x, _, _, order = make_inputs(tokens, layout.channels, dtype)
+        spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, byte_layout="groups")
+        for used in (order, None):
+            want = reorder_quantize(x, used, spec, backend=Backend.REFERENCE)
+            on_device = None if used is None else used.cuda()
+            for variant in variants(layout):
+                got, _ = quantize_cuda("reorder", x.cuda(), spec, order=on_device, variant=variant)
+                assert torch.equal(got.canonical()[0].cpu(), want.canonical()[0]), variant
+                assert torch.equal(got.canonical()[1].cpu(), want.canonical()[1]), variant
+                # Sums of e4m3 codes are rounded; those of integers are exact.
+                torch.testing.assert_close(
+                    got.scales[:, :tokens].cpu(), want.scales[:, :tokens], rtol=1e-5, atol=1e-9
+                )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_variant_normalizes_as_the_reference_does(layout, poisoned):
+    for tokens, dtype in ((1, torch.bfloat16), (9, torch.float16)):
+        x, residual, weight, order = make_inputs(tokens, layout.channels, dtype)
+        spec = QuantizeSpec(layout=layout, clip_ratio=0.9, byte_layout="groups")
+        for add, used in ((residual, order), (None, None)):
+            want, want_total = rmsnorm_quantize(
+                x, weight, used, spec, eps=1e-5, residual=add, backend=Backend.REFERENCE
+            )
+            for variant in variants(layout):
+                got, total = quantize_cuda(
+                    "rmsnorm",
+                    x.cuda(),
+                    spec,
+                    order=None if used is None else used.cuda(),
+                    weight=weight.cuda(),
+                    residual=None if add is None else add.cuda(),
+                    eps=1e-5,
+                    variant=variant,
+                )
+                assert torch.equal(total.cpu(), want_total), variant
+                (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
+                # Squares are summed in another order: a scale may differ by one float16 step, and
+                # a code next to a tie by one.
+                torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
+                difference = (codes.cpu() - want_codes).abs()
+                assert difference.max() <= 1, variant
+                assert (difference != 0).float().mean() <= 1e-3, variant
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 700])
+def test_a_chain_in_a_graph_equals_the_same_calls_one_by_one(tokens):
+    """Each kernel starts while the one before it ends, and must wait for its results."""
+    layout = LAYOUTS["SmolLM2"]
+    x, residual, weight, order = (
+        t.cuda() for t in make_inputs(tokens, layout.channels, torch.bfloat16)
+    )
+    spec = QuantizeSpec(layout=layout, byte_layout="groups")
+
+    def chain(wait):
+        total, codes = residual, []
+        for step in range(12):
+            quantized, total = rmsnorm_quantize(
+                x, weight, order, spec, eps=1e-5, residual=total, backend=Backend.CUDA
+            )
+            codes += [quantized.codes[:, :tokens].clone()] if step % 4 == 3 else []
+            codes += [reorder_quantize(total, order, spec, backend=Backend.CUDA).codes]
+            if wait:
+                torch.cuda.synchronize()
+        return [c[:, :tokens] for c in codes]
+
+    want = [c.clone() for c in chain(wait=True)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(wait=False)
+    for _ in range(5):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.gpu
+def test_a_wide_row_of_two_tokens_fits_shared_memory():
+    layout = GroupLayout(16384 - 128, 128, 128)  # Llama-3-405B
+    x, residual, weight, order = (t.cuda() for t in make_inputs(600, 16384, torch.bfloat16))
+    spec = QuantizeSpec(layout=layout, byte_layout="groups")
+    options = {"eps": 1e-5, "residual": residual}
+    got, _ = rmsnorm_quantize(x, weight, order, spec, **options, backend=Backend.CUDA)
+    want, _ = rmsnorm_quantize(x, weight, order, spec, **options, backend=Backend.TRITON)
+    assert (got.canonical()[0] != want.canonical()[0]).float().mean() <= 1e-3
+
+
+@pytest.mark.gpu
+def test_an_infinite_channel_shows():
+    """A group that cannot be quantized must not come back as finite numbers."""
+    x = torch.ones(2, 128, dtype=torch.float16, device="cuda")
+    x[1, 3] = torch.inf
+    spec = QuantizeSpec(layout=GroupLayout(128, 128), byte_layout="groups")
+    for variant in (Variant(64, 1), Variant(64, 2)):
+        scales = quantize_cuda("reorder", x, spec, variant=variant)[0].canonical()[1]
+        assert scales[0].isfinite().all()
+        assert scales[1].isinf().all()
+
+
+def test_variants_cover_a_row():
+    for layout in LAYOUTS.values():
+        for operation in ("reorder", "rmsnorm", "silu"):
+            for tokens in (1, 64, 4096):
+                variant = choose_variant(operation, tokens, layout)
+                assert variant.threads % 32 == 0
+                assert 32 <= variant.threads <= 1024
+                assert variant.tokens in (1, 2)
+
+
+def test_what_the_kernel_cannot_do_is_said(monkeypatch):
+    spec = QuantizeSpec(layout=GroupLayout(128, 128), byte_layout="groups")
+    with pytest.raises(BackendError, match=r"the input is on cpu; use backend 'triton'"):
+        quantize_cuda("reorder", torch.zeros(1, 128, dtype=torch.float16), spec)
+
+    class OnHopper:
+        device = torch.device("cuda")
+        dtype = torch.bfloat16
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert can_quantize(OnHopper, spec)
+    rows = QuantizeSpec(layout=GroupLayout(128, 128))
+    with pytest.raises(BackendError, match=r"layout 'groups', not 'rows'"):
+        quantize_cuda("reorder", OnHopper, rows)
+    tiny = QuantizeSpec(layout=GroupLayout(128, 128), byte_layout="groups", clip_ratio=1e-4)
+    with pytest.raises(BackendError, match=r"overflow below clip_ratio 2\*\*-11: 0.0001"):
+        quantize_cuda("reorder", OnHopper, tiny)
+    uneven = QuantizeSpec(layout=GroupLayout(120, 100), byte_layout="groups")
+    with pytest.raises(BackendError, match=r"these groups are \(100, 20\)"):
+        quantize_cuda("reorder", OnHopper, uneven)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(BackendError, match=r"needs compute capability 9.x, .* has \(8, 6\)"):
+        quantize_cuda("reorder", OnHopper, spec)
+
+
+@pytest.mark.gpu
+def test_a_weight_of_another_dtype_is_not_rounded():
+    x, _, weight, order = (t.cuda() for t in make_inputs(3, 1152, torch.bfloat16))
+    spec = QuantizeSpec(layout=LAYOUTS["no outliers"], byte_layout="groups")
+    wide = weight.float() * (1 + 2**-10)
+    with pytest.raises(BackendError, match=r"weight torch.float32 .* x torch.bfloat16"):
+        rmsnorm_quantize(x, wide, order, spec, eps=1e-5, backend=Backend.CUDA)
+    got, _ = rmsnorm_quantize(x, wide, order, spec, eps=1e-5)
+    want, _ = rmsnorm_quantize(x, wide, order, spec, eps=1e-5, backend=Backend.TRITON)
+    assert torch.equal(got.codes, want.codes)
