@@ -3,30 +3,37 @@
 import pytest
 import torch
 
-from quatom.errors import ShapeError
+from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages, unpack_halves
 from quatom.ops.backend import Backend
-from quatom.ops.rope_append_kv import BACKENDS, rope_append_kv
+from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.ops.rope_append_kv.reference import hadamard
 
-KERNELS = [backend for backend in BACKENDS if backend is not Backend.REFERENCE]
+KERNELS = [Backend.TRITON]
+BACKENDS = [
+    Backend.REFERENCE,
+    Backend.TRITON,
+    pytest.param(Backend.CUDA, marks=pytest.mark.gpu),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_inputs(tokens, heads=4, kv_heads=2, head_dim=64, *, dtype=torch.float32, seed=0):
+def make_inputs(
+    tokens, heads=4, kv_heads=2, head_dim=64, *, dtype=torch.float32, seed=0, device=DEVICE
+):
     """q, k, v as strided views of one fused projection, with tables and scattered slots."""
     rng = torch.Generator().manual_seed(seed)
     fused = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=rng)
-    fused = fused.to(DEVICE, dtype).unflatten(-1, (-1, head_dim))
+    fused = fused.to(device, dtype).unflatten(-1, (-1, head_dim))
     q, k, v = fused.split((heads, kv_heads, kv_heads), dim=1)
     angle = torch.outer(torch.arange(500.0), 10000.0 ** -torch.linspace(0, 1, head_dim // 2))
     positions = torch.randint(0, 500, (tokens,), generator=rng)
     slots = torch.randperm(96, generator=rng)[:tokens]
-    return [x.to(DEVICE) for x in (q, k, v, angle.cos(), angle.sin(), positions, slots)]
+    return [x.to(device) for x in (q, k, v, angle.cos(), angle.sin(), positions, slots)]
 
 
-def make_pages(dtype, kv_heads=2, head_dim=64, block_size=16):
-    pages = KVPages.allocate(96 // block_size, block_size, kv_heads, head_dim, dtype, DEVICE)
+def make_pages(dtype, kv_heads=2, head_dim=64, block_size=16, device=DEVICE):
+    pages = KVPages.allocate(96 // block_size, block_size, kv_heads, head_dim, dtype, device)
     pages.storage.fill_(0xA5)
     return pages
 
@@ -85,9 +92,57 @@ def test_kernel_matches_reference_for_model_shapes(
     assert got.is_contiguous()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kv", ["int4", "int8", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(32, 8, 128, 32), (9, 3, 64, 16), (5, 5, 96, 16), (8, 1, 256, 48)],
+)
+def test_cuda_equals_the_reference_bit_for_bit(heads, kv_heads, head_dim, block_size, kv, dtype):
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    options = [{}, {"clip_ratio": 0.95}, {"rotate_keys_in_cache": False}]
+    if head_dim != 96:
+        options.append({"rotate_kv": True})
+    for seed, option in enumerate(options):
+        results = []
+        for device, backend in (("cpu", Backend.REFERENCE), ("cuda", Backend.CUDA)):
+            inputs = make_inputs(3 + seed, **shape, seed=seed, device=device)
+            inputs[-1][1] = -1  # padding
+            pages = make_pages(kv, kv_heads, head_dim, block_size, device)
+            q = rope_append_kv(*inputs, pages, **option, backend=backend)
+            results.append((q.cpu(), pages.storage.cpu()))
+        (want_q, want), (got_q, got) = results
+        assert torch.equal(got_q, want_q), option
+        assert torch.equal(got, want), option
+
+
+@pytest.mark.gpu
+def test_what_the_cuda_kernel_cannot_do_is_said_and_left_to_triton():
+    inputs = make_inputs(2)
+    with pytest.raises(BackendError, match=r"float16 and bfloat16, not torch.float32; use backend"):
+        rope_append_kv(*inputs, make_pages("int4"), backend=Backend.CUDA)
+    pages, expected = make_pages("int4"), make_pages("int4")
+    rope_append_kv(*inputs, pages)
+    rope_append_kv(*inputs, expected, backend=Backend.TRITON)
+    assert torch.equal(pages.storage, expected.storage)
+    inputs = make_inputs(2, dtype=torch.float16)
+    with pytest.raises(BackendError, match=r"caches, not float32"):
+        rope_append_kv(*inputs, make_pages("float32"), backend=Backend.CUDA)
+    inputs[0] = torch.nn.functional.pad(inputs[0], (0, 2))[:, :, :64]
+    with pytest.raises(BackendError, match=r"4 channels at once, strides of q are \(264, 66, 1\)"):
+        rope_append_kv(*inputs, make_pages("int4"), backend=Backend.CUDA)
+
+
+def test_the_cuda_kernel_is_refused_on_a_cpu():
+    inputs = make_inputs(1, device="cpu")
+    with pytest.raises(BackendError, match=r"the tensors are on cpu; use backend triton"):
+        rope_append_kv(*inputs, make_pages("int4", device="cpu"), backend=Backend.CUDA)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_codes_worked_out_by_hand(backend):
-    q, k, v, cos, sin, positions, _ = make_inputs(1, 2, 1)
+    q, k, v, cos, sin, positions, _ = make_inputs(1, 2, 1, dtype=torch.float16)
     positions[:] = 0  # angle 0: nothing turns
     k[0, 0] = 0.0
     k[0, 0, :4] = torch.tensor([15.0, 0.5, 1.5, 2.5])  # step 1; ties go to even
@@ -103,16 +158,16 @@ def test_codes_worked_out_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_quarter_turn_swaps_the_halves(backend):
-    q, k, v, cos, sin, positions, slots = make_inputs(1)
+    q, k, v, cos, sin, positions, slots = make_inputs(1, dtype=torch.float16)
     cos, sin = torch.zeros_like(cos), torch.ones_like(sin)
     got = rope_append_kv(
-        q, k, v, cos, sin, positions, slots, make_pages("float32"), backend=backend
+        q, k, v, cos, sin, positions, slots, make_pages("float16"), backend=backend
     )
     low, high = q.chunk(2, dim=-1)
     assert torch.equal(got, torch.cat((-high, low), dim=-1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
 def test_rotating_q_and_k_leaves_scores_unchanged(backend):
     inputs = make_inputs(4, heads=2)
     plain, turned = make_pages("float32"), make_pages("float32")

@@ -268,10 +268,11 @@ def _append(case: Case, copy_tb_s: float) -> list[dict[str, Any]]:
     for kv in ("int4", "int8", "bfloat16"):
         blocks = -(-tokens // BLOCK_SIZE)
         pages = KVPages.allocate(blocks, BLOCK_SIZE, kv_heads, dim, kv, torch.device("cuda"))
-        timing = time_graph([partial(rope_append_kv, *inputs, pages)])
         total = fused.nbytes + 2 * q.numel() + tokens * pages.bytes_per_token
-        share = total / copy_tb_s / 1e6 / timing.median_us
-        rows.append(_row(case, kv, Backend.TRITON, timing, share))
+        for backend in (Backend.CUDA, Backend.TRITON):
+            timing = time_graph([partial(rope_append_kv, *inputs, pages, backend=backend)])
+            share = total / copy_tb_s / 1e6 / timing.median_us
+            rows.append(_row(case, kv, backend, timing, share))
     return rows
 
 

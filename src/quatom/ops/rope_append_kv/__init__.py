@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from quatom.errors import ShapeError
+from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.rope_append_kv.cuda import cuda_obstacle
 
-BACKENDS = (Backend.REFERENCE, Backend.TRITON)
+BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 
 
 def rope_append_kv(
@@ -32,9 +33,9 @@ def rope_append_kv(
 
         x'[j] = x[j] cos - x[j + D/2] sin,    x'[j + D/2] = x[j + D/2] cos + x[j] sin
 
-    in float32; K is quantized from those float32 values, q is rounded to its own dtype. Backends
-    agree with the reference to one code on at most one value in a thousand: multiply-add
-    contraction may move a value across a rounding boundary.
+    in float32; K is quantized from those float32 values, q is rounded to its own dtype. Triton
+    agrees with the reference to one code on at most one value in a thousand: multiply-add
+    contraction may move a value across a rounding boundary. CUDA rounds as the reference does.
 
     Args:
         rotate_keys_in_cache: True stores K after rotary embedding, which `attention` reads fastest.
@@ -50,6 +51,7 @@ def rope_append_kv(
     Raises:
         ShapeError: shapes disagree, or `rotate_kv` is asked for unrotated keys or a head_dim that
             is not a power of two.
+        BackendError: the backend asked for cannot run this call.
 
     Source: Atom (Zhao et al., MLSys 2024), KV-cache quantization; QuaRot (Ashkboos et al., NeurIPS
     2024) for rotating q and k.
@@ -75,10 +77,19 @@ def rope_append_kv(
         raise ShapeError("rotate_kv turns K after rotary embedding: it needs rotate_keys_in_cache")
     if rotate_kv and head_dim & (head_dim - 1):
         raise ShapeError(f"rotate_kv needs a power-of-two head_dim, got {head_dim}")
-    if choose_backend("rope_append_kv", BACKENDS, q.device, backend) is Backend.TRITON:
-        from quatom.ops.rope_append_kv.triton import rope_append_kv_triton as run
-    else:
-        from quatom.ops.rope_append_kv.reference import rope_append_kv_reference as run
+    obstacle = cuda_obstacle(q, k, v, cos, sin, positions, slot_mapping, pages)
+    available = BACKENDS if obstacle is None else BACKENDS[:-1]
+    if backend is Backend.CUDA and obstacle is not None:
+        raise BackendError(
+            f"rope_append_kv cannot run on backend cuda: {obstacle}; use backend triton"
+        )
+    match choose_backend("rope_append_kv", available, q.device, backend):
+        case Backend.CUDA:
+            from quatom.ops.rope_append_kv.cuda import rope_append_kv_cuda as run
+        case Backend.TRITON:
+            from quatom.ops.rope_append_kv.triton import rope_append_kv_triton as run
+        case _:
+            from quatom.ops.rope_append_kv.reference import rope_append_kv_reference as run
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     run(
         q,

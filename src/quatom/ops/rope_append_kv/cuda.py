@@ -1,0 +1,144 @@
+"""CUDA kernel for `rope_append_kv` on Hopper: what it can do, and its launch. See append.cu."""
+
+import ctypes
+from functools import cache
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from quatom.numerics.kv_pages import KVPages
+from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
+
+_THREADS = 128
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("rotated", ctypes.c_void_p),
+        ("storage", ctypes.c_void_p),
+        ("q_token_stride", ctypes.c_int64),
+        ("k_token_stride", ctypes.c_int64),
+        ("v_token_stride", ctypes.c_int64),
+        ("q_head_stride", ctypes.c_int32),
+        ("k_head_stride", ctypes.c_int32),
+        ("v_head_stride", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("margin", ctypes.c_float),
+        ("norm", ctypes.c_float),
+    ]
+
+
+def cuda_obstacle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    pages: KVPages,
+) -> str | None:
+    """Why append.cu cannot run this call, or None if it can."""
+    if q.device.type != "cuda":
+        return f"the tensors are on {q.device}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it reads float16 and bfloat16, not {q.dtype}"
+    if pages.dtype == "float32":
+        return "it writes int4, int8, float16 and bfloat16 caches, not float32"
+    if (capability := torch.cuda.get_device_capability(q.device))[0] != 9:
+        return f"it needs compute capability 9.x, this device has {capability}"
+    if cos.dtype is not torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
+        return f"it reads contiguous float32 cos and sin, got {cos.dtype}"
+    for name, x in (("positions", positions), ("slot_mapping", slot_mapping)):
+        if x.dtype is not torch.int64 or not x.is_contiguous():
+            return f"it reads contiguous int64 {name}, got {x.dtype} with strides {x.stride()}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(0) % 4 or x.stride(1) % 4 or x.data_ptr() % 8:
+            return f"it loads 4 channels at once, strides of {name} are {x.stride()}"
+    return None
+
+
+def lanes(head_dim: int) -> int:
+    """Lanes of a head, each with 8 channels."""
+    return 8 if head_dim <= 64 else 16 if head_dim <= 128 else 32
+
+
+@cache
+def _kernel(constants: tuple[tuple[str, int], ...], device: int) -> CudaKernel:
+    source = (files("quatom.ops.rope_append_kv") / "append.cu").read_text()
+    cubin = compile_cubin(source, "sm_90a", dict(constants))
+    with torch.cuda.device(device):
+        return load_kernel(cubin, "rope_append_kv", threads=_THREADS)
+
+
+def defines(
+    pages: KVPages, dtype: torch.dtype, *, rotate_keys: bool, hadamard: bool
+) -> dict[str, int]:
+    """The constants that append.cu is compiled with."""
+    return {
+        "HEAD_DIM": pages.head_dim,
+        "BLOCK_SIZE": pages.block_size,
+        "BITS": pages.bits,
+        "INPUT_BF16": int(dtype is torch.bfloat16),
+        "CACHE_BF16": int(pages.dtype == "bfloat16"),
+        "ROTATE_KEYS": int(rotate_keys),
+        "HADAMARD": int(hadamard),
+    }
+
+
+def rope_append_kv_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    pages: KVPages,
+    rotated: Tensor,
+    rotate_keys_in_cache: bool,
+    rotate_kv: bool,
+    clip_ratio: float,
+) -> None:
+    """See `rope_append_kv`; writes q into `rotated`. A call that has no `cuda_obstacle`."""
+    tokens, heads, head_dim = q.shape
+    if not tokens:
+        return
+    constants = defines(pages, q.dtype, rotate_keys=rotate_keys_in_cache, hadamard=rotate_kv)
+    kernel = _kernel(tuple(constants.items()), q.device.index)
+    kv_heads = pages.num_kv_heads
+    parameters = _Parameters(
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        positions=positions.data_ptr(),
+        slots=slot_mapping.data_ptr(),
+        rotated=rotated.data_ptr(),
+        storage=pages.storage.data_ptr(),
+        q_token_stride=q.stride(0),
+        k_token_stride=k.stride(0),
+        v_token_stride=v.stride(0),
+        q_head_stride=q.stride(1),
+        k_head_stride=k.stride(1),
+        v_head_stride=v.stride(1),
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        margin=0.5 * (1.0 - clip_ratio),
+        norm=head_dim**-0.5,
+    )
+    items = tokens * (heads + 2 * kv_heads)
+    with torch.cuda.device(q.device):
+        kernel.launch(-(-items * lanes(head_dim) // _THREADS), [parameters], overlap=True)
