@@ -51,7 +51,7 @@ def test_a_checkpoint(checkpoint_dir):
     loaded = load(checkpoint_dir)
     assert loaded.recipe == PRESETS["w8a8"]
     assert loaded.source_dtype == torch.bfloat16  # what is not quantized keeps its dtype
-    assert loaded.backend_name == "reference"
+    assert loaded.backend_name in ("cpu", "reference")
     assert all(isinstance(linear, QuantizedLinear) for linear in linears(loaded))
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
@@ -95,7 +95,8 @@ def test_weights_of_a_checkpoint_are_those_of_its_source_up_to_half_a_step(
     source_dir, checkpoint_dir
 ):
     """w8a8 keeps the order of channels and rows: every linear can be compared as it is."""
-    for ours, theirs in zip(linears(load(checkpoint_dir)), linears(load(source_dir)), strict=True):
+    quantized = linears(load(checkpoint_dir, backend=Backend.REFERENCE))
+    for ours, theirs in zip(quantized, linears(load(source_dir)), strict=True):
         (weight,) = ours.prepared.tensors
         step = theirs.weight.abs().amax(dim=1, keepdim=True) / 127
         # Half a step, and 127 times the rounding of the scale to float16.

@@ -12,7 +12,6 @@ from quatom.numerics.groups import (
     GroupLayout,
     dequantize_groups,
     expand_scales,
-    group_scales,
     quantize_groups,
     symmetric_scale,
 )
@@ -184,9 +183,19 @@ def test_groups_do_not_see_each_other(layout, seed):
         start += size
 
 
+@settings(deadline=None, max_examples=30)
+@given(layout=layouts, seed=st.integers(0, 2**16))
+def test_an_order_is_applied_before_groups_are_cut(layout, seed):
+    x = random_rows(layout, seed, 1.0)
+    order = torch.randperm(layout.channels, generator=torch.Generator().manual_seed(seed))
+    want = quantize_groups(x[:, order], layout, INT4, INT8)
+    got = quantize_groups(x, layout, INT4, INT8, order=order.int())
+    assert all(map(torch.equal, got, want))
+
+
 def test_errors_name_the_numbers():
     with pytest.raises(ShapeError, match=r"row has 13 channels, its layout 14"):
-        group_scales(torch.zeros(1, 13), LAYOUT, INT4, INT8)
+        quantize_groups(torch.zeros(1, 13), LAYOUT, INT4, INT8)
     with pytest.raises(ShapeError, match=r"5 outliers do not divide into 2"):
         GroupLayout(normal=8, group_size=4, outliers=5, outlier_blocks=2)
     with pytest.raises(ShapeError, match="not positive"):

@@ -11,6 +11,7 @@ Outlier groups are never clipped: they are kept because their range matters.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,18 +79,42 @@ class GroupLayout:
         return tuple(sizes)
 
 
-def _split(x: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor | None]:
-    """(..., K) -> normal (..., G, group_size) zero-padded, outliers (..., B, R / B) or None."""
-    if x.shape[-1] != layout.channels:
-        raise ShapeError(f"row has {x.shape[-1]} channels, its layout {layout.channels}: {layout}")
-    normal = x[..., : layout.normal]
-    missing = layout.num_normal_groups * layout.group_size - layout.normal
-    if missing:
-        normal = torch.nn.functional.pad(normal, (0, missing))
-    normal = normal.unflatten(-1, (layout.num_normal_groups, layout.group_size))
-    if not layout.outliers:
-        return normal, None
-    return normal, x[..., layout.normal :].unflatten(-1, (layout.outlier_blocks, -1))
+@cache
+def _padding(layout: GroupLayout, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """How to make groups equally wide, W channels each; None where they are.
+
+    Returns:
+        columns (S * W,) int32, the channel at each place (a short group repeats its first one,
+        which changes no maximum), and places (K,) int32, where each channel stands.
+    """
+    sizes = torch.tensor(layout.group_sizes)
+    width = int(sizes.max())
+    if (sizes == width).all():
+        return None
+    with torch.inference_mode(False):  # the tensors outlive this call
+        starts = sizes.cumsum(0) - sizes
+        within = torch.arange(width).expand(len(sizes), width)
+        real = within < sizes[:, None]
+        columns = (starts[:, None] + within * real).flatten()
+        places = real.flatten().nonzero().squeeze(1)
+        return columns.int().to(device), places.int().to(device)
+
+
+def _equal_groups(
+    x: Tensor,  # (..., C)
+    layout: GroupLayout,
+    order: Tensor | None,  # (K,) channel of x at each position; None: C is K, in order
+) -> Tensor:  # (..., S, W)
+    """Rows in reordered position, cut into groups of equal width."""
+    channels = x.shape[-1] if order is None else order.shape[0]
+    if channels != layout.channels:
+        raise ShapeError(f"row has {channels} channels, its layout {layout.channels}: {layout}")
+    padding = _padding(layout, x.device)
+    if padding is not None:
+        order = padding[0] if order is None else order.index_select(0, padding[0])
+    if order is not None:
+        x = x.index_select(-1, order)
+    return x.float().unflatten(-1, (layout.num_scales, -1))
 
 
 def symmetric_scale(absmax: Tensor, fmt: Format, clip_ratio: float | Tensor = 1.0) -> Tensor:
@@ -99,19 +124,16 @@ def symmetric_scale(absmax: Tensor, fmt: Format, clip_ratio: float | Tensor = 1.
     return (absmax.float() * clip_ratio / fmt.largest).clamp(min=MIN_SCALE).half()
 
 
-def group_scales(
-    x: Tensor,  # (..., K)
-    layout: GroupLayout,
-    normal: Format,
-    outlier: Format,
-    clip_ratio: float = 1.0,
-) -> Tensor:
-    """Scale of each group, (..., S) float16; outlier groups are not clipped."""
-    groups, outliers = _split(x, layout)
-    scales = symmetric_scale(groups.abs().amax(dim=-1), normal, clip_ratio)
-    if outliers is None:
-        return scales
-    return torch.cat((scales, symmetric_scale(outliers.abs().amax(dim=-1), outlier)), dim=-1)
+@cache
+def _integer_bounds(
+    layout: GroupLayout, normal: Format, outlier: Format, clip_ratio: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clip ratio (S,), largest code (S, 1) and smallest code (S, 1) of each group, float32."""
+    groups = torch.arange(layout.num_scales)[:, None] < layout.num_normal_groups
+    with torch.inference_mode(False):  # the tensors outlive this call
+        clip = torch.where(groups, clip_ratio, 1.0).squeeze(1)
+        largest = torch.where(groups, normal.largest, outlier.largest)
+        return clip.to(device), largest.to(device), (-1.0 - largest).to(device)
 
 
 def expand_scales(scales: Tensor, layout: GroupLayout) -> Tensor:
@@ -126,35 +148,45 @@ def expand_scales(scales: Tensor, layout: GroupLayout) -> Tensor:
     return torch.cat((normal, outliers), dim=-1)
 
 
-def round_to_scales(
-    x: Tensor,  # (..., K)
-    scales: Tensor,  # (..., S) float16
-    layout: GroupLayout,
-    normal: Format,
-    outlier: Format,
-) -> Tensor:
-    """Values of the formats nearest to x / scale, (..., K) float32."""
-    units = x.float() / expand_scales(scales, layout)
-    if not layout.outliers:
-        return normal.round(units)
-    parts = units.split((layout.normal, layout.outliers), dim=-1)
-    return torch.cat((normal.round(parts[0]), outlier.round(parts[1])), dim=-1)
-
-
 def quantize_groups(
     x: Tensor,  # (..., K)
     layout: GroupLayout,
     normal: Format,
     outlier: Format,
     clip_ratio: float = 1.0,
+    order: Tensor | None = None,  # (K,) int32 or int64
 ) -> tuple[Tensor, Tensor]:
     """Quantize rows group by group.
 
+    Args:
+        order: channel of x that stands at each position of the layout; None: they stand there.
+
     Returns:
         values (..., K) float32 in units of the scale, and scales (..., S) float16.
+
+    Raises:
+        ShapeError: x or order has another number of channels than the layout.
     """
-    scales = group_scales(x, layout, normal, outlier, clip_ratio)
-    return round_to_scales(x, scales, layout, normal, outlier), scales
+    groups = _equal_groups(x, layout, order)
+    absmax = groups.abs().amax(dim=-1)
+    if normal.is_integer and (outlier.is_integer or not layout.outliers):
+        # All groups at once: on few rows the number of operations is what quantization costs.
+        clip, largest, smallest = _integer_bounds(layout, normal, outlier, clip_ratio, x.device)
+        scales = (absmax * clip).div_(largest.squeeze(1)).clamp_(min=MIN_SCALE).half()
+        values = groups.div(scales.float().unsqueeze(-1)).round_()
+        values = torch.maximum(torch.minimum(values, largest), smallest)
+    else:
+        parts = (layout.num_normal_groups, layout.num_outlier_groups)
+        formats, ratios = (normal, outlier), (clip_ratio, 1.0)
+        scales = torch.cat(
+            [*map(symmetric_scale, absmax.split(parts, dim=-1), formats, ratios)], dim=-1
+        )
+        units = (groups / scales.float().unsqueeze(-1)).split(parts, dim=-2)
+        rounded = [fmt.round(u) for fmt, u in zip(formats, units, strict=True) if u.numel()]
+        values = torch.cat(rounded, dim=-2)
+    values = values.flatten(-2)
+    padding = _padding(layout, x.device)
+    return (values if padding is None else values.index_select(-1, padding[1])), scales
 
 
 def dequantize_groups(values: Tensor, scales: Tensor, layout: GroupLayout) -> Tensor:

@@ -114,15 +114,17 @@ class MixedTensor:
 
 
 def quantize_rows(
-    x: Tensor,  # (T, K) float32 in reordered position
+    x: Tensor,  # (T, K)
     spec: QuantizeSpec,
     dtype: torch.dtype,
+    order: Tensor | None = None,  # (K,) channel of x at each position; None: in order already
 ) -> MixedTensor:
-    """Quantize rows as `spec` says: what every quantize operation does last."""
+    """Reorder and quantize rows as `spec` says: what every quantize operation does last."""
     if spec.rotate:
-        x = rotate_groups(x, spec.layout)
+        x = rotate_groups(x if order is None else x.index_select(1, order), spec.layout)
+        order = None
     values, scales = quantize_groups(
-        x, spec.layout, get_format(spec.normal), get_format(spec.outlier), spec.clip_ratio
+        x, spec.layout, get_format(spec.normal), get_format(spec.outlier), spec.clip_ratio, order
     )
     return pack_values(values, scales, spec, dtype)
 

@@ -7,5 +7,4 @@ from quatom.ops.activations import MixedTensor, QuantizeSpec, quantize_rows
 
 def reorder_quantize_reference(x: Tensor, order: Tensor | None, spec: QuantizeSpec) -> MixedTensor:
     """See `reorder_quantize`. Runs on any device."""
-    reordered = x.float() if order is None else x.float()[:, order.long()]
-    return quantize_rows(reordered, spec, x.dtype)
+    return quantize_rows(x, spec, x.dtype, order)

@@ -19,6 +19,4 @@ def rmsnorm_quantize_reference(
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     inv_rms = torch.rsqrt(total.float().square().mean(dim=-1, keepdim=True) + eps)
     normed = total.float() * inv_rms * weight.float()
-    if order is not None:
-        normed = normed[:, order.long()]
-    return quantize_rows(normed, spec, x.dtype), total
+    return quantize_rows(normed, spec, x.dtype, order), total
