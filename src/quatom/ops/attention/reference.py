@@ -6,6 +6,9 @@ from torch import Tensor
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.attention import AttentionOptions, Sequences
 
+ELEMENTS_AT_ONCE = 2**22
+"""Cached values that decodes dequantize at once: 16 MiB of K and as much of V."""
+
 
 def attention_reference(
     q: Tensor,
@@ -14,24 +17,66 @@ def attention_reference(
     batch: Sequences,
     options: AttentionOptions,
 ) -> None:
-    """See `attention`; float32 on any device, one sequence at a time."""
+    """See `attention`; float32 on any device.
+
+    Prompts attend one sequence at a time. Sequences with one new token attend together with those
+    of as many blocks: their products have the same shapes alone and in a crowd, and the same bits.
+    """
     starts, lengths = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist()
+    single: dict[int, list[int]] = {}
     for b, length in enumerate(lengths):
         first, last = starts[b], starts[b + 1]
         # Query i of n stands at position length - n + i: those before position 0 see nothing.
         seeing = min(last - first, length)
-        out[first : last - seeing] = 0
-        if seeing:
+        if last - seeing > first:
+            out[first : last - seeing] = 0
+        if seeing == 1:
+            single.setdefault(-(-length // pages.block_size), []).append(b)
+        elif seeing:
             k, v = pages.gather(batch.block_tables[b], length)
             if options.rotary is not None:
                 k = _rotate(k, options.rotary)
             new = q[last - seeing : last].float()
             out[last - seeing : last] = causal_attention(new, k, v, options)
+    for num_blocks, members in single.items():
+        size = pages.num_kv_heads * num_blocks * pages.block_size * pages.head_dim
+        together = max(1, ELEMENTS_AT_ONCE // size)
+        for i in range(0, len(members), together):
+            chosen = torch.tensor(members[i : i + together], device=q.device)
+            _attend_single(q, out, pages, batch, options, chosen, num_blocks)
+
+
+def _attend_single(
+    q: Tensor,
+    out: Tensor,
+    pages: KVPages,
+    batch: Sequences,
+    options: AttentionOptions,
+    chosen: Tensor,  # (B,) int64, sequences with one new token and num_blocks blocks
+    num_blocks: int,
+) -> None:
+    rows = batch.cu_seqlens_q[1:].index_select(0, chosen) - 1
+    k, v = pages.gather_blocks(batch.block_tables[:, :num_blocks].index_select(0, chosen))
+    if options.rotary is not None:
+        k = _rotate(k.transpose(1, 2), options.rotary).transpose(1, 2)
+    new = q.index_select(0, rows).float().unflatten(1, (pages.num_kv_heads, -1))  # (B, KV, G, D)
+    scores = (new @ k.transpose(2, 3)).mul_(options.softmax_scale)
+    if options.logit_softcap is not None:
+        scores = options.logit_softcap * torch.tanh(scores / options.logit_softcap)
+    length = batch.seq_lens.index_select(0, chosen)[:, None, None, None]
+    token = torch.arange(k.shape[2], device=q.device)
+    hidden = token >= length  # in the last block: slots that nothing was written to, NaN perhaps
+    last_block = slice(-pages.block_size, None)
+    v[:, :, last_block].masked_fill_(hidden[..., last_block].transpose(2, 3), 0.0)
+    if options.sliding_window is not None:
+        hidden |= token < length - options.sliding_window
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+    out.index_copy_(0, rows.long(), (weights @ v).flatten(1, 2).to(out.dtype))
 
 
 def _rotate(k: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of cached keys (length, KV, D), which stand at positions 0, 1, ..."""
-    cos, sin = (table[: k.shape[0]].unsqueeze(1) for table in rotary)
+    """Rotary embedding of cached keys (..., length, KV, D) at positions 0, 1, ..."""
+    cos, sin = (table[: k.shape[-3]].unsqueeze(1) for table in rotary)
     low, high = k.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 

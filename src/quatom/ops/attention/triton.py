@@ -72,12 +72,14 @@ def _load_halves(
     return first.to(dtype), second.to(dtype)
 
 
-@triton.jit
+# How many splits a batch takes and how wide its block tables are changes from step to step: a
+# variant of the kernel for each would be compiled in the middle of serving.
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _attention_kernel(
     q_ptr,  # (T, H, D)
-    out_ptr,  # (T, H, D); written when SPLITS == 1
-    partial_ptr,  # (T, H, SPLITS, D) float32
-    stats_ptr,  # (T, H, SPLITS, 2) float32: maximum (log2), sum
+    out_ptr,  # (T, H, D); written unless SPLIT
+    partial_ptr,  # (T, H, splits, D) float32
+    stats_ptr,  # (T, H, splits, 2) float32: maximum (log2), sum
     rows_ptr,  # the pages as uint8 codes or floating-point values
     pairs_ptr,  # the pages as float16
     table_ptr,  # (B, max_blocks) int32
@@ -86,6 +88,7 @@ def _attention_kernel(
     cos_ptr,  # (max_position, D / 2) float32, read when KEY_ROTARY
     sin_ptr,
     table_stride,
+    splits,
     q_stride,
     score_scale,  # softmax_scale * log2(e), or softmax_scale / softcap
     softcap_log2e,
@@ -99,7 +102,7 @@ def _attention_kernel(
     RECORD: tl.constexpr,  # bytes of a block's record of one KV head
     ELEMENT_BYTES: tl.constexpr,  # of rows_ptr
     BITS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # splits > 1
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     KEY_ROTARY: tl.constexpr,
@@ -109,8 +112,8 @@ def _attention_kernel(
 ):
     G: tl.constexpr = H // KV
     kv_head = tl.program_id(1)
-    batch = tl.program_id(2) // SPLITS
-    split = tl.program_id(2) % SPLITS
+    batch = tl.program_id(2) // splits
+    split = tl.program_id(2) % splits
     first_q = tl.load(starts_ptr + batch)
     new_tokens = tl.load(starts_ptr + batch + 1) - first_q
     length = tl.load(lens_ptr + batch)
@@ -154,15 +157,15 @@ def _attention_kernel(
             b *= HIGH_UNIT / LOW_UNIT
         q_low, q_high = (a * up[:, None]).to(dtype), (b * up[:, None]).to(dtype)
 
-    # The tokens that some row of this tile sees, cut into SPLITS runs of whole tiles.
+    # The tokens that some row of this tile sees, cut into runs, one a split, of whole tiles.
     last_row = tl.minimum(first_row + BLOCK_M, new_tokens * G) - 1
     end = tl.maximum(length - new_tokens + last_row // G + 1, 0)
     begin = 0
     if WINDOW:
         begin = tl.maximum(length - new_tokens + first_row // G - window + 1, 0)
         begin = begin // BLOCK_T * BLOCK_T
-    if SPLITS > 1:
-        run = tl.cdiv(tl.cdiv(end - begin, BLOCK_T), SPLITS) * BLOCK_T
+    if SPLIT:
+        run = tl.cdiv(tl.cdiv(end - begin, BLOCK_T), splits) * BLOCK_T
         begin += split * run
         end = tl.minimum(end, begin + run)
 
@@ -238,7 +241,7 @@ def _attention_kernel(
             low = tl.dot(weights.to(dtype), v_low, low, input_precision="ieee")
             high = tl.dot(weights.to(dtype), v_high, high, input_precision="ieee")
 
-    if SPLITS == 1:
+    if not SPLIT:
         share = 1.0 / tl.where(total > 0.0, total, 1.0)
         low = (low + offset[:, None]) * share[:, None]
         high = (high + offset[:, None]) * share[:, None]
@@ -246,7 +249,7 @@ def _attention_kernel(
         tl.store(out_at, low.to(out_ptr.dtype.element_ty), mask=q_mask)
         tl.store(out_at + HALF, high.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
-        part = (q_row * H + head) * SPLITS + split
+        part = (q_row * H + head) * splits + split
         partial_at = partial_ptr + part[:, None] * (2 * HALF) + half[None, :]
         tl.store(partial_at, low + offset[:, None], mask=q_mask)
         tl.store(partial_at + HALF, high + offset[:, None], mask=q_mask)
@@ -254,26 +257,26 @@ def _attention_kernel(
         tl.store(stats_ptr + part * 2 + 1, total, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    partial_ptr,  # (T * H, SPLITS, D) float32
-    stats_ptr,  # (T * H, SPLITS, 2) float32
+    partial_ptr,  # (T * H, splits, D) float32
+    stats_ptr,  # (T * H, splits, 2) float32
     out_ptr,  # (T * H, D)
+    splits,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS_PAD)
-    stats = stats_ptr + (row * SPLITS + split) * 2
-    maximum = tl.load(stats, mask=split < SPLITS, other=float("-inf"))
-    total = tl.load(stats + 1, mask=split < SPLITS, other=0.0)
+    stats = stats_ptr + (row * splits + split) * 2
+    maximum = tl.load(stats, mask=split < splits, other=float("-inf"))
+    total = tl.load(stats + 1, mask=split < splits, other=0.0)
     top = tl.max(maximum, axis=0)
     weight = tl.exp2(maximum - tl.where(top == float("-inf"), 0.0, top))
     channel = tl.arange(0, D_PAD)
-    at = partial_ptr + (row * SPLITS + split[:, None]) * D + channel[None, :]
-    mask = (split < SPLITS)[:, None] & (channel < D)[None, :]
+    at = partial_ptr + (row * splits + split[:, None]) * D + channel[None, :]
+    mask = (split < splits)[:, None] & (channel < D)[None, :]
     merged = tl.sum(tl.load(at, mask=mask, other=0.0) * weight[:, None], axis=0)
     norm = tl.sum(total * weight, axis=0)
     merged = merged / tl.where(norm > 0.0, norm, 1.0)
@@ -319,6 +322,7 @@ def attention_triton(
         q if rotary is None else rotary[0],
         q if rotary is None else rotary[1],
         batch.block_tables.stride(0),
+        splits,
         q.stride(0),
         options.softmax_scale * (_LOG2E if softcap is None else 1.0 / softcap),
         0.0 if softcap is None else softcap * _LOG2E,
@@ -332,7 +336,7 @@ def attention_triton(
         RECORD=pages.storage.shape[2],
         ELEMENT_BYTES=rows.element_size(),
         BITS=pages.bits,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         SOFTCAP=softcap is not None,
         WINDOW=options.sliding_window is not None,
         KEY_ROTARY=rotary is not None,
@@ -346,10 +350,10 @@ def attention_triton(
             partial,
             stats,
             out,
+            splits,
             D=head_dim,
             D_PAD=triton.next_power_of_2(head_dim),
-            SPLITS=splits,
-            SPLITS_PAD=triton.next_power_of_2(splits),
+            SPLITS_PAD=8 if splits <= 8 else 64,
             num_warps=4,
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from quatom.numerics.kv_pages import KVPages
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step
 def _gather_kernel(
     rows_ptr,  # the pages as uint8 codes or floating-point values
     pairs_ptr,  # the pages as float16

@@ -26,7 +26,7 @@ def _multiply(x, w, partial, FLOATS: tl.constexpr):
     return partial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # steps of every length run one variant
 def _linear_kernel(
     x_ptr,  # (T, K) int8 or floating-point codes
     xs_ptr,  # (T, S) float32, or x_ptr where activations carry no scales
