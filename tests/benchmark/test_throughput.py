@@ -6,6 +6,7 @@ import weakref
 from dataclasses import replace
 
 import pytest
+import torch
 
 from quatom.benchmark import memory_budget
 from quatom.benchmark.fixed_batch import largest_batch, measure_batches, prompt_lengths
@@ -108,6 +109,51 @@ def test_a_budget_is_weights_and_cache(loaded):
     assert 300_000 - per_block < engine.kv_cache_bytes <= 300_000
     with pytest.raises(EngineError, match=r"atom-w4a4kv4 takes .* the budget is 0\.00 GiB"):
         build_engine(loaded, config, 0.5 * used / GIB)
+
+
+class FakeEngine:
+    """Takes the cache that it is told to, and half a GiB besides."""
+
+    used = 3 * GIB  # context and weights, before any engine
+    made = ()
+
+    def __init__(self, loaded, config):
+        self.kv_cache_bytes = config.kv_cache_memory
+        FakeEngine.made += (config.kv_cache_memory,)
+        FakeEngine.used += self.kv_cache_bytes + GIB // 2
+
+    def __del__(self):
+        FakeEngine.used -= self.kv_cache_bytes + GIB // 2
+
+
+def test_on_a_gpu_the_cache_gets_what_a_trial_leaves(loaded, monkeypatch):
+    on_gpu = replace(loaded, device=torch.device("cuda"))
+    total = 80 * GIB
+    monkeypatch.setattr(memory_budget, "Engine", FakeEngine)
+    monkeypatch.setattr(memory_budget, "warm_up", lambda engine: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - FakeEngine.used, total))
+    config = replace(CONFIG, max_model_len=64)
+    engine = build_engine(on_gpu, config, 24.0)
+    trial, final = FakeEngine.made
+    assert final == engine.kv_cache_bytes == 24 * GIB - 3 * GIB - GIB // 2 - memory_budget.RESERVE
+    assert 0 < trial < final
+    assert FakeEngine.used == 24 * GIB - memory_budget.RESERVE
+    with pytest.raises(EngineError, match=r"90\.00 GiB is more than the GPU's 80\.00 GiB"):
+        build_engine(on_gpu, config, 90.0)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_stays_within_its_budget():
+    model = random_model("tiny", PRESETS["atom-w4a4kv4"], device="cuda")
+    gpu_memory = (bytes_in_use(model) + 4 * GIB) / GIB
+    config = EngineConfig(max_num_seqs=64, max_num_batched_tokens=512)
+    entry = measure_throughput(
+        setting(model, gpu_memory=gpu_memory, config=config), fixed_lengths(100, 200, 50)
+    )
+    assert entry["gpu_memory_used_gb"] <= gpu_memory
+    # What is not cache is small: a tiny model's activations, its graphs, and the reserve.
+    cache = entry["kv_tokens"] * 4 * 2 * 36  # 2 layers x 2 heads x K and V of 32 + 4 bytes
+    assert cache > 2 * GIB
 
 
 def test_warm_up_runs_every_size(loaded, monkeypatch):
