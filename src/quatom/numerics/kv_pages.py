@@ -46,10 +46,12 @@ def asymmetric_range(
     """Scale and minimum of each row, two (..., 1) float16 tensors."""
     x = x.float()
     low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-    margin = (high - low) * (0.5 * (1.0 - clip_ratio))
+    if clip_ratio != 1.0:
+        margin = (high - low) * (0.5 * (1.0 - clip_ratio))
+        low, high = low + margin, high - margin
     # A float32 input may lie outside float16: an infinite minimum would poison the whole row.
-    minimum = (low + margin).clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
-    scale = (high - margin - minimum.float()) / (2**bits - 1)
+    minimum = low.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
+    scale = (high - minimum.float()) / (2**bits - 1)
     return scale.clamp(MIN_SCALE, _FLOAT16_MAX).half(), minimum
 
 
@@ -60,8 +62,8 @@ def asymmetric_codes(
     bits: int,
 ) -> Tensor:
     """Codes 0 to 2**bits - 1 of the rows, (..., D) uint8."""
-    steps = torch.round((x.float() - minimum.float()) / scale.float())
-    return steps.clamp(0, 2**bits - 1).to(torch.uint8)
+    steps = (x.float() - minimum.float()).div_(scale.float()).round_()
+    return steps.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def pack_halves(codes: Tensor) -> Tensor:
@@ -156,38 +158,38 @@ class KVPages:
     @property
     def keys(self) -> Tensor:
         """View (P, KV, S, D / 2) uint8 for INT4, (P, KV, S, D) uint8 or floats otherwise."""
-        return self._rows(0)
+        return self._rows(self.storage)[:, :, 0]
 
     @property
     def values(self) -> Tensor:
         """View like `keys`."""
-        return self._rows(1)
+        return self._rows(self.storage)[:, :, 1]
 
     @property
     def key_pairs(self) -> Tensor:
         """View (P, KV, S, 2) float16: scale and minimum of each K row of a quantized cache."""
-        return self._pairs(0)
+        return self._pairs(self.storage)[:, :, 0]
 
     @property
     def value_pairs(self) -> Tensor:
         """View (P, KV, S, 2) float16: scale and minimum of each V row of a quantized cache."""
-        return self._pairs(1)
+        return self._pairs(self.storage)[:, :, 1]
 
     def _row_bytes(self) -> int:
         return self.head_dim * self.bits // 8
 
-    def _rows(self, which: int) -> Tensor:
-        size = self.block_size * self._row_bytes()
-        rows = self.storage[..., which * size : (which + 1) * size]
-        rows = rows.unflatten(-1, (self.block_size, self._row_bytes()))
+    def _rows(self, records: Tensor) -> Tensor:  # (..., record_bytes) -> (..., 2, S, X)
+        """View of the rows of K, then of V."""
+        rows = records[..., : 2 * self.block_size * self._row_bytes()]
+        rows = rows.unflatten(-1, (2, self.block_size, self._row_bytes()))
         return rows if self.quantized else rows.view(getattr(torch, self.dtype))
 
-    def _pairs(self, which: int) -> Tensor:
+    def _pairs(self, records: Tensor) -> Tensor:  # (..., record_bytes) -> (..., 2, S, 2) float16
+        """View of the (scale, minimum) pairs of K, then of V."""
         if not self.quantized:
             raise ShapeError(f"a {self.dtype} cache has no (scale, minimum) pairs")
-        first = 2 * self.block_size * self._row_bytes() + which * self.block_size * 4
-        pairs = self.storage[..., first : first + self.block_size * 4]
-        return pairs.view(torch.float16).unflatten(-1, (self.block_size, 2))
+        pairs = records[..., 2 * self.block_size * self._row_bytes() :].view(torch.float16)
+        return pairs.unflatten(-1, (2, self.block_size, 2))
 
     def append(
         self,
@@ -207,17 +209,19 @@ class KVPages:
                 f"append expects k and v {expected} for {expected[0]} slots, got "
                 f"{tuple(k.shape)} and {tuple(v.shape)}"
             )
+        new = torch.stack((k, v), dim=2)  # (T, KV, 2, D)
         kept = slot_mapping >= 0
-        slots = slot_mapping[kept]
-        block, offset = slots // self.block_size, slots % self.block_size
-        for which, new in enumerate((k[kept], v[kept])):
-            if not self.quantized:
-                self._rows(which)[block, :, offset] = new.to(getattr(torch, self.dtype))
-                continue
-            scale, minimum = asymmetric_range(new, self.bits, clip_ratio)
-            codes = asymmetric_codes(new, scale, minimum, self.bits)
-            self._rows(which)[block, :, offset] = pack_halves(codes) if self.bits == 4 else codes
-            self._pairs(which)[block, :, offset] = torch.cat((scale, minimum), dim=-1)
+        if not kept.all():
+            new, slot_mapping = new[kept], slot_mapping[kept]
+        block, offset = slot_mapping // self.block_size, slot_mapping % self.block_size
+        rows = self._rows(self.storage)
+        if not self.quantized:
+            rows[block, :, :, offset] = new.to(rows.dtype)
+            return
+        scale, minimum = asymmetric_range(new, self.bits, clip_ratio)
+        codes = asymmetric_codes(new, scale, minimum, self.bits)
+        rows[block, :, :, offset] = pack_halves(codes) if self.bits == 4 else codes
+        self._pairs(self.storage)[block, :, :, offset] = torch.cat((scale, minimum), dim=-1)
 
     def gather(
         self,
@@ -225,20 +229,25 @@ class KVPages:
         length: int,
     ) -> tuple[Tensor, Tensor]:
         """K and V of a sequence's first `length` tokens, two (length, KV, D) float32 tensors."""
-        blocks = block_table[: -(-length // self.block_size)].long()
-        k, v = (self._gather_rows(which, blocks, length) for which in (0, 1))
+        k, v = self.gather_blocks(block_table[None, : -(-length // self.block_size)])
+        return k[0, :, :length].transpose(0, 1), v[0, :, :length].transpose(0, 1)
+
+    def gather_blocks(
+        self,
+        block_tables: Tensor,  # (B, n) int32 or int64, n blocks of each sequence
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of all tokens of these blocks, two (B, KV, n * S, D) float32 tensors."""
+        records = self.storage.index_select(0, block_tables.flatten())
+        # (2, B, KV, n, S, X): K apart from V, heads first
+        heads_first = (3, 0, 2, 1, 4, 5)
+        records = records.unflatten(0, block_tables.shape)
+        rows = self._rows(records).permute(heads_first)
+        if self.quantized:
+            codes = unpack_halves(rows) if self.bits == 4 else rows
+            scale, minimum = self._pairs(records).permute(heads_first).float().split(1, dim=-1)
+            rows = codes.float().mul_(scale).add_(minimum)
+        k, v = rows.float().flatten(3, 4).unbind(0)
         return k, v
-
-    def _gather_rows(self, which: int, blocks: Tensor, length: int) -> Tensor:
-        def flat(pages: Tensor) -> Tensor:  # (n, KV, S, X) -> (length, KV, X)
-            return pages.transpose(1, 2).flatten(0, 1)[:length]
-
-        rows = flat(self._rows(which)[blocks])
-        if not self.quantized:
-            return rows.float()
-        pairs = flat(self._pairs(which)[blocks]).float()
-        codes = unpack_halves(rows) if self.bits == 4 else rows
-        return codes.float() * pairs[..., :1] + pairs[..., 1:]
 
     def copy_blocks(
         self,

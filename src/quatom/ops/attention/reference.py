@@ -35,7 +35,7 @@ def attention_reference(
         elif seeing:
             k, v = pages.gather(batch.block_tables[b], length)
             if options.rotary is not None:
-                k = _rotate(k, options.rotary)
+                k = _rotate(k.transpose(0, 1), options.rotary).transpose(0, 1)
             new = q[last - seeing : last].float()
             out[last - seeing : last] = causal_attention(new, k, v, options)
     for num_blocks, members in single.items():
@@ -58,7 +58,7 @@ def _attend_single(
     rows = batch.cu_seqlens_q[1:].index_select(0, chosen) - 1
     k, v = pages.gather_blocks(batch.block_tables[:, :num_blocks].index_select(0, chosen))
     if options.rotary is not None:
-        k = _rotate(k.transpose(1, 2), options.rotary).transpose(1, 2)
+        k = _rotate(k, options.rotary)
     new = q.index_select(0, rows).float().unflatten(1, (pages.num_kv_heads, -1))  # (B, KV, G, D)
     scores = (new @ k.transpose(2, 3)).mul_(options.softmax_scale)
     if options.logit_softcap is not None:
@@ -75,8 +75,8 @@ def _attend_single(
 
 
 def _rotate(k: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of cached keys (..., length, KV, D) at positions 0, 1, ..."""
-    cos, sin = (table[: k.shape[-3]].unsqueeze(1) for table in rotary)
+    """Rotary embedding of cached keys (..., length, D) at positions 0, 1, ..."""
+    cos, sin = (table[: k.shape[-2]] for table in rotary)
     low, high = k.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 

@@ -43,10 +43,13 @@ def rope_append_kv_reference(
     clip_ratio: float,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. Runs on any device."""
-    cos, sin = cos[positions], sin[positions]
-    new_q = rotate_halves(q, cos, sin)
-    new_k = rotate_halves(k, cos, sin) if rotate_keys_in_cache else k
+    cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
+    if rotate_keys_in_cache:
+        heads = (q.shape[1], k.shape[1])
+        new_q, k = rotate_halves(torch.cat((q, k), dim=1), cos, sin).split(heads, dim=1)
+    else:
+        new_q = rotate_halves(q, cos, sin)
     if rotate_kv:
-        new_q, new_k = hadamard(new_q), hadamard(new_k)
+        new_q, k = hadamard(new_q), hadamard(k)
     rotated.copy_(new_q)
-    pages.append(new_k, v, slot_mapping, clip_ratio)
+    pages.append(k, v, slot_mapping, clip_ratio)
