@@ -130,7 +130,7 @@ def test_requests_are_served_in_order_of_arrival():
 
 
 def test_the_oldest_request_is_never_preempted():
-    engine = make_engine(26, max_num_seqs=8)
+    engine = make_engine(26, max_num_seqs=8, forecast_admission=False)
     for i in range(8):
         engine.add_request(str(i), [i] * 20, greedy(60))
     order = []

@@ -57,7 +57,8 @@ def test_a_batch_repeats_and_samples_by_seed():
 
 
 def test_blocks_run_out_and_every_request_finishes():
-    engine = make_engine(kv_cache_memory=2**17 + 2**15, max_model_len=256)
+    options = dict(kv_cache_memory=2**17 + 2**15, max_model_len=256)
+    engine = make_engine(forecast_admission=False, **options)
     tokens = generate(engine)
     assert all(len(row) == 24 for row in tokens)
     assert engine.scheduler.num_preemptions > 0

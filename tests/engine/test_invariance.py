@@ -34,7 +34,11 @@ def alone(tiny_llama_dir):
     [
         {"max_num_batched_tokens": 2048},  # all prompts in one step
         {"max_num_batched_tokens": 88},  # in chunks, mixed with decodes
-        {"max_num_batched_tokens": 150, "kv_cache_memory": 13 * 32 * 2048},  # with preemption
+        {  # with preemption
+            "max_num_batched_tokens": 150,
+            "kv_cache_memory": 13 * 32 * 2048,
+            "forecast_admission": False,
+        },
         {"max_num_batched_tokens": 150, "overlap": True},
     ],
 )

@@ -33,6 +33,9 @@ class EngineConfig:
     CPU enough for max_num_seqs sequences, at most 1 GiB."""
     memory_fraction: float = 0.9
     """Share of GPU memory that the process may use."""
+    forecast_admission: bool = True
+    """Admit a request only if the KV cache is expected to hold all running ones until they end;
+    otherwise as soon as its own tokens fit, at the price of preemptions."""
     prefix_caching: bool = True
     """Use KV blocks of earlier requests with the same prefix again."""
     overlap: bool | None = None

@@ -4,7 +4,8 @@ A step is a mixture. First every decoding sequence runs its one token, then prom
 computed go on, then waiting sequences are admitted, all in order of arrival and within a budget of
 tokens. Three rules keep this fair and live:
 
-- A sequence is admitted with the blocks of all its tokens, or not at all.
+- A sequence is admitted with the blocks of all its tokens, or not at all, and only if the blocks
+  are expected to suffice until all running sequences have ended (`DemandForecast`).
 - A decode that finds no free block takes them from the sequence that arrived last, which goes back
   to the head of the queue and is recomputed later. So the oldest sequence always advances.
 - While several prompts want to run, each gets at most `max_prefill_chunk` tokens of a step.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 from quatom.engine.block_pool import BlockPool
 from quatom.engine.config import EngineConfig
+from quatom.engine.forecast import DemandForecast
 from quatom.engine.outputs import FinishReason
 from quatom.engine.sequence import Sequence, Status
 
@@ -53,6 +55,7 @@ class Scheduler:
         self.pool = pool
         self._prefill_chunk = max(config.max_prefill_chunk, config.invariant_chunk or 1)
         self._unit = config.invariant_chunk or 1  # prompts are computed and shared in whole units
+        self._forecast = DemandForecast(config.block_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
@@ -114,6 +117,8 @@ class Scheduler:
             self._release_blocks(sequence)
         elif sequence.status is Status.WAITING and sequence in self.waiting:
             self.waiting.remove(sequence)
+        if reason in ("stop", "length"):
+            self._forecast.observe(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         if sequence.children:
@@ -207,6 +212,11 @@ class Scheduler:
         reserve = int(WATERMARK * self.pool.num_blocks) if self.running else 0
         if needed + reserve > self.pool.num_free:
             return False
+        if self.running and self.config.forecast_admission:
+            used = self.pool.num_blocks - self.pool.num_free + needed
+            peak = self._forecast.peak_blocks([*self.running, sequence], used)
+            if peak + reserve > self.pool.num_blocks:
+                return False
         for block in shared:
             self.pool.hold(block)
         sequence.block_table.extend(shared)
