@@ -29,6 +29,8 @@ class RoundingOptions:
     rows_per_scale: int = 1
     damping: float = 0.01
     column_order: str = "stored"
+    find_scales: Callable[..., Tensor] = weight_scales
+    """`weight_scales`, or a kernel that does the same."""
 
     def group_scales(
         self, weight: Tensor, is_outlier: bool, importance: Tensor | None
@@ -37,8 +39,8 @@ class RoundingOptions:
         if is_outlier:
             if not self.outlier.is_quantized:
                 return torch.ones(weight.shape[0], dtype=torch.float16, device=weight.device)
-            return weight_scales(weight, self.outlier)
-        return weight_scales(
+            return self.find_scales(weight, self.outlier)
+        return self.find_scales(
             weight,
             self.normal,
             clip_ratio=self.clip_ratio,

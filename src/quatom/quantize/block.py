@@ -10,6 +10,7 @@ from quatom.checkpoint.schema import linear_layout, linear_shape
 from quatom.errors import QuantizationError
 from quatom.loading import FUSED, FloatBlock
 from quatom.modeling.config import ModelConfig
+from quatom.numerics.clipping import weight_scales
 from quatom.numerics.formats import get_format
 from quatom.numerics.hadamard import rotate_groups, rotate_last_axis
 from quatom.numerics.packing import pack_bits
@@ -21,6 +22,7 @@ from quatom.numerics.rounding import (
     round_to_nearest,
     shift_to_target,
 )
+from quatom.quantize.clip_search_triton import weight_scales_triton
 from quatom.quantize.gptq_triton import choose_round_columns
 from quatom.recipe import Recipe
 
@@ -140,6 +142,7 @@ def round_place(
         rows_per_scale=spec.rows_per_scale,
         damping=spec.damping,
         column_order=spec.column_order,
+        find_scales=weight_scales_triton if weight.is_cuda else weight_scales,
     )
     layout = linear_layout(recipe, config, FUSED[place][0])
     importance = None if second_moment is None else second_moment.diagonal()

@@ -140,7 +140,9 @@ class BlockQuantizer:
             self.recipe,
             self.config,
         )
-        entering = None if self.streams is None else self.streams.float_hidden
+        entering = None
+        if self.streams is not None and self.recipe.weights.target != "own_input":
+            entering = self.streams.float_hidden  # kept beside the advanced stream
         scores = self._run_float(original) if self.scores is None else self.scores[index]
         orders = {} if scores is None else choose_orders(scores, self.recipe, self.config)
         block = arrange_block(original, orders, self.recipe, self.config)
