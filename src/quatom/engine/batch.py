@@ -4,15 +4,11 @@ Tokens are packed without padding, decodes first. An input token that was sample
 step may not be known to the host yet: its place holds -1 - row, and the runner puts row `row` of
 the tokens sampled last there, on the device.
 
-A CPU gives bit-equal results alone and in a crowd, which takes two measures:
-
-- A float32 matrix product (MKL) sums a row in another order where a thread has fewer than
-  4 rows: with 1 thread 1, 2 and 3 rows differ and all of 4 to 2048 agree, with 2 threads 1-3, 5-7
-  and 9-11 differ (measured, 7 shapes). So steps are filled up to a multiple of 4 rows a thread by
-  a padding sequence without KV.
-- Attention depends on how many queries attend together. So prompts attend in pieces that start and
-  end at multiples of `invariant_chunk` tokens and output tokens attend one by one, however the
-  scheduler cut the work. Pieces of one sequence are separate rows of the block tables.
+A CPU gives bit-equal results alone and in a crowd. Linear layers see to that themselves
+(`quatom.ops.cpu_products`, `quatom.ops.linear.cpu`); attention depends on how many queries attend
+together. So prompts attend in pieces that start and end at multiples of `invariant_chunk` tokens
+and output tokens attend one by one, however the scheduler cut the work. Pieces of one sequence are
+separate rows of the block tables.
 """
 
 from dataclasses import dataclass
@@ -24,9 +20,6 @@ from torch import Tensor
 from quatom.engine.scheduler import ScheduledSequence
 from quatom.engine.sequence import Sequence
 from quatom.modeling.context import ForwardContext
-
-MIN_CPU_ROWS = 4
-"""Rows a thread of a float32 matrix product on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +68,6 @@ def build_batch(
     *,
     block_size: int,
     device: torch.device,
-    row_multiple: int = 1,
     invariant_chunk: int = 0,
 ) -> Batch:
     """Lay out a step: token ids, positions, slots, block tables and lengths."""
@@ -84,11 +76,10 @@ def build_batch(
     items = decodes + prefills
     n = len(decodes)
     num_tokens = n + sum(item.count for item in prefills)
-    padding = -num_tokens % row_multiple
 
-    input_ids = np.zeros(num_tokens + padding, dtype=np.int64)
-    positions = np.zeros(num_tokens + padding, dtype=np.int64)
-    slots = np.full(num_tokens + padding, -1, dtype=np.int64)
+    input_ids = np.zeros(num_tokens, dtype=np.int64)
+    positions = np.zeros(num_tokens, dtype=np.int64)
+    slots = np.zeros(num_tokens, dtype=np.int64)
     width = max(len(item.sequence.block_table) for item in items)
     tables = np.zeros((len(items), width), dtype=np.int32)
     for row, item in enumerate(items):
@@ -109,10 +100,10 @@ def build_batch(
         pieces += [(row, *piece) for piece in attention_pieces(item, invariant_chunk)]
         first = last
 
-    counts = [stop - start for _, start, stop in pieces] + [padding] * (padding > 0)
-    seq_lens = [stop for _, _, stop in pieces] + [0] * (padding > 0)
+    counts = [stop - start for _, start, stop in pieces]
+    seq_lens = [stop for _, _, stop in pieces]
     if len(counts) > len(items):
-        tables = tables[[row for row, _, _ in pieces] + [0] * (padding > 0)]
+        tables = tables[[row for row, _, _ in pieces]]
     return Batch(
         input_ids=to_device(input_ids, device),
         context=ForwardContext(

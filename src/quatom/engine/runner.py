@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quatom.engine.batch import MIN_CPU_ROWS, Batch, build_batch, to_device
+from quatom.engine.batch import Batch, build_batch, to_device
 from quatom.engine.config import EngineConfig
 from quatom.engine.cuda_graphs import DecodeGraphs
 from quatom.engine.outputs import TokenLogprobs
@@ -22,6 +22,7 @@ from quatom.engine.scheduler import ScheduledSequence, ScheduledStep
 from quatom.engine.sequence import Sequence
 from quatom.engine.structured import build_mask
 from quatom.modeling.context import ForwardContext
+from quatom.ops.cpu_products import MAX_HEAD_ROWS
 
 LOGPROB_ROWS = 256
 """Prompt positions whose logits are held at once; 128 MiB at a vocabulary of 131072."""
@@ -103,9 +104,6 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.device = device
         self.graphs = graphs
-        self._row_multiple = 1
-        if config.invariant_chunk:
-            self._row_multiple = MIN_CPU_ROWS * torch.get_num_threads()
         self._last_tokens = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -119,7 +117,6 @@ class ModelRunner:
             step.items,
             block_size=self.config.block_size,
             device=self.device,
-            row_multiple=self._row_multiple,
             invariant_chunk=self.config.invariant_chunk or 0,
         )
         input_ids = batch.input_ids
@@ -162,12 +159,11 @@ class ModelRunner:
         return LaunchedStep(batch.items, sequences, tokens, logprobs, top, done)
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits of the given rows; on a CPU they are filled up, see `batch`."""
-        missing = -rows.shape[0] % self._row_multiple
-        if not missing:
+        """Logits of the given rows; batch-invariant results need few at a time."""
+        if not self.config.invariant_chunk or rows.shape[0] <= MAX_HEAD_ROWS:
             return self.model.compute_logits(hidden[rows])
-        padded = torch.cat((rows, rows.new_zeros(missing)))
-        return self.model.compute_logits(hidden[padded])[: rows.shape[0]]
+        pieces = [self.model.compute_logits(hidden[r]) for r in rows.split(MAX_HEAD_ROWS)]
+        return torch.cat(pieces)
 
     def _record_prompt_logprobs(self, hidden: Tensor, batch: Batch) -> None:
         """Append to prompt_logprobs of the sequences that want them. This waits for the device."""

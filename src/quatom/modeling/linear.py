@@ -7,6 +7,7 @@ float weight under quantized inputs is what calibration runs; codes under a plai
 from torch import Tensor, nn
 
 from quatom.ops.activations import MixedTensor
+from quatom.ops.cpu_products import filled_linear
 from quatom.ops.linear import PreparedLinear, linear
 
 
@@ -26,7 +27,7 @@ class FloatLinear(nn.Module):
         """Multiply; codes are dequantized first."""
         if isinstance(x, MixedTensor):
             x = x.dequantize().to(self.weight.dtype)
-        return nn.functional.linear(x, self.weight, self.bias)
+        return filled_linear(x, self.weight, self.bias)
 
 
 class QuantizedLinear(nn.Module):
