@@ -29,12 +29,14 @@ def steps(
     from quatom.benchmark.serving_results import add_entries, read_entries
     from quatom.benchmark.step_profile import profile_steps
     from quatom.cli.common import read_recipe
+    from quatom.loading import usable_device
 
+    device = usable_device("cuda")
     if json is not None:
         read_entries(json)
     measured = measure_ceilings()
     for name in recipe or ["quatom-w4a4kv4"]:
-        loaded = random_model(random_weights, read_recipe(name), device="cuda")
+        loaded = random_model(random_weights, read_recipe(name), device=device)
         entries = profile_steps(
             loaded,
             model=random_weights,
