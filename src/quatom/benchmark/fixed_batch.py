@@ -14,6 +14,8 @@ from quatom.errors import EngineError
 
 SETTLE = 4
 """Steps after a change of the batch that are not measured."""
+SLACK = 16
+"""Tokens of each sequence for prompts that take more steps than `prompt_lengths` expects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class BatchTiming:
 
 def longest_sequence(context: int, steps: int, sizes: int) -> int:
     """Tokens that a sequence may reach while `sizes` batch sizes are measured."""
-    return context + sizes * (SETTLE + steps) + SETTLE
+    return context + sizes * (SETTLE + steps) + SLACK
 
 
 def largest_batch(engine: Engine, context: int, steps: int) -> int:
@@ -54,7 +56,7 @@ def measure_batches(
     that they will have generated when the last one is there.
 
     Args:
-        engine: idle, with max_model_len for `longest_sequence`.
+        engine: idle, without forecast_admission, with max_model_len for `longest_sequence`.
         batches: sizes, none above `largest_batch`.
         context: cached tokens of a sequence while its batch is measured, nearly: each smaller
             batch has SETTLE + steps more. The result says the number reached.
@@ -91,8 +93,14 @@ def _fill(engine: Engine, size: int, context: int, seed: int) -> list[str]:
         prompt = generator.integers(engine.model_config.vocab_size, size=length).tolist()
         engine.add_request(name, prompt, greedy(engine.max_model_len - length))
     started: set[str] = set()
+    idle = 0  # steps since a sequence has started
     while len(started) < size:
-        started |= {delta.request_id for delta in engine.step()}
+        before = len(started)
+        deltas = engine.step()
+        started |= {delta.request_id for delta in deltas}
+        idle = 0 if len(started) > before else idle + 1
+        if idle > context or any(delta.finish_reason for delta in deltas):
+            raise _too_small(engine, size, f"{len(started)} sequences started")
     return names
 
 
@@ -118,8 +126,12 @@ def _time_steps(engine: Engine, batch: int, steps: int) -> list[float]:
         seconds.append(now - last)
         last = now
         if len(deltas) != batch or any(delta.finish_reason for delta in deltas):
-            raise EngineError(
-                f"a decode batch of {batch} gave {len(deltas)} tokens in a step: the KV cache of "
-                f"{engine.pool.num_blocks} blocks is too small for it"
-            )
+            raise _too_small(engine, batch, f"a step gave {len(deltas)} tokens")
     return seconds
+
+
+def _too_small(engine: Engine, batch: int, seen: str) -> EngineError:
+    return EngineError(
+        f"the KV cache of {engine.pool.num_blocks} blocks is too small for a decode batch of "
+        f"{batch}: {seen}"
+    )
