@@ -68,7 +68,7 @@ def test_every_preset_runs_and_generates(name):
 
 @pytest.mark.parametrize("name", ["atom-w4a4kv4", "quatom-w4a8kv4", "w4a16", "w8a8", "atom-fp4"])
 def test_weights_have_the_standard_deviation_of_llama(name):
-    loaded = random_model("tiny", PRESETS[name], device="cpu")  # reference: real weights
+    loaded = random_model("tiny", PRESETS[name], device="cpu", backend=Backend.REFERENCE)
     for block in loaded.model.blocks:
         for place in FUSED:
             (weight,) = getattr(block, place).prepared.tensors
