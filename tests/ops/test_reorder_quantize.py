@@ -74,6 +74,29 @@ def test_both_byte_layouts_mean_the_same(backend, normal, tokens, halves, device
     torch.testing.assert_close(correction, -8 * sums * want.scales * unit, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("backend", "tokens"),
+    [
+        (Backend.REFERENCE, 4),
+        (Backend.TRITON, 4),
+        pytest.param(Backend.CUDA, 4, marks=pytest.mark.gpu),
+        pytest.param(Backend.CUDA, 600, marks=pytest.mark.gpu),  # two tokens a CTA
+    ],
+)
+def test_ties_are_ties_for_every_scale(backend, tokens, device):
+    """The product with a rounded reciprocal of these scales misses some ties by an ulp."""
+    scales = torch.tensor([7.0, 13.0, 15.0, 28.0])
+    codes = torch.arange(-7, 7) + 0.5
+    x = torch.zeros(4, 64)
+    x[:, :14] = scales[:, None] * codes
+    x[:, 14] = scales * 7
+    x = x.repeat(tokens // 4, 1).half().to(device)
+    spec = QuantizeSpec(layout=GroupLayout(64, 64), byte_layout="groups")
+    got, got_scales = reorder_quantize(x, None, spec, backend=backend).canonical()
+    assert torch.equal(got_scales[:4, 0].cpu(), scales)
+    assert torch.equal(got[:, :14].cpu(), torch.round(codes).expand(tokens, 14))
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
 def test_channels_beyond_a_group_are_zero_bytes(backend, device):
     layout = GroupLayout(96, 96, 32)

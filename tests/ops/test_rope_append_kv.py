@@ -1,5 +1,7 @@
 """rope_append_kv: each kernel against the reference, the reference against its properties."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -104,10 +106,10 @@ def test_cuda_equals_the_reference_bit_for_bit(heads, kv_heads, head_dim, block_
     options = [{}, {"clip_ratio": 0.95}, {"rotate_keys_in_cache": False}]
     if head_dim != 96:
         options.append({"rotate_kv": True})
-    for seed, option in enumerate(options):
+    for seed, (option, tokens) in enumerate(itertools.product(options, (3, 70))):
         results = []
         for device, backend in (("cpu", Backend.REFERENCE), ("cuda", Backend.CUDA)):
-            inputs = make_inputs(3 + seed, **shape, seed=seed, device=device)
+            inputs = make_inputs(tokens, **shape, seed=seed, device=device)
             inputs[-1][1] = -1  # padding
             pages = make_pages(kv, kv_heads, head_dim, block_size, device)
             q = rope_append_kv(*inputs, pages, **option, backend=backend)
@@ -130,7 +132,7 @@ def test_what_the_cuda_kernel_cannot_do_is_said_and_left_to_triton():
     with pytest.raises(BackendError, match=r"caches, not float32"):
         rope_append_kv(*inputs, make_pages("float32"), backend=Backend.CUDA)
     inputs[0] = torch.nn.functional.pad(inputs[0], (0, 2))[:, :, :64]
-    with pytest.raises(BackendError, match=r"4 channels at once, strides of q are \(264, 66, 1\)"):
+    with pytest.raises(BackendError, match=r"8 channels at once, strides of q are \(264, 66, 1\)"):
         rope_append_kv(*inputs, make_pages("int4"), backend=Backend.CUDA)
 
 

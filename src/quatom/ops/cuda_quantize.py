@@ -37,7 +37,7 @@ def choose_variant(operation: Operation, tokens: int, layout: GroupLayout) -> Va
     pairs = -(-layout.num_scales // 2)  # a warp takes two groups
     two_tokens = tokens >= _TWO_TOKENS_FROM
     # Two wide rows fill registers: large CTAs, few of which fit, would all wait at the same time.
-    most = 8 if two_tokens and operation == "reorder" and pairs > 16 else 16
+    most = 10 if two_tokens and operation == "reorder" and pairs > 16 else 16
     rounds = -(-pairs // most)
     return Variant(-(-pairs // rounds) * 32, 2 if two_tokens else 1)
 

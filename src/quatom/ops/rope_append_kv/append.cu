@@ -1,10 +1,10 @@
 // Rotary embedding of q and k, quantization of k and v, and their way into the paged cache (sm_90).
 //
-// A head of a token is the work of LANES lanes, 4 channels and their 4 partners D / 2 further for each:
+// A head of a token is the work of LANES lanes, N channels and their N partners D / 2 further for each:
 // the pairs that rotary embedding turns, which are also the two nibbles of a cached INT4 byte. Every
 // rounding is the reference's: products and sums are not contracted, quotients correctly rounded.
 //
-// Compiled by NVRTC with HEAD_DIM, BLOCK_SIZE (tokens of a page), BITS (of a cached number: 4, 8 or 16),
+// Compiled by NVRTC with N (4 or 8), HEAD_DIM, BLOCK_SIZE (tokens of a page), BITS (of a cached number: 4, 8 or 16),
 // INPUT_BF16, CACHE_BF16, ROTATE_KEYS (K is stored after rotary embedding) and HADAMARD (q and k of a
 // head are multiplied by a Hadamard matrix) defined.
 
@@ -13,14 +13,12 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 
 constexpr int HALF = HEAD_DIM / 2;
-constexpr int ACTIVE = HALF / 4;  // lanes that hold channels
-constexpr int LANES = ACTIVE <= 8 ? 8 : ACTIVE <= 16 ? 16 : 32;
+constexpr int ACTIVE = HALF / N;  // lanes that hold channels
+constexpr int LANES = ACTIVE <= 4 ? 4 : ACTIVE <= 8 ? 8 : ACTIVE <= 16 ? 16 : 32;
 constexpr int THREADS = 128;
 constexpr int ROW = HEAD_DIM * BITS / 8;                            // bytes of a cached row
 constexpr int RECORD = BLOCK_SIZE * 2 * (ROW + (BITS <= 8 ? 4 : 0));  // of one KV head in a page
 constexpr u32 ALL = ~0u;
-constexpr float MIN_SCALE = 6.103515625e-05f, FLOAT16_MAX = 65504.0f;
-constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer, ties to even
 
 struct Parameters {
   const u16* q;  // (T, H, D), k and v (T, KV, D), by token and head strides
@@ -62,16 +60,40 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
-template <bool BF16>
-__device__ __forceinline__ uint2 pack4(const float (&x)[4]) {
-  return make_uint2(pack<BF16>(x[0], x[1]), pack<BF16>(x[2], x[3]));
+template <int WORDS>
+__device__ __forceinline__ void store(void* to, const u32 (&words)[WORDS]) {
+  if constexpr (WORDS == 1) *reinterpret_cast<u32*>(to) = words[0];
+  if constexpr (WORDS == 2) *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  if constexpr (WORDS == 4) *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
-__device__ __forceinline__ void load4(const u16* from, float (&x)[4]) {
-  const uint2 words = *reinterpret_cast<const uint2*>(from);
-  x[0] = low_half<INPUT_BF16>(words.x);
-  x[1] = high_half<INPUT_BF16>(words.x);
-  x[2] = low_half<INPUT_BF16>(words.y);
-  x[3] = high_half<INPUT_BF16>(words.y);
+template <bool BF16>
+__device__ __forceinline__ void store_halves(u16* to, const float (&x)[N]) {
+  u32 words[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) words[i] = pack<BF16>(x[2 * i], x[2 * i + 1]);
+  store(to, words);
+}
+__device__ __forceinline__ void load_halves(const u16* from, float (&x)[N]) {
+  u32 words[N / 2];
+  if constexpr (N == 4) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  }
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    x[2 * i] = low_half<INPUT_BF16>(words[i]);
+    x[2 * i + 1] = high_half<INPUT_BF16>(words[i]);
+  }
+}
+__device__ __forceinline__ void load_floats(const float* from, float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(from + i);
+    x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+  }
 }
 
 // Correctly rounded division by a number of at most 11 significant bits: quatom/ops/quantize.cu says why.
@@ -87,15 +109,15 @@ struct Divisor {
 };
 
 // H / sqrt(D) times a head: channels whose numbers differ in one bit meet, bit after bit.
-__device__ __forceinline__ void hadamard(float (&low)[4], float (&high)[4], float norm) {
+__device__ __forceinline__ void hadamard(float (&low)[N], float (&high)[N], float norm) {
   float* const parts[2] = {low, high};
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     float* x = parts[part];
 #pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2)
+    for (int bit = 1; bit < N; bit *= 2)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < N; ++i) {
         if (i & bit) continue;
         const float a = x[i], b = x[i + bit];
         x[i] = a + b;
@@ -105,11 +127,11 @@ __device__ __forceinline__ void hadamard(float (&low)[4], float (&high)[4], floa
     for (int bit = 1; bit < ACTIVE; bit *= 2) {
       const float sign = threadIdx.x & bit ? -1.0f : 1.0f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = fmaf(x[i], sign, __shfl_xor_sync(ALL, x[i], bit));
+      for (int i = 0; i < N; ++i) x[i] = fmaf(x[i], sign, __shfl_xor_sync(ALL, x[i], bit));
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < N; ++i) {
     const float a = low[i], b = high[i];
     low[i] = (a + b) * norm;
     high[i] = (a - b) * norm;
@@ -118,30 +140,34 @@ __device__ __forceinline__ void hadamard(float (&low)[4], float (&high)[4], floa
 
 #if BITS <= 8
 constexpr float LARGEST = (1 << BITS) - 1;
+constexpr float MIN_SCALE = 6.103515625e-05f, FLOAT16_MAX = 65504.0f;
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer, ties to even
 
-// Codes of 4 channels, one in each byte.
-__device__ __forceinline__ u32 codes4(const float (&x)[4], float minimum, const Divisor& scale) {
-  u32 code[4];
+// Codes of N channels, one in each byte.
+__device__ __forceinline__ void encode(const float (&x)[N], float minimum, const Divisor& scale, u32 (&words)[N / 4]) {
+  u32 code[N];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < N; ++i) {
     const float steps = scale.divide(__fsub_rn(x[i], minimum));
     code[i] = __float_as_uint(fminf(fmaxf(steps, 0.0f), LARGEST) + ROUND);
   }
-  return __byte_perm(__byte_perm(code[0], code[1], 0x5410), __byte_perm(code[2], code[3], 0x5410), 0x6420);
+#pragma unroll
+  for (int i = 0; i < N; i += 4)
+    words[i / 4] = __byte_perm(__byte_perm(code[i], code[i + 1], 0x5410), __byte_perm(code[i + 2], code[i + 3], 0x5410), 0x6420);
 }
 #endif
 
 // Store a head in its row: all lanes of a warp come here, those without channels or without a row, too.
-__device__ __forceinline__ void store_row(const float (&low)[4], const float (&high)[4], u8* row, u8* pair,
+__device__ __forceinline__ void store_row(const float (&low)[N], const float (&high)[N], u8* row, u8* pair,
                                           int lane, bool active, bool stored, float margin_share) {
 #if BITS == 16
   if (!stored || !active) return;
-  *reinterpret_cast<uint2*>(row + lane * 8) = pack4<CACHE_BF16>(low);
-  *reinterpret_cast<uint2*>(row + HEAD_DIM + lane * 8) = pack4<CACHE_BF16>(high);
+  store_halves<CACHE_BF16>(reinterpret_cast<u16*>(row) + lane * N, low);
+  store_halves<CACHE_BF16>(reinterpret_cast<u16*>(row) + HALF + lane * N, high);
 #else
   float bottom = fminf(low[0], high[0]), top = fmaxf(low[0], high[0]);
 #pragma unroll
-  for (int i = 1; i < 4; ++i) {
+  for (int i = 1; i < N; ++i) {
     bottom = fminf(bottom, fminf(low[i], high[i]));
     top = fmaxf(top, fmaxf(low[i], high[i]));
   }
@@ -162,20 +188,23 @@ __device__ __forceinline__ void store_row(const float (&low)[4], const float (&h
   const float step = Divisor(LARGEST).divide(range);
   const u32 stored_pair = pack<false>(fminf(fmaxf(step, MIN_SCALE), FLOAT16_MAX), minimum);
   const Divisor scale(low_half<false>(stored_pair));
-  const u32 low_codes = codes4(low, minimum, scale), high_codes = codes4(high, minimum, scale);
+  u32 low_codes[N / 4], high_codes[N / 4];
+  encode(low, minimum, scale, low_codes);
+  encode(high, minimum, scale, high_codes);
   if (!stored || !active) return;
 #if BITS == 4
-  *reinterpret_cast<u32*>(row + lane * 4) = low_codes | high_codes << 4;
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) low_codes[i] |= high_codes[i] << 4;
+  store(row + lane * N, low_codes);
 #else
-  *reinterpret_cast<u32*>(row + lane * 4) = low_codes;
-  *reinterpret_cast<u32*>(row + HALF + lane * 4) = high_codes;
+  store(row + lane * N, low_codes);
+  store(row + HALF + lane * N, high_codes);
 #endif
   if (lane == 0) *reinterpret_cast<u32*>(pair) = stored_pair;
 #endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(const Parameters p) {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   // Heads of a token: H of q, then KV of k, then KV of v. Lanes past the last token repeat its work
   // without storing it, so that whole warps reach every shuffle.
   const int lane = threadIdx.x % LANES;
@@ -191,38 +220,45 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(const Param
                     : is_v ? p.v + token * p.v_token_stride + kv_head * p.v_head_stride
                            : p.k + token * p.k_token_stride + kv_head * p.k_head_stride;
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  float low[4] = {}, high[4] = {};
+  // Not before: attention's CTAs would fill the SMs that the linear layer before leaves first.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  float low[N] = {}, high[N] = {};
   const long long position = p.positions[token], slot = p.slots[token];
   if (active) {
-    load4(from + 4 * lane, low);
-    load4(from + HALF + 4 * lane, high);
+    load_halves(from + N * lane, low);
+    load_halves(from + HALF + N * lane, high);
   }
   if (active && (ROTATE_KEYS ? !is_v : is_q)) {
-    const float4 c = *reinterpret_cast<const float4*>(p.cos + position * HALF + 4 * lane);
-    const float4 s = *reinterpret_cast<const float4*>(p.sin + position * HALF + 4 * lane);
-    const float cosines[4] = {c.x, c.y, c.z, c.w}, sines[4] = {s.x, s.y, s.z, s.w};
+    float cosines[N], sines[N];
+    load_floats(p.cos + position * HALF + N * lane, cosines);
+    load_floats(p.sin + position * HALF + N * lane, sines);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < N; ++i) {
       const float a = low[i], b = high[i];
       low[i] = __fsub_rn(__fmul_rn(a, cosines[i]), __fmul_rn(b, sines[i]));
       high[i] = __fadd_rn(__fmul_rn(b, cosines[i]), __fmul_rn(a, sines[i]));
     }
   }
 #if HADAMARD
-  float turned_low[4] = {low[0], low[1], low[2], low[3]}, turned_high[4] = {high[0], high[1], high[2], high[3]};
+  float turned_low[N], turned_high[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    turned_low[i] = low[i];
+    turned_high[i] = high[i];
+  }
   hadamard(turned_low, turned_high, p.norm);
   if (!is_v) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < N; ++i) {
       low[i] = turned_low[i];
       high[i] = turned_high[i];
     }
   }
 #endif
   if (is_q && active) {
-    u16* to = p.rotated + (token * (long long)p.heads + head) * HEAD_DIM + 4 * lane;
-    *reinterpret_cast<uint2*>(to) = pack4<INPUT_BF16>(low);
-    *reinterpret_cast<uint2*>(to + HALF) = pack4<INPUT_BF16>(high);
+    u16* to = p.rotated + (token * (long long)p.heads + head) * HEAD_DIM + N * lane;
+    store_halves<INPUT_BF16>(to, low);
+    store_halves<INPUT_BF16>(to + HALF, high);
   }
   const bool stored = exists && !is_q && slot >= 0;
   const long long page = stored ? slot / BLOCK_SIZE : 0;

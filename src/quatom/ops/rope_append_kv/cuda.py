@@ -11,6 +11,8 @@ from quatom.numerics.kv_pages import KVPages
 from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
 
 _THREADS = 128
+_WIDE_FROM = 64
+"""Tokens of a batch from which on a lane takes twice 8 channels instead of twice 4."""
 
 
 class _Parameters(ctypes.Structure):
@@ -63,14 +65,9 @@ def cuda_obstacle(
         if x.dtype is not torch.int64 or not x.is_contiguous():
             return f"it reads contiguous int64 {name}, got {x.dtype} with strides {x.stride()}"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(0) % 4 or x.stride(1) % 4 or x.data_ptr() % 8:
-            return f"it loads 4 channels at once, strides of {name} are {x.stride()}"
+        if x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16:
+            return f"it loads 8 channels at once, strides of {name} are {x.stride()}"
     return None
-
-
-def lanes(head_dim: int) -> int:
-    """Lanes of a head, each with 8 channels."""
-    return 8 if head_dim <= 64 else 16 if head_dim <= 128 else 32
 
 
 @cache
@@ -82,10 +79,11 @@ def _kernel(constants: tuple[tuple[str, int], ...], device: int) -> CudaKernel:
 
 
 def defines(
-    pages: KVPages, dtype: torch.dtype, *, rotate_keys: bool, hadamard: bool
+    pages: KVPages, dtype: torch.dtype, width: int, *, rotate_keys: bool, hadamard: bool
 ) -> dict[str, int]:
     """The constants that append.cu is compiled with."""
     return {
+        "N": width,
         "HEAD_DIM": pages.head_dim,
         "BLOCK_SIZE": pages.block_size,
         "BITS": pages.bits,
@@ -114,7 +112,8 @@ def rope_append_kv_cuda(
     tokens, heads, head_dim = q.shape
     if not tokens:
         return
-    constants = defines(pages, q.dtype, rotate_keys=rotate_keys_in_cache, hadamard=rotate_kv)
+    width = 8 if tokens >= _WIDE_FROM else 4
+    constants = defines(pages, q.dtype, width, rotate_keys=rotate_keys_in_cache, hadamard=rotate_kv)
     kernel = _kernel(tuple(constants.items()), q.device.index)
     kv_heads = pages.num_kv_heads
     parameters = _Parameters(
@@ -139,6 +138,7 @@ def rope_append_kv_cuda(
         margin=0.5 * (1.0 - clip_ratio),
         norm=head_dim**-0.5,
     )
-    items = tokens * (heads + 2 * kv_heads)
+    lanes = 1 << (head_dim // (2 * width) - 1).bit_length()
+    ctas = -(-tokens * (heads + 2 * kv_heads) * lanes // _THREADS)
     with torch.cuda.device(q.device):
-        kernel.launch(-(-items * lanes(head_dim) // _THREADS), [parameters], overlap=True)
+        kernel.launch(ctas, [parameters], overlap=True)
