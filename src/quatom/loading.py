@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source
-from quatom.checkpoint.schema import has_bias, linear_layout, linear_shape
+from quatom.checkpoint.schema import has_bias, key_offset_name, linear_layout, linear_shape
 from quatom.checkpoint.tokenizer import tokenizer_from_source
 from quatom.errors import BackendError, CheckpointError, ShapeError
 from quatom.modeling.config import ModelConfig
@@ -122,6 +122,7 @@ def build_float_block(
     block: FloatBlock,
     orders: Mapping[str, Tensor] | None = None,
     backend: Backend | None = None,
+    key_offset: Tensor | None = None,  # (KV, D) float32
 ) -> DecoderBlock:
     """A block with floating-point linears; its inputs and KV cache as `recipe` says.
 
@@ -141,6 +142,7 @@ def build_float_block(
         input_norm=block.input_norm,
         post_norm=block.post_norm,
         inputs=BlockInputs(**inputs),
+        key_offset=key_offset,
         backend=backend,
         **linears,
     )
@@ -212,6 +214,9 @@ def load_quantized_block(
     config = source.model_config
     layouts = place_layouts(recipe, config)
     prefix = f"model.layers.{index}."
+    offset = None
+    if recipe.kv_cache.key_offset != "none":
+        offset = source.load(key_offset_name(index)).to(device)
     linears, inputs = {}, {}
     for place, names in FUSED.items():
         parts = [load_quantized_linear(source, recipe, prefix + name) for name in names]
@@ -243,6 +248,7 @@ def load_quantized_block(
         input_norm=source.load(prefix + "input_layernorm.weight").to(device, dtype),
         post_norm=source.load(prefix + "post_attention_layernorm.weight").to(device, dtype),
         inputs=BlockInputs(**inputs),
+        key_offset=offset,
         backend=backend,
         **linears,
     )

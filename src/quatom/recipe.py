@@ -137,6 +137,13 @@ class KVSpec:
     rotation: Literal["none", "hadamard"] = "none"
     """Rotate q and k of every head by the same Hadamard matrix after rotary embedding, which
     leaves scores unchanged and spreads K's outlier channels. Needs post_rope."""
+    key_offset: Literal["none", "mean"] = "none"
+    """Subtract from every K, after rotary embedding, its mean over the calibration text: one vector
+    a KV head, which adds the same to all scores of a query and so changes no attention. Biased keys
+    (Qwen2) otherwise spend the range on what all tokens share. Needs post_rope."""
+    key_scaling: Literal["none", "balanced"] = "none"
+    """Fold powers of two into k_proj and their inverses into q_proj, one a rotary pair of channels,
+    so that no channel's error weighs much more than the others'."""
     value_rotation: Literal["none", "hadamard"] = "none"
     """Fold a Hadamard rotation of every head into v_proj's rows and o_proj's columns."""
 
@@ -146,6 +153,11 @@ class KVSpec:
         if self.rotation == "hadamard" and self.keys != "post_rope":
             raise RecipeError(
                 "kv_cache.rotation 'hadamard' rotates q and k after rotary embedding: it needs "
+                "kv_cache.keys 'post_rope'"
+            )
+        if self.key_offset == "mean" and self.keys != "post_rope":
+            raise RecipeError(
+                "kv_cache.key_offset 'mean' is subtracted after rotary embedding: it needs "
                 "kv_cache.keys 'post_rope'"
             )
 
@@ -248,11 +260,13 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether quantizing reads text: for channel order, GPTQ or output-weighted clipping."""
+        """Whether quantizing reads text: for orders, GPTQ, output-weighted clipping or keys."""
         return self.quantizes_weights and (
             self.outliers.channels > 0
             or self.weights.rounding == "gptq"
             or self.weights.clip_search == "output"
+            or self.kv_cache.key_offset != "none"
+            or self.kv_cache.key_scaling != "none"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -301,7 +315,13 @@ def _presets() -> dict[str, Recipe]:
     float_cache = KVSpec(format="float16")
     atom_weights = WeightSpec(rows_per_scale=2, clip_ratio=0.85)
     searched_weights = WeightSpec(rows_per_scale=2, clip_search="mse")
-    rotated_cache = KVSpec(keys="post_rope", rotation="hadamard", value_rotation="hadamard")
+    rotated_cache = KVSpec(
+        keys="post_rope",
+        rotation="hadamard",
+        key_offset="mean",
+        key_scaling="balanced",
+        value_rotation="hadamard",
+    )
     recipes = (
         Recipe(
             name="fp16",

@@ -199,7 +199,7 @@ class Simulation:
     def _kv_hook(self, index: int, name: str):
         def fake_quantize(_, __, output):
             shape = self.recorded[index, name].shape
-            return self._quantize_kv(output[0].view(shape), index, name).view_as(output)
+            return self._quantize_kv(output[0].view(shape), index, name).reshape(output.shape)
 
         return fake_quantize
 
@@ -215,8 +215,11 @@ class Simulation:
 
             def rotate_and_quantize(q, k, cos, sin):
                 q, k = embed(q, k, cos, sin)
+                layer = next(layers)
+                offset = self.tensors.get(f"model.layers.{layer}.self_attn.k_offset")
+                k = k if offset is None else k - offset[None, :, None]
                 q, k = (rotate(q), rotate(k)) if rotated else (q, k)
-                k = self._quantize_kv(k[0].transpose(0, 1), next(layers), "k")
+                k = self._quantize_kv(k[0].transpose(0, 1), layer, "k")
                 return q, k.transpose(0, 1)[None]
 
             monkeypatch.setattr(module, "apply_rotary_pos_emb", rotate_and_quantize)

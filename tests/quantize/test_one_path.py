@@ -30,6 +30,9 @@ WIDE_SCALES = WeightSpec(group_size=32, rows_per_scale=64)
 VARIANTS = {
     "tensor parallel": Recipe(**GROUPS_OF_32, tensor_parallel=2),
     "post-rope keys": Recipe(kv_cache=KVSpec(keys="post_rope")),
+    "offset keys": Recipe(kv_cache=KVSpec(keys="post_rope", key_offset="mean")),
+    "scaled keys": Recipe(kv_cache=KVSpec(key_scaling="balanced")),
+    "first columns first": Recipe(weights=WeightSpec(column_order="important_first")),
     "int8 cache": Recipe(kv_cache=KVSpec(format="int8")),
     "float16 outliers": Recipe(outliers=OutlierSpec(format="float16")),
     "mean magnitudes": Recipe(outliers=OutlierSpec(metric="abs_mean")),
@@ -79,7 +82,7 @@ def test_presets_on_llama(name, tiny_llama_dir, text_file, tmp_path, monkeypatch
     agree(tiny_llama_dir, tmp_path / "q", monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["atom-w4a4kv4", "w8a8"])
+@pytest.mark.parametrize("name", ["atom-w4a4kv4", "quatom-w4a4kv4", "w8a8"])
 def test_presets_on_qwen2(name, tiny_qwen2_dir, text_file, tmp_path, monkeypatch):
     recipe = short(PRESETS[name])
     quantize_checkpoint(tiny_qwen2_dir, tmp_path / "q", recipe, calibration=text_file)

@@ -157,6 +157,7 @@ class _Maker:
             input_norm=self.ones(),
             post_norm=self.ones(),
             inputs=BlockInputs(**inputs),
+            key_offset=self._key_offset(),
             backend=self.backend,
             **linears,
         )
@@ -204,6 +205,12 @@ class _Maker:
         if place == "down" or not layout.outliers:
             return None
         return torch.randperm(layout.channels, device=self.device, generator=self.generator)
+
+    def _key_offset(self) -> Tensor | None:
+        if self.recipe.kv_cache.key_offset == "none":
+            return None
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        return torch.zeros(shape, device=self.device)
 
     def _bias(self, place: str) -> Tensor | None:
         if not has_bias(self.config, FUSED[place][0]):

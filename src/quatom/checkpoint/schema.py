@@ -207,6 +207,11 @@ def stores_order(recipe: Recipe, config: ModelConfig, name: str) -> bool:
     return num_outliers(recipe, config) > 0 and _kind(name) != "down_proj"
 
 
+def key_offset_name(layer: int) -> str:
+    """Name of the mean of a layer's keys, stored where `kv_cache.key_offset` subtracts it."""
+    return f"model.layers.{layer}.self_attn.k_offset"
+
+
 def expected_tensors(recipe: Recipe, config: ModelConfig) -> dict[str, TensorSpec]:
     """Every tensor of a Quatom checkpoint: no more and no fewer are in its files.
 
@@ -215,6 +220,10 @@ def expected_tensors(recipe: Recipe, config: ModelConfig) -> dict[str, TensorSpe
     """
     linears = set(linear_names(config))
     tensors: dict[str, TensorSpec] = {}
+    if recipe.kv_cache.key_offset != "none":
+        for layer in range(config.num_layers):
+            shape = (config.num_kv_heads, config.head_dim)
+            tensors[key_offset_name(layer)] = TensorSpec(shape, torch.float32)
     for name, spec in float_tensors(config).items():
         prefix, _, suffix = name.rpartition(".")
         if prefix not in linears:

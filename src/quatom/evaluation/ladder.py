@@ -20,7 +20,7 @@ from torch import Tensor
 from quatom.checkpoint.reader import TensorSource
 from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import mean_loss
-from quatom.loading import FUSED, build_float_block, load_float_block
+from quatom.loading import build_float_block, load_float_block
 from quatom.modeling.llama import DecoderBlock
 from quatom.modeling.rope import rotary_table
 from quatom.ops.backend import Backend
@@ -60,13 +60,17 @@ def _quatom_ladder() -> dict[str, Recipe]:
     atom = PRESETS["atom-w4a4kv4"]
     rotation = replace(atom, activations=ActivationSpec(rotation="hadamard"))
     keys = replace(rotation, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
-    values = replace(keys, kv_cache=replace(keys.kv_cache, value_rotation="hadamard"))
+    offset = replace(keys, kv_cache=replace(keys.kv_cache, key_offset="mean"))
+    scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
+    values = replace(scaling, kv_cache=replace(scaling.kv_cache, value_rotation="hadamard"))
     weights = replace(values, weights=replace(atom.weights, clip_ratio=1.0, clip_search="mse"))
     clipping = replace(weights, activations=replace(weights.activations, clip_ratio=0.95))
     return {
         "atom": atom,
         "group_rotation": rotation,
         "rotated_keys": keys,
+        "key_offset": offset,
+        "key_scaling": scaling,
         "rotated_values": values,
         "searched_weights": weights,
         "activation_clipping": clipping,
@@ -201,7 +205,11 @@ class LadderRun:
             save_file({name: score.cpu() for name, score in flat.items()}, temporary)
             temporary.replace(file)
         self._scores[key] = [
-            {place: flat[f"{index}.{place}"] for place in FUSED}
+            {
+                name.removeprefix(f"{index}."): tensor
+                for name, tensor in flat.items()
+                if name.startswith(f"{index}.")
+            }
             for index in range(self.config.num_layers)
         ]
         return self._scores[key]

@@ -41,6 +41,8 @@ class BlockInputs:
 class DecoderBlock(nn.Module):
     """Attention and MLP with their norms."""
 
+    key_offset: Tensor | None
+
     def __init__(
         self,
         config: ModelConfig,
@@ -53,6 +55,7 @@ class DecoderBlock(nn.Module):
         gate_up: nn.Module,  # 2 * intermediate rows: gate, then up
         down: nn.Module,
         inputs: BlockInputs,
+        key_offset: Tensor | None = None,  # (KV, D) float32, where kv_spec has one
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
@@ -64,6 +67,7 @@ class DecoderBlock(nn.Module):
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
         self.qkv_input, self.o_input = inputs.qkv, inputs.o
         self.gate_up_input, self.down_input = inputs.gate_up, inputs.down
+        self.register_buffer("key_offset", key_offset, persistent=False)
 
     def forward(
         self,
@@ -93,6 +97,7 @@ class DecoderBlock(nn.Module):
             rotate_keys_in_cache=rotates_cached,
             rotate_kv=self.kv_spec.rotation == "hadamard",
             clip_ratio=self.kv_spec.clip_ratio,
+            key_offset=self.key_offset,
             backend=self.backend,
         )
         attended = attention(

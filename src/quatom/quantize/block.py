@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quatom.checkpoint.schema import linear_layout, linear_shape
+from quatom.checkpoint.schema import key_offset_name, linear_layout, linear_shape
 from quatom.errors import QuantizationError
 from quatom.loading import FUSED, FloatBlock
 from quatom.modeling.config import ModelConfig
@@ -41,10 +41,10 @@ def choose_orders(
     if not recipe.outliers.channels:
         return {}
     orders = {}
-    for place, score in scores.items():
+    for place in FUSED:
         layout = linear_layout(recipe, config, FUSED[place][0])
         blocks = place_blocks(recipe, place)
-        orders[place] = channel_order(score, layout.outliers // blocks, blocks)
+        orders[place] = channel_order(scores[place], layout.outliers // blocks, blocks)
     return orders
 
 
@@ -68,6 +68,45 @@ def rotate_values(block: FloatBlock, recipe: Recipe, config: ModelConfig) -> Flo
             bias.dtype
         )
     return replace(block, weights=weights, biases=biases)
+
+
+def balance_keys(
+    block: FloatBlock,
+    statistics: Mapping[str, Tensor],  # of `KeyStatistics`
+    recipe: Recipe,
+    config: ModelConfig,
+) -> tuple[FloatBlock, Tensor | None]:
+    """Fold the scaling of K, if the recipe has one, into q_proj and k_proj; K's offset after it.
+
+    Rounding puts an error of one size on all channels of a (rotated) head, which a score weighs
+    with its query's. Dividing K by l and multiplying q by it leaves scores as they are, and the
+    error is least where l**4 = E[k**2] / E[q**2]. One l serves a rotary pair, whose channels mix;
+    powers of two change no mantissa.
+
+    Returns:
+        the block, and the offset (KV, D) float32 or None where the recipe has none.
+    """
+    spec = recipe.kv_cache
+    offset = statistics["key_mean"] if spec.key_offset == "mean" else None
+    if spec.key_scaling == "none":
+        return block, offset
+    keys, queries = statistics["key_squares"], statistics["query_squares"]  # (KV, D / 2)
+    if offset is not None:
+        keys = keys - offset.square().unflatten(-1, (2, -1)).sum(dim=-2)
+    alive = (keys > 0) & (queries > 0)
+    power = torch.where(alive, (keys / queries).log2() / 4, torch.zeros_like(keys)).round()
+    scale = power.exp2().repeat(1, 2)  # (KV, D)
+    shared = config.num_heads // config.num_kv_heads
+    for_queries = scale.repeat_interleave(shared, dim=0)
+    rows = torch.cat((for_queries, 1 / scale, torch.ones_like(scale))).flatten()
+    weights, biases = dict(block.weights), dict(block.biases)
+    weights["qkv"] = (weights["qkv"] * rows.unsqueeze(1)).to(weights["qkv"].dtype)
+    if (bias := biases["qkv"]) is not None:
+        biases["qkv"] = (bias * rows).to(bias.dtype)
+    return (
+        replace(block, weights=weights, biases=biases),
+        None if offset is None else offset / scale,
+    )
 
 
 def arrange_inputs(
@@ -191,6 +230,7 @@ def stored_tensors(
     orders: dict[str, Tensor],
     recipe: Recipe,
     config: ModelConfig,
+    key_offset: Tensor | None = None,  # (KV, D)
 ) -> dict[str, Tensor]:
     """Every tensor that a checkpoint holds of block `index`, by its full name; on the CPU."""
     prefix = f"model.layers.{index}."
@@ -198,6 +238,8 @@ def stored_tensors(
         f"{prefix}input_layernorm.weight": block.input_norm,
         f"{prefix}post_attention_layernorm.weight": block.post_norm,
     }
+    if key_offset is not None:
+        tensors[key_offset_name(index)] = key_offset
     normal, outlier = get_format(recipe.weights.format), get_format(recipe.outliers.format)
     for place, names in FUSED.items():
         weight, bias = rounded[place].weight, block.biases[place]

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from quatom.loading import FUSED
+from quatom.modeling.config import ModelConfig
 from quatom.modeling.llama import DecoderBlock, allocate_pages, full_sequences_context
 from quatom.ops.activations import MixedTensor
+from quatom.ops.rope_append_kv.reference import rotate_halves
 
 KV_BLOCK_SIZE = 64
 """Tokens of a KV block during calibration; results do not depend on it."""
@@ -30,6 +32,51 @@ class ChannelScores:
         x = x.float()
         scores = (x.square() if self.metric == "second_moment" else x.abs()).sum(dim=0)
         self.sums[place] = scores + self.sums[place] if place in self.sums else scores
+
+
+class KeyStatistics:
+    """What K's offset and scaling are made of: sums over the outputs of q and k of a float block.
+
+    Second moments are those of a rotary pair of channels: rotation leaves them as they are.
+    """
+
+    def __init__(self, config: ModelConfig, length: int) -> None:
+        self.config, self.length = config, length
+        self.count = 0
+        self.by_position: Tensor | None = None  # (length, KV, D) float32, sum of k
+        self.key_squares: Tensor | None = None  # (KV, D / 2)
+        self.query_squares: Tensor | None = None  # (KV, D / 2), query heads of a KV head together
+
+    def add(self, place: str, output: Tensor) -> None:  # (T, N), whole sequences
+        """Accumulate the output of one batch; only that of "qkv" is looked at."""
+        if place != "qkv":
+            return
+        config = self.config
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        q, k, _ = output.float().unflatten(-1, (-1, config.head_dim)).split(heads, dim=1)
+        squares = [x.square().sum(dim=0).unflatten(-1, (2, -1)).sum(dim=-2) for x in (q, k)]
+        queries = squares[0].unflatten(0, (config.num_kv_heads, -1)).sum(dim=1)
+        by_position = k.unflatten(0, (-1, self.length)).sum(dim=0)
+        if self.by_position is None or self.key_squares is None or self.query_squares is None:
+            self.by_position, self.key_squares = by_position, squares[1]
+            self.query_squares = queries
+        else:
+            self.by_position += by_position
+            self.key_squares += squares[1]
+            self.query_squares += queries
+        self.count += len(output)
+
+    def finish(self, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Means over all tokens: of K after rotary embedding, and of the squares."""
+        assert self.by_position is not None
+        assert self.key_squares is not None
+        assert self.query_squares is not None
+        cos, sin = (table[: self.length] for table in rope)
+        return {
+            "key_mean": rotate_halves(self.by_position, cos, sin).sum(dim=0) / self.count,
+            "key_squares": self.key_squares / self.count,
+            "query_squares": self.query_squares / self.count,
+        }
 
 
 class SecondMoments:

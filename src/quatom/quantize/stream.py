@@ -32,6 +32,7 @@ from quatom.ops.backend import Backend
 from quatom.quantize.block import (
     RoundedPlace,
     arrange_block,
+    balance_keys,
     choose_orders,
     gate_up_rows,
     rotate_values,
@@ -40,6 +41,7 @@ from quatom.quantize.block import (
 )
 from quatom.quantize.statistics import (
     ChannelScores,
+    KeyStatistics,
     SecondMoments,
     TargetMoments,
     batch_slices,
@@ -144,9 +146,12 @@ class BlockQuantizer:
         if self.streams is not None and self.recipe.weights.target != "own_input":
             entering = self.streams.float_hidden  # kept beside the advanced stream
         scores = self._run_float(original) if self.scores is None else self.scores[index]
+        key_offset = None
+        if scores is not None:
+            original, key_offset = balance_keys(original, scores, self.recipe, self.config)
         orders = {} if scores is None else choose_orders(scores, self.recipe, self.config)
         block = arrange_block(original, orders, self.recipe, self.config)
-        moments, targets = self._moments(block, original, entering, orders)
+        moments, targets = self._moments(block, original, entering, orders, key_offset)
         del original
         # Each weight goes as its codes come: at no time is the block there several times over.
         rounded = {
@@ -161,11 +166,13 @@ class BlockQuantizer:
             )
             for place in FUSED
         }
-        module = self._build(block, rounded, orders)
+        module = self._build(block, rounded, orders, key_offset)
         return QuantizedBlock(
             index=index,
             num_blocks=self.config.num_layers,
-            tensors=stored_tensors(index, block, rounded, orders, self.recipe, self.config),
+            tensors=stored_tensors(
+                index, block, rounded, orders, self.recipe, self.config, key_offset
+            ),
             module=module,
             linear_errors={place: result.relative_error for place, result in rounded.items()},
             relative_error=self._run_quantized(index, module),
@@ -173,17 +180,18 @@ class BlockQuantizer:
         )
 
     def _run_float(self, block: FloatBlock) -> dict[str, Tensor] | None:
-        """Advance the float stream; channel scores of its inputs."""
+        """Advance the float stream; channel scores of its inputs, and statistics of its keys."""
         if self.streams is None or self.streams.float_hidden is None:
             return None
         scores = ChannelScores(self.recipe.outliers.metric)
         module = build_float_block(self.config, PRESETS["fp16"], block, backend=self.backend)
-        with observe(module, scores.add):
+        keys = KeyStatistics(self.config, self.streams.float_hidden.shape[1])
+        with observe(module, scores.add, keys.add):
             self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rope)
-        return scores.sums
+        return scores.sums | keys.finish(self.rope)
 
     def collect_scores(self) -> Iterator[dict[str, Tensor]]:
-        """Channel scores of block after block, nothing quantized: shared by several recipes."""
+        """Statistics of block after block, nothing quantized: shared by several recipes."""
         for index in range(self.config.num_layers):
             block = load_float_block(self.source, index, self.device, self.dtype)
             scores = self._run_float(rotate_values(block, self.recipe, self.config))
@@ -196,6 +204,7 @@ class BlockQuantizer:
         original: FloatBlock,
         entering: Tensor | None,  # float stream in front of this block
         orders: dict[str, Tensor],
+        key_offset: Tensor | None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """X^T X of the quantized inputs X of every place, and Y^T X of the outputs Y wanted."""
         weights = self.recipe.weights
@@ -204,7 +213,9 @@ class BlockQuantizer:
         ):
             return {}, {}
         run_time = {place: order for place, order in orders.items() if place != "down"}
-        module = build_float_block(self.config, self.recipe, block, run_time, self.backend)
+        module = build_float_block(
+            self.config, self.recipe, block, run_time, self.backend, key_offset
+        )
         hidden = self.streams.quantized_hidden
         if weights.target != "own_input":
             assert entering is not None
@@ -242,7 +253,11 @@ class BlockQuantizer:
         return moments.sums, targets.sums
 
     def _build(
-        self, block: FloatBlock, rounded: dict[str, RoundedPlace], orders: dict[str, Tensor]
+        self,
+        block: FloatBlock,
+        rounded: dict[str, RoundedPlace],
+        orders: dict[str, Tensor],
+        key_offset: Tensor | None,
     ) -> DecoderBlock:
         layouts = place_layouts(self.recipe, self.config)
         linears, inputs = {}, {}
@@ -262,6 +277,7 @@ class BlockQuantizer:
             input_norm=block.input_norm,
             post_norm=block.post_norm,
             inputs=BlockInputs(**inputs),
+            key_offset=key_offset,
             backend=self.backend,
             **linears,
         )

@@ -24,6 +24,7 @@ def rope_append_kv(
     rotate_keys_in_cache: bool = True,
     rotate_kv: bool = False,
     clip_ratio: float = 1.0,
+    key_offset: Tensor | None = None,  # (KV, D) float32, contiguous
     backend: Backend | None = None,
 ) -> Tensor:
     """Rotate q and k by their positions and store k and v in their cache slots.
@@ -43,6 +44,8 @@ def rope_append_kv(
         rotate_kv: multiply q and k of each head, after rotary embedding, by the Hadamard matrix
             H / sqrt(D). Scores stay the same, K's outlier channels spread over the head.
         clip_ratio: fraction of a token's range that the codes cover.
+        key_offset: subtracted from K after rotary embedding, before `rotate_kv`. It takes the same
+            from every score of a query, which softmax does not see. Runs on reference and Triton.
         backend: implementation to run; None picks the fastest one for q's device.
 
     Returns:
@@ -77,7 +80,17 @@ def rope_append_kv(
         raise ShapeError("rotate_kv turns K after rotary embedding: it needs rotate_keys_in_cache")
     if rotate_kv and head_dim & (head_dim - 1):
         raise ShapeError(f"rotate_kv needs a power-of-two head_dim, got {head_dim}")
+    if key_offset is not None:
+        if not rotate_keys_in_cache:
+            raise ShapeError("key_offset is taken from rotated K: it needs rotate_keys_in_cache")
+        if key_offset.shape != k.shape[1:] or key_offset.dtype != torch.float32:
+            raise ShapeError(
+                f"key_offset must be {tuple(k.shape[1:])} float32, got {tuple(key_offset.shape)} "
+                f"{key_offset.dtype}"
+            )
     obstacle = cuda_obstacle(q, k, v, cos, sin, positions, slot_mapping, pages)
+    if key_offset is not None:
+        obstacle = "it subtracts no key_offset"
     available = BACKENDS if obstacle is None else BACKENDS[:-1]
     if backend is Backend.CUDA and obstacle is not None:
         raise BackendError(
@@ -91,6 +104,7 @@ def rope_append_kv(
         case _:
             from quatom.ops.rope_append_kv.reference import rope_append_kv_reference as run
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    offset = () if key_offset is None else (key_offset,)
     run(
         q,
         k,
@@ -104,5 +118,6 @@ def rope_append_kv(
         rotate_keys_in_cache,
         rotate_kv,
         clip_ratio,
+        *offset,
     )
     return rotated

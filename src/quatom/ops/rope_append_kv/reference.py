@@ -41,6 +41,7 @@ def rope_append_kv_reference(
     rotate_keys_in_cache: bool,
     rotate_kv: bool,
     clip_ratio: float,
+    key_offset: Tensor | None = None,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. Runs on any device."""
     cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
@@ -49,6 +50,8 @@ def rope_append_kv_reference(
         new_q, k = rotate_halves(torch.cat((q, k), dim=1), cos, sin).split(heads, dim=1)
     else:
         new_q = rotate_halves(q, cos, sin)
+    if key_offset is not None:
+        k = k - key_offset
     if rotate_kv:
         new_q, k = hadamard(new_q), hadamard(k)
     rotated.copy_(new_q)

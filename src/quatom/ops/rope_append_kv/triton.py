@@ -103,6 +103,7 @@ def _rope_append_kv_kernel(
     rotated_ptr,  # (T, H, D)
     rows_ptr,  # the pages as uint8 codes or floating-point values
     pairs_ptr,  # the pages as float16
+    key_offset_ptr,  # (KV, D) float32
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -122,6 +123,7 @@ def _rope_append_kv_kernel(
     BITS: tl.constexpr,
     ROTATE_KEYS: tl.constexpr,
     HADAMARD: tl.constexpr,
+    KEY_OFFSET: tl.constexpr,
     BLOCK_H: tl.constexpr,
     MIN_SCALE: tl.constexpr,
 ):
@@ -163,6 +165,10 @@ def _rope_append_kv_kernel(
             if ROTATE_KEYS:
                 new_low, new_high = low * cos - high * sin, high * cos + low * sin
                 low, high = new_low, new_high
+            if KEY_OFFSET:
+                offset_at = key_offset_ptr + head[:, None] * (2 * HALF) + half[None, :]
+                low -= tl.load(offset_at, mask=mask, other=0.0)
+                high -= tl.load(offset_at + HALF, mask=mask, other=0.0)
             if HADAMARD:
                 low, high = _hadamard_halves(low, high, BLOCK_H, HALF, LOG2_HALF)
             _store_row(low, high, rows, pairs, heads_mask, half, clip_ratio, HALF, BITS, MIN_SCALE)
@@ -188,6 +194,7 @@ def rope_append_kv_triton(
     rotate_keys_in_cache: bool,
     rotate_kv: bool,
     clip_ratio: float,
+    key_offset: Tensor | None = None,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. CUDA, or the CPU under TRITON_INTERPRET=1."""
     tokens, num_heads, head_dim = q.shape
@@ -208,6 +215,7 @@ def rope_append_kv_triton(
         rotated,
         rows,
         pages.storage.view(torch.float16),
+        cos if key_offset is None else key_offset,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -227,6 +235,7 @@ def rope_append_kv_triton(
         BITS=pages.bits,
         ROTATE_KEYS=rotate_keys_in_cache,
         HADAMARD=rotate_kv,
+        KEY_OFFSET=key_offset is not None,
         BLOCK_H=block_h,
         MIN_SCALE=MIN_SCALE,
         num_warps=4,
