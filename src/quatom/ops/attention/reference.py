@@ -78,7 +78,11 @@ def _rotate(k: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of cached keys (..., length, D) at positions 0, 1, ..."""
     cos, sin = (table[: k.shape[-2]] for table in rotary)
     low, high = k.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    rotated = k * torch.cat((cos, cos), dim=-1)
+    new_low, new_high = rotated.chunk(2, dim=-1)
+    new_low -= high * sin
+    new_high += low * sin
+    return rotated
 
 
 def causal_attention(

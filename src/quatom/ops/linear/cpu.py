@@ -54,7 +54,7 @@ def linear_cpu(x: MixedTensor, tensors: tuple[Tensor, ...], bias: Tensor | None)
         if last - first > 1:
             rows = (rows.unsqueeze(1) * member[first:last, start:stop]).flatten(0, 1)
         dots = torch._int_mm(rows, weight[:, start:stop].t())  # (T * groups, N) int32
-        parts = dots.view(x.tokens, last - first, -1) * weight_scales[first:last]
+        parts = dots.view(x.tokens, last - first, -1).float().mul_(weight_scales[first:last])
         parts *= x.scales[:, first:last].unsqueeze(2)
         for part in parts.unbind(1):
             total = part if total is None else total.add_(part)
