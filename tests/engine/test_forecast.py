@@ -71,7 +71,8 @@ def test_an_open_end_is_expected_at_the_mean():
     assert forecast.expected_rest(make_sequence(10, 30, ignore_eos=False)) == 20
     assert forecast.expected_rest(make_sequence(10, 5000)) == 4990
     for generated in (10, 30):
-        forecast.observe(make_sequence(5, 100, generated))
+        forecast.observe(make_sequence(5, 100, generated, ignore_eos=False))
+    forecast.observe(make_sequence(5, 100, 95))  # could not have ended earlier
     fresh = make_sequence(10, 5000, ignore_eos=False)
     assert forecast.expected_rest(fresh) == 20
     outlived = make_sequence(10, 5000, 300, ignore_eos=False)

@@ -33,7 +33,12 @@ class DemandForecast:
         self._count = 0
 
     def observe(self, sequence: Sequence) -> None:
-        """A completion ended by itself or at its length limit."""
+        """A completion ended by itself or at its length limit.
+
+        One that may not end before its limit says nothing about others.
+        """
+        if sequence.params.ignore_eos:
+            return
         self._count = min(self._count + 1, MEMORY)
         self._mean_output += (sequence.num_output - self._mean_output) / self._count
 
