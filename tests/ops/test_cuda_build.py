@@ -70,7 +70,7 @@ def test_the_hopper_linear_kernel_uses_the_matrix_units_without_spills(fields, t
     from quatom.ops.linear.cuda import Config, defines, kernel_source
 
     config = Config(**fields)
-    source = kernel_source(config.tokens)
+    source = kernel_source(config.columns)
     sass = disassemble(compile_cubin(source, "sm_90a", defines(config, torch.float16)), tmp_path)
     assert f"QGMMA.64x{config.tokens}x32.F32.E4M3.E4M3" in sass
     assert f"IGMMA.64x{config.tokens}x32.S8.S8" in sass
@@ -89,7 +89,7 @@ def test_candidates_fit_the_chip():
         per_sm = config.ctas_per_sm * (config.shared_bytes + 1024)
         assert per_sm <= 228 * 1024, config
         assert config.num_stages >= 3, config
-        assert config.cluster <= 8, config
+        assert config.split <= 8, config
         producer, consumer = config.registers
         if producer:  # setmaxnreg deadlocks if it asks for more than the launch gave
             given = 65536 // config.threads // 8 * 8 * config.threads

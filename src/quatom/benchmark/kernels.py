@@ -1,30 +1,38 @@
 """Speed of the linear and quantize kernels beside the peers found installed, in one run.
 
-Every time is the median of CUDA-graph replays, weights rotated out of the L2 cache.
+Every time is the median of CUDA-graph replays, weights rotated out of the L2 cache. Our kernel and
+its peers take turns on each problem, because a GPU slows down as it warms up.
 `share_of_copy` is the time that the least bytes (weights, activations, result, each once) would
 take at the measured copy bandwidth, over the measured time. Peers: cuBLAS BF16, cuBLASLt INT8 and
 FP8 without groups (`torch._int_mm`, `torch._scaled_mm`), and humming's W4A8 kernels, the GEMM
 alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quatom.benchmark.environment import describe_environment, measure_ceilings, write_results
-from quatom.benchmark.kernel_peers import PEERS
-from quatom.benchmark.timing import Timing, copies_to_rotate, time_graph
+from quatom.benchmark.kernel_operands import (
+    OUTLIERS,
+    HopperOperands,
+    hopper_operands,
+    random_activations,
+    random_weights,
+    relative_error,
+)
+from quatom.benchmark.kernel_peers import PEERS, Peer
+from quatom.benchmark.timing import Timing, copies_to_rotate, time_graph, time_graphs
 from quatom.errors import BackendError, RecipeError
-from quatom.numerics.formats import get_format
-from quatom.numerics.groups import GroupLayout, expand_scales
-from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
+from quatom.numerics.groups import GroupLayout
+from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
-from quatom.ops.linear import PreparedLinear, linear, prepare_weights
+from quatom.ops.linear import linear, prepare_weights
 from quatom.ops.reorder_quantize import reorder_quantize
 from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
 from quatom.ops.silu_quantize import silu_quantize
@@ -32,115 +40,58 @@ from quatom.ops.silu_quantize import silu_quantize
 SHAPES = ((12288, 4096), (22016, 4096), (4096, 11008), (4096, 4096))
 """(N, K) of Llama-2-7B: fused QKV, fused gate and up, down, output projection."""
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
+PORTABLE_TOKENS = (16, 1024)
+"""Where the Triton kernel is measured, on the first shape."""
 QUANTIZE_TOKENS = (1, 16, 64, 256, 1024, 4096)
-OUTLIERS = 128
 OPS = ("all", "linear", "quantize")
 
 
 @dataclass(frozen=True)
-class HopperOperands:
-    """Packed weights of one shape, as many copies as it takes to leave the L2 cache."""
+class Run:
+    """One way to compute a linear layer: what the table calls it, and its calls."""
 
-    weights: list[Tensor]
-    prepared: PreparedLinear
-    values: Tensor
-    """Codes of the first copy, (N, K) int8."""
-    scales: Tensor
-    layout: GroupLayout
+    scheme: str
+    backend: str
+    calls: Sequence[Callable[[], object]]
+    least_bytes: int
+    relative_error: float | None = None
 
-    def activations(self, tokens: int, fmt: str) -> MixedTensor:
-        """Random activations of `tokens` tokens."""
-        return random_activations(tokens, self.layout, fmt, "groups")
-
-
-def random_activations(
-    tokens: int, layout: GroupLayout, fmt: str, byte_layout: Literal["rows", "groups"]
-) -> MixedTensor:
-    """Random codes with random scales, in the byte layout of a backend."""
-    normal = torch.randn(tokens, layout.normal, device="cuda")
-    normal = get_format(fmt).round(normal * get_format(fmt).largest / 3)
-    outliers = torch.randint(-127, 128, (tokens, layout.outliers), device="cuda").float()
-    scales = (torch.rand(tokens, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
-    spec = QuantizeSpec(layout=layout, normal=fmt, byte_layout=byte_layout)
-    return pack_values(torch.cat((normal, outliers), dim=1), scales, spec, torch.float16)
-
-
-def random_weights(channels: int, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """INT4 codes with INT8 outliers, (N, K) int8, and scales (N, S)."""
-    values = torch.randint(-8, 8, (channels, layout.channels), device="cuda", dtype=torch.int8)
-    values[:, layout.normal :] = torch.randint(
-        -127, 128, (channels, layout.outliers), device="cuda", dtype=torch.int8
-    )
-    scales = (torch.rand(channels, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
-    return values, scales
+    def entry(
+        self, tokens: int, shape: tuple[int, int], timing: Timing, copy_tb_s: float
+    ) -> dict[str, Any]:
+        """A row of the result file."""
+        channels, k = shape
+        return {
+            "op": "linear",
+            "scheme": self.scheme,
+            "backend": self.backend,
+            "m": tokens,
+            "n": channels,
+            "k": k,
+            "microseconds": round(timing.median_us, 2),
+            "p10": round(timing.p10_us, 2),
+            "p90": round(timing.p90_us, 2),
+            "tops": round(2 * tokens * channels * k / timing.median_us / 1e6, 1),
+            "share_of_copy": round(self.least_bytes / copy_tb_s / 1e6 / timing.median_us, 3),
+            "relative_error": self.relative_error,
+        }
 
 
-def hopper_operands(channels: int, k: int) -> HopperOperands:
-    """Random weights (N, K) with 128 outliers, packed for the Hopper kernel."""
-    layout = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
-    values, scales = random_weights(channels, layout)
-    prepared = prepare_weights(values, scales, layout, backend=Backend.CUDA)
-    first = prepared.tensors[0]
-    copies = copies_to_rotate(first.numel())
-    weights = [first, *(first.clone() for _ in range(copies - 1))]
-    return HopperOperands(weights, prepared, values, scales, layout)
-
-
-def relative_error(y: Tensor, x: MixedTensor, values: Tensor, scales: Tensor) -> float:
-    """Error of at most 256 rows of y against float64."""
-    rows = slice(0, min(256, x.tokens))
-    layout = x.spec.layout
-    weights = values.double() * expand_scales(scales, layout).double()
-    want = x.dequantize()[rows].double() @ weights.t()
-    return ((y[rows].double() - want).norm() / want.norm()).item()
-
-
-def _entry(
-    scheme: str,
-    backend: str,
-    tokens: int,
-    shape: tuple[int, int],
-    timing: Timing,
-    least_bytes: int,
-    copy_tb_s: float,
-    error: float | None,
-) -> dict[str, Any]:
-    channels, k = shape
-    return {
-        "op": "linear",
-        "scheme": scheme,
-        "backend": backend,
-        "m": tokens,
-        "n": channels,
-        "k": k,
-        "microseconds": round(timing.median_us, 2),
-        "p10": round(timing.p10_us, 2),
-        "p90": round(timing.p90_us, 2),
-        "tops": round(2 * tokens * channels * k / timing.median_us / 1e6, 1),
-        "share_of_copy": round(least_bytes / copy_tb_s / 1e6 / timing.median_us, 3),
-        "relative_error": error,
-    }
-
-
-def _own_linear(shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[str, Any]]:
-    channels, k = shape
-    operands = hopper_operands(channels, k)
+def _own_runs(operands: HopperOperands, tokens: int) -> Iterator[Run]:
     for scheme, fmt in (("w4a4", "int4"), ("w4a8-fp8", "e4m3")):
-        for tokens in TOKENS:
-            x = operands.activations(tokens, fmt)
-            layers = [
-                replace(operands.prepared, tensors=(weights,), activation_format=fmt)
-                for weights in operands.weights
-            ]
-            y = linear(x, layers[0])
-            error = relative_error(y, x, operands.values, operands.scales)
-            timing = time_graph([partial(linear, x, layer) for layer in layers])
-            least = operands.weights[0].numel() + x.codes.numel() + 2 * y.numel()
-            yield _entry(scheme, "cuda", tokens, shape, timing, least, copy_tb_s, error)
+        x = operands.activations(tokens, fmt)
+        layers = [
+            replace(operands.prepared, tensors=(weights,), activation_format=fmt)
+            for weights in operands.weights
+        ]
+        y = linear(x, layers[0])
+        error = relative_error(y, x, operands.values, operands.scales)
+        least = operands.weights[0].numel() + x.codes.numel() + 2 * y.numel()
+        yield Run(scheme, "cuda", [partial(linear, x, layer) for layer in layers], least, error)
 
 
-def _portable_linear(shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[str, Any]]:
-    """The Triton kernel, on one small and one large number of tokens."""
+def _portable_runs(shape: tuple[int, int], tokens: int) -> Iterator[Run]:
+    """The Triton kernel."""
     channels, k = shape
     grouped = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
     whole = GroupLayout(k, k)
@@ -157,25 +108,41 @@ def _portable_linear(shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[
             activation_format=fmt,
             backend=Backend.TRITON,
         )
-        for tokens in (16, 1024):
-            x = random_activations(tokens, layout, fmt, "rows")
-            error = relative_error(linear(x, prepared), x, values, scales)
-            timing = time_graph([partial(linear, x, prepared)])
-            least = sum(t.numel() * t.element_size() for t in prepared.tensors)
-            least += x.codes.numel() + 2 * tokens * channels
-            yield _entry(scheme, "triton", tokens, shape, timing, least, copy_tb_s, error)
+        x = random_activations(tokens, layout, fmt, "rows")
+        error = relative_error(linear(x, prepared), x, values, scales)
+        least = sum(t.numel() * t.element_size() for t in prepared.tensors)
+        least += x.codes.numel() + 2 * tokens * channels
+        yield Run(scheme, "triton", [partial(linear, x, prepared)], least, error)
 
 
-def _peer_linear(scheme: str, shape: tuple[int, int], copy_tb_s: float) -> Iterator[dict[str, Any]]:
-    channels, k = shape
-    peer = PEERS[scheme](channels, k)
-    if peer is None:
-        return
-    for tokens in TOKENS:
-        if calls := peer.calls(tokens):
-            timing = time_graph(calls)
-            least = peer.weight_bytes + tokens * (k * peer.input_bytes + 2 * channels)
-            yield _entry(scheme, "peer", tokens, shape, timing, least, copy_tb_s, None)
+@dataclass(frozen=True)
+class Problem:
+    """One shape with the operands of our kernel and of all peers."""
+
+    shape: tuple[int, int]
+    operands: HopperOperands
+    peers: dict[str, Peer]
+
+    @classmethod
+    def make(cls, shape: tuple[int, int]) -> "Problem":
+        """Random operands."""
+        peers = {scheme: peer for scheme, make in PEERS.items() if (peer := make(*shape))}
+        return cls(shape, hopper_operands(*shape), peers)
+
+    def measure(self, tokens: int, copy_tb_s: float) -> Iterator[dict[str, Any]]:
+        """Our kernels and the peers in turns."""
+        channels, k = self.shape
+        runs = list(_own_runs(self.operands, tokens))
+        if self.shape == SHAPES[0] and tokens in PORTABLE_TOKENS:
+            runs += _portable_runs(self.shape, tokens)
+        for scheme, peer in self.peers.items():
+            if calls := peer.calls(tokens):
+                least = peer.weight_bytes + tokens * (k * peer.input_bytes + 2 * channels)
+                runs.append(Run(scheme, "peer", calls, least))
+        min_calls = 8 if tokens < 1024 else 2
+        timings = time_graphs([run.calls for run in runs], min_calls=min_calls)
+        for run, timing in zip(runs, timings, strict=True):
+            yield run.entry(tokens, self.shape, timing, copy_tb_s)
 
 
 _OPTIONAL_KEYS = ("tops", "ratio_bf16", "ratio_humming", "relative_error")
@@ -275,11 +242,14 @@ def _reorder_gain(copy_tb_s: float) -> Iterator[dict[str, Any]]:
             reorder_quantize(x[:, outlier], None, parts[1])
             return linear(mixed, operands.prepared)
 
-        for scheme, call in (("w4a4", reordered), ("w4a4-gathered", gathered)):
-            timing = time_graph([call])
-            least = operands.weights[0].numel() + tokens * (2 * k + 2 * channels)
-            entry = _entry(scheme, "cuda", tokens, (channels, k), timing, least, copy_tb_s, None)
-            yield entry | {"op": "quantize+linear"}
+        least = operands.weights[0].numel() + tokens * (2 * k + 2 * channels)
+        runs = [
+            Run("w4a4", "cuda", [reordered], least),
+            Run("w4a4-gathered", "cuda", [gathered], least),
+        ]
+        timings = time_graphs([run.calls for run in runs])
+        for run, timing in zip(runs, timings, strict=True):
+            yield run.entry(tokens, (channels, k), timing, copy_tb_s) | {"op": "quantize+linear"}
 
 
 def run_kernel_bench(
@@ -287,7 +257,7 @@ def run_kernel_bench(
 ) -> list[dict[str, Any]]:
     """Measure the kernels on the current GPU, and write a result file and a plot.
 
-    The result file is written after every shape, so that an interrupted run keeps what it has.
+    The result file is written after every problem: an interrupted run keeps what it has.
 
     Args:
         op: all, linear or quantize.
@@ -312,14 +282,15 @@ def run_kernel_bench(
     if op in ("all", "quantize"):
         parts.append(_quantize(copy))
     if op in ("all", "linear"):
-        parts += [_own_linear(shape, copy) for shape in SHAPES]
         parts.append(_reorder_gain(copy))
-        parts.append(_portable_linear(SHAPES[0], copy))
-        parts += [_peer_linear(scheme, shape, copy) for scheme in PEERS for shape in SHAPES]
+        problems = [Problem.make(shape) for shape in SHAPES]
+        # Fewest tokens first: the work that heats the GPU most comes last.
+        parts += [problem.measure(m, copy) for m in TOKENS for problem in problems]
     for part in parts:
-        results.extend(dict.fromkeys(_OPTIONAL_KEYS) | row for row in part)
+        rows = [dict.fromkeys(_OPTIONAL_KEYS) | row for row in part]
+        _add_ratios(rows)
+        results += rows
         torch.cuda.empty_cache()
-        _add_ratios(results)
         if json_path:
             command = f"quatom bench kernels --op {op} --json {json_path.name}"
             write_results(json_path, command, environment, results)

@@ -30,13 +30,55 @@ def time_graph(
     repeats: int = 15,
     min_calls: int = 8,
 ) -> Timing:
-    """Time of one call among `calls`, which run one after another inside one CUDA graph.
+    """Time of one call among `calls`: see `time_graphs`."""
+    return time_graphs([calls], repeats=repeats, min_calls=min_calls)[0]
 
-    Pass the same operation on different copies of its operands (`copies_to_rotate`), so that each
-    call finds its weights in HBM as it would inside a model. The graph holds every call at least
-    once and at least `min_calls` calls; its replay time is divided by their number, so the value
-    includes launch gaps as a captured model has them.
+
+def time_graphs(
+    operations: Sequence[Sequence[Callable[[], object]]],
+    *,
+    repeats: int = 15,
+    min_calls: int = 8,
+) -> list[Timing]:
+    """Times of several operations in turns, so that all of them meet the same GPU temperature.
+
+    An operation is a sequence of calls that run one after another inside one CUDA graph. Pass the
+    same operation on different copies of its operands (`copies_to_rotate`), so that each call finds
+    its weights in HBM as it would inside a model. The graph holds every call at least once and at
+    least `min_calls` calls; its replay time is divided by their number, so the value includes
+    launch gaps as a captured model has them.
     """
+    pool = torch.cuda.graph_pool_handle()  # shared: nothing that a replay writes is read
+    graphs = [_capture(calls, min_calls, pool) for calls in operations]
+    for graph, _ in graphs:
+        for _ in range(2):
+            graph.replay()
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
+    for _ in range(repeats):
+        for (graph, _), measured in zip(graphs, events, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            measured.append((start, end))
+    torch.cuda.synchronize()
+    timings = []
+    for (_, count), measured in zip(graphs, events, strict=True):
+        times = sorted(start.elapsed_time(end) * 1e3 / count for start, end in measured)
+        timings.append(
+            Timing(
+                median_us=statistics.median(times),
+                p10_us=times[len(times) // 10],
+                p90_us=times[-1 - len(times) // 10],
+            )
+        )
+    return timings
+
+
+def _capture(
+    calls: Sequence[Callable[[], object]], min_calls: int, pool: tuple[int, int]
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of all calls, repeated until there are `min_calls`, and their number."""
     sequence = list(calls) * max(1, -(-min_calls // len(calls)))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # operands may still be on their way
@@ -45,23 +87,7 @@ def time_graph(
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         for call in sequence:
             call()
-    for _ in range(3):
-        graph.replay()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(repeats)
-    ]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    times = sorted(s.elapsed_time(e) * 1e3 / len(sequence) for s, e in events)
-    return Timing(
-        median_us=statistics.median(times),
-        p10_us=times[len(times) // 10],
-        p90_us=times[-1 - len(times) // 10],
-    )
+    return graph, len(sequence)

@@ -9,15 +9,17 @@ Llama-3-8B layers and of a small model; other shapes use the most similar one.
 import argparse
 import dataclasses
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quatom.benchmark.environment import describe_environment
-from quatom.benchmark.kernels import hopper_operands
-from quatom.benchmark.timing import time_graph
+from quatom.benchmark.kernel_operands import hopper_operands
+from quatom.benchmark.timing import time_graphs
 from quatom.ops.cuda_build import compile_cubin
 from quatom.ops.linear.cuda import CONFIGS, Config, defines, kernel_source, linear_cuda
 
@@ -32,63 +34,63 @@ SHAPES = (
     (1152, 896),
 )
 """(N, K)"""
-TOKENS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
+TOKENS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 
 
 def plausible(config: Config, tokens: int, row_blocks: int, units: int, sms: int) -> bool:
     """Leave out what cannot win: padding to twice the tokens, many waves of split work."""
-    if config.split > units or (config.ctas_per_sm > 1 and tokens > 64):
+    if config.split > units or (config.ctas_per_sm > 1 and tokens > 128):
         return False
+    row_tiles = -(-row_blocks // config.row_blocks)
+    slots = sms * config.ctas_per_sm
     if tokens <= 64:
         fits = tokens <= config.tokens <= max(8, 2 * tokens) and config.tokens <= 64
-        work = -(-row_blocks // config.row_blocks) * config.split
-        slots = sms * config.ctas_per_sm
+        work = row_tiles * config.split
         return fits and (work <= 1.4 * slots) and (work >= 0.4 * slots or config.split >= 4)
-    tiles = -(-row_blocks // config.row_blocks) * -(-tokens // config.tokens)
-    return config.split == 1 or tiles * config.split <= 4 * sms
+    work = row_tiles * -(-tokens // config.tokens) * config.split
+    return config.tokens <= 2 * tokens and (config.split == 1 or work <= 2 * slots)
 
 
-def tune(repeats: int = 7) -> dict[str, Any]:
-    """Time all plausible configurations of all problems; about half a minute on an H100."""
-    with ThreadPoolExecutor() as pool:  # NVRTC releases the interpreter lock
-        list(
-            pool.map(
-                lambda c: compile_cubin(
-                    kernel_source(c.tokens), "sm_90a", defines(c, torch.float16)
-                ),
-                CONFIGS,
-            )
-        )
+def tune(repeats: int = 5) -> dict[str, Any]:
+    """Time all plausible configurations of all problems, those of one problem in turns."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        list(pool.map(_compile, CONFIGS))
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     choices, timings = [], []
     for channels, k in SHAPES:
         operands = hopper_operands(channels, k)
         row_blocks, units = operands.weights[0].shape[:2]
         for tokens in TOKENS:
+            configs = [c for c in CONFIGS if plausible(c, tokens, row_blocks, units, sms)]
             x = operands.activations(tokens, "int4")
-            best: tuple[float, Config] | None = None
-            for config in CONFIGS:
-                if not plausible(config, tokens, row_blocks, units, sms):
-                    continue
-                calls = [
-                    lambda w=w, n=channels, c=config, x=x: linear_cuda(x, w, n, None, c)
-                    for w in operands.weights
-                ]
-                time = time_graph(calls, repeats=repeats).median_us
-                timings.append([channels, k, tokens, dataclasses.astuple(config), round(time, 2)])
-                if best is None or time < best[0]:
-                    best = (time, config)
-            assert best is not None, "every problem has a plausible configuration"
+            measured = time_graphs(
+                [
+                    [partial(linear_cuda, x, w, channels, None, config) for w in operands.weights]
+                    for config in configs
+                ],
+                repeats=repeats,
+                min_calls=8 if tokens < 1024 else 2,
+            )
+            times = [round(timing.median_us, 2) for timing in measured]
+            timings += [
+                [channels, k, tokens, dataclasses.asdict(config), time]
+                for config, time in zip(configs, times, strict=True)
+            ]
+            best = times.index(min(times))
             choices.append(
                 {
                     "row_blocks": row_blocks,
                     "units": units,
                     "tokens": tokens,
-                    "microseconds": round(best[0], 2),
-                    "config": dataclasses.asdict(best[1]),
+                    "microseconds": times[best],
+                    "config": dataclasses.asdict(configs[best]),
                 }
             )
     return {"environment": describe_environment(), "choices": choices, "timings": timings}
+
+
+def _compile(config: Config) -> None:
+    compile_cubin(kernel_source(config.columns), "sm_90a", defines(config, torch.float16))
 
 
 def main() -> None:

@@ -39,11 +39,18 @@ class Config:
     """Blocks of 64 output channels of each warpgroup."""
     split: int = 1
     """CTAs that share a tile's k-range."""
-    multicast: int = 1
-    """CTAs that share a token tile and load it once."""
     ctas_per_sm: int = 1
+    parts: int = 1
+    """Parts in which a step's tokens are multiplied and promoted."""
+    signed: bool = False
+    """Weights become signed numbers, instead of sums corrected for their offset."""
     stages: int = 0
     """Units in flight; 0: as many as fit."""
+
+    @property
+    def columns(self) -> int:
+        """Tokens of one matrix instruction."""
+        return self.tokens // self.parts
 
     @property
     def row_blocks(self) -> int:
@@ -75,11 +82,6 @@ class Config:
         return self.num_stages * self.stage_bytes + self.receive_bytes
 
     @property
-    def cluster(self) -> int:
-        """CTAs of a cluster."""
-        return self.split * self.multicast
-
-    @property
     def producer_threads(self) -> int:
         """A whole warpgroup where registers are handed from the producer to the consumers."""
         return 128 if self.ctas_per_sm == 1 and self.warpgroups > 1 else 32
@@ -94,7 +96,7 @@ class Config:
         if self.producer_threads < 128:
             return 0, 0
         given = 65536 // self.threads // 8 * 8 * self.threads
-        producer = 40 if self.warpgroups == 2 else 32
+        producer = 24 if self.warpgroups == 2 else 32
         return producer, (given - producer * 128) // (128 * self.warpgroups) // 8 * 8
 
     @property
@@ -111,13 +113,13 @@ def _candidates() -> tuple[Config, ...]:
         for split in (1, 2, 4, 5, 6)
         if bm < 64 or ctas == 3
     ]
-    wide = [Config(64, 2, blocks=2, split=split) for split in (1, 2, 3, 4)]
-    wide += [Config(64, 3, split=split) for split in (1, 2)]
-    wide += [Config(128, 2, split=split) for split in (1, 2, 3)]
-    wide += [Config(128, 3, split=split) for split in (1, 2)]
-    wide += [Config(96, 3), Config(96, 3, split=2), Config(96, 2, blocks=2), Config(112, 3)]
-    wide += [Config(160, 2), Config(192, 2)]
-    wide += [Config(64, 2, blocks=2, multicast=2), Config(128, 3, multicast=2)]
+    wide = [Config(64, 3, split=split) for split in (1, 2)]
+    wide += [Config(96, 3, split=split) for split in (1, 2)]
+    wide += [Config(64, 2, blocks=2, split=split) for split in (1, 2, 3)]
+    wide += [Config(64, 3, blocks=2, parts=2), Config(96, 2, blocks=2)]
+    wide += [Config(128, 2), Config(128, 2, blocks=2, parts=2), Config(128, 3, signed=True)]
+    wide += [Config(128, 2, signed=True, split=split) for split in (1, 2, 3)]
+    wide += [Config(256, 2, parts=2, signed=True)]
     return tuple(few + wide)
 
 
@@ -125,10 +127,10 @@ CONFIGS = _candidates()
 """What tuning chooses from."""
 
 
-def kernel_source(tokens: int) -> str:
-    """kernel.cu preceded by the two wgmma instructions for tiles of `tokens` tokens."""
+def kernel_source(columns: int) -> str:
+    """kernel.cu preceded by the two wgmma instructions for `columns` tokens."""
     text = (files("quatom.ops.linear") / "kernel.cu").read_text()
-    return _wgmma("e4m3", tokens) + _wgmma("s8", tokens) + text
+    return _wgmma("e4m3", columns) + _wgmma("s8", columns) + text
 
 
 def _wgmma(operand: str, columns: int) -> str:
@@ -155,11 +157,12 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
     """The constants that kernel.cu is compiled with."""
     return {
         "BM": config.tokens,
+        "PARTS": config.parts,
+        "SIGNED": int(config.signed),
         "WARPGROUPS": config.warpgroups,
         "BLOCKS_PER_WARPGROUP": config.blocks,
         "STAGES": config.num_stages,
         "SPLIT": config.split,
-        "MULTICAST": config.multicast,
         "PRODUCER_THREADS": config.producer_threads,
         "CTAS_PER_SM": config.ctas_per_sm,
         "PRODUCER_REGISTERS": config.registers[0],
@@ -170,14 +173,14 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
 
 @cache
 def _kernel(config: Config, dtype: torch.dtype, device: int) -> CudaKernel:
-    cubin = compile_cubin(kernel_source(config.tokens), "sm_90a", defines(config, dtype))
+    cubin = compile_cubin(kernel_source(config.columns), "sm_90a", defines(config, dtype))
     with torch.cuda.device(device):
         return load_kernel(
             cubin,
             "linear_hopper",
             threads=config.threads,
             shared_bytes=config.shared_bytes,
-            cluster=config.cluster,
+            cluster=config.split,
         )
 
 
@@ -236,16 +239,16 @@ def linear_cuda(
     if not x.tokens:
         return y
     layout = x.spec.layout
-    row_tiles = -(-packed.shape[0] // (config.row_blocks * config.multicast))
+    row_tiles = -(-packed.shape[0] // config.row_blocks)
     tiles = row_tiles * -(-x.tokens // config.tokens)
     clusters = tiles
     if config.split == 1:  # persistent: each cluster takes every clusters-th tile
-        clusters = min(tiles, _multiprocessors(device) * config.ctas_per_sm // config.cluster)
+        clusters = min(tiles, _multiprocessors(device) * config.ctas_per_sm)
     # Weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
     unit_value = 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
     with torch.cuda.device(device):
         _kernel(config, x.dtype, device).launch(
-            clusters * config.cluster,
+            clusters * config.split,
             (
                 ctypes.c_void_p(packed.data_ptr()),
                 ctypes.c_void_p(x.codes.data_ptr()),

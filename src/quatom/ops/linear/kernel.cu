@@ -10,21 +10,23 @@
 // group the partial sums, exact in the FP8 unit for INT4 codes, are scaled and added in float32: while
 // one warpgroup does this, the matrix unit works for another.
 //
-// Compiled by NVRTC with BM, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, MULTICAST, PRODUCER_THREADS, CTAS_PER_SM,
-// PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM columns prepended.
+// Compiled by NVRTC with BM, PARTS, SIGNED, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
+// PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM / PARTS columns prepended.
+//   PARTS      a step multiplies and promotes its tokens in this many parts, which need fewer registers
+//   SIGNED     convert weights to signed e4m3 instead of correcting sums for their offset: more
+//              instructions a weight, half the bytes of activation scales from shared memory
 //   SPLIT      CTAs of a cluster that share one tile's k-range and add up through shared memory
-//   MULTICAST  CTAs of a cluster that share one token tile and load it once
 
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;     // threads
+constexpr int COLUMNS = BM / PARTS;             // tokens of one matrix instruction
 // Convert the next group's weights while this one multiplies; three warpgroups hide it behind each
 // other's turns instead, and need the registers.
 constexpr bool PREFETCH = WARPGROUPS < 3 && BLOCKS_PER_WARPGROUP == 1;
 constexpr int BLOCKS = WARPGROUPS * BLOCKS_PER_WARPGROUP;  // of 64 output channels, of a tile
-constexpr int CLUSTER = SPLIT * MULTICAST;
 constexpr u32 UNIT_BYTES = 4096 + 128;
 constexpr u32 X_BYTES = BM * 128;
 constexpr u32 XS_BYTES = BM * 8;
@@ -38,8 +40,7 @@ constexpr int TOKEN_BLOCKS = BM / 8;
 constexpr u32 TOKEN_BLOCK_BYTES = BLOCKS * 2048;  // float sums of 8 tokens
 constexpr u32 RECEIVE_BYTES = (TOKEN_BLOCKS + SPLIT - 1) / SPLIT * (SPLIT - 1) * TOKEN_BLOCK_BYTES;
 constexpr u32 BARRIER_OFFSET = RECEIVE_OFFSET + RECEIVE_BYTES;
-static_assert(SPLIT == 1 || MULTICAST == 1, "a cluster either splits k or shares tokens");
-static_assert(BM % (8 * MULTICAST) == 0, "each CTA loads whole swizzle atoms");
+static_assert(COLUMNS % 8 == 0, "whole swizzle atoms");
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
@@ -58,6 +59,13 @@ __device__ __forceinline__ u32 map_to_rank(u32 address, u32 rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
+// One thread of a warp, and to the compiler no more than one: addresses of its bulk copies then go to
+// uniform registers at once instead of through a loop over all threads that might copy.
+__device__ __forceinline__ bool elect_one() {
+  u32 elected;
+  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+}
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -66,9 +74,6 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 }
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive_remote(u32 mapped) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   asm volatile(
@@ -80,12 +85,6 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-__device__ __forceinline__ void bulk_copy_multicast(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier),
-      "h"(static_cast<unsigned short>((1 << MULTICAST) - 1)) : "memory");
 }
 __device__ __forceinline__ void store_async(u32 mapped, const float* v, u32 mapped_barrier) {
   asm volatile(
@@ -104,6 +103,11 @@ __device__ __forceinline__ uint4 load_shared_16(u32 address) {
 __device__ __forceinline__ float4 load_shared_f4(u32 address) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ float load_shared_f1(u32 address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
   return v;
 }
 __device__ __forceinline__ float load_shared_half(u32 address) {
@@ -143,7 +147,7 @@ struct Ring {  // position in the ring of stages
 // The order in which clusters take tiles: token tiles in bands of at most 16, so that tiles that run
 // together share both weights and tokens in the L2 cache.
 struct Tiles {
-  int token_tiles, row_tiles;  // row_tiles: in steps of MULTICAST tiles
+  int token_tiles, row_tiles;
   __device__ __forceinline__ int count() const { return token_tiles * row_tiles; }
   __device__ __forceinline__ void locate(int tile, int& token_tile, int& row_tile) const {
     const int band = min(token_tiles, 16);
@@ -155,24 +159,39 @@ struct Tiles {
   }
 };
 
-// A thread's INT4 codes c, stored as c + 8, as e4m3 numbers (c + 8) * 2**-9: e4m3 is linear in its byte up
-// to 0x10, so that three instructions convert eight codes. What the offset adds to a group's sum, 8 times
-// the sum of the token's codes, `promote` takes away without any instruction more.
+// e4m3 numbers c * 2**-9 of four codes stored as u = c + 8 in the low nibbles of `codes`, whose sign (u >= 8)
+// is bit 7 of the bytes of `signs`; the high nibbles of `codes` do not matter.
+__device__ __forceinline__ u32 to_signed(u32 codes, u32 signs) {
+  u32 positive;  // 0xFF for a byte of c >= 0
+  asm("prmt.b32 %0, %1, 0, 0xBA98;" : "=r"(positive) : "r"(signs));
+  // c >= 0 is its own byte, u & 7; otherwise |c| = (~u & 7) + 1, and 0x80 is the sign.
+  return ((codes ^ ~positive) & 0x07070707u) + (~positive & 0x81818181u);
+}
+
+// A thread's INT4 codes c, stored as c + 8. e4m3 is linear in its byte up to 0x10, so that three
+// instructions make eight numbers (c + 8) * 2**-9. What the offset adds to a group's sum, 8 times the sum
+// of the token's codes, `promote` takes away. SIGNED makes c * 2**-9, by ten instructions.
 __device__ __forceinline__ void load_codes(u32 address, u32 (&a)[16]) {
   const uint4 v0 = load_shared_16(address), v1 = load_shared_16(address + 2048);
   const u32 words[8] = {v0.x, v0.y, v0.z, v0.w, v1.x, v1.y, v1.z, v1.w};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    a[2 * i] = words[i] & 0x0F0F0F0Fu;
-    a[2 * i + 1] = (words[i] >> 4) & 0x0F0F0F0Fu;
+    if (SIGNED) {
+      a[2 * i] = to_signed(words[i], words[i] << 4);
+      a[2 * i + 1] = to_signed(words[i] >> 4, words[i]);
+    } else {
+      a[2 * i] = words[i] & 0x0F0F0F0Fu;
+      a[2 * i + 1] = (words[i] >> 4) & 0x0F0F0F0Fu;
+    }
   }
 }
 
-// total += (partial * token scale - correction) * channel scale, the only arithmetic outside the matrix
-// unit. The correction, token scale * 8 * sum of codes, is exact for integer codes, and so is the difference.
-template <typename T>
-__device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2],
-                                        const T (&partial)[BLOCKS_PER_WARPGROUP][BM / 2], u32 xs, u32 ws, float factor) {
+// total += (partial * token scale + correction) * channel scale, the only arithmetic outside the matrix
+// unit. The correction, -8 * token scale * sum of codes, is exact for integer codes, and so is the sum of
+// the two; SIGNED and INT8 weights need none. `total` begins at this part's columns.
+template <bool CORRECT, typename T>
+__device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2], int part,
+                                        const T (&partial)[BLOCKS_PER_WARPGROUP][COLUMNS / 2], u32 xs, u32 ws, float factor) {
   float low[BLOCKS_PER_WARPGROUP], high[BLOCKS_PER_WARPGROUP];
 #pragma unroll
   for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r) {
@@ -180,16 +199,23 @@ __device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM 
     high[r] = load_shared_half(ws + r * UNIT_BYTES + 16) * factor;
   }
 #pragma unroll
-  for (int j = 0; j < BM / 8; ++j) {
-    const float4 s = load_shared_f4(xs + j * 64);  // two tokens: scale, minus correction
+  for (int j = 0; j < COLUMNS / 8; ++j) {
+    const u32 address = xs + part * COLUMNS * 8 + j * 64;  // two tokens: scale, correction each
+    float4 s;
+    if (CORRECT) {
+      s = load_shared_f4(address);
+    } else {
+      s.x = load_shared_f1(address);
+      s.z = load_shared_f1(address + 8);
+    }
 #pragma unroll
     for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r) {
-      float* sum = total[r] + 4 * j;
-      const T* part = partial[r] + 4 * j;
-      sum[0] = fmaf(fmaf(float(part[0]), s.x, s.y), low[r], sum[0]);
-      sum[1] = fmaf(fmaf(float(part[1]), s.z, s.w), low[r], sum[1]);
-      sum[2] = fmaf(fmaf(float(part[2]), s.x, s.y), high[r], sum[2]);
-      sum[3] = fmaf(fmaf(float(part[3]), s.z, s.w), high[r], sum[3]);
+      float* sum = total[r] + part * (COLUMNS / 2) + 4 * j;
+      const T* p = partial[r] + 4 * j;
+      sum[0] = fmaf(CORRECT ? fmaf(float(p[0]), s.x, s.y) : float(p[0]) * s.x, low[r], sum[0]);
+      sum[1] = fmaf(CORRECT ? fmaf(float(p[1]), s.z, s.w) : float(p[1]) * s.z, low[r], sum[1]);
+      sum[2] = fmaf(CORRECT ? fmaf(float(p[2]), s.x, s.y) : float(p[2]) * s.x, high[r], sum[2]);
+      sum[3] = fmaf(CORRECT ? fmaf(float(p[3]), s.z, s.w) : float(p[3]) * s.z, high[r], sum[3]);
     }
   }
 }
@@ -206,46 +232,67 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const u32 full = base + BARRIER_OFFSET, empty = full + STAGES * 8;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // warp: uniform to the compiler
+  const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
 
   const int row_blocks = (channels + 63) / 64;
   const int units = int4_groups + 2 * int8_groups;
   const u32 block_stride = u32(units) * UNIT_BYTES;
-  const Tiles tiles{(tokens + BM - 1) / BM, (row_blocks + BLOCKS * MULTICAST - 1) / (BLOCKS * MULTICAST)};
-  const int first_tile = blockIdx.x / CLUSTER, tile_step = gridDim.x / CLUSTER;
+  const Tiles tiles{(tokens + BM - 1) / BM, (row_blocks + BLOCKS - 1) / BLOCKS};
+  const int first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
   const int unit_begin = SPLIT > 1 ? int(rank) * units / SPLIT : 0;
   const int unit_end = SPLIT > 1 ? (int(rank) + 1) * units / SPLIT : units;
   const int steps = unit_end - unit_begin;
 
   const u32 received = empty + STAGES * 8;  // barrier of the partial sums of other CTAs
-  int token_tile, row_tile, started = 0;
 
-  // Weights do not depend on the kernel before this one: fetch the first ones before anything else.
-  auto load_weights = [&](int unit, u32 stage) {
-    const int here = min(BM, tokens_padded - token_tile * BM);
+  // The producer's place in the tile. Its loop must be short: it shares a scheduler with consumers.
+  int here = 0, last_block = 0, started = 0;
+  const u8 *w_from = nullptr, *x_from = nullptr;
+  const float* xs_from = nullptr;
+  auto begin_tile = [&](int tile) {
+    int token_tile, row_tile;
+    tiles.locate(tile, token_tile, row_tile);
+    here = min(BM, tokens_padded - token_tile * BM);
+    // Blocks beyond the last repeat it: their results are not stored.
+    const int block = min(row_tile * BLOCKS, row_blocks - 1);
+    last_block = row_blocks - 1 - block;
+    w_from = weights + u64(block) * block_stride + u64(unit_begin) * UNIT_BYTES;
+    const int group = unit_begin < int4_groups ? unit_begin : int4_groups + (unit_begin - int4_groups) / 2;
+    const u64 token = u64(group) * tokens_padded + token_tile * BM;
+    x_from = x + token * 128;
+    xs_from = xs + token * 2;
+  };
+  auto load_weights = [&](u32 stage) {
     barrier_expect(full + 8 * stage, BLOCKS * UNIT_BYTES + here * 136);
 #pragma unroll
-    for (int g = 0; g < BLOCKS; ++g) {
-      // Blocks beyond the last repeat it: their results are not stored.
-      const int block = min((row_tile * MULTICAST + (MULTICAST > 1 ? int(rank) : 0)) * BLOCKS + g, row_blocks - 1);
-      bulk_copy(base + W_OFFSET + (stage * BLOCKS + g) * UNIT_BYTES,
-                weights + u64(block) * block_stride + u64(unit) * UNIT_BYTES, UNIT_BYTES, full + 8 * stage);
+    for (int g = 0; g < BLOCKS; ++g)
+      bulk_copy(base + W_OFFSET + (stage * BLOCKS + g) * UNIT_BYTES, w_from + min(g, last_block) * block_stride, UNIT_BYTES,
+                full + 8 * stage);
+    w_from += UNIT_BYTES;
+  };
+  auto load_tokens = [&](int unit, u32 stage) {
+    bulk_copy(base + X_OFFSET + stage * X_BYTES, x_from, here * 128, full + 8 * stage);
+    bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs_from, here * 8, full + 8 * stage);
+    if (unit < int4_groups || (unit - int4_groups) % 2) {  // two units of an INT8 group share its tokens
+      x_from += u64(tokens_padded) * 128;
+      xs_from += u64(tokens_padded) * 2;
     }
   };
-  if (warp == 4 * WARPGROUPS && lane == 0) {
+  // Weights do not depend on the kernel before this one: fetch the first ones before anything else.
+  if (warp == 4 * WARPGROUPS && elect_one()) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 4 * WARPGROUPS * MULTICAST);
+      barrier_init(empty + 8 * s, 4 * WARPGROUPS);
     }
     if (SPLIT > 1) barrier_init(received, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (first_tile < tiles.count()) {
-      tiles.locate(first_tile, token_tile, row_tile);
+      begin_tile(first_tile);
       started = min(steps, int(STAGES));
-      for (int i = 0; i < started; ++i) load_weights(unit_begin + i, i);
+      for (int i = 0; i < started; ++i) load_weights(i);
       if (SPLIT > 1) {
-        const int blocks = (min(BM, tokens - token_tile * BM) + 7) / 8;
+        const int blocks = here / 8;
         const int owned = (blocks - int(rank) + SPLIT - 1) / SPLIT;
         if (owned > 0) barrier_expect(received, owned * (SPLIT - 1) * TOKEN_BLOCK_BYTES);
       }
@@ -253,42 +300,27 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   }
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   __syncwarp();
-  if (CLUSTER > 1) cluster_arrive();
+  if (SPLIT > 1) cluster_arrive();
   __syncthreads();
-  if (MULTICAST > 1) cluster_wait();  // the peers' barriers exist before anything is sent to them
 
   if (warp >= 4 * WARPGROUPS) {
     // Producer.
 #if PRODUCER_REGISTERS
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
 #endif
-    if (warp == 4 * WARPGROUPS && lane == 0) {
+    if (warp == 4 * WARPGROUPS && elect_one()) {
       Ring ring;
-      auto load_tokens = [&](int unit, u32 stage) {
-        const int group = unit < int4_groups ? unit : int4_groups + (unit - int4_groups) / 2;
-        const int here = min(BM, tokens_padded - token_tile * BM);
-        const u64 token = u64(group) * tokens_padded + token_tile * BM;
-        const u32 to = base + X_OFFSET + stage * X_BYTES;
-        if (MULTICAST > 1) {
-          const int part = BM / MULTICAST, begin = min(here, int(rank) * part), end = min(here, begin + part);
-          if (end > begin)
-            bulk_copy_multicast(to + begin * 128, x + (token + begin) * 128, (end - begin) * 128, full + 8 * stage);
-        } else {
-          bulk_copy(to, x + token * 128, here * 128, full + 8 * stage);
-        }
-        bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs + 2 * token, here * 8, full + 8 * stage);
-      };
       asm volatile("griddepcontrol.wait;" ::: "memory");
       for (int tile = first_tile; tile < tiles.count(); tile += tile_step) {
-        tiles.locate(tile, token_tile, row_tile);
-        for (int i = 0; i < steps; ++i) {
+        if (tile != first_tile) begin_tile(tile);
+        for (int unit = unit_begin; unit < unit_end; ++unit) {
           if (started > 0) {
             --started;
           } else {
             barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-            load_weights(unit_begin + i, ring.stage);
+            load_weights(ring.stage);
           }
-          load_tokens(unit_begin + i, ring.stage);
+          load_tokens(unit, ring.stage);
           ring.advance();
         }
       }
@@ -301,6 +333,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     const int group_warp = warp % 4, warpgroup = warp / 4;
     constexpr int RB = BLOCKS_PER_WARPGROUP;
     constexpr u32 W_STAGE = BLOCKS * UNIT_BYTES;
+    constexpr u64 PART_STEP = COLUMNS * 128 / 16;  // of a descriptor
     const u32 w_thread = base + W_OFFSET + warpgroup * RB * UNIT_BYTES + (threadIdx.x % 128) * 16;
     const u32 ws_thread = base + W_OFFSET + warpgroup * RB * UNIT_BYTES + 4096 + (group_warp * 16 + lane / 4) * 2;
     const u32 xs_thread = base + XS_OFFSET + (lane % 4) * 16;
@@ -309,11 +342,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
 
     auto release = [&](u32 stage) {
       __syncwarp();
-      if (MULTICAST > 1) {
-        if (lane < MULTICAST) barrier_arrive_remote(map_to_rank(empty + 8 * stage, lane));
-      } else if (lane == 0) {
-        barrier_arrive(empty + 8 * stage);
-      }
+      if (lane == 0) barrier_arrive(empty + 8 * stage);
     };
     auto load_weights_of = [&](u32 stage, u32 (&a)[RB][16]) {
 #pragma unroll
@@ -321,27 +350,31 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     };
     // One INT4 group: multiply `now`, and meanwhile convert the next group's weights to `next`.
     auto int4_step = [&](u32 (&now)[RB][16], u32 (&next)[RB][16], bool more) {
-      float partial[RB][BM / 2];
       const u32 stage = ring.stage;
       const u64 b = descriptor(base + X_OFFSET + stage * X_BYTES);
       if (!PREFETCH) {
         barrier_wait(full + 8 * stage, ring.phase);
         load_weights_of(stage, now);
       }
-      wgmma_fence();
-#pragma unroll
-      for (int r = 0; r < RB; ++r)
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-          wgmma_e4m3(partial[r], now[r][4 * c], now[r][4 * c + 1], now[r][4 * c + 2], now[r][4 * c + 3], b + 2 * c, c);
-      wgmma_commit();
       ring.advance();
-      if (PREFETCH && more) {
-        barrier_wait(full + 8 * ring.stage, ring.phase);
-        load_weights_of(ring.stage, next);
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        float partial[RB][COLUMNS / 2];
+        wgmma_fence();
+#pragma unroll
+        for (int r = 0; r < RB; ++r)
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            wgmma_e4m3(partial[r], now[r][4 * c], now[r][4 * c + 1], now[r][4 * c + 2], now[r][4 * c + 3],
+                       b + part * PART_STEP + 2 * c, c);
+        wgmma_commit();
+        if (PREFETCH && more && part == PARTS - 1) {
+          barrier_wait(full + 8 * ring.stage, ring.phase);
+          load_weights_of(ring.stage, next);
+        }
+        wgmma_wait();
+        promote<!SIGNED>(total, part, partial, xs_thread + stage * XS_BYTES, ws_thread + stage * W_STAGE, 1.0f);
       }
-      wgmma_wait();
-      promote(total, partial, xs_thread + stage * XS_BYTES, ws_thread + stage * W_STAGE, 1.0f);
       release(stage);
     };
 
@@ -363,7 +396,6 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         }
       }
       for (int unit = unit_begin + int4_steps; unit < unit_end; ++unit) {  // INT8 outliers, half a group each
-        int partial[RB][BM / 2];
         const u32 stage = ring.stage;
         barrier_wait(full + 8 * stage, ring.phase);
         const u64 b = descriptor(base + X_OFFSET + stage * X_BYTES) + ((unit - int4_groups) % 2) * 4;
@@ -372,18 +404,24 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         for (int r = 0; r < RB; ++r)
 #pragma unroll
           for (int c = 0; c < 2; ++c) a[r][c] = load_shared_16(w_thread + stage * W_STAGE + r * UNIT_BYTES + c * 2048);
-        wgmma_fence();
 #pragma unroll
-        for (int r = 0; r < RB; ++r)
+        for (int part = 0; part < PARTS; ++part) {
+          int partial[RB][COLUMNS / 2];
+          wgmma_fence();
 #pragma unroll
-          for (int c = 0; c < 2; ++c) wgmma_s8(partial[r], a[r][c].x, a[r][c].y, a[r][c].z, a[r][c].w, b + 2 * c, c);
-        wgmma_commit();
-        wgmma_wait();
-        promote(total, partial, xs_thread + stage * XS_BYTES, ws_thread + stage * W_STAGE, 1.0f / unit_value);
+          for (int r = 0; r < RB; ++r)
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+              wgmma_s8(partial[r], a[r][c].x, a[r][c].y, a[r][c].z, a[r][c].w, b + part * PART_STEP + 2 * c, c);
+          wgmma_commit();
+          wgmma_wait();
+          promote<false>(total, part, partial, xs_thread + stage * XS_BYTES, ws_thread + stage * W_STAGE, 1.0f / unit_value);
+        }
         release(stage);
         ring.advance();
       }
 
+      int token_tile, row_tile;
       tiles.locate(tile, token_tile, row_tile);
       const int here = min(BM, tokens - token_tile * BM);
       if (SPLIT > 1) {
@@ -402,7 +440,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       }
 #pragma unroll
       for (int r = 0; r < RB; ++r) {
-        const int block = ((row_tile * MULTICAST + (MULTICAST > 1 ? int(rank) : 0)) * WARPGROUPS + warpgroup) * RB + r;
+        const int block = (row_tile * WARPGROUPS + warpgroup) * RB + r;
         // Register row i of 16 is channel 4 (i / 2) + i % 2 for i < 8 and two more for i - 8, so that
         // after the transposition a thread holds four adjacent channels of one token.
         const int row = block * 64 + group_warp * 16 + lane / 8 * 4 + lane / 4 % 2;
@@ -437,11 +475,6 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   }
   if (SPLIT > 1 && warp >= 4 * WARPGROUPS) {
     __syncwarp();
-    cluster_wait();
-  }
-  if (MULTICAST > 1) {  // no CTA leaves while another copies into it or signals its barriers
-    __syncwarp();
-    cluster_arrive();
     cluster_wait();
   }
 }

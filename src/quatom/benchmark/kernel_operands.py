@@ -1,0 +1,74 @@
+"""Random operands of linear layers for measurements."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quatom.benchmark.timing import copies_to_rotate
+from quatom.numerics.formats import get_format
+from quatom.numerics.groups import GroupLayout, expand_scales
+from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
+from quatom.ops.backend import Backend
+from quatom.ops.linear import PreparedLinear, prepare_weights
+
+OUTLIERS = 128
+
+
+@dataclass(frozen=True)
+class HopperOperands:
+    """Packed weights of one shape, as many copies as it takes to leave the L2 cache."""
+
+    weights: list[Tensor]
+    prepared: PreparedLinear
+    values: Tensor
+    """Codes of the first copy, (N, K) int8."""
+    scales: Tensor
+    layout: GroupLayout
+
+    def activations(self, tokens: int, fmt: str) -> MixedTensor:
+        """Random activations of `tokens` tokens."""
+        return random_activations(tokens, self.layout, fmt, "groups")
+
+
+def random_activations(
+    tokens: int, layout: GroupLayout, fmt: str, byte_layout: Literal["rows", "groups"]
+) -> MixedTensor:
+    """Random codes with random scales, in the byte layout of a backend."""
+    normal = torch.randn(tokens, layout.normal, device="cuda")
+    normal = get_format(fmt).round(normal * get_format(fmt).largest / 3)
+    outliers = torch.randint(-127, 128, (tokens, layout.outliers), device="cuda").float()
+    scales = (torch.rand(tokens, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
+    spec = QuantizeSpec(layout=layout, normal=fmt, byte_layout=byte_layout)
+    return pack_values(torch.cat((normal, outliers), dim=1), scales, spec, torch.float16)
+
+
+def random_weights(channels: int, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """INT4 codes with INT8 outliers, (N, K) int8, and scales (N, S)."""
+    values = torch.randint(-8, 8, (channels, layout.channels), device="cuda", dtype=torch.int8)
+    values[:, layout.normal :] = torch.randint(
+        -127, 128, (channels, layout.outliers), device="cuda", dtype=torch.int8
+    )
+    scales = (torch.rand(channels, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
+    return values, scales
+
+
+def hopper_operands(channels: int, k: int) -> HopperOperands:
+    """Random weights (N, K) with 128 outliers, packed for the Hopper kernel."""
+    layout = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
+    values, scales = random_weights(channels, layout)
+    prepared = prepare_weights(values, scales, layout, backend=Backend.CUDA)
+    first = prepared.tensors[0]
+    copies = copies_to_rotate(first.numel())
+    weights = [first, *(first.clone() for _ in range(copies - 1))]
+    return HopperOperands(weights, prepared, values, scales, layout)
+
+
+def relative_error(y: Tensor, x: MixedTensor, values: Tensor, scales: Tensor) -> float:
+    """Error of at most 256 rows of y against float64."""
+    rows = slice(0, min(256, x.tokens))
+    layout = x.spec.layout
+    weights = values.double() * expand_scales(scales, layout).double()
+    want = x.dequantize()[rows].double() @ weights.t()
+    return ((y[rows].double() - want).norm() / want.norm()).item()

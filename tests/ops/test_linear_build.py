@@ -1,0 +1,42 @@
+"""What the compiler makes of the Hopper linear kernel, seen without a GPU."""
+
+import re
+
+import pytest
+import torch
+from tests.ops.test_cuda_build import disassemble
+
+from quatom.errors import BackendError
+from quatom.ops import cuda_build
+from quatom.ops.cuda_build import compile_cubin
+from quatom.ops.linear.cuda import Config, defines, kernel_source
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUATOM_CACHE_DIR", str(tmp_path))
+    try:
+        cuda_build._nvrtc()
+    except BackendError as error:
+        pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(16, 1, split=2, ctas_per_sm=3),
+        Config(128, 3, signed=True),
+        Config(256, 2, parts=2, signed=True),
+        Config(128, 2, blocks=2, parts=2, signed=True),
+    ],
+    ids=str,
+)
+def test_the_producer_copies_without_loops_and_the_steps_without_spills(config, tmp_path):
+    source = kernel_source(config.columns)
+    sass = disassemble(compile_cubin(source, "sm_90a", defines(config, torch.float16)), tmp_path)
+    # A bulk copy takes its addresses from uniform registers. Where the compiler does not see that
+    # one thread copies, it loops over all that might: such a producer once bounded large tiles.
+    assert "UBLKCP" in sass
+    assert "BRA.U.ANY" not in sass
+    matrix = [match.start() for match in re.finditer(f"QGMMA.64x{config.columns}x32", sass)]
+    assert len(re.findall(r"\b(LDL|STL)\b", sass[matrix[0] : matrix[-1]])) <= 4
