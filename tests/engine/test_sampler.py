@@ -73,7 +73,7 @@ def test_what_may_be_sampled(options, allowed):
     assert support(LOGITS, SamplingParams(**options)) == allowed
 
 
-@pytest.mark.parametrize("floor", [sampler._sorted_floor, sampler._bisected_floor])
+@pytest.mark.parametrize("floor", [sampler._histogram_floor, sampler._bisected_floor])
 def test_tokens_of_equal_probability_stay_together(floor):
     probs = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.4, 0.1]])
     top_p = torch.tensor([[0.3], [0.5]])
@@ -85,13 +85,39 @@ def test_tokens_of_equal_probability_stay_together(floor):
 def test_the_nucleus_is_the_smallest_that_reaches_top_p(seed, scale, top_p):
     generator = torch.Generator().manual_seed(seed)
     probs = (scale * torch.randn(3, 3000, generator=generator)).softmax(-1)
-    for floor in (sampler._sorted_floor, sampler._bisected_floor):
+    for floor in (sampler._histogram_floor, sampler._bisected_floor):
         kept = probs >= floor(probs, torch.full((3, 1), top_p))
         mass = (probs * kept).sum(-1, dtype=torch.float64)
         without = mass - torch.where(kept, probs, torch.inf).amin(-1)
         # Sums of 3000 float32 numbers are exact to 3000 * 2**-24 = 1.8e-4 at worst.
         assert (mass >= top_p - 2e-4).all()
         assert (without <= top_p + 2e-4).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**16),
+    top_p=st.floats(2.0**-20, 1.0, width=32),
+    kinds=st.lists(st.sampled_from(["flat", "peaked", "equal", "zeros"]), min_size=1, max_size=4),
+)
+def test_the_nucleus_on_a_cpu_is_that_of_a_sort(seed, top_p, kinds):
+    generator = torch.Generator().manual_seed(seed)
+    rows = {
+        "flat": torch.randn(997, generator=generator).softmax(-1),
+        "peaked": (40 * torch.randn(997, generator=generator)).softmax(-1),
+        "equal": torch.full((997,), 2.0**-10),
+        "zeros": torch.randint(0, 3, (997,), generator=generator).float() / 1024,
+    }
+    probs = torch.stack([rows[kind] for kind in kinds])
+    got = sampler._histogram_floor(probs, torch.full((len(kinds), 1), top_p))
+    for row, floor in zip(probs.double(), got.double(), strict=True):
+        mass = row[row >= floor].sum()
+        more = row[row > floor].sum()
+        # float64 sums of 997 numbers; equality may fall to either side of their rounding.
+        slack = 1e-12 * row.sum()
+        assert mass >= top_p * row.sum() - slack
+        assert more < top_p * row.sum() + slack
+        assert floor in row
 
 
 def test_frequencies_follow_the_probabilities():

@@ -11,6 +11,7 @@ import torch
 from quatom.engine.block_pool import BlockPool
 from quatom.engine.config import EngineConfig
 from quatom.engine.cuda_graphs import DecodeGraphs
+from quatom.engine.host_memory import keep_freed_pages
 from quatom.engine.kv_cache import count_blocks
 from quatom.engine.outputs import FinishReason, SequenceDelta, TokenLogprobs
 from quatom.engine.requests import Request, RequestFactory
@@ -31,6 +32,8 @@ class Engine:
 
     def __init__(self, loaded: Any, config: EngineConfig | None = None) -> None:
         self.device = torch.device(loaded.device)
+        if self.device.type == "cpu":
+            keep_freed_pages()
         self.config = (config or EngineConfig()).resolve(self.device, loaded.config.max_position)
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer

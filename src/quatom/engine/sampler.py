@@ -22,8 +22,8 @@ from quatom.engine.sequence import Sequence
 INVALID_TOKEN = -1
 """Reported instead of a token where the model's logits are not numbers."""
 
-SHORTLIST = 1024
-"""Tokens of a row that top_p looks at first on a CPU."""
+BIN_SHIFT = 18
+"""Bits of a float32 below those that name a bin: 32 bins for each power of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,44 +197,46 @@ def _random_rows(
 def _sample_rows(logits: Tensor, random: RandomRows) -> Tensor:  # -> (R,) int64
     """Cut and sample the rows that want chance."""
     # Subtracting the maximum first keeps a temperature near 0 from overflowing.
-    scores = logits[random.rows]
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / random.temperature
+    every = len(random.rows) == len(logits)
+    scores = logits if every else logits[random.rows]
+    scores = (scores - scores.amax(dim=-1, keepdim=True)).div_(random.temperature)
     probs = scores.softmax(dim=-1)
     if random.min_p is not None:
-        probs = probs.masked_fill(probs < random.min_p * probs.amax(-1, keepdim=True), 0.0)
+        probs.masked_fill_(probs < random.min_p * probs.amax(-1, keepdim=True), 0.0)
     if random.top_k is not None:
         largest = probs.topk(random.max_top_k, dim=-1).values
         floor = largest.gather(1, (random.top_k - 1).clamp(max=random.max_top_k - 1))
         asks = random.top_k <= random.max_top_k
-        probs = probs.masked_fill((probs < floor) & asks, 0.0)
+        probs.masked_fill_((probs < floor) & asks, 0.0)
     if random.top_p is not None:
-        nucleus = _sorted_floor if probs.device.type == "cpu" else _bisected_floor
-        probs = probs.masked_fill(probs < nucleus(probs, random.top_p), 0.0)
+        nucleus = _histogram_floor if probs.device.type == "cpu" else _bisected_floor
+        probs.masked_fill_(probs < nucleus(probs, random.top_p), 0.0)
     # In float64 the sum does not drift, and u * total stays below the last cumulative sum.
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     token_ids = torch.searchsorted(cumulative, random.uniform * cumulative[:, -1:], right=True)
     return token_ids.squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def _sorted_floor(probs: Tensor, top_p: Tensor) -> Tensor:  # (R, vocab), (R, 1) -> (R, 1)
+def _histogram_floor(probs: Tensor, top_p: Tensor) -> Tensor:  # (R, vocab), (R, 1) -> (R, 1)
     """The largest probability f such that tokens of probability f or more reach top_p of the sum.
 
-    Few tokens usually do, so each row sorts its largest SHORTLIST first and all only if it must.
+    Non-negative floats are ordered as their bits: the upper bits are bins of a histogram, which
+    says in which bin f lies, and only that bin is sorted. Sums are float64.
     """
-    target = top_p * probs.sum(dim=-1, keepdim=True)
-    largest = probs.topk(min(SHORTLIST, probs.shape[1]), dim=-1).values
-    sums = largest.cumsum(dim=-1)
-    floor = largest.gather(1, (sums < target).sum(-1, keepdim=True).clamp(max=sums.shape[1] - 1))
-    short = (sums[:, -1:] < target).squeeze(1)
-    if short.any():
-        largest = probs[short].sort(dim=-1, descending=True).values
-        below = (largest.cumsum(dim=-1) < target[short]).sum(-1, keepdim=True)
-        floor[short] = largest.gather(1, below.clamp(max=probs.shape[1] - 1))
-    return floor
+    floors = np.empty(top_p.shape, dtype=np.float32)
+    for row, (share,), floor in zip(probs.numpy(), top_p.double().tolist(), floors, strict=True):
+        bins = row.view(np.uint32) >> BIN_SHIFT
+        below = np.bincount(bins, weights=row).cumsum()
+        dropped = below[-1] * (1.0 - share)  # the most that tokens below the floor may sum to
+        edge = min(int(below.searchsorted(dropped, side="right")), len(below) - 1)
+        inside = np.sort(row[bins == edge])
+        sums = inside.cumsum(dtype=np.float64) + (below[edge - 1] if edge else 0.0)
+        floor[0] = inside[min(int(np.count_nonzero(sums <= dropped)), len(inside) - 1)]
+    return torch.from_numpy(floors)
 
 
 def _bisected_floor(probs: Tensor, top_p: Tensor) -> Tensor:  # (R, vocab), (R, 1) -> (R, 1)
-    """`_sorted_floor` without a sort and without waiting for the device, for GPUs.
+    """`_histogram_floor` without a sort and without waiting for the device, for GPUs.
 
     Bisection on the bits of a float32, which order non-negative numbers as they stand: 31 sums
     over a row.
