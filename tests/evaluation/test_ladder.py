@@ -1,6 +1,7 @@
 """Ladders: what a rung measures, what rungs share, and running some of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,13 +46,11 @@ def test_the_presets_are_rungs():
 
     assert parts(LADDERS["atom"]["kv4"]) == parts(PRESETS["atom-w4a4kv4"])
     assert parts(LADDERS["quatom"]["atom"]) == parts(PRESETS["atom-w4a4kv4"])
-    assert parts(LADDERS["quatom"]["activation_clipping"]) == parts(PRESETS["quatom-w4a4kv4"])
+    assert parts(LADDERS["quatom"]["key_scaling"]) == parts(PRESETS["quatom-w4a4kv4"])
 
 
 @pytest.mark.parametrize("preset", ["fp16", "quatom-w4a4kv4"])
 def test_a_rung_is_the_perplexity_of_the_checkpoint(source_dir, tmp_path, preset):
-    from dataclasses import replace
-
     recipe = None
     model = source_dir
     if preset != "fp16":
@@ -63,6 +62,16 @@ def test_a_rung_is_the_perplexity_of_the_checkpoint(source_dir, tmp_path, preset
     whole = measure_perplexity(load(model), tokens(1, 2).flatten(), sequence_length=32)
     # The same operations; a window runs with another beside it, which changes no result.
     assert rung.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
+
+
+def test_a_rung_of_keys_leaves_the_weights_as_they_are(source_dir, tmp_path):
+    run = ladder_run(source_dir, tmp_path)
+    floating = run.measure("float", None).perplexity
+    for name, recipe in LADDERS["keys"].items():
+        exact = replace(recipe, kv_cache=replace(recipe.kv_cache, format="float16"))
+        # The same network, its keys offset, scaled and rotated in float32.
+        assert run.measure(name, exact).perplexity == pytest.approx(floating, rel=1e-4)
+        assert run.measure(name, recipe).perplexity != pytest.approx(floating, rel=1e-4)
 
 
 def test_scores_are_measured_once_and_kept_for_a_resumed_run(source_dir, tmp_path):

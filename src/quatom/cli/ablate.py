@@ -17,7 +17,11 @@ def ablate(
     ],
     json: Annotated[Path, typer.Option(help="Result file; finished rungs in it are kept.")],
     ladder: Annotated[
-        str, typer.Option(help="atom: the paper's seven rungs; quatom: what goes beyond them.")
+        str,
+        typer.Option(
+            help="atom: the paper's seven rungs; quatom: what goes beyond them; keys: INT4 keys "
+            "alone, all else in floating point."
+        ),
     ] = "atom",
     rungs: Annotated[
         str | None,

@@ -1,6 +1,7 @@
 """Ladders of recipes: each rung adds one part to the one before, and its perplexity is measured.
 
-"atom" is the ablation of the paper and its poster; "quatom" goes on from the whole Atom recipe.
+"atom" is the ablation of the paper and its poster; "quatom" goes on from the whole Atom recipe;
+"keys" leaves all but the KV cache in floating point and shows what INT4 keys alone cost.
 A rung is quantized and evaluated block by block in one walk, so that only one block is in memory;
 channel scores, which rungs share, are measured once and kept beside the result file.
 
@@ -25,6 +26,7 @@ from quatom.modeling.llama import DecoderBlock
 from quatom.modeling.rope import rotary_table
 from quatom.ops.backend import Backend
 from quatom.ops.rmsnorm import rmsnorm
+from quatom.quantize.block import balance_keys, rotate_values
 from quatom.quantize.statistics import run_block
 from quatom.quantize.stream import BlockQuantizer, Streams, embed
 from quatom.recipe import PRESETS, ActivationSpec, KVSpec, OutlierSpec, Recipe, WeightSpec
@@ -60,20 +62,20 @@ def _quatom_ladder() -> dict[str, Recipe]:
     atom = PRESETS["atom-w4a4kv4"]
     rotation = replace(atom, activations=ActivationSpec(rotation="hadamard"))
     keys = replace(rotation, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
-    offset = replace(keys, kv_cache=replace(keys.kv_cache, key_offset="mean"))
-    scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
-    values = replace(scaling, kv_cache=replace(scaling.kv_cache, value_rotation="hadamard"))
+    values = replace(keys, kv_cache=replace(keys.kv_cache, value_rotation="hadamard"))
     weights = replace(values, weights=replace(atom.weights, clip_ratio=1.0, clip_search="mse"))
     clipping = replace(weights, activations=replace(weights.activations, clip_ratio=0.95))
+    offset = replace(clipping, kv_cache=replace(clipping.kv_cache, key_offset="mean"))
+    scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
     return {
         "atom": atom,
         "group_rotation": rotation,
         "rotated_keys": keys,
-        "key_offset": offset,
-        "key_scaling": scaling,
         "rotated_values": values,
         "searched_weights": weights,
         "activation_clipping": clipping,
+        "key_offset": offset,
+        "key_scaling": scaling,
         "output_weighted_search": replace(
             clipping, weights=replace(clipping.weights, clip_search="output")
         ),
@@ -90,12 +92,26 @@ def _quatom_ladder() -> dict[str, Recipe]:
     }
 
 
+def _keys_ladder() -> dict[str, Recipe]:
+    original = replace(PRESETS["fp16"], kv_cache=KVSpec())
+    rotated = replace(original, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
+    offset = replace(rotated, kv_cache=replace(rotated.kv_cache, key_offset="mean"))
+    scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
+    return {
+        "kv4_alone": original,
+        "kv4_rotated": rotated,
+        "kv4_offset": offset,
+        "kv4_scaling": scaling,
+    }
+
+
 LADDERS: Mapping[str, Mapping[str, Recipe]] = {
     "atom": _atom_ladder(),
     "quatom": _quatom_ladder(),
+    "keys": _keys_ladder(),
 }
-"""Rungs by name, in order. The last four rungs of "quatom" are tries beside its recipe, which is
-"activation_clipping"."""
+"""Rungs by name, in order. "key_scaling" is the quatom recipe; what follows it are tries, each
+beside "activation_clipping"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +161,12 @@ class LadderRun:
     @torch.no_grad()
     def measure(self, name: str, recipe: Recipe | None) -> Rung:
         """Quantize with `recipe` and evaluate, block by block; None evaluates the float model."""
-        modules = self._float_modules() if recipe is None else self._quantized_modules(recipe)
+        recipe_or_float = PRESETS["fp16"] if recipe is None else recipe
+        modules = (
+            self._quantized_modules(recipe_or_float)
+            if recipe_or_float.quantizes_weights
+            else self._float_modules(recipe_or_float)
+        )
         hidden = embed(self.source, self.windows, self.device, self.dtype)
         rope = rotary_table(self.config, self.windows.shape[1], self.device)
         for index, module in enumerate(modules):
@@ -153,10 +174,18 @@ class LadderRun:
             self.on_block(index + 1, self.config.num_layers)
         return Rung(name, recipe, self._perplexity(hidden))
 
-    def _float_modules(self) -> Iterator[DecoderBlock]:
+    def _float_modules(self, recipe: Recipe) -> Iterator[DecoderBlock]:
+        """Blocks of floating-point linears with the recipe's KV cache."""
+        scores = self._shared_scores(recipe) if recipe != PRESETS["fp16"] else None
         for index in range(self.config.num_layers):
             block = load_float_block(self.source, index, self.device, self.dtype)
-            yield build_float_block(self.config, PRESETS["fp16"], block, backend=self.backend)
+            offset = None
+            if scores is not None:
+                block = rotate_values(block, recipe, self.config)
+                block, offset = balance_keys(block, scores[index], recipe, self.config)
+            yield build_float_block(
+                self.config, recipe, block, backend=self.backend, key_offset=offset
+            )
 
     def _quantized_modules(self, recipe: Recipe) -> Iterator[DecoderBlock]:
         needs_float = recipe.weights.target != "own_input"
@@ -186,7 +215,7 @@ class LadderRun:
 
     def _shared_scores(self, recipe: Recipe) -> list[dict[str, Tensor]]:
         """Channel scores of all blocks; what changes them is the rotation of values alone."""
-        key = f"{recipe.outliers.metric}-{recipe.kv_cache.value_rotation}"
+        key = f"{recipe.outliers.metric}-{recipe.kv_cache.value_rotation}-keys"
         if key in self._scores:
             return self._scores[key]
         file = self.scores_file.with_name(f"{self.scores_file.name}.{key}.safetensors")
