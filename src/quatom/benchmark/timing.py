@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ def time_graphs(
 
 
 def _capture(
-    calls: Sequence[Callable[[], object]], min_calls: int, pool: tuple[int, int]
+    calls: Sequence[Callable[[], object]], min_calls: int, pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of all calls, repeated until there are `min_calls`, and their number."""
     sequence = list(calls) * max(1, -(-min_calls // len(calls)))

@@ -10,11 +10,10 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -23,7 +22,6 @@ from quatom.errors import BackendError
 _CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _DEFAULT_SHARED_BYTES = 48 * 1024
-_Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
 
 
 def cache_folder() -> Path:
@@ -118,13 +116,31 @@ class _Attribute(ctypes.Structure):
 
 class _LaunchConfig(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint32 * 3),
+        ("grid_x", ctypes.c_uint32),
+        ("grid_y", ctypes.c_uint32),
+        ("grid_z", ctypes.c_uint32),
         ("block", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint32),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_Attribute)),
         ("num_attributes", ctypes.c_uint32),
     ]
+
+
+class KernelArguments(ctypes.Structure):
+    """Parameters of a kernel, a field each in its order; subclasses name them in `_fields_`.
+
+    A kernel that takes one struct by value is launched with a plain `ctypes.Structure` instead.
+    """
+
+
+@cache
+def _pointer_layout(kind: type[ctypes.Structure]) -> tuple[Any, tuple[int, ...]]:
+    """Type of the array of pointers that a launch takes, and where they point in the arguments."""
+    offsets = (0,)
+    if issubclass(kind, KernelArguments):
+        offsets = tuple(getattr(kind, field[0]).offset for field in kind._fields_)
+    return ctypes.c_void_p * len(offsets), offsets
 
 
 @cache
@@ -143,49 +159,89 @@ def _check(status: int, what: str) -> None:
         raise BackendError(f"{what} failed with {text} ({status})")
 
 
-@dataclass(frozen=True, slots=True)
+@cache
+def device_capability(device: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a CUDA device."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
 class CudaKernel:
-    """A loaded kernel of one device, ready to launch."""
+    """A loaded kernel of one device, ready to launch.
 
-    function: ctypes.c_void_p
-    name: str
-    threads: int
-    shared_bytes: int
-    cluster: int
-    """CTAs of a cluster along the grid's first axis."""
+    A forward pass launches hundreds of kernels, so that what does not change from one launch to the
+    next is made once.
+    """
 
-    def launch(self, grid: int, arguments: Sequence[_Argument], *, overlap: bool) -> None:
-        """Launch on torch's current stream.
+    __slots__ = ("_configs", "_keep", "device", "function", "name")
+
+    def __init__(
+        self,
+        function: ctypes.c_void_p,
+        name: str,
+        *,
+        threads: int,
+        shared_bytes: int,
+        cluster: int,
+        device: int,
+    ) -> None:
+        """Args say what `load_kernel`'s say; `device` is where the function was loaded."""
+        self.function, self.name, self.device = function, name, device
+        self._keep: list[Any] = []  # attribute arrays that the configurations point to
+        self._configs = tuple(
+            self._config(threads, shared_bytes, cluster, overlap) for overlap in (False, True)
+        )
+
+    def launch(self, grid: int, arguments: ctypes.Structure, *, overlap: bool) -> None:
+        """Launch on torch's current stream of the kernel's device.
 
         Args:
             grid: CTAs, a multiple of `cluster`.
-            arguments: ctypes values in the order of the kernel's parameters.
+            arguments: `KernelArguments`, or the struct that the kernel takes by value.
             overlap: let the kernel start while the one before it ends (programmatic dependent
                 launch); it must execute griddepcontrol.wait before it reads that one's results.
         """
+        if torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                self.launch(grid, arguments, overlap=overlap)
+            return
+        config = _LaunchConfig.from_buffer_copy(self._configs[overlap])
+        config.grid_x = grid
+        config.stream = _current_stream(self.device)
+        array, offsets = _pointer_layout(type(arguments))
+        base = ctypes.addressof(arguments)
+        pointers = array(*[base + offset for offset in offsets])
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None)
+        if status:
+            _check(status, f"launching {self.name} on {grid} CTAs")
+
+    def _config(
+        self, threads: int, shared_bytes: int, cluster: int, overlap: bool
+    ) -> _LaunchConfig:
         attributes = (_Attribute * 2)()
         count = 0
-        if self.cluster > 1:
+        if cluster > 1:
             attributes[count].id = _CLUSTER_DIMENSION
-            attributes[count].value[:3] = (self.cluster, 1, 1)
+            attributes[count].value[:3] = (cluster, 1, 1)
             count += 1
         if overlap:
             attributes[count].id = _PROGRAMMATIC_SERIALIZATION
             attributes[count].value[0] = 1
             count += 1
-        config = _LaunchConfig(
-            (grid, 1, 1),
-            (self.threads, 1, 1),
-            self.shared_bytes,
-            torch.cuda.current_stream().cuda_stream,
-            attributes,
-            count,
-        )
-        pointers = (ctypes.c_void_p * len(arguments))(
-            *[ctypes.addressof(argument) for argument in arguments]
-        )
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None)
-        _check(status, f"launching {self.name} on {grid} CTAs")
+        self._keep.append(attributes)
+        return _LaunchConfig(0, 1, 1, (threads, 1, 1), shared_bytes, None, attributes, count)
+
+
+def _current_stream(device: int) -> int:
+    """Handle of torch's current stream, without the Stream object around it."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)
+    return handle
 
 
 def load_kernel(
@@ -208,4 +264,11 @@ def load_kernel(
             _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
             f"reserving {shared_bytes} bytes of shared memory for {name}",
         )
-    return CudaKernel(function, name, threads, shared_bytes, cluster)
+    return CudaKernel(
+        function,
+        name,
+        threads=threads,
+        shared_bytes=shared_bytes,
+        cluster=cluster,
+        device=torch.cuda.current_device(),
+    )

@@ -2,7 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Literal
 
@@ -13,7 +13,13 @@ from quatom.errors import BackendError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import GROUP_BYTES, MixedTensor, QuantizeSpec, padded_tokens
-from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
+from quatom.ops.cuda_build import (
+    CudaKernel,
+    KernelArguments,
+    compile_cubin,
+    device_capability,
+    load_kernel,
+)
 
 Operation = Literal["reorder", "rmsnorm", "silu"]
 _OPERATIONS = {"reorder": 0, "rmsnorm": 1, "silu": 2}
@@ -30,6 +36,45 @@ class Variant:
     """Tokens of a CTA: 1 or 2."""
 
 
+class _Arguments(KernelArguments):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("tokens", ctypes.c_int),
+        ("padded", ctypes.c_int),
+        ("channels", ctypes.c_int),
+        ("x_stride", ctypes.c_int),
+        ("residual_stride", ctypes.c_int),
+        ("chunks", ctypes.c_int),
+        ("inverse_channels", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("normal", ctypes.c_int),
+        ("group_size", ctypes.c_int),
+        ("outlier_size", ctypes.c_int),
+        ("normal_groups", ctypes.c_int),
+        ("num_scales", ctypes.c_int),
+        ("clip_ratio", ctypes.c_float),
+        ("largest", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What launches of one kind share."""
+
+    kernel: CudaKernel
+    chunks: int
+    """CTAs of a token, for silu."""
+    layout: tuple[float | int, ...]
+    """Arguments from `normal` on."""
+
+
+@lru_cache(maxsize=4096)
 def choose_variant(operation: Operation, tokens: int, layout: GroupLayout) -> Variant:
     """The fastest variant measured, see docs/kernels-linear.md."""
     if operation == "silu":
@@ -70,14 +115,32 @@ def _shared_bytes(operation: Operation, variant: Variant, channels: int) -> int:
 
 
 @cache
-def _kernel(constants: tuple[tuple[str, int], ...], shared: int, device: int) -> CudaKernel:
+def _plan(
+    operation: Operation, variant: Variant, spec: QuantizeSpec, dtype: torch.dtype, device: int
+) -> _Plan:
     source = (files("quatom.ops") / "quantize.cu").read_text()
-    defined = dict(constants)
-    cubin = compile_cubin(source, "sm_90a", defined)
+    cubin = compile_cubin(source, "sm_90a", defines(operation, variant, spec, dtype))
+    layout = spec.layout
     with torch.cuda.device(device):
-        return load_kernel(
-            cubin, "quantize_groups", threads=defined["THREADS"], shared_bytes=shared
+        kernel = load_kernel(
+            cubin,
+            "quantize_groups",
+            threads=variant.threads,
+            shared_bytes=_shared_bytes(operation, variant, layout.channels),
         )
+    return _Plan(
+        kernel,
+        -(-layout.num_scales // (variant.threads // 16)) if operation == "silu" else 1,
+        (
+            layout.normal,
+            layout.group_size,
+            layout.outliers // layout.outlier_blocks,
+            layout.num_normal_groups,
+            layout.num_scales,
+            spec.clip_ratio,
+            int(get_format(spec.normal).largest),
+        ),
+    )
 
 
 def can_quantize(x: Tensor, spec: QuantizeSpec) -> bool:
@@ -89,11 +152,18 @@ def _obstacle(x: Tensor, spec: QuantizeSpec) -> str | None:
     """Why quantize.cu cannot run this, or None if it can."""
     if x.device.type != "cuda":
         return f"the input is on {x.device}"
+    return _spec_obstacle(spec, x.dtype, device_capability(x.device.index))
+
+
+@cache
+def _spec_obstacle(
+    spec: QuantizeSpec, dtype: torch.dtype, capability: tuple[int, int]
+) -> str | None:
     if spec.byte_layout != "groups":
         return f"it writes byte layout 'groups', not {spec.byte_layout!r}"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"it reads float16 and bfloat16, not {x.dtype}"
-    if (capability := torch.cuda.get_device_capability(x.device))[0] != 9:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it reads float16 and bfloat16, not {dtype}"
+    if capability[0] != 9:
         return f"it needs compute capability 9.x, this device has {capability}"
     if spec.clip_ratio < 2.0**-11:
         return f"it clamps 16-bit codes, which overflow below clip_ratio 2**-11: {spec.clip_ratio}"
@@ -142,43 +212,31 @@ def quantize_cuda(
     weight = None if weight is None else weight.contiguous()
     order = None if order is None else order.to(torch.int32).contiguous()
     variant = variant or choose_variant(operation, tokens, layout)
-    kernel = _kernel(
-        tuple(defines(operation, variant, spec, x.dtype).items()),
-        _shared_bytes(operation, variant, channels),
-        x.device.index,
+    plan = _plan(operation, variant, spec, x.dtype, x.device.index)
+    plan.kernel.launch(
+        tokens * plan.chunks if operation == "silu" else -(-tokens // variant.tokens),
+        _Arguments(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            None if order is None else order.data_ptr(),
+            total.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            tokens,
+            padded,
+            channels,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            plan.chunks,
+            1.0 / channels,
+            eps,
+            *plan.layout,
+        ),
+        # The kernel reads weight and order while the kernel before it still runs: they must not be
+        # that one's results.
+        overlap=given[0] is weight and given[1] is order,
     )
-    if operation == "silu":
-        chunks = -(-layout.num_scales // (variant.threads // 16))
-        grid = tokens * chunks
-    else:
-        chunks = 1
-        grid = -(-tokens // variant.tokens)
-    pointers = (x, residual, weight, order, total, codes, scales)
-    residual_stride = 0 if residual is None else residual.stride(0)
-    sizes = (tokens, padded, channels, x.stride(0), residual_stride, chunks)
-    groups = (
-        layout.normal,
-        layout.group_size,
-        layout.outliers // layout.outlier_blocks,
-        layout.num_normal_groups,
-        layout.num_scales,
-    )
-    with torch.cuda.device(x.device):
-        kernel.launch(
-            grid,
-            (
-                *(ctypes.c_void_p(0 if p is None else p.data_ptr()) for p in pointers),
-                *(ctypes.c_int(size) for size in sizes),
-                ctypes.c_float(1.0 / channels),
-                ctypes.c_float(eps),
-                *(ctypes.c_int(size) for size in groups),
-                ctypes.c_float(spec.clip_ratio),
-                ctypes.c_int(int(get_format(spec.normal).largest)),
-            ),
-            # The kernel reads weight and order while the kernel before it still runs: they must not
-            # be that one's results.
-            overlap=given[0] is weight and given[1] is order,
-        )
     return out, total
 
 

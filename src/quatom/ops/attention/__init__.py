@@ -9,6 +9,7 @@ from torch import Tensor
 from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.cuda_build import device_capability
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 MAX_DECODE_TOKENS = 4
@@ -165,7 +166,7 @@ def _cuda_obstacle(
         return "its prefill, torch's FlashAttention, has no logit soft-cap" if softcap else None
     if options.rotary is not None:
         return "its decode kernel does not rotate keys as it reads them: append them rotated"
-    if (capability := torch.cuda.get_device_capability(q.device)) < (8, 0):
+    if (capability := device_capability(q.device.index)) < (8, 0):
         return f"its decode kernel needs compute capability 8.0, this device has {capability}"
     if pages.dtype != "int4":
         return f"its decode kernel reads int4 caches, got {pages.dtype}"

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.attention import AttentionOptions, Sequences
-from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
+from quatom.ops.cuda_build import (
+    CudaKernel,
+    compile_cubin,
+    device_capability,
+    load_kernel,
+    multiprocessors,
+)
 
 _LOG2E = 1.4426950408889634
 
@@ -81,14 +87,13 @@ def decode_cuda(
     row_tiles = 2 if rows > 8 and head_dim <= 128 else 1  # two of 256 channels spill registers
     row_chunks = -(-rows // (8 * row_tiles))
     ctas = batch.seq_lens.shape[0] * row_chunks * num_kv_heads
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    splits = options.num_splits or choose_splits(ctas, batch.max_seq_len, processors)
+    device = q.device.index
+    splits = options.num_splits or choose_splits(ctas, batch.max_seq_len, multiprocessors(device))
     softcap = options.logit_softcap
     if config is None:
-        capability = torch.cuda.get_device_capability(q.device)
-        config = default_config(head_dim, row_tiles, capability)
+        config = default_config(head_dim, row_tiles, device_capability(device))
     decode, merge = _kernels(
-        q.device.index or 0,
+        device,
         config,
         head_dim,
         pages.block_size,
@@ -120,9 +125,9 @@ def decode_cuda(
         softcap_log2e=0.0 if softcap is None else softcap * _LOG2E,
         window=options.sliding_window or 0,
     )
-    decode.launch(ctas * splits, [parameters], overlap=config.bulk)
+    decode.launch(ctas * splits, parameters, overlap=config.bulk)
     if splits > 1:
-        merge.launch(tokens * num_heads, [parameters], overlap=config.bulk)
+        merge.launch(tokens * num_heads, parameters, overlap=config.bulk)
 
 
 @lru_cache(maxsize=4096)
@@ -182,7 +187,7 @@ def _kernels(
     window: bool,
 ) -> tuple[CudaKernel, CudaKernel]:
     """The decode and merge kernels of one variant, compiled and loaded on `device`."""
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = device_capability(device)
     cubin = compile_decode(
         f"sm_{major}{minor}",
         config,

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from quatom.errors import BackendError
 from quatom.ops.activations import MixedTensor
-from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
+from quatom.ops.cuda_build import (
+    CudaKernel,
+    KernelArguments,
+    compile_cubin,
+    load_kernel,
+    multiprocessors,
+)
 from quatom.ops.linear.hopper_layout import UNIT_BYTES
 
 _SHARED_BYTES = 227 * 1024
@@ -185,11 +191,6 @@ def _kernel(config: Config, dtype: torch.dtype, device: int) -> CudaKernel:
 
 
 @cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def _tuned() -> list[tuple[int, int, int, Config]]:
     """Measured choices: (row blocks, units, tokens, the fastest configuration)."""
     path = os.environ.get("QUATOM_LINEAR_TUNING")
@@ -218,6 +219,22 @@ def choose_config(tokens: int, row_blocks: int, units: int) -> Config:
     return replace(best, split=min(best.split, units))
 
 
+class _Arguments(KernelArguments):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("tokens", ctypes.c_int),
+        ("tokens_padded", ctypes.c_int),
+        ("channels", ctypes.c_int),
+        ("normal_groups", ctypes.c_int),
+        ("outlier_groups", ctypes.c_int),
+        ("unit_value", ctypes.c_float),
+    )
+
+
 def linear_cuda(
     x: MixedTensor | Tensor,
     packed: Tensor,  # (ceil(N / 64), units, 4224) uint8
@@ -243,25 +260,24 @@ def linear_cuda(
     tiles = row_tiles * -(-x.tokens // config.tokens)
     clusters = tiles
     if config.split == 1:  # persistent: each cluster takes every clusters-th tile
-        clusters = min(tiles, _multiprocessors(device) * config.ctas_per_sm)
+        clusters = min(tiles, multiprocessors(device) * config.ctas_per_sm)
     # Weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
     unit_value = 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
-    with torch.cuda.device(device):
-        _kernel(config, x.dtype, device).launch(
-            clusters * config.split,
-            (
-                ctypes.c_void_p(packed.data_ptr()),
-                ctypes.c_void_p(x.codes.data_ptr()),
-                ctypes.c_void_p(x.scales.data_ptr()),
-                ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
-                ctypes.c_void_p(y.data_ptr()),
-                ctypes.c_int(x.tokens),
-                ctypes.c_int(x.codes.shape[1]),
-                ctypes.c_int(channels),
-                ctypes.c_int(layout.num_normal_groups),
-                ctypes.c_int(layout.num_outlier_groups),
-                ctypes.c_float(unit_value),
-            ),
-            overlap=overlap,
-        )
+    _kernel(config, x.dtype, device).launch(
+        clusters * config.split,
+        _Arguments(
+            packed.data_ptr(),
+            x.codes.data_ptr(),
+            x.scales.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.tokens,
+            x.codes.shape[1],
+            channels,
+            layout.num_normal_groups,
+            layout.num_outlier_groups,
+            unit_value,
+        ),
+        overlap=overlap,
+    )
     return y

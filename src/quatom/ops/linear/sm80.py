@@ -16,7 +16,13 @@ from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
 from quatom.numerics.packing import pack_bits
 from quatom.ops.activations import MixedTensor
-from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
+from quatom.ops.cuda_build import (
+    CudaKernel,
+    KernelArguments,
+    compile_cubin,
+    device_capability,
+    load_kernel,
+)
 
 _TILE_TOKENS, _TILE_CHANNELS = 64, 32
 
@@ -48,10 +54,29 @@ def source_sm80() -> str:
 
 @cache
 def _kernel(device: int) -> CudaKernel:
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = device_capability(device)
     cubin = compile_cubin(source_sm80(), f"sm_{major}{minor}")
     with torch.cuda.device(device):
         return load_kernel(cubin, "linear_sm80", threads=128)
+
+
+class _Arguments(KernelArguments):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("xs", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("outliers", ctypes.c_void_p),
+        ("ws", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("tokens", ctypes.c_int),
+        ("channels", ctypes.c_int),
+        ("channel_blocks", ctypes.c_int),
+        ("normal", ctypes.c_int),
+        ("group_size", ctypes.c_int),
+        ("outlier_channels", ctypes.c_int),
+        ("outlier_size", ctypes.c_int),
+    )
 
 
 def linear_sm80(
@@ -78,15 +103,18 @@ def linear_sm80(
     layout = spec.layout
     blocks = -(-channels // _TILE_CHANNELS)
     pointers = (x.codes, x.scales, packed, outliers, scales, bias, y)
-    sizes = (tokens, channels, blocks, layout.normal, layout.group_size, layout.outliers)
-    with torch.cuda.device(x.device):
-        _kernel(x.device.index).launch(
-            blocks * -(-tokens // _TILE_TOKENS),
-            (
-                *(ctypes.c_void_p(0 if p is None else p.data_ptr()) for p in pointers),
-                *(ctypes.c_int(size) for size in sizes),
-                ctypes.c_int(max(1, layout.outliers // layout.outlier_blocks)),
-            ),
-            overlap=False,
-        )
+    _kernel(x.device.index).launch(
+        blocks * -(-tokens // _TILE_TOKENS),
+        _Arguments(
+            *(None if p is None else p.data_ptr() for p in pointers),
+            tokens,
+            channels,
+            blocks,
+            layout.normal,
+            layout.group_size,
+            layout.outliers,
+            max(1, layout.outliers // layout.outlier_blocks),
+        ),
+        overlap=False,
+    )
     return y.to(x.dtype)

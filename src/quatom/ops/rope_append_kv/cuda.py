@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.cuda_build import CudaKernel, compile_cubin, load_kernel
+from quatom.ops.cuda_build import CudaKernel, compile_cubin, device_capability, load_kernel
 
 _THREADS = 128
 _WIDE_FROM = 64
@@ -57,7 +57,7 @@ def cuda_obstacle(
         return f"it reads float16 and bfloat16, not {q.dtype}"
     if pages.dtype == "float32":
         return "it writes int4, int8, float16 and bfloat16 caches, not float32"
-    if (capability := torch.cuda.get_device_capability(q.device))[0] != 9:
+    if (capability := device_capability(q.device.index))[0] != 9:
         return f"it needs compute capability 9.x, this device has {capability}"
     if cos.dtype is not torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
         return f"it reads contiguous float32 cos and sin, got {cos.dtype}"
@@ -140,5 +140,4 @@ def rope_append_kv_cuda(
     )
     lanes = 1 << (head_dim // (2 * width) - 1).bit_length()
     ctas = -(-tokens * (heads + 2 * kv_heads) * lanes // _THREADS)
-    with torch.cuda.device(q.device):
-        kernel.launch(ctas, [parameters], overlap=True)
+    kernel.launch(ctas, parameters, overlap=True)
