@@ -200,7 +200,7 @@ def test_rows_on_a_cpu_do_not_see_each_other(backend, device):
     def rows(which):
         return run(x[which], xs[which], w, ws, layout, backend, device, dtype=torch.float32)
 
-    # 150 rows multiply one group at a time, 40 three and one all six: the sums are the same bits.
+    # 150 rows multiply one group at a time, 13 two and one all six: the sums are the same bits.
     together = rows(slice(0, 150))
     for which in (slice(0, 1), slice(149, 150), slice(20, 60), slice(1, 14)):
         assert torch.equal(rows(which), together[which])

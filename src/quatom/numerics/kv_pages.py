@@ -246,7 +246,7 @@ class KVPages:
         if self.quantized:
             codes = unpack_halves(rows) if self.bits == 4 else rows
             scale, minimum = self._pairs(records).permute(heads_first).float().split(1, dim=-1)
-            rows = codes.float().mul_(scale).add_(minimum)
+            rows = torch.addcmul(minimum, codes.float(), scale)  # exact products: one rounding
         k, v = rows.float().flatten(3, 4).unbind(0)
         return k, v
 

@@ -42,7 +42,8 @@ def attention_reference(
         size = pages.num_kv_heads * num_blocks * pages.block_size * pages.head_dim
         together = max(1, ELEMENTS_AT_ONCE // size)
         for i in range(0, len(members), together):
-            chosen = torch.tensor(members[i : i + together], device=q.device)
+            part = members[i : i + together]
+            chosen = None if len(part) == len(q) else torch.tensor(part, device=q.device)
             _attend_single(q, out, pages, batch, options, chosen, num_blocks)
 
 
@@ -52,18 +53,24 @@ def _attend_single(
     pages: KVPages,
     batch: Sequences,
     options: AttentionOptions,
-    chosen: Tensor,  # (B,) int64, sequences with one new token and num_blocks blocks
+    chosen: Tensor | None,  # (B,) int64, sequences with one new token and num_blocks blocks
     num_blocks: int,
 ) -> None:
-    rows = batch.cu_seqlens_q[1:].index_select(0, chosen) - 1
-    k, v = pages.gather_blocks(batch.block_tables[:, :num_blocks].index_select(0, chosen))
+    tables, lengths = batch.block_tables[:, :num_blocks], batch.seq_lens
+    if chosen is None:  # all, and nothing else is in the batch
+        new = q
+    else:
+        rows = batch.cu_seqlens_q[1:].index_select(0, chosen) - 1
+        new = q.index_select(0, rows)
+        tables, lengths = tables.index_select(0, chosen), lengths.index_select(0, chosen)
+    k, v = pages.gather_blocks(tables)
     if options.rotary is not None:
         k = _rotate(k, options.rotary)
-    new = q.index_select(0, rows).float().unflatten(1, (pages.num_kv_heads, -1))  # (B, KV, G, D)
+    new = new.float().unflatten(1, (pages.num_kv_heads, -1))  # (B, KV, G, D)
     scores = (new @ k.transpose(2, 3)).mul_(options.softmax_scale)
     if options.logit_softcap is not None:
         scores = options.logit_softcap * torch.tanh(scores / options.logit_softcap)
-    length = batch.seq_lens.index_select(0, chosen)[:, None, None, None]
+    length = lengths[:, None, None, None]
     token = torch.arange(k.shape[2], device=q.device)
     hidden = token >= length  # in the last block: slots that nothing was written to, NaN perhaps
     last_block = slice(-pages.block_size, None)
@@ -71,7 +78,11 @@ def _attend_single(
     if options.sliding_window is not None:
         hidden |= token < length - options.sliding_window
     weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
-    out.index_copy_(0, rows.long(), (weights @ v).flatten(1, 2).to(out.dtype))
+    attended = (weights @ v).flatten(1, 2)
+    if chosen is None:
+        out.copy_(attended)
+    else:
+        out.index_copy_(0, rows.long(), attended.to(out.dtype))
 
 
 def _rotate(k: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

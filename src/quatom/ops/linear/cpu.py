@@ -12,7 +12,7 @@ from torch import Tensor
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor
 
-ROWS_AT_ONCE = 128
+ROWS_AT_ONCE = 32
 """Few tokens multiply several groups in one product, each in rows that are zero elsewhere. That
 multiplies zeros too, but a product of less than about this many rows waits for the weights."""
 
