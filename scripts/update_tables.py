@@ -46,7 +46,9 @@ def accuracy(name: str) -> str:
     data = read(name)
     environment = data["environment"]
     parts = []
-    settings = sorted({(e["corpus"], e["windows"], e["sequence_length"]) for e in data["results"]})
+    settings = sorted(
+        {(e["corpus"], e["windows"], e["sequence_length"]) for e in data["results"]}, reverse=True
+    )
     for corpus, windows, length in settings:
         entries = [
             e
@@ -59,19 +61,32 @@ def accuracy(name: str) -> str:
                 "float" if e["recipe"] == "fp16" else f"`{e['recipe']}`",
                 f"{e['perplexity']:.2f}",
                 "" if not e["float_perplexity"] else _increase(e),
+                _of_atom(e, entries),
                 "" if e["recipe"] == "fp16" else f"{e['bits_per_weight']:.2f}",
                 "" if e["recipe"] == "fp16" else f"{e['bits_per_activation']:.2f}",
                 "" if e["recipe"] == "fp16" else f"{e['bits_per_kv']:.2f}",
             ]
             for e in entries
         ]
-        header = ["recipe", "perplexity", "increase", "bits/weight", "bits/activation", "bits/KV"]
+        header = ["recipe", "perplexity", "increase", "of Atom's"]
+        header += ["bits/weight", "bits/activation", "bits/KV"]
         which = "all" if entries[0]["all_windows"] else "first"
         parts.append(
             f"{entries[0]['model']}, {corpus}, {which} {windows} windows of {length} tokens "
-            f"({environment['cpu']}, torch {environment['torch']}):\n\n{table(header, rows)}"
+            f"({environment.get('gpu', environment['cpu'])}, torch {environment['torch']}):\n\n"
+            f"{table(header, rows)}"
         )
     return "\n".join(parts)
+
+
+def _of_atom(entry: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    """The increase over float as a share of that of Atom's recipe of the same bits."""
+    twin = entry["recipe"].replace("quatom-", "atom-")
+    atom = next((e for e in entries if e["recipe"] == twin), None)
+    if twin == entry["recipe"] or atom is None or not entry["float_perplexity"]:
+        return ""
+    increases = [e["perplexity"] - e["float_perplexity"] for e in (entry, atom)]
+    return f"{increases[0] / increases[1]:.2f}"
 
 
 def _rank(recipe: str) -> tuple[int, str]:
@@ -94,11 +109,13 @@ def quantize(name: str) -> str:
             f"{e['samples']} x {e['sequence_length']}",
             f"{e['seconds']:.0f}",
             f"{e['peak_rss_gb']:.2f}",
+            f"{e['peak_gpu_gb']:.2f}" if e["peak_gpu_gb"] else "",
             f"{e['checkpoint_bytes'] / 1e6:.1f}",
         ]
         for e in read(name)["results"]
     ]
-    return table(["model", "recipe", "calibration", "seconds", "peak RSS (GB)", "size (MB)"], rows)
+    header = ["model", "recipe", "calibration", "seconds", "peak RSS (GB)", "GPU (GB)", "size (MB)"]
+    return table(header, rows)
 
 
 def engine(name: str) -> str:
