@@ -345,9 +345,10 @@ def test_cuda_variants_agree(head_dim, block_size, warps, tile, stages, bulk):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("window", [None, 50])
 def test_cuda_prefill(dtype, kv, head_dim, window):
+    lengths, new_tokens = [1, 400, 133, 70, 5], [1, 1, 133, 20, 5]
     batch = Batch(
-        [1, 400, 133, 70, 5],
-        [1, 1, 133, 20, 5],
+        lengths,
+        new_tokens,
         heads=4,
         kv_heads=2,
         head_dim=head_dim,
@@ -360,6 +361,12 @@ def test_cuda_prefill(dtype, kv, head_dim, window):
             continue
         options = {"sliding_window": window, "num_decodes": num_decodes}
         got = batch.run(Backend.CUDA, **options).double().cpu()
+        sums = tuple(
+            torch.tensor([0, *counts[num_decodes:]]).cumsum(0).int().cuda()
+            for counts in (new_tokens, lengths)
+        )
+        given = batch.run(Backend.CUDA, **options, prefill_cu_seqlens=sums)
+        assert torch.equal(given.double().cpu(), got)
         want = batch.truth(window=window)
         assert (got - want).norm() / want.norm() <= 2 * TOLERANCE[dtype]
 

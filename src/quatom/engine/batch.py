@@ -110,17 +110,27 @@ def build_batch(
             positions=to_device(positions, device),
             slot_mapping=to_device(slots, device),
             block_tables=to_device(tables, device),
-            cu_seqlens_q=to_device(np.cumsum([0, *counts], dtype=np.int32), device),
+            cu_seqlens_q=to_device(_prefix_sums(counts), device),
             seq_lens=to_device(np.array(seq_lens, dtype=np.int32), device),
             max_seqlen_q=max(counts),
             max_seq_len=max(seq_lens),
             num_decodes=n,
             total_kv_tokens=sum(seq_lens[n:]),
+            prefill_cu_seqlens=(
+                to_device(_prefix_sums(counts[n:]), device),
+                to_device(_prefix_sums(seq_lens[n:]), device),
+            )
+            if len(counts) > n
+            else None,
         ),
         sample_rows=to_device(_assign_sample_rows(items), device),
         items=items,
         uses_last_tokens=bool((input_ids < 0).any()),
     )
+
+
+def _prefix_sums(counts: list[int]) -> np.ndarray:  # (n,) -> (n + 1,) int32
+    return np.cumsum([0, *counts], dtype=np.int32)
 
 
 def _token(sequence: Sequence, position: int) -> int:

@@ -27,3 +27,6 @@ class ForwardContext:
     total_kv_tokens: int | None = None
     """Sum of seq_lens without the decodes, where the host knows it: saves a prefill on a GPU from
     reading it back."""
+    prefill_cu_seqlens: tuple[Tensor, Tensor] | None = None
+    """(B - num_decodes + 1,) int32 prefix sums of the new and of all tokens of the sequences that
+    are not decodes, where the host knows them: saves every layer of a prefill on a GPU the sums."""

@@ -112,6 +112,7 @@ class DecoderBlock(nn.Module):
             rotary=None if rotates_cached else rope,
             num_decodes=context.num_decodes,
             total_kv_tokens=context.total_kv_tokens,
+            prefill_cu_seqlens=context.prefill_cu_seqlens,
             backend=self.backend,
         )
         hidden = self.o(self.o_input.plain(attended.flatten(1)))

@@ -25,6 +25,8 @@ class Sequences:
     seq_lens: Tensor
     max_seqlen_q: int
     max_seq_len: int
+    cu_seqlens_k: Tensor | None = None
+    """Prefix sums of seq_lens, if the caller knows them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ def attention(
     rotary: tuple[Tensor, Tensor] | None = None,  # cos, sin (max_position, D / 2) float32
     num_decodes: int = 0,
     total_kv_tokens: int | None = None,
+    prefill_cu_seqlens: tuple[Tensor, Tensor] | None = None,  # two (B - num_decodes + 1,) int32
     num_splits: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -77,6 +80,8 @@ def attention(
             then decodes those from codes, and only the rest pays for a prefill.
         total_kv_tokens: sum of seq_lens of the sequences that are not decodes, if the caller knows
             it; a CUDA prefill otherwise reads it back from the device.
+        prefill_cu_seqlens: prefix sums of the new tokens and of seq_lens of those sequences, if the
+            caller knows them; otherwise a CUDA prefill adds them up.
         num_splits: parts that a decode cuts every sequence into; None picks enough to fill the
             device.
         backend: implementation to run; None picks the fastest one that supports the call.
@@ -101,14 +106,27 @@ def attention(
         total_kv_tokens,
     )
     n = num_decodes
+    cu_q, cu_k = prefill_cu_seqlens or (None, None)
     if not 0 < n < seq_lens.shape[0] or max_seqlen_q == 1:
-        batch = Sequences(block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, max_seq_len)
+        batch = Sequences(
+            block_tables,
+            cu_seqlens_q,
+            seq_lens,
+            max_seqlen_q,
+            max_seq_len,
+            None if n else cu_k,
+        )
         return _run(q, None, pages, batch, options, backend)
     # Decodes have one new token each, so sequence i of them is row i of q.
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     decodes = Sequences(block_tables[:n], cu_seqlens_q[: n + 1], seq_lens[:n], 1, max_seq_len)
     rest = Sequences(
-        block_tables[n:], cu_seqlens_q[n:] - n, seq_lens[n:], max_seqlen_q, max_seq_len
+        block_tables[n:],
+        cu_seqlens_q[n:] - n if cu_q is None else cu_q,
+        seq_lens[n:],
+        max_seqlen_q,
+        max_seq_len,
+        cu_k,
     )
     _run(q[:n], out[:n], pages, decodes, options, backend)
     _run(q[n:], out[n:], pages, rest, options, backend)

@@ -20,8 +20,10 @@ def prefill_flash(
     options: AttentionOptions,
 ) -> Tensor:
     """See `attention`: prefill chunks, packed, over any cache format."""
-    cu_seqlens_k = torch.zeros_like(batch.cu_seqlens_q)
-    torch.cumsum(batch.seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
+    cu_seqlens_k = batch.cu_seqlens_k
+    if cu_seqlens_k is None:
+        cu_seqlens_k = torch.zeros_like(batch.cu_seqlens_q)
+        torch.cumsum(batch.seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
     total = options.total_kv_tokens
     if total is None:
         total = int(cu_seqlens_k[-1])
