@@ -84,6 +84,29 @@ def test_a_resumed_run_does_only_what_is_left(four_block_dir, text_file, tmp_pat
     assert seen == [3]
 
 
+@pytest.mark.parametrize(("seconds", "resumed_at"), [(3600.0, 0), (0.0, 3)])
+def test_large_states_are_saved_now_and_then_and_resumed_from(
+    seconds, resumed_at, four_block_dir, text_file, tmp_path, monkeypatch
+):
+    quantize_checkpoint(four_block_dir, tmp_path / "whole", RECIPE, calibration=text_file)
+    monkeypatch.setattr("quatom.quantize.pipeline.LARGE_STATE", 0)
+    monkeypatch.setattr("quatom.quantize.pipeline.STATE_SECONDS", seconds)
+    interrupt(four_block_dir, tmp_path / "q", text_file, after=2)
+    states = list((tmp_path / "q.partial" / "state").glob("after-*"))
+    assert [file.name for file in states] == (["after-2.safetensors"] if resumed_at else [])
+    seen = []
+    quantize_checkpoint(
+        four_block_dir,
+        tmp_path / "q",
+        RECIPE,
+        calibration=text_file,
+        resume=True,
+        on_block=lambda block: seen.append(block.index),
+    )
+    assert seen == list(range(resumed_at, 4))
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
