@@ -104,19 +104,25 @@ def test_kernel_matches_reference_for_model_shapes(
 def test_cuda_equals_the_reference_bit_for_bit(heads, kv_heads, head_dim, block_size, kv, dtype):
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
     options = [{}, {"clip_ratio": 0.95}, {"rotate_keys_in_cache": False}]
+    offset = torch.randn(kv_heads, head_dim, generator=torch.Generator().manual_seed(3)) * 20
+    options.append({"key_offset": offset})
     if head_dim != 96:
-        options.append({"rotate_kv": True})
+        options += [{"rotate_kv": True}, {"rotate_kv": True, "key_offset": offset}]
     for seed, (option, tokens) in enumerate(itertools.product(options, (3, 70))):
         results = []
         for device, backend in (("cpu", Backend.REFERENCE), ("cuda", Backend.CUDA)):
             inputs = make_inputs(tokens, **shape, seed=seed, device=device)
             inputs[-1][1] = -1  # padding
             pages = make_pages(kv, kv_heads, head_dim, block_size, device)
-            q = rope_append_kv(*inputs, pages, **option, backend=backend)
+            given = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in option.items()
+            }
+            q = rope_append_kv(*inputs, pages, **given, backend=backend)
             results.append((q.cpu(), pages.storage.cpu()))
         (want_q, want), (got_q, got) = results
-        assert torch.equal(got_q, want_q), option
-        assert torch.equal(got, want), option
+        assert torch.equal(got_q, want_q), option.keys()
+        assert torch.equal(got, want), option.keys()
 
 
 @pytest.mark.gpu

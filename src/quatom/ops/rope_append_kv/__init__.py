@@ -88,9 +88,7 @@ def rope_append_kv(
                 f"key_offset must be {tuple(k.shape[1:])} float32, got {tuple(key_offset.shape)} "
                 f"{key_offset.dtype}"
             )
-    obstacle = cuda_obstacle(q, k, v, cos, sin, positions, slot_mapping, pages)
-    if key_offset is not None:
-        obstacle = "it subtracts no key_offset"
+    obstacle = cuda_obstacle(q, k, v, cos, sin, positions, slot_mapping, pages, key_offset)
     available = BACKENDS if obstacle is None else BACKENDS[:-1]
     if backend is Backend.CUDA and obstacle is not None:
         raise BackendError(
@@ -104,7 +102,6 @@ def rope_append_kv(
         case _:
             from quatom.ops.rope_append_kv.reference import rope_append_kv_reference as run
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    offset = () if key_offset is None else (key_offset,)
     run(
         q,
         k,
@@ -118,6 +115,6 @@ def rope_append_kv(
         rotate_keys_in_cache,
         rotate_kv,
         clip_ratio,
-        *offset,
+        key_offset,
     )
     return rotated

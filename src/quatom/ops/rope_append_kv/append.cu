@@ -30,6 +30,7 @@ struct Parameters {
   const long long* slots;      // (T,), -1: not stored
   u16* rotated;                // (T, H, D)
   u8* storage;                 // (P, KV, RECORD)
+  const float* key_offset;     // (KV, D), taken from K once it is rotated; or null
   long long q_token_stride, k_token_stride, v_token_stride;
   int q_head_stride, k_head_stride, v_head_stride;
   int tokens, heads, kv_heads;
@@ -237,6 +238,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(const Param
       const float a = low[i], b = high[i];
       low[i] = __fsub_rn(__fmul_rn(a, cosines[i]), __fmul_rn(b, sines[i]));
       high[i] = __fadd_rn(__fmul_rn(b, cosines[i]), __fmul_rn(a, sines[i]));
+    }
+  }
+  if (p.key_offset && active && !is_q && !is_v) {
+    float offset_low[N], offset_high[N];
+    load_floats(p.key_offset + kv_head * HEAD_DIM + N * lane, offset_low);
+    load_floats(p.key_offset + kv_head * HEAD_DIM + HALF + N * lane, offset_high);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      low[i] = __fsub_rn(low[i], offset_low[i]);
+      high[i] = __fsub_rn(high[i], offset_high[i]);
     }
   }
 #if HADAMARD

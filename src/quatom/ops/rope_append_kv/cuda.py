@@ -26,6 +26,7 @@ class _Parameters(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("rotated", ctypes.c_void_p),
         ("storage", ctypes.c_void_p),
+        ("key_offset", ctypes.c_void_p),
         ("q_token_stride", ctypes.c_int64),
         ("k_token_stride", ctypes.c_int64),
         ("v_token_stride", ctypes.c_int64),
@@ -49,6 +50,7 @@ def cuda_obstacle(
     positions: Tensor,
     slot_mapping: Tensor,
     pages: KVPages,
+    key_offset: Tensor | None,
 ) -> str | None:
     """Why append.cu cannot run this call, or None if it can."""
     if q.device.type != "cuda":
@@ -61,6 +63,8 @@ def cuda_obstacle(
         return f"it needs compute capability 9.x, this device has {capability}"
     if cos.dtype is not torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
         return f"it reads contiguous float32 cos and sin, got {cos.dtype}"
+    if key_offset is not None and not key_offset.is_contiguous():
+        return f"it reads a contiguous key_offset, got strides {key_offset.stride()}"
     for name, x in (("positions", positions), ("slot_mapping", slot_mapping)):
         if x.dtype is not torch.int64 or not x.is_contiguous():
             return f"it reads contiguous int64 {name}, got {x.dtype} with strides {x.stride()}"
@@ -107,6 +111,7 @@ def rope_append_kv_cuda(
     rotate_keys_in_cache: bool,
     rotate_kv: bool,
     clip_ratio: float,
+    key_offset: Tensor | None,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. A call that has no `cuda_obstacle`."""
     tokens, heads, head_dim = q.shape
@@ -126,6 +131,7 @@ def rope_append_kv_cuda(
         slots=slot_mapping.data_ptr(),
         rotated=rotated.data_ptr(),
         storage=pages.storage.data_ptr(),
+        key_offset=None if key_offset is None else key_offset.data_ptr(),
         q_token_stride=q.stride(0),
         k_token_stride=k.stride(0),
         v_token_stride=v.stride(0),

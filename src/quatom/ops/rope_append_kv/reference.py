@@ -41,7 +41,7 @@ def rope_append_kv_reference(
     rotate_keys_in_cache: bool,
     rotate_kv: bool,
     clip_ratio: float,
-    key_offset: Tensor | None = None,
+    key_offset: Tensor | None,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. Runs on any device."""
     cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)

@@ -194,7 +194,7 @@ def rope_append_kv_triton(
     rotate_keys_in_cache: bool,
     rotate_kv: bool,
     clip_ratio: float,
-    key_offset: Tensor | None = None,
+    key_offset: Tensor | None,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. CUDA, or the CPU under TRITON_INTERPRET=1."""
     tokens, num_heads, head_dim = q.shape
