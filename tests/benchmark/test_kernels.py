@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from quatom.benchmark.kernel_plot import plot_kernels
-from quatom.benchmark.kernels import _add_ratios, run_kernel_bench
+from quatom.benchmark.kernels import Run, _add_ratios, run_kernel_bench
+from quatom.benchmark.timing import Timing
 from quatom.errors import BackendError, RecipeError
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "kernels-h100.json"
@@ -39,6 +40,15 @@ def test_ratios_are_to_the_same_size_and_to_the_faster_humming():
     assert (rows[0]["ratio_bf16"], rows[0]["ratio_humming"]) == (4.0, 2.0)
     assert (rows[5]["ratio_bf16"], rows[5]["ratio_humming"]) == (10.0, None)
     assert "ratio_bf16" not in rows[6]
+
+
+def test_an_entry_counts_operations_and_the_least_bytes():
+    run = Run("w4a4", "cuda", [], least_bytes=9_000_000)
+    entry = run.entry(16, (4096, 8192), Timing(10.0, 9.0, 12.0), copy_tb_s=3.0)
+    assert (entry["m"], entry["n"], entry["k"]) == (16, 4096, 8192)
+    assert entry["tops"] == 107.4  # 2 * 16 * 4096 * 8192 operations in 10 us
+    assert entry["share_of_copy"] == 0.3  # 9 MB take 3 us at 3 TB/s
+    assert (entry["p10"], entry["microseconds"], entry["p90"]) == (9.0, 10.0, 12.0)
 
 
 def test_the_plot_needs_no_peer(tmp_path):

@@ -1,5 +1,6 @@
 """What the compiler makes of the Hopper linear kernel, seen without a GPU."""
 
+import json
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from tests.ops.test_cuda_build import disassemble
 from quatom.errors import BackendError
 from quatom.ops import cuda_build
 from quatom.ops.cuda_build import compile_cubin
-from quatom.ops.linear.cuda import Config, defines, kernel_source
+from quatom.ops.linear.cuda import CONFIGS, TUNING, Config, defines, kernel_source
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +41,8 @@ def test_the_producer_copies_without_loops_and_the_steps_without_spills(config, 
     assert "BRA.U.ANY" not in sass
     matrix = [match.start() for match in re.finditer(f"QGMMA.64x{config.columns}x32", sass)]
     assert len(re.findall(r"\b(LDL|STL)\b", sass[matrix[0] : matrix[-1]])) <= 4
+
+
+def test_the_tuned_choices_are_among_the_tested_configurations():
+    choices = json.loads(TUNING.read_text())["choices"]
+    assert {Config(**choice["config"]) for choice in choices} <= set(CONFIGS)
