@@ -107,6 +107,19 @@ def test_models_and_errors(server, validate):
     validate("ErrorResponse", refused.json())
 
 
+def test_streams_are_documented(server):
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        assert content.keys() == {"application/json", "text/event-stream"}
+        assert (
+            post(server, path, prompt="a", messages=MESSAGES, max_tokens=1, stream=True)
+            .headers["content-type"]
+            .startswith("text/event-stream")
+        )
+    assert "text/event-stream" not in str(paths["/tokenize"])
+
+
 def run_schemathesis(server, max_examples):
     """Requests that fit our own schema, and requests that do not; returns how many were sent."""
     schemathesis = pytest.importorskip("schemathesis")

@@ -111,21 +111,31 @@ async def _read(http: Request, model: type[Body], limit: int) -> Body:
 
 
 def _add_generation_routes(app: FastAPI, service: Service, limit: int) -> None:
-    def route(path: str, body: type[BaseModel], response: type[BaseModel]) -> Any:
+    def route(
+        path: str, body: type[BaseModel], response: type[BaseModel], *, streams: bool = False
+    ) -> Any:
+        done: dict[str, Any] = {"model": response}
+        if streams:  # where the body says so
+            done["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
         return app.post(
             path,
             openapi_extra=request_body(body),
             response_model=None,
-            responses={200: {"model": response}, **_errors(400, 404, 413, 429, 500, 503)},
+            responses={200: done, **_errors(400, 404, 413, 429, 500, 503)},
         )
 
-    @route("/v1/completions", CompletionRequest, responses.CompletionResponse)
+    @route("/v1/completions", CompletionRequest, responses.CompletionResponse, streams=True)
     async def completions(http: Request) -> Response:
         """Complete prompts: text, token ids, or lists of either."""
         body = await _read(http, CompletionRequest, limit)
         return await create_completion(service, body, http)
 
-    @route("/v1/chat/completions", ChatCompletionRequest, responses.ChatCompletionResponse)
+    @route(
+        "/v1/chat/completions",
+        ChatCompletionRequest,
+        responses.ChatCompletionResponse,
+        streams=True,
+    )
     async def chat_completions(http: Request) -> Response:
         """Answer a conversation."""
         body = await _read(http, ChatCompletionRequest, limit)
