@@ -1,7 +1,8 @@
 """Rewrite the tables in README.md and docs/ from the JSON files in benchmarks/results.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a function below. Run with
---check to fail instead of writing where a table is out of date.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a function below and the
+rest of a result file's name. `<!-- table NAME brief -->` asks for the few rows that the README
+shows. Run with --check to fail instead of writing where a table is out of date.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table ([\w.-]+)( brief)? -->\n).*?(<!-- end -->)", re.DOTALL)
 RECIPE_ORDER = (
     "fp16",
     "w8a8",
@@ -165,7 +166,11 @@ def ablation(name: str) -> str:
     return "\n".join(parts)
 
 
-def attention(name: str) -> str:
+BRIEF_ATTENTION = {(32, 1024, 64), (8, 4096, 64), (8, 32768, 1)}
+"""KV heads, length and batch of the README's rows."""
+
+
+def attention(name: str, *, brief: bool = False) -> str:
     """Decode attention over the INT4 cache, the fastest backend, beside cuDNN in BF16."""
     data = read(name)
     environment = data["environment"]
@@ -174,6 +179,10 @@ def attention(name: str) -> str:
         shape = (e["num_heads"], e["num_kv_heads"], e["head_dim"], e["length"], e["batch"])
         wanted = e["op"] == "decode" and e["kv"] == "int4" and e["new_tokens"] == 1
         if not wanted or e["head_dim"] != 128 or e["ratio_cudnn_bf16"] is None:
+            continue
+        if brief and (e["num_kv_heads"], e["length"], e["batch"]) not in BRIEF_ATTENTION:
+            continue
+        if brief and e["num_heads"] != 32:
             continue
         if shape not in best or e["microseconds"] < best[shape]["microseconds"]:
             best[shape] = e
@@ -195,15 +204,18 @@ def attention(name: str) -> str:
     )
 
 
-def kernels(name: str) -> str:
+def kernels(name: str, *, brief: bool = False) -> str:
     """The W4A4 linear on Hopper beside cuBLAS BF16 and the best public kernel for the job."""
     data = read(name)
     environment = data["environment"]
     shown = (1, 16, 64, 256, 1024, 4096)
+    shapes = {(22016, 4096), (4096, 11008)} if brief else None
     wanted = [
         e
         for e in data["results"]
-        if (e["op"], e["scheme"], e["backend"]) == ("linear", "w4a4", "cuda") and e["m"] in shown
+        if (e["op"], e["scheme"], e["backend"]) == ("linear", "w4a4", "cuda")
+        and e["m"] in shown
+        and (shapes is None or (e["n"], e["k"]) in shapes)
     ]
     rows = [
         [
@@ -361,7 +373,7 @@ def _load_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-TABLES: dict[str, Callable[[str], str]] = {
+TABLES: dict[str, Callable[..., str]] = {
     "ablation": ablation,
     "accuracy": accuracy,
     "attention": attention,
@@ -380,7 +392,9 @@ def render(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name = match.group(2)
-        return match.group(1) + "\n" + TABLES[name.split("-")[0]](name) + "\n" + match.group(3)
+        options = {"brief": True} if match.group(3) else {}
+        made = TABLES[name.split("-")[0]](name, **options)
+        return match.group(1) + "\n" + made + "\n" + match.group(4)
 
     return MARK.sub(replace, text)
 
