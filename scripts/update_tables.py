@@ -251,6 +251,46 @@ def load(name: str) -> str:
     return _serving_tables(name, ("serve",), _load_row, _LOAD_HEADER)
 
 
+def steps(name: str) -> str:
+    """`bench steps`: where the time of a step goes, a column each."""
+    file = f"serving-{name.partition('-')[2]}"
+    data = read(file) if (RESULTS / f"{file}.json").exists() else {"results": []}
+    entries = [e for e in data["results"] if e["mode"] == "profile"]
+    if not entries:
+        return "Not measured yet.\n"
+    entries.sort(key=lambda e: (e["model"], _rank(e["recipe"]), e["step_tokens"], e["workload"]))
+    parts, limits = list(entries[0]["parts_ms"]), list(entries[0]["limit_ms"])
+    header = ["milliseconds of", *(f"{e['workload']}, {e['step_tokens']} tokens" for e in entries)]
+    rows = [[part, *(f"{e['parts_ms'][part]:.2f}" for e in entries)] for part in parts]
+    rows.append(["the step", *(f"{e['milliseconds']:.2f}" for e in entries)])
+    rows += [
+        [f"limit: {part}", *(f"{e['limit_ms'][part]:.2f}" for e in entries)] for part in limits
+    ]
+    models = sorted({f"{e['model']}, `{e['recipe']}`" for e in entries})
+    return f"{data['environment']['gpu']}, {'; '.join(models)}:\n\n" + table(header, rows)
+
+
+def agreement(name: str) -> str:
+    """`quatom agree`: choices of tokens held against the reference's."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet.\n"
+    data = read(name)
+    rows = [
+        [
+            f"{e['model']}, `{e['recipe']}`, {e['backend']} against {e['reference_backend']}",
+            f"{e['prompts']} x {e['tokens_each']}",
+            f"{100 * e['share']:.2f} %",
+            f"{e['noise']:.3f}",
+            f"{e['unexplained']}",
+            "yes" if e["repeatable"] else "no",
+        ]
+        for e in sorted(data["results"], key=lambda e: (e["model"], _rank(e["recipe"])))
+    ]
+    header = ["model", "prompts x tokens", "same choice", "noise", "beyond noise", "same twice"]
+    place = data["environment"].get("gpu") or data["environment"]["cpu"]
+    return f"{place}:\n\n" + table(header, rows)
+
+
 _RUN_HEADER = [
     "requests x tokens, memory, recipe",
     "output tokens/s",
@@ -376,6 +416,7 @@ def _load_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 TABLES: dict[str, Callable[..., str]] = {
     "ablation": ablation,
     "accuracy": accuracy,
+    "agreement": agreement,
     "attention": attention,
     "batches": batches,
     "decode": decode,
@@ -383,6 +424,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "kernels": kernels,
     "load": load,
     "quantize": quantize,
+    "steps": steps,
     "throughput": throughput,
 }
 
