@@ -4,9 +4,13 @@ import random
 
 import pytest
 
+from quatom.benchmark.random_weights import random_model
 from quatom.engine.config import EngineConfig
+from quatom.engine.engine import Engine
 from quatom.engine.llm import LLM
 from quatom.engine.sampling import SamplingParams
+from quatom.ops.backend import Backend
+from quatom.recipe import PRESETS
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=0)
 
@@ -29,7 +33,7 @@ def alone(tiny_llama_dir):
     return [logprobs(llm.generate([prompt], PARAMS)[0]) for prompt in prompts()]
 
 
-@pytest.mark.parametrize(
+CROWDS = pytest.mark.parametrize(
     "limits",
     [
         {"max_num_batched_tokens": 2048},  # all prompts in one step
@@ -42,9 +46,50 @@ def alone(tiny_llama_dir):
         {"max_num_batched_tokens": 150, "overlap": True},
     ],
 )
+
+
+@CROWDS
 def test_a_crowd_changes_no_bit(tiny_llama_dir, alone, limits):
     config = EngineConfig(max_num_seqs=12, max_model_len=320, **limits)
     llm = LLM(tiny_llama_dir, device="cpu", config=config)
+    together = llm.generate(prompts(), PARAMS)
+    assert [logprobs(output) for output in together] == alone
+    tight = "kv_cache_memory" in limits
+    assert (llm.engine.scheduler.num_preemptions > 0) == tight
+    assert (llm.engine.scheduler.prefix_hits > 0) == (not tight)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (
+            "atom-w4a4kv4",
+            None,
+        ),  # int8 products where the CPU has them; keys before rotary embedding
+        ("atom-w4a4kv4", Backend.REFERENCE),
+        ("quatom-w4a8kv4", None),
+    ],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
+def quantized(request):
+    """A tiny quantized model, and what it gives each prompt alone."""
+    name, backend = request.param
+    loaded = random_model("tiny", PRESETS[name], device="cpu", backend=backend)
+    engine = Engine(loaded, EngineConfig(prefix_caching=False, max_model_len=320))
+    llm = LLM.from_engine(engine)
+    return loaded, [logprobs(llm.generate([prompt], PARAMS)[0]) for prompt in prompts()]
+
+
+@CROWDS
+def test_a_crowd_changes_no_bit_of_a_quantized_model(quantized, limits):
+    loaded, alone = quantized
+    limits = dict(limits)
+    if "kv_cache_memory" in limits:  # 13 blocks of 32 tokens, as above
+        limits["kv_cache_memory"] = 13 * sum(
+            layer.bytes_per_block for layer in loaded.model.allocate_kv_cache(1, 32)
+        )
+    config = EngineConfig(max_num_seqs=12, max_model_len=320, **limits)
+    llm = LLM.from_engine(Engine(loaded, config))
     together = llm.generate(prompts(), PARAMS)
     assert [logprobs(output) for output in together] == alone
     tight = "kv_cache_memory" in limits

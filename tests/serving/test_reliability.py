@@ -1,8 +1,10 @@
 """What a server must survive: crowds, vanishing clients, nonsense, failing steps, a full queue."""
 
+import ast
 import asyncio
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import quatom
 from tests.engine.doubles import byte_tokenizer, expected_tokens
 from tests.serving.conftest import assert_idle, make_engine, running_server, wait_until
 
@@ -194,6 +197,33 @@ def test_other_errors_are_error_objects_too(server):
         response = httpx.request(method, server.url + path)
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_prompt_over_the_limit_is_refused_with_both_numbers(server):
+    limit = server.engine.max_model_len
+    for path, body in (
+        ("/v1/completions", {"prompt": [7] * (limit + 3)}),
+        ("/v1/completions", {"prompt": [7] * 10, "max_tokens": limit}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * (limit + 3)}]}),
+    ):
+        response = httpx.post(server.url + path, json=body)
+        assert response.status_code == 400, response.text
+        numbers = set(map(int, re.findall(r"\d+", response.json()["error"]["message"])))
+        assert limit in numbers
+        assert max(numbers) > limit
+
+
+def test_nothing_from_a_model_is_executed():
+    """Nothing unpickles, and nobody passes trust_remote_code."""
+    package = Path(quatom.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
+                assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}, path
+            elif isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("torch.load", "eval", "exec"), path
+                assert "trust_remote_code" not in {k.arg for k in node.keywords}, path
 
 
 def test_huge_bodies_are_refused():

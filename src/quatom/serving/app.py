@@ -115,8 +115,13 @@ def _add_generation_routes(app: FastAPI, service: Service, limit: int) -> None:
         path: str, body: type[BaseModel], response: type[BaseModel], *, streams: bool = False
     ) -> Any:
         done: dict[str, Any] = {"model": response}
-        if streams:  # where the body says so
-            done["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        if streams:  # where the body says so; the schema is that of an event
+            event = {
+                "type": "object",
+                "properties": {"data": {"type": "string"}},
+                "required": ["data"],
+            }
+            done["content"] = {"text/event-stream": {"schema": event}}
         return app.post(
             path,
             openapi_extra=request_body(body),
