@@ -155,7 +155,10 @@ def ablation(name: str) -> str:
     parts = []
     for ladder in dict.fromkeys(e["ladder"] for e in entries if e["rung"] != "float"):
         floats = [e for e in entries if e["rung"] == "float"]
-        rungs = floats[:1] + [e for e in entries if e["ladder"] == ladder and e not in floats]
+        own = [e for e in entries if e["ladder"] == ladder and e not in floats]
+        # Entries stand as they were measured; scaling comes on top of the offset.
+        own.sort(key=lambda e: e["rung"] == "key_scaling")
+        rungs = floats[:1] + own
         first = rungs[-1]
         rows = [[e["rung"].replace("_", " "), f"{e['perplexity']:.2f}"] for e in rungs]
         parts.append(
