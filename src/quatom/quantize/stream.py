@@ -8,7 +8,6 @@ for errors of the blocks before it. Only one block is in memory at a time.
 Source: Atom (Zhao et al., MLSys 2024): orders from float statistics, GPTQ on quantized inputs.
 """
 
-import ctypes
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from quatom.quantize.block import (
     round_place,
     stored_tensors,
 )
+from quatom.quantize.host_memory import return_free_memory
 from quatom.quantize.statistics import (
     ChannelScores,
     KeyStatistics,
@@ -85,17 +85,6 @@ def embed(source: TensorSource, tokens: Tensor, device: torch.device, dtype: tor
     return torch.nn.functional.embedding(tokens, table).to(device=device, dtype=dtype)
 
 
-def _return_free_memory() -> None:
-    """Give freed heap pages back to the system, where the C library can.
-
-    glibc keeps tensors of up to 32 MB on its heap once some were freed; without this, fragments of
-    one block after the other add up to more than a block.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 class BlockQuantizer:
     """Quantizes the blocks of one model in order. `streams` is None for recipes without text."""
 
@@ -132,7 +121,7 @@ class BlockQuantizer:
         """Quantize blocks `first` and later; streams hold the next block's input at each yield."""
         for index in range(first, self.config.num_layers):
             yield self.quantize(index)
-            _return_free_memory()
+            return_free_memory()
 
     def quantize(self, index: int) -> QuantizedBlock:
         """Quantize block `index` and advance the streams over it."""
