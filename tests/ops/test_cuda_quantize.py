@@ -5,6 +5,7 @@ import torch
 
 from quatom.errors import BackendError
 from quatom.numerics.groups import GroupLayout
+from quatom.ops import cuda_quantize
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
 from quatom.ops.cuda_quantize import Variant, can_quantize, choose_variant, quantize_cuda
@@ -170,7 +171,7 @@ def test_what_the_kernel_cannot_do_is_said(monkeypatch):
         device = torch.device("cuda")
         dtype = torch.bfloat16
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_quantize, "device_capability", lambda device: (9, 0))
     assert can_quantize(OnHopper, spec)
     rows = QuantizeSpec(layout=GroupLayout(128, 128))
     with pytest.raises(BackendError, match=r"layout 'groups', not 'rows'"):
@@ -181,7 +182,7 @@ def test_what_the_kernel_cannot_do_is_said(monkeypatch):
     uneven = QuantizeSpec(layout=GroupLayout(120, 100), byte_layout="groups")
     with pytest.raises(BackendError, match=r"these groups are \(100, 20\)"):
         quantize_cuda("reorder", OnHopper, uneven)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(cuda_quantize, "device_capability", lambda device: (8, 6))
     with pytest.raises(BackendError, match=r"needs compute capability 9.x, .* has \(8, 6\)"):
         quantize_cuda("reorder", OnHopper, spec)
 
