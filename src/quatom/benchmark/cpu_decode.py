@@ -11,7 +11,6 @@ the float model); activations and the KV cache are quantized in every step.
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from quatom.benchmark.environment import describe_environment, write_results
+from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.engine.config import EngineConfig
 from quatom.engine.llm import LLM
 from quatom.engine.sampling import SamplingParams
@@ -128,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         results.append(result)
     if args.output:
-        command = shlex.join(["python", "-m", "quatom.benchmark.cpu_decode", *sys.argv[1:]])
+        command = command_line("python", "-m", "quatom.benchmark.cpu_decode")
         write_results(args.output, command, describe_environment(), results)
 
 

@@ -8,7 +8,6 @@ is what every step costs besides the model. Run as
 
 import argparse
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quatom.benchmark.environment import describe_environment, write_results
+from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
@@ -143,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{kind:12} {result['ms_per_step']:8.3f} ms a step", file=sys.stderr)
         results.append(result)
     if args.output:
-        command = shlex.join(["python", "-m", "quatom.benchmark.engine_overhead", *sys.argv[1:]])
+        command = command_line("python", "-m", "quatom.benchmark.engine_overhead")
         write_results(args.output, command, describe_environment(), results)
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -90,6 +92,15 @@ def _time_eager(call: Callable[[], object], repeats: int = 20) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) * 1e3 / repeats
+
+
+def command_line(*program: str) -> str:
+    """The command as a result file names it: `program` (quatom) and this process's arguments.
+
+    Paths are shortened to their last part: where they lie is nobody's business.
+    """
+    words = (Path(word).name if os.sep in word else word for word in sys.argv[1:])
+    return shlex.join([*(program or ("quatom",)), *words])
 
 
 def write_results(

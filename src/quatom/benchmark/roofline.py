@@ -53,6 +53,12 @@ class Work:
     cached_read: float
     """Cached tokens that decodes read."""
 
+    @classmethod
+    def decode(cls, batch: int, context: float) -> Self:
+        """One token for each of `batch` sequences that have `context` cached ones."""
+        cached = batch * context
+        return cls(1, batch, batch, cached + batch, cached)
+
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
@@ -112,8 +118,7 @@ class Roofline:
 
     def decode_step(self, batch: int, context: float) -> float:
         """Least seconds of one decode of `batch` sequences that have `context` cached tokens."""
-        cached = batch * context
-        return self.seconds(Work(1, batch, batch, cached + batch, cached))
+        return self.seconds(Work.decode(batch, context))
 
     def run(self, lengths: list[tuple[int, int]], concurrent: float) -> float:
         """Least seconds for requests of (input, output) tokens, `concurrent` of them at a time.

@@ -1,14 +1,11 @@
 """Entries of serving-GPU.json, and adding them to a file without losing what is there."""
 
 import json
-import os
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quatom.benchmark.environment import describe_environment, write_results
+from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.errors import EngineError
 
 _IDENTITY = (
@@ -88,13 +85,6 @@ def add_entries(
     origin = {"command": command, "commit": environment["commit"], "date": environment["date"]}
     merged += [entry | origin for entry in entries]
     write_results(path, command, environment, merged)
-
-
-def command_line() -> str:
-    """The command, paths shortened to their last part: where they lie is nobody's business."""
-    return shlex.join(
-        ["quatom", *(Path(word).name if os.sep in word else word for word in sys.argv[1:])]
-    )
 
 
 def summary(entry: Mapping[str, Any]) -> str:

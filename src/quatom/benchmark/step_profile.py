@@ -82,8 +82,7 @@ def profile_steps(
             work = Work(1, prefill_tokens, sampled, pairs, 0)
         else:
             parts = _run(engine, "decode", batch, context, steps)
-            cached = batch * (context + steps)
-            work = Work(1, batch, batch, cached + batch, cached)
+            work = Work.decode(batch, context + steps)
         limit = {part: 1e3 * seconds for part, seconds in roofline.phases(work).items()}
         milliseconds = sum(parts.values())
         kind = "prefill" if batch is None else "decode"

@@ -129,5 +129,5 @@ class _Memory:
 
 
 def _borrow(tensor: Tensor) -> Tensor:
-    """The same float32 memory without owning it: the pool may hand it out again."""
-    return torch.as_tensor(_Memory(tensor.contiguous()), device=tensor.device)
+    """The same contiguous float32 memory, not owned: the pool may hand it out again."""
+    return torch.as_tensor(_Memory(tensor), device=tensor.device)

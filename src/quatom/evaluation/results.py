@@ -5,8 +5,6 @@ import fcntl
 import json
 import os
 import resource
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quatom.benchmark.environment import describe_environment, write_results
+from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.checkpoint.schema import bits_per_activation, bits_per_kv, bits_per_weight
 from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import Perplexity
@@ -108,7 +106,7 @@ def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
     Raises:
         CalibrationError: as `read_results` says.
     """
-    command, environment = _command(), describe_environment()
+    command, environment = command_line(), describe_environment()
     origin = {"command": command, "commit": environment["commit"]}
     new = {_identity(entry) for entry in entries}
     read_results(path)  # makes the folder, or says why not
@@ -128,13 +126,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _command() -> str:
-    """The command line, paths shortened to their last part: where they lie is nobody's business."""
-    return shlex.join(
-        ["quatom", *(Path(word).name if os.sep in word else word for word in sys.argv[1:])]
-    )
 
 
 def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:

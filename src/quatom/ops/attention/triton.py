@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.attention import AttentionOptions, Sequences
+from quatom.ops.cuda_build import multiprocessors
 
 _LOG2E = 1.4426950408889634
 
@@ -367,5 +368,5 @@ def num_decode_splits(programs: int, max_seq_len: int, device: torch.device) -> 
     """Splits that give every multiprocessor four programs, of at least 256 tokens each."""
     if device.type != "cuda":
         return 1
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = 4 * multiprocessors(device.index)
     return max(1, min(wanted // max(programs, 1), triton.cdiv(max_seq_len, 256), 64))
