@@ -6,10 +6,15 @@ scale of its group (`GroupLayout`). Its *bytes* belong to the kernel that will r
 rows
     codes (T, K), int8 where every format is an integer and float16 otherwise (all codes of e4m3 and
     e2m1 are float16 numbers); scales (T, S) float32. Read by the reference and by Triton.
+padded
+    codes (T, S, W) int8, W channels for each group, the widest one's; scales (T, S) float32. What
+    stands beyond a shorter group's channels is arbitrary. Read by int8 products on a CPU.
 groups
-    codes (S, T_padded, 128) uint8 and scales (S, T_padded, 2) float32, T_padded = T rounded up to
-    8. Beside each scale stands what the kernel adds to a scaled group sum because it multiplies by
-    weight codes + 8: -8 * scale * sum of the token's codes (0 for outlier groups).
+    codes (S, T_padded, 128) uint8, T_padded = T rounded up to 16, and scales
+    (S, T_padded / 16, 2, 16) float32: of each 16 tokens first the scales, then what the kernel adds
+    to a scaled group sum because it multiplies by weight codes + 8: -8 * scale * sum of the token's
+    codes (0 for outlier groups). Token t of 16 stands at place t % 8 // 2 * 4 + t // 8 * 2 + t % 2:
+    a thread of the kernel has the tokens 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 and reads them at once.
     Each group is padded to 128 bytes by zeros; the 16-byte piece p of token t stands at place
     p ^ (t % 8), the 128-byte swizzle of Hopper's matrix unit, so that one bulk copy brings a tile
     of tokens into shared memory ready for use. int4 codes are e4m3 bytes of value code * 2**-9 (the
@@ -24,15 +29,22 @@ from torch import Tensor
 
 from quatom.errors import ShapeError
 from quatom.numerics.formats import get_format
-from quatom.numerics.groups import GroupLayout, dequantize_groups, quantize_groups
+from quatom.numerics.groups import (
+    GroupLayout,
+    dequantize_groups,
+    join_groups,
+    quantize_equal_groups,
+    quantize_groups,
+    split_groups,
+)
 from quatom.numerics.hadamard import rotate_groups
 
-ByteLayout = Literal["rows", "groups"]
+ByteLayout = Literal["rows", "padded", "groups"]
 
 GROUP_BYTES = 128
 """Bytes of one token's group in the `groups` layout."""
-TOKEN_PADDING = 8
-"""T_padded is a multiple of this: eight 128-byte rows repeat the swizzle."""
+TOKEN_PADDING = 16
+"""T_padded is a multiple of this: so many tokens' scales are read together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +93,7 @@ class MixedTensor:
     """Quantized activations; read `codes` and `scales` only together with `byte_layout`."""
 
     codes: Tensor  # rows: (T, K); groups: (S, T_padded, 128) uint8
-    scales: Tensor  # rows: (T, S) float32; groups: (S, T_padded, 2) float32
+    scales: Tensor  # rows: (T, S) float32; groups: (S, T_padded / 16, 2, 16) float32
     spec: QuantizeSpec
     tokens: int
     """T."""
@@ -102,8 +114,14 @@ class MixedTensor:
         """Values (T, K) float32 in units of their scale, and scales (T, S) float32."""
         if self.spec.byte_layout == "rows":
             return self.codes.float(), self.scales
+        if self.spec.byte_layout == "padded":
+            return join_groups(self.codes.float(), self.spec.layout), self.scales
         values = _read_groups(self.codes, self.spec)[: self.tokens]
-        return values, self.scales[:, : self.tokens, 0].t()
+        return values, _by_token(self.scales, 0)[: self.tokens]
+
+    def corrections(self) -> Tensor:
+        """What byte layout `groups` keeps beside the scales, (T, S) float32."""
+        return _by_token(self.scales, 1)[: self.tokens]
 
     def dequantize(self) -> Tensor:
         """The real numbers, (T, K) float32; rotated ones where `spec.rotate`."""
@@ -123,9 +141,18 @@ def quantize_rows(
     if spec.rotate:
         x = rotate_groups(x if order is None else x.index_select(1, order), spec.layout)
         order = None
-    values, scales = quantize_groups(
-        x, spec.layout, get_format(spec.normal), get_format(spec.outlier), spec.clip_ratio, order
-    )
+    formats = get_format(spec.normal), get_format(spec.outlier)
+    if spec.byte_layout == "padded":
+        groups = split_groups(x, spec.layout, order)
+        groups, scales = quantize_equal_groups(groups, spec.layout, *formats, spec.clip_ratio)
+        return MixedTensor(
+            codes=groups.to(torch.int8),
+            scales=scales.float(),
+            spec=spec,
+            tokens=x.shape[0],
+            dtype=dtype,
+        )
+    values, scales = quantize_groups(x, spec.layout, *formats, spec.clip_ratio, order)
     return pack_values(values, scales, spec, dtype)
 
 
@@ -140,18 +167,39 @@ def pack_values(
     scales = scales.float()
     if spec.byte_layout == "groups":
         padded = padded_tokens(tokens)
-        pairs = scales.new_zeros(spec.layout.num_scales, padded, 2)
-        pairs[:, :tokens, 0] = scales.t()
-        pairs[:, :tokens, 1] = _offset_corrections(values, scales, spec).t()
-        codes = _write_groups(values, spec, padded)
-        return MixedTensor(codes=codes, scales=pairs, spec=spec, tokens=tokens, dtype=dtype)
+        both = scales.new_zeros(2, padded, spec.layout.num_scales)
+        both[0, :tokens] = scales
+        both[1, :tokens] = _offset_corrections(values, scales, spec)
+        both = both.unflatten(1, (-1, 2, 4, 2)).permute(5, 1, 0, 3, 2, 4)  # see the byte layout
+        return MixedTensor(
+            codes=_write_groups(values, spec, padded),
+            scales=both.reshape(*scales_shape(tokens, spec)),
+            spec=spec,
+            tokens=tokens,
+            dtype=dtype,
+        )
+    if spec.byte_layout == "padded":
+        codes = split_groups(values, spec.layout).to(torch.int8)
+    else:
+        codes = values.to(row_dtype(spec, dtype))
     return MixedTensor(
-        codes=values.to(row_dtype(spec, dtype)),
+        codes=codes,
         scales=scales.contiguous(),
         spec=spec,
         tokens=tokens,
         dtype=dtype,
     )
+
+
+def scales_shape(tokens: int, spec: QuantizeSpec) -> tuple[int, int, int, int]:
+    """Shape of `MixedTensor.scales` in byte layout `groups`."""
+    return spec.layout.num_scales, padded_tokens(tokens) // TOKEN_PADDING, 2, TOKEN_PADDING
+
+
+def _by_token(scales: Tensor, kind: int) -> Tensor:
+    """Scales (0) or corrections (1) of byte layout `groups`, (T_padded, S)."""
+    places = scales[:, :, kind].unflatten(2, (4, 2, 2))  # token pair, half of 16, token
+    return places.transpose(2, 3).flatten(1).t()
 
 
 def row_dtype(spec: QuantizeSpec, dtype: torch.dtype) -> torch.dtype:

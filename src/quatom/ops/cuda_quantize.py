@@ -12,7 +12,13 @@ from torch import Tensor
 from quatom.errors import BackendError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
-from quatom.ops.activations import GROUP_BYTES, MixedTensor, QuantizeSpec, padded_tokens
+from quatom.ops.activations import (
+    GROUP_BYTES,
+    MixedTensor,
+    QuantizeSpec,
+    padded_tokens,
+    scales_shape,
+)
 from quatom.ops.cuda_build import (
     CudaKernel,
     KernelArguments,
@@ -201,7 +207,7 @@ def quantize_cuda(
     tokens, channels = x.shape[0], layout.channels
     padded = padded_tokens(tokens)
     codes = x.new_empty((layout.num_scales, padded, GROUP_BYTES), dtype=torch.uint8)
-    scales = x.new_empty((layout.num_scales, padded, 2), dtype=torch.float32)
+    scales = x.new_empty(scales_shape(tokens, spec), dtype=torch.float32)
     out = MixedTensor(codes=codes, scales=scales, spec=spec, tokens=tokens, dtype=x.dtype)
     total = x if residual is None else x.new_empty((tokens, channels))
     x = _aligned(x)

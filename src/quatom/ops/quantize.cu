@@ -182,7 +182,7 @@ __device__ __forceinline__ float reduce_sum(const float (&values)[TOKENS]) {
 // Quantize 8 channels of each token, all of one group with those of the half-warp, and store them. x is 0
 // outside the group.
 __device__ __forceinline__ void store_group(float (&x)[TOKENS][8], const Place& place, u64 token, int tokens,
-                                            u64 tokens_padded, const Layout& layout, u8* codes, float2* scales) {
+                                            u64 tokens_padded, const Layout& layout, u8* codes, float* scales) {
 #if ROTATE
   rotate(x, place);
 #endif
@@ -279,8 +279,12 @@ __device__ __forceinline__ void store_group(float (&x)[TOKENS][8], const Place& 
   }
   // Weights enter the matrix unit as (code + 8) * 2**-9: what the 8 adds, with its sign changed.
   const int kept = keeps_second();
-  if (threadIdx.x % (TOKENS == 2 ? 8 : 16) == 0 && int(token) + kept < tokens)
-    scales[row + kept] = make_float2(scale, place.outlier ? 0.0f : sum * -0.015625f * scale);
+  if (threadIdx.x % (TOKENS == 2 ? 8 : 16) == 0 && int(token) + kept < tokens) {
+    const int t = (int(token) + kept) % 16;  // of 16 tokens, whose scales and corrections stand together
+    float* const to = scales + (row + kept - t) * 2 + t % 8 / 2 * 4 + t / 8 * 2 + t % 2;
+    to[0] = scale;
+    to[16] = place.outlier ? 0.0f : sum * -0.015625f * scale;
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -290,7 +294,7 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
                 const int* __restrict__ order,     // [channels] or null
                 u16* __restrict__ total,           // [tokens][channels], written where there is a residual
                 u8* __restrict__ codes,            // [groups][tokens_padded][128]
-                float2* __restrict__ scales,       // [groups][tokens_padded]
+                float* __restrict__ scales,        // [groups][tokens_padded / 16][2][16]
                 int tokens, int tokens_padded, int channels, int x_stride, int residual_stride, int chunks,
                 float mean_factor /* 1 / channels */, float eps,
                 int normal, int group_size, int outlier_size, int num_normal, int num_scales, float clip_ratio,

@@ -23,6 +23,7 @@ from quatom.ops.activations import (
     QuantizeSpec,
     padded_tokens,
     row_dtype,
+    scales_shape,
 )
 
 INTEGER, E4M3, FLOAT16 = 0, 1, 2
@@ -152,9 +153,11 @@ def store_groups(
         tl.store(codes_ptr + row[:, None] * 128 + place[None, :], byte.to(tl.uint8), mask=mask)
         # See the byte layout `groups`: weights enter the matrix unit as (code + 8) * 2**-9.
         total = tl.sum(code, axis=1) * (-0.015625 if NORMAL_KIND == 1 else -0.000030517578125)
-        tl.store(scales_ptr + row * 2, scale, mask=exists)
+        t = token & 15
+        place = (row - t) * 2 + (t & 6) * 2 + (t >> 3) * 2 + (t & 1)
+        tl.store(scales_ptr + place, scale, mask=exists)
         correction = tl.where(is_outlier, 0.0, total * scale)
-        tl.store(scales_ptr + row * 2 + 1, correction, mask=exists)
+        tl.store(scales_ptr + place + 16, correction, mask=exists)
     else:
         channel = first[:, None] + column[None, :]
         mask = exists[:, None] & (channel < end[:, None])
@@ -182,7 +185,7 @@ def allocate(x: Tensor, tokens: int, spec: QuantizeSpec) -> MixedTensor:
     if spec.byte_layout == "groups":
         padded = padded_tokens(tokens)
         codes = x.new_empty((layout.num_scales, padded, GROUP_BYTES), dtype=torch.uint8)
-        scales = x.new_empty((layout.num_scales, padded, 2), dtype=torch.float32)
+        scales = x.new_empty(scales_shape(tokens, spec), dtype=torch.float32)
     else:
         codes = x.new_empty((tokens, layout.channels), dtype=row_dtype(spec, x.dtype))
         scales = x.new_empty((tokens, layout.num_scales), dtype=torch.float32)

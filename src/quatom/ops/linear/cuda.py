@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quatom.errors import BackendError
-from quatom.ops.activations import MixedTensor
+from quatom.ops.activations import GROUP_BYTES, TOKEN_PADDING, MixedTensor
 from quatom.ops.cuda_build import (
     CudaKernel,
     KernelArguments,
@@ -66,7 +66,8 @@ class Config:
     @property
     def stage_bytes(self) -> int:
         """Shared memory of one stage: activations, weights, activation scales, two barriers."""
-        return self.tokens * 136 + self.row_blocks * UNIT_BYTES + 16
+        scales = 8 * max(self.tokens, TOKEN_PADDING)
+        return self.tokens * GROUP_BYTES + scales + self.row_blocks * UNIT_BYTES + 16
 
     @property
     def receive_bytes(self) -> int:

@@ -29,7 +29,7 @@ constexpr bool PREFETCH = WARPGROUPS < 3 && BLOCKS_PER_WARPGROUP == 1;
 constexpr int BLOCKS = WARPGROUPS * BLOCKS_PER_WARPGROUP;  // of 64 output channels, of a tile
 constexpr u32 UNIT_BYTES = 4096 + 128;
 constexpr u32 X_BYTES = BM * 128;
-constexpr u32 XS_BYTES = BM * 8;
+constexpr u32 XS_BYTES = (BM < 16 ? 16 : BM) * 8;  // scales come by 16 tokens
 // Activation tiles first: the 128-byte swizzle needs them aligned to 1024 bytes.
 constexpr u32 X_OFFSET = 0;
 constexpr u32 W_OFFSET = STAGES * X_BYTES;
@@ -105,9 +105,9 @@ __device__ __forceinline__ float4 load_shared_f4(u32 address) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
   return v;
 }
-__device__ __forceinline__ float load_shared_f1(u32 address) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+__device__ __forceinline__ float2 load_shared_f2(u32 address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
   return v;
 }
 __device__ __forceinline__ float load_shared_half(u32 address) {
@@ -126,9 +126,14 @@ __device__ __forceinline__ u32 pack_output(float low, float high) {
 #endif
   return packed;
 }
+// Without a branch, so that the stores of several tokens overlap.
+__device__ __forceinline__ void store_if(bool condition, void* to, uint2 v) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.global.v2.u32 [%1], {%2, %3};\n}" ::"r"(u32(condition)),
+               "l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
 __device__ __forceinline__ u32 transpose_8x8(u32 v) {
   u32 t;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(v));
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(v));
   return t;
 }
 
@@ -186,36 +191,58 @@ __device__ __forceinline__ void load_codes(u32 address, u32 (&a)[16]) {
   }
 }
 
+// Scales of a thread's two output channels of each block, as they stand behind a unit's codes.
+struct ChannelScales {
+  float low[BLOCKS_PER_WARPGROUP], high[BLOCKS_PER_WARPGROUP];
+  __device__ __forceinline__ ChannelScales(u32 address, float factor) {
+#pragma unroll
+    for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r) {
+      low[r] = load_shared_half(address + r * UNIT_BYTES) * factor;
+      high[r] = load_shared_half(address + r * UNIT_BYTES + 16) * factor;
+    }
+  }
+};
+
+// Scales and corrections of a thread's four tokens of 16 (its two of 8, where a tile has no more).
+template <bool CORRECT>
+struct TokenScales {
+  float scale[4], correction[4];
+  __device__ __forceinline__ explicit TokenScales(u32 address) {
+    load(address, scale);
+    if (CORRECT) load(address + 64, correction);
+  }
+  static __device__ __forceinline__ void load(u32 address, float (&to)[4]) {
+    if (COLUMNS < 16) {
+      const float2 v = load_shared_f2(address);
+      to[0] = v.x, to[1] = v.y;
+    } else {
+      const float4 v = load_shared_f4(address);
+      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    }
+  }
+};
+
 // total += (partial * token scale + correction) * channel scale, the only arithmetic outside the matrix
 // unit. The correction, -8 * token scale * sum of codes, is exact for integer codes, and so is the sum of
 // the two; SIGNED and INT8 weights need none. `total` begins at this part's columns.
 template <bool CORRECT, typename T>
 __device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2], int part,
-                                        const T (&partial)[BLOCKS_PER_WARPGROUP][COLUMNS / 2], u32 xs, u32 ws, float factor) {
-  float low[BLOCKS_PER_WARPGROUP], high[BLOCKS_PER_WARPGROUP];
-#pragma unroll
-  for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r) {
-    low[r] = load_shared_half(ws + r * UNIT_BYTES) * factor;
-    high[r] = load_shared_half(ws + r * UNIT_BYTES + 16) * factor;
-  }
+                                        const T (&partial)[BLOCKS_PER_WARPGROUP][COLUMNS / 2],
+                                        const ChannelScales& channel, TokenScales<CORRECT> token, u32 xs) {
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
-    const u32 address = xs + part * COLUMNS * 8 + j * 64;  // two tokens: scale, correction each
-    float4 s;
-    if (CORRECT) {
-      s = load_shared_f4(address);
-    } else {
-      s.x = load_shared_f1(address);
-      s.z = load_shared_f1(address + 8);
-    }
+    const int h = j % 2 * 2;
+    if (j > 0 && h == 0) token = TokenScales<CORRECT>(xs + j * 64);
 #pragma unroll
     for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r) {
       float* sum = total[r] + part * (COLUMNS / 2) + 4 * j;
       const T* p = partial[r] + 4 * j;
-      sum[0] = fmaf(CORRECT ? fmaf(float(p[0]), s.x, s.y) : float(p[0]) * s.x, low[r], sum[0]);
-      sum[1] = fmaf(CORRECT ? fmaf(float(p[1]), s.z, s.w) : float(p[1]) * s.z, low[r], sum[1]);
-      sum[2] = fmaf(CORRECT ? fmaf(float(p[2]), s.x, s.y) : float(p[2]) * s.x, high[r], sum[2]);
-      sum[3] = fmaf(CORRECT ? fmaf(float(p[3]), s.z, s.w) : float(p[3]) * s.z, high[r], sum[3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scale = token.scale[h + i % 2];
+        const float scaled = CORRECT ? fmaf(float(p[i]), scale, token.correction[h + i % 2]) : float(p[i]) * scale;
+        sum[i] = fmaf(scaled, i < 2 ? channel.low[r] : channel.high[r], sum[i]);
+      }
     }
   }
 }
@@ -223,7 +250,7 @@ __device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCER_THREADS, CTAS_PER_SM)
 linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224]
               const u8* __restrict__ x,        // [groups][tokens_padded][128], swizzled
-              const float* __restrict__ xs,    // [groups][tokens_padded][2]: scale, minus correction
+              const float* __restrict__ xs,    // [groups][tokens_padded / 16][2][16]: scales, corrections
               const float* __restrict__ bias,  // [channels] or null
               void* __restrict__ y,            // [tokens][channels]
               int tokens, int tokens_padded, int channels,
@@ -247,13 +274,14 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   const u32 received = empty + STAGES * 8;  // barrier of the partial sums of other CTAs
 
   // The producer's place in the tile. Its loop must be short: it shares a scheduler with consumers.
-  int here = 0, last_block = 0, started = 0;
+  int here = 0, used = 0, last_block = 0, started = 0;
   const u8 *w_from = nullptr, *x_from = nullptr;
   const float* xs_from = nullptr;
   auto begin_tile = [&](int tile) {
     int token_tile, row_tile;
     tiles.locate(tile, token_tile, row_tile);
     here = min(BM, tokens_padded - token_tile * BM);
+    used = min(BM, tokens - token_tile * BM);
     // Blocks beyond the last repeat it: their results are not stored.
     const int block = min(row_tile * BLOCKS, row_blocks - 1);
     last_block = row_blocks - 1 - block;
@@ -261,10 +289,10 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     const int group = unit_begin < int4_groups ? unit_begin : int4_groups + (unit_begin - int4_groups) / 2;
     const u64 token = u64(group) * tokens_padded + token_tile * BM;
     x_from = x + token * 128;
-    xs_from = xs + token * 2;
+    xs_from = xs + token / 16 * 32;
   };
   auto load_weights = [&](u32 stage) {
-    barrier_expect(full + 8 * stage, BLOCKS * UNIT_BYTES + here * 136);
+    barrier_expect(full + 8 * stage, BLOCKS * UNIT_BYTES + here * 128 + max(here, 16) * 8);
 #pragma unroll
     for (int g = 0; g < BLOCKS; ++g)
       bulk_copy(base + W_OFFSET + (stage * BLOCKS + g) * UNIT_BYTES, w_from + min(g, last_block) * block_stride, UNIT_BYTES,
@@ -273,7 +301,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   };
   auto load_tokens = [&](int unit, u32 stage) {
     bulk_copy(base + X_OFFSET + stage * X_BYTES, x_from, here * 128, full + 8 * stage);
-    bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs_from, here * 8, full + 8 * stage);
+    bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs_from, max(here, 16) * 8, full + 8 * stage);
     if (unit < int4_groups || (unit - int4_groups) % 2) {  // two units of an INT8 group share its tokens
       x_from += u64(tokens_padded) * 128;
       xs_from += u64(tokens_padded) * 2;
@@ -292,7 +320,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       started = min(steps, int(STAGES));
       for (int i = 0; i < started; ++i) load_weights(i);
       if (SPLIT > 1) {
-        const int blocks = here / 8;
+        const int blocks = (used + 7) / 8;
         const int owned = (blocks - int(rank) + SPLIT - 1) / SPLIT;
         if (owned > 0) barrier_expect(received, owned * (SPLIT - 1) * TOKEN_BLOCK_BYTES);
       }
@@ -337,6 +365,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     const u32 w_thread = base + W_OFFSET + warpgroup * RB * UNIT_BYTES + (threadIdx.x % 128) * 16;
     const u32 ws_thread = base + W_OFFSET + warpgroup * RB * UNIT_BYTES + 4096 + (group_warp * 16 + lane / 4) * 2;
     const u32 xs_thread = base + XS_OFFSET + (lane % 4) * 16;
+    u32 xs_tile = xs_thread;
     Ring ring;
     float total[RB][BM / 2];
 
@@ -372,13 +401,22 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
           barrier_wait(full + 8 * ring.stage, ring.phase);
           load_weights_of(ring.stage, next);
         }
+        // The first scales are read while the matrix unit works.
+        const ChannelScales channel(ws_thread + stage * W_STAGE, 1.0f);
+        const u32 xs_part = xs_tile + stage * XS_BYTES + part * COLUMNS * 8;
+        const TokenScales<!SIGNED> token(xs_part);
         wgmma_wait();
-        promote<!SIGNED>(total, part, partial, xs_thread + stage * XS_BYTES, ws_thread + stage * W_STAGE, 1.0f);
+        promote(total, part, partial, channel, token, xs_part);
       }
       release(stage);
     };
 
     for (int tile = first_tile; tile < tiles.count(); tile += tile_step) {
+      int token_tile, row_tile;
+      if (BM < 16) {
+        tiles.locate(tile, token_tile, row_tile);
+        xs_tile = xs_thread + token_tile % 2 * 8;  // half of 16 tokens' scales
+      }
 #pragma unroll
       for (int r = 0; r < RB; ++r)
 #pragma unroll
@@ -390,9 +428,9 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
           barrier_wait(full + 8 * ring.stage, ring.phase);
           load_weights_of(ring.stage, even);
         }
-        for (int i = 0; i < int4_steps; i += 2) {
+        for (int i = 0; i < int4_steps; i += PREFETCH ? 2 : 1) {
           int4_step(even, odd, i + 1 < int4_steps);
-          if (i + 1 < int4_steps) int4_step(odd, even, i + 2 < int4_steps);
+          if (PREFETCH && i + 1 < int4_steps) int4_step(odd, even, i + 2 < int4_steps);
         }
       }
       for (int unit = unit_begin + int4_steps; unit < unit_end; ++unit) {  // INT8 outliers, half a group each
@@ -414,15 +452,17 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
             for (int c = 0; c < 2; ++c)
               wgmma_s8(partial[r], a[r][c].x, a[r][c].y, a[r][c].z, a[r][c].w, b + part * PART_STEP + 2 * c, c);
           wgmma_commit();
+          const ChannelScales channel(ws_thread + stage * W_STAGE, 1.0f / unit_value);
+          const u32 xs_part = xs_tile + stage * XS_BYTES + part * COLUMNS * 8;
+          const TokenScales<false> token(xs_part);
           wgmma_wait();
-          promote<false>(total, part, partial, xs_thread + stage * XS_BYTES, ws_thread + stage * W_STAGE, 1.0f / unit_value);
+          promote(total, part, partial, channel, token, xs_part);
         }
         release(stage);
         ring.advance();
       }
 
-      int token_tile, row_tile;
-      tiles.locate(tile, token_tile, row_tile);
+      if (BM >= 16) tiles.locate(tile, token_tile, row_tile);  // again: no registers for it in the loop
       const int here = min(BM, tokens - token_tile * BM);
       if (SPLIT > 1) {
         cluster_wait();  // the peers' barriers exist
@@ -450,6 +490,8 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
           bias_high = bias[row + 2];
         }
         const int column = block * 64 + group_warp * 16 + lane % 4 * 4;
+        unsigned short* const to =
+            static_cast<unsigned short*>(y) + u64(token_tile * BM + lane / 4) * channels + column;
 #pragma unroll
         for (int j = 0; j < TOKEN_BLOCKS; ++j) {
           if (SPLIT > 1 && (rank != j % SPLIT || 8 * j >= here)) continue;
@@ -466,9 +508,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
           uint2 v;
           v.x = transpose_8x8(pack_output(sum[4 * j] * unit_value + bias_low, sum[4 * j + 1] * unit_value + bias_low));
           v.y = transpose_8x8(pack_output(sum[4 * j + 2] * unit_value + bias_high, sum[4 * j + 3] * unit_value + bias_high));
-          const int token = 8 * j + lane / 4;
-          if (token < here && column < channels)
-            *reinterpret_cast<uint2*>(static_cast<unsigned short*>(y) + u64(token_tile * BM + token) * channels + column) = v;
+          store_if(8 * j + lane / 4 < here && column < channels, to + u64(8 * j) * channels, v);
         }
       }
     }
