@@ -216,6 +216,21 @@ def test_small_one_sided_constant_and_large_groups(backend, gain, shift):
     assert_close(batch.run(backend), batch.truth(), torch.float16)
 
 
+@pytest.mark.parametrize("num_decodes", [0, 2])
+def test_layers_share_what_the_batch_alone_decides(num_decodes):
+    batch = Batch([50, 17, 33, 70, 0], [1, 1, 33, 20, 0], heads=4, kv_heads=2)
+    angle = torch.outer(torch.arange(70.0), 10000.0 ** -torch.linspace(0, 1, 32)).to(DEVICE)
+    rotary = (angle.cos(), angle.sin())
+    options = dict(rotary=rotary, num_decodes=num_decodes, backend=Backend.REFERENCE)
+    shared = {}
+    assert torch.equal(batch.run(shared=shared, **options), batch.run(**options))
+    made = dict(shared)
+    batch.q = batch.q.flip(0)  # another layer
+    assert torch.equal(batch.run(shared=shared, **options), batch.run(**options))
+    assert made
+    assert {name: id(plan) for name, plan in shared.items()} == {n: id(p) for n, p in made.items()}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_padding_row_gets_zeros(backend):
     batch = Batch([0, 20], dtype=torch.float16)

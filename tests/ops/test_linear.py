@@ -191,23 +191,23 @@ def test_every_scheme_has_the_accuracy_of_float32(backend, weight, fmt, layout, 
 
 
 @pytest.mark.parametrize("backend", [CPU])
-def test_rows_on_a_cpu_do_not_see_each_other(backend, device):
-    layout = GroupLayout(544, 128, 32)
+@pytest.mark.parametrize("layout", [GroupLayout(544, 128, 32), GroupLayout(640, 32)])
+def test_rows_on_a_cpu_do_not_see_each_other(backend, layout, device):
     rng = torch.Generator().manual_seed(9)
     x, w = (random_codes(n, layout, "int4", rng) for n in (150, 72))
-    xs, ws = (torch.rand(n, 6, generator=rng).half().float() for n in (150, 72))
+    xs, ws = (torch.rand(n, layout.num_scales, generator=rng).half().float() for n in (150, 72))
 
     def rows(which):
         return run(x[which], xs[which], w, ws, layout, backend, device, dtype=torch.float32)
 
-    # 150 rows multiply one group at a time, 13 two and one all six: the sums are the same bits.
+    # 150 rows multiply in pieces of 32. More than 16 groups are added in a tree, alike for all.
     together = rows(slice(0, 150))
-    for which in (slice(0, 1), slice(149, 150), slice(20, 60), slice(1, 14)):
+    for which in (slice(0, 1), slice(149, 150), slice(20, 60), slice(1, 14), slice(0, 32)):
         assert torch.equal(rows(which), together[which])
     want = exact(x, xs, w, ws, layout)
-    # Six float32 additions: an error of 6 * 2**-24 of the largest partial sum at most, which is
+    # S float32 additions: an error of S * 2**-24 of the largest partial sum at most, which is
     # below 2**6 of the result's norm here.
-    assert (together.double() - want).norm() / want.norm() < 6 * 2**-18
+    assert (together.double() - want).norm() / want.norm() < layout.num_scales * 2**-18
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
@@ -366,9 +366,8 @@ def test_the_triton_kernel_compiles_for_gpus_without_one():
 def test_no_tokens():
     layout = GroupLayout(64, 64)
     prepared = prepare_weights(torch.ones(8, 64), torch.ones(8, 1).half(), layout)
-    mixed = pack_values(
-        torch.empty(0, 64), torch.empty(0, 1), QuantizeSpec(layout=layout), torch.float16
-    )
+    spec = prepared.input_spec(QuantizeSpec(layout=layout))
+    mixed = pack_values(torch.empty(0, 64), torch.empty(0, 1), spec, torch.float16)
     assert linear(mixed, prepared).shape == (0, 8)
 
 
@@ -390,9 +389,8 @@ def test_errors_name_the_numbers_and_the_remedy():
     with pytest.raises(BackendError, match=r"Hopper GPU \(sm_90\), the weights are on cpu"):
         prepare_weights(w, ws, layout, backend=Backend.CUDA)
     prepared = prepare_weights(w, ws, layout)
-    mixed = pack_values(
-        torch.ones(2, 96), torch.ones(2, 2), QuantizeSpec(layout=layout), torch.float16
-    )
+    spec = prepared.input_spec(QuantizeSpec(layout=layout))
+    mixed = pack_values(torch.ones(2, 96), torch.ones(2, 2), spec, torch.float16)
     with pytest.raises(ShapeError, match=r"x is a plain tensor.*int4: quantize x first"):
         linear(torch.ones(2, 96), prepared)
     with pytest.raises(ShapeError, match=r"expected x \(T, 96\).*got \(2, 64\)"):

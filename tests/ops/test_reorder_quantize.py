@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quatom.errors import BackendError, ShapeError
 from quatom.numerics.groups import GroupLayout
-from quatom.ops.activations import QuantizeSpec
+from quatom.ops.activations import QuantizeSpec, pack_values
 from quatom.ops.backend import Backend
 from quatom.ops.reorder_quantize import reorder_quantize
 
@@ -111,6 +111,21 @@ def test_channels_beyond_a_group_are_zero_bytes(backend, device):
         assert codes[1, token].count_nonzero() <= 32
 
 
+def test_padded_codes_are_the_rows_cut_into_equally_wide_groups():
+    layout = GroupLayout(80, 32, 64, outlier_blocks=2)  # groups of 32, 32, 16, 32 and 32
+    x, order = make_inputs(5, layout.channels)
+    rows = reorder_quantize(x, order, QuantizeSpec(layout=layout, clip_ratio=0.9))
+    padded = QuantizeSpec(layout=layout, clip_ratio=0.9, byte_layout="padded")
+    got = reorder_quantize(x, order, padded)
+    assert got.codes.shape == (5, 5, 32)
+    for group, want in enumerate(rows.codes.split(layout.group_sizes, dim=1)):
+        assert torch.equal(got.codes[:, group, : want.shape[1]], want)
+    assert torch.equal(got.scales, rows.scales)
+    assert torch.equal(got.dequantize(), rows.dequantize())
+    packed = pack_values(*rows.canonical(), padded, rows.dtype)
+    assert torch.equal(packed.dequantize(), rows.dequantize())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_channel_at_a_time_lands_where_the_order_says(backend, device):
     layout = GroupLayout(32, 32, 32)
@@ -195,6 +210,12 @@ def test_errors_name_the_numbers_and_the_remedy():
         QuantizeSpec(layout=layout, byte_layout="groups")
     with pytest.raises(ShapeError, match=r"not int8 and int8"):
         QuantizeSpec(layout=GroupLayout(64, 64), normal="int8", byte_layout="groups")
+    with pytest.raises(ShapeError, match=r"holds int2 to int8, not e4m3 and int8.*'rows'"):
+        QuantizeSpec(layout=layout, normal="e4m3", byte_layout="padded")
+    with pytest.raises(BackendError, match=r"not 'padded'.*use the reference"):
+        reorder_quantize(
+            x, order, QuantizeSpec(layout=layout, byte_layout="padded"), backend=Backend.TRITON
+        )
     with pytest.raises(BackendError, match=r"no format e2m1; use the reference"):
         reorder_quantize(
             x, order, QuantizeSpec(layout=layout, normal="e2m1"), backend=Backend.TRITON

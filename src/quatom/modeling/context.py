@@ -1,8 +1,10 @@
 """What a forward pass must know besides its tokens: where each token stands and is stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from quatom.ops.shared import Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +32,5 @@ class ForwardContext:
     prefill_cu_seqlens: tuple[Tensor, Tensor] | None = None
     """(B - num_decodes + 1,) int32 prefix sums of the new and of all tokens of the sequences that
     are not decodes, where the host knows them: saves every layer of a prefill on a GPU the sums."""
+    shared: Shared = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What the layers make of the above and share."""

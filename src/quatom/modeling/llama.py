@@ -98,6 +98,7 @@ class DecoderBlock(nn.Module):
             rotate_kv=self.kv_spec.rotation == "hadamard",
             clip_ratio=self.kv_spec.clip_ratio,
             key_offset=self.key_offset,
+            shared=context.shared,
             backend=self.backend,
         )
         attended = attention(
@@ -113,6 +114,7 @@ class DecoderBlock(nn.Module):
             num_decodes=context.num_decodes,
             total_kv_tokens=context.total_kv_tokens,
             prefill_cu_seqlens=context.prefill_cu_seqlens,
+            shared=context.shared,
             backend=self.backend,
         )
         hidden = self.o(self.o_input.plain(attended.flatten(1)))

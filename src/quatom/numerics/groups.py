@@ -100,12 +100,18 @@ def _padding(layout: GroupLayout, device: torch.device) -> tuple[Tensor, Tensor]
         return columns.int().to(device), places.int().to(device)
 
 
-def _equal_groups(
+def split_groups(
     x: Tensor,  # (..., C)
     layout: GroupLayout,
-    order: Tensor | None,  # (K,) channel of x at each position; None: C is K, in order
-) -> Tensor:  # (..., S, W)
-    """Rows in reordered position, cut into groups of equal width."""
+    order: Tensor | None = None,  # (K,) channel of x at each position; None: C is K, in order
+) -> Tensor:
+    """Rows in reordered position, cut into groups of equal width: (..., S, W) float32.
+
+    A group of less than W channels is filled up with its first one, which changes no maximum.
+
+    Raises:
+        ShapeError: x or order has another number of channels than the layout.
+    """
     channels = x.shape[-1] if order is None else order.shape[0]
     if channels != layout.channels:
         raise ShapeError(f"row has {channels} channels, its layout {layout.channels}: {layout}")
@@ -115,6 +121,13 @@ def _equal_groups(
     if order is not None:
         x = x.index_select(-1, order)
     return x.float().unflatten(-1, (layout.num_scales, -1))
+
+
+def join_groups(groups: Tensor, layout: GroupLayout) -> Tensor:
+    """The inverse of `split_groups`: (..., S, W) -> (..., K)."""
+    padding = _padding(layout, groups.device)
+    values = groups.flatten(-2)
+    return values if padding is None else values.index_select(-1, padding[1])
 
 
 def symmetric_scale(absmax: Tensor, fmt: Format, clip_ratio: float | Tensor = 1.0) -> Tensor:
@@ -127,13 +140,13 @@ def symmetric_scale(absmax: Tensor, fmt: Format, clip_ratio: float | Tensor = 1.
 @cache
 def _integer_bounds(
     layout: GroupLayout, normal: Format, outlier: Format, clip_ratio: float, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Clip ratio (S,), largest code (S, 1) and smallest code (S, 1) of each group, float32."""
-    groups = torch.arange(layout.num_scales)[:, None] < layout.num_normal_groups
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clip ratio and largest code (S,), largest and smallest code (S, 1) of the groups, float32."""
+    is_normal = torch.arange(layout.num_scales) < layout.num_normal_groups
     with torch.inference_mode(False):  # the tensors outlive this call
-        clip = torch.where(groups, clip_ratio, 1.0).squeeze(1)
-        largest = torch.where(groups, normal.largest, outlier.largest)
-        return clip.to(device), largest.to(device), (-1.0 - largest).to(device)
+        clip = torch.where(is_normal, clip_ratio, 1.0).to(device)
+        largest = torch.where(is_normal, normal.largest, outlier.largest).to(device)
+        return clip, largest, largest.unsqueeze(1), (-1.0 - largest).unsqueeze(1)
 
 
 def expand_scales(scales: Tensor, layout: GroupLayout) -> Tensor:
@@ -167,26 +180,40 @@ def quantize_groups(
     Raises:
         ShapeError: x or order has another number of channels than the layout.
     """
-    groups = _equal_groups(x, layout, order)
+    groups = split_groups(x, layout, order)
+    values, scales = quantize_equal_groups(groups, layout, normal, outlier, clip_ratio)
+    return join_groups(values, layout), scales.half()
+
+
+def quantize_equal_groups(
+    groups: Tensor,  # (..., S, W) float32 from `split_groups`
+    layout: GroupLayout,
+    normal: Format,
+    outlier: Format,
+    clip_ratio: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_groups` of rows that are cut already.
+
+    Returns:
+        values (..., S, W) and scales (..., S), float32; the scales are float16 numbers.
+    """
     absmax = groups.abs().amax(dim=-1)
     if normal.is_integer and (outlier.is_integer or not layout.outliers):
         # All groups at once: on few rows the number of operations is what quantization costs.
-        clip, largest, smallest = _integer_bounds(layout, normal, outlier, clip_ratio, x.device)
-        scales = (absmax * clip).div_(largest.squeeze(1)).clamp_(min=MIN_SCALE).half()
-        values = groups.div(scales.float().unsqueeze(-1)).round_()
-        values = torch.maximum(torch.minimum(values, largest), smallest)
-    else:
-        parts = (layout.num_normal_groups, layout.num_outlier_groups)
-        formats, ratios = (normal, outlier), (clip_ratio, 1.0)
-        scales = torch.cat(
-            [*map(symmetric_scale, absmax.split(parts, dim=-1), formats, ratios)], dim=-1
-        )
-        units = (groups / scales.float().unsqueeze(-1)).split(parts, dim=-2)
-        rounded = [fmt.round(u) for fmt, u in zip(formats, units, strict=True) if u.numel()]
-        values = torch.cat(rounded, dim=-2)
-    values = values.flatten(-2)
-    padding = _padding(layout, x.device)
-    return (values if padding is None else values.index_select(-1, padding[1])), scales
+        bounds = _integer_bounds(layout, normal, outlier, clip_ratio, groups.device)
+        clip, largest, largest_code, smallest_code = bounds
+        scales = absmax.mul_(clip).div_(largest).clamp_(min=MIN_SCALE).half().float()
+        values = groups.div(scales.unsqueeze(-1)).round_()
+        torch.minimum(values, largest_code, out=values)
+        return torch.maximum(values, smallest_code, out=values), scales
+    parts = (layout.num_normal_groups, layout.num_outlier_groups)
+    formats, ratios = (normal, outlier), (clip_ratio, 1.0)
+    scales = torch.cat(
+        [*map(symmetric_scale, absmax.split(parts, dim=-1), formats, ratios)], dim=-1
+    ).float()
+    units = (groups / scales.unsqueeze(-1)).split(parts, dim=-2)
+    rounded = [fmt.round(u) for fmt, u in zip(formats, units, strict=True) if u.numel()]
+    return torch.cat(rounded, dim=-2), scales
 
 
 def dequantize_groups(values: Tensor, scales: Tensor, layout: GroupLayout) -> Tensor:

@@ -50,9 +50,9 @@ def asymmetric_range(
         margin = (high - low) * (0.5 * (1.0 - clip_ratio))
         low, high = low + margin, high - margin
     # A float32 input may lie outside float16: an infinite minimum would poison the whole row.
-    minimum = low.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
-    scale = (high - minimum.float()) / (2**bits - 1)
-    return scale.clamp(MIN_SCALE, _FLOAT16_MAX).half(), minimum
+    minimum = low.clamp_(-_FLOAT16_MAX, _FLOAT16_MAX).half()
+    scale = (high - minimum).div_(2**bits - 1)  # a float32 and a float16 tensor: in float32
+    return scale.clamp_(MIN_SCALE, _FLOAT16_MAX).half(), minimum
 
 
 def asymmetric_codes(
@@ -62,7 +62,7 @@ def asymmetric_codes(
     bits: int,
 ) -> Tensor:
     """Codes 0 to 2**bits - 1 of the rows, (..., D) uint8."""
-    steps = (x.float() - minimum.float()).div_(scale.float()).round_()
+    steps = (x.float() - minimum).div_(scale).round_()
     return steps.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
@@ -76,6 +76,25 @@ def unpack_halves(packed: Tensor) -> Tensor:
     """The inverse of `pack_halves`: (..., D / 2) uint8 -> (..., D) uint8; D / 2 in whole words."""
     words = packed.view(torch.int32)  # shifts of bytes are slow on a CPU
     return torch.cat((words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F), dim=-1).view(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class AppendPlan:
+    """Where the K and V of some new tokens go; the same for all layers of one geometry."""
+
+    tokens: Tensor | None  # (kept,) int64, the tokens that are stored; None: all
+    words: Tensor  # (kept * KV * 2 * X,) int64, places in the storage seen as one row of words
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPlan:
+    """Where the K and V of some blocks stand; the same for all layers of one geometry."""
+
+    shape: tuple[int, int, int, int]
+    """(2, B, KV, n * S): K and V, sequences, heads, tokens."""
+    rows: Tensor  # int64, pieces of the storage that hold the codes, or the values
+    pairs: Tensor | None  # (2 * B * KV * n,) int64, pieces that hold the pairs
+    written: Tensor  # (B, 1, n * S) int32, all bits set for a token that there is, or none
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,19 +229,50 @@ class KVPages:
                 f"append expects k and v {expected} for {expected[0]} slots, got "
                 f"{tuple(k.shape)} and {tuple(v.shape)}"
             )
-        new = torch.stack((k, v), dim=2)  # (T, KV, 2, D)
+        self.append_planned(k, v, self.plan_append(slot_mapping), clip_ratio)
+
+    def plan_append(self, slot_mapping: Tensor) -> AppendPlan:  # (T,) int64, as in `append`
+        """Where `append_planned` writes tokens with these slots."""
         kept = slot_mapping >= 0
+        tokens = None
         if not kept.all():
-            new, slot_mapping = new[kept], slot_mapping[kept]
-        block, offset = slot_mapping // self.block_size, slot_mapping % self.block_size
-        rows = self._rows(self.storage)
-        if not self.quantized:
-            rows[block, :, :, offset] = new.to(rows.dtype)
-            return
-        scale, minimum = asymmetric_range(new, self.bits, clip_ratio)
-        codes = asymmetric_codes(new, scale, minimum, self.bits)
-        rows[block, :, :, offset] = pack_halves(codes) if self.bits == 4 else codes
-        self._pairs(self.storage)[block, :, :, offset] = torch.cat((scale, minimum), dim=-1)
+            tokens = kept.nonzero().squeeze(1)
+            slot_mapping = slot_mapping.index_select(0, tokens)
+        device = slot_mapping.device
+        row, pair = self._row_bytes() // self._word.itemsize, int(self.quantized)
+        record = 2 * self.block_size * (row + pair)
+        head = torch.arange(self.num_kv_heads, device=device)[:, None, None]  # (KV, 1, 1)
+        kind = torch.arange(2, device=device)[:, None]  # (2, 1): K, V
+        block, offset = (
+            x[:, None, None, None]
+            for x in (slot_mapping // self.block_size, slot_mapping % self.block_size)
+        )
+        first = (block * self.num_kv_heads + head) * record  # of the token's record
+        line = kind * self.block_size + offset  # of 2 S rows, and of 2 S pairs
+        words = first + line * row + torch.arange(row, device=device)
+        if pair:
+            words = torch.cat((words, first + 2 * self.block_size * row + line), dim=-1)
+        return AppendPlan(tokens, words.flatten())
+
+    def append_planned(
+        self,
+        k: Tensor,  # (T, KV, D) floating
+        v: Tensor,  # (T, KV, D) floating
+        plan: AppendPlan,
+        clip_ratio: float = 1.0,
+    ) -> None:
+        """`append` into the slots of a plan."""
+        new = torch.stack((k, v), dim=2)  # (T, KV, 2, D)
+        if plan.tokens is not None:
+            new = new.index_select(0, plan.tokens)
+        if self.quantized:
+            scale, minimum = asymmetric_range(new, self.bits, clip_ratio)
+            codes = asymmetric_codes(new, scale, minimum, self.bits)
+            rows = pack_halves(codes) if self.bits == 4 else codes
+            pairs = torch.cat((scale, minimum), dim=-1)
+            new = torch.cat((rows.view(self._word), pairs.view(self._word)), dim=-1)
+        flat = self.storage.view(-1).view(self._word)
+        flat.scatter_(0, plan.words, new.to(self._word).flatten())
 
     def gather(
         self,
@@ -230,25 +280,58 @@ class KVPages:
         length: int,
     ) -> tuple[Tensor, Tensor]:
         """K and V of a sequence's first `length` tokens, two (length, KV, D) float32 tensors."""
-        k, v = self.gather_blocks(block_table[None, : -(-length // self.block_size)])
+        tables = block_table[None, : -(-length // self.block_size)]
+        k, v = self.gather_planned(self.plan_gather(tables, tables.new_tensor([length])))
         return k[0, :, :length].transpose(0, 1), v[0, :, :length].transpose(0, 1)
 
-    def gather_blocks(
+    def plan_gather(
         self,
         block_tables: Tensor,  # (B, n) int32 or int64, n blocks of each sequence
-    ) -> tuple[Tensor, Tensor]:
-        """K and V of all tokens of these blocks, two (B, KV, n * S, D) float32 tensors."""
-        records = self.storage.index_select(0, block_tables.flatten())
-        # (2, B, KV, n, S, X): K apart from V, heads first
-        heads_first = (3, 0, 2, 1, 4, 5)
-        records = records.unflatten(0, block_tables.shape)
-        rows = self._rows(records).permute(heads_first)
-        if self.quantized:
-            codes = unpack_halves(rows) if self.bits == 4 else rows
-            scale, minimum = self._pairs(records).permute(heads_first).float().split(1, dim=-1)
-            rows = torch.addcmul(minimum, codes.float(), scale)  # exact products: one rounding
-        k, v = rows.float().flatten(3, 4).unbind(0)
-        return k, v
+        seq_lens: Tensor,  # (B,) int32 or int64, up to n * S
+    ) -> GatherPlan:
+        """Where `gather_planned` finds the tokens of these blocks."""
+        device = block_tables.device
+        pieces = self._row_bytes() * self.block_size // self._piece_bytes  # of K codes, of V codes
+        each = 2 * (pieces + int(self.quantized))  # of a record
+        heads = torch.arange(self.num_kv_heads, device=device)[:, None]
+        first = (block_tables.long()[:, None] * self.num_kv_heads + heads) * each  # (B, KV, n)
+        kind = torch.arange(2, device=device).view(2, 1, 1, 1)
+        rows = (first + kind * pieces).unsqueeze(-1) + torch.arange(pieces, device=device)
+        batch, blocks = block_tables.shape
+        token = torch.arange(blocks * self.block_size, device=device)
+        return GatherPlan(
+            shape=(2, batch, self.num_kv_heads, blocks * self.block_size),
+            rows=rows.flatten(),
+            pairs=(first + 2 * pieces + kind).flatten() if self.quantized else None,
+            written=-(token < seq_lens[:, None]).int().unsqueeze(1),
+        )
+
+    def gather_planned(self, plan: GatherPlan) -> Tensor:
+        """K and V of all tokens of a plan's blocks, (2, B, KV, n * S, D) float32.
+
+        Slots from seq_lens on, which nothing may have been written to, read as zeros.
+        """
+        pieces = self.storage.view(-1, self._piece_bytes)
+        rows = pieces.index_select(0, plan.rows)
+        if plan.pairs is None:
+            values = rows.view(self._word).view(*plan.shape, self.head_dim).float()
+            return values.masked_fill_((plan.written == 0).unsqueeze(-1), 0.0)
+        rows = rows.view(*plan.shape, self._row_bytes())
+        codes = unpack_halves(rows) if self.bits == 4 else rows
+        words = pieces.index_select(0, plan.pairs).view(torch.int32).view(*plan.shape, 1)
+        words &= plan.written.unsqueeze(-1)  # a pair of zeros turns any codes into zeros
+        scale, minimum = words.view(torch.float16).float().split(1, dim=-1)
+        return codes.float().mul_(scale).add_(minimum)  # the product is exact: one rounding
+
+    @property
+    def _word(self) -> torch.dtype:
+        """What `append` writes at once: the dtype of a value, or 4 bytes of codes, or a pair."""
+        return torch.int32 if self.quantized else getattr(torch, self.dtype)
+
+    @property
+    def _piece_bytes(self) -> int:
+        """What `gather` reads at once: K's pairs of a block, of which its codes are a multiple."""
+        return self.block_size * (4 if self.quantized else self._row_bytes())
 
     def copy_blocks(
         self,

@@ -66,6 +66,11 @@ class QuantizeSpec:
     def __post_init__(self) -> None:
         if self.byte_layout == "groups":
             check_fits_groups(self.layout, self.normal, self.outlier)
+        if self.byte_layout == "padded" and row_dtype(self, torch.float32) is not torch.int8:
+            raise ShapeError(
+                f"byte layout 'padded' holds int2 to int8, not {self.normal} and {self.outlier}: "
+                "use byte layout 'rows'"
+            )
 
 
 def check_fits_groups(layout: GroupLayout, normal: str, outlier: str) -> None:
@@ -92,8 +97,8 @@ def padded_tokens(tokens: int) -> int:
 class MixedTensor:
     """Quantized activations; read `codes` and `scales` only together with `byte_layout`."""
 
-    codes: Tensor  # rows: (T, K); groups: (S, T_padded, 128) uint8
-    scales: Tensor  # rows: (T, S) float32; groups: (S, T_padded / 16, 2, 16) float32
+    codes: Tensor  # rows: (T, K); padded: (T, S, W) int8; groups: (S, T_padded, 128) uint8
+    scales: Tensor  # rows, padded: (T, S) float32; groups: (S, T_padded / 16, 2, 16) float32
     spec: QuantizeSpec
     tokens: int
     """T."""
@@ -145,13 +150,8 @@ def quantize_rows(
     if spec.byte_layout == "padded":
         groups = split_groups(x, spec.layout, order)
         groups, scales = quantize_equal_groups(groups, spec.layout, *formats, spec.clip_ratio)
-        return MixedTensor(
-            codes=groups.to(torch.int8),
-            scales=scales.float(),
-            spec=spec,
-            tokens=x.shape[0],
-            dtype=dtype,
-        )
+        codes = groups.to(torch.int8)
+        return MixedTensor(codes=codes, scales=scales, spec=spec, tokens=x.shape[0], dtype=dtype)
     values, scales = quantize_groups(x, spec.layout, *formats, spec.clip_ratio, order)
     return pack_values(values, scales, spec, dtype)
 

@@ -186,6 +186,11 @@ def allocate(x: Tensor, tokens: int, spec: QuantizeSpec) -> MixedTensor:
         padded = padded_tokens(tokens)
         codes = x.new_empty((layout.num_scales, padded, GROUP_BYTES), dtype=torch.uint8)
         scales = x.new_empty(scales_shape(tokens, spec), dtype=torch.float32)
+    elif spec.byte_layout == "padded":
+        raise BackendError(
+            "the Triton quantize kernels write byte layouts 'rows' and 'groups', not 'padded', "
+            "which int8 products on a CPU read; use the reference backend"
+        )
     else:
         codes = x.new_empty((tokens, layout.channels), dtype=row_dtype(spec, x.dtype))
         scales = x.new_empty((tokens, layout.num_scales), dtype=torch.float32)

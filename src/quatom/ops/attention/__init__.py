@@ -10,6 +10,7 @@ from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.cuda_build import device_capability
+from quatom.ops.shared import Shared
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 MAX_DECODE_TOKENS = 4
@@ -39,6 +40,7 @@ class AttentionOptions:
     rotary: tuple[Tensor, Tensor] | None = None
     num_splits: int | None = None
     total_kv_tokens: int | None = None
+    shared: Shared | None = None
 
 
 def attention(
@@ -58,6 +60,7 @@ def attention(
     total_kv_tokens: int | None = None,
     prefill_cu_seqlens: tuple[Tensor, Tensor] | None = None,  # two (B - num_decodes + 1,) int32
     num_splits: int | None = None,
+    shared: Shared | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """softmax(q k^T * softmax_scale) v for every new token, over what its sequence has cached.
@@ -84,6 +87,7 @@ def attention(
             caller knows them; otherwise a CUDA prefill adds them up.
         num_splits: parts that a decode cuts every sequence into; None picks enough to fill the
             device.
+        shared: what the layers of one batch share; only the reference uses it.
         backend: implementation to run; None picks the fastest one that supports the call.
 
     Returns:
@@ -104,6 +108,7 @@ def attention(
         rotary,
         num_splits,
         total_kv_tokens,
+        shared,
     )
     n = num_decodes
     cu_q, cu_k = prefill_cu_seqlens or (None, None)

@@ -1,13 +1,52 @@
 """What `attention` means, in plain torch. The kernels are judged against this file."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from quatom.numerics.kv_pages import KVPages
+from quatom.numerics.kv_pages import GatherPlan, KVPages
 from quatom.ops.attention import AttentionOptions, Sequences
+from quatom.ops.rope_append_kv.reference import rotary_factors, rotate_pairs
+from quatom.ops.shared import remember
 
 ELEMENTS_AT_ONCE = 2**22
 """Cached values that decodes dequantize at once: 16 MiB of K and as much of V."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPiece:
+    """New tokens of one sequence that attend together."""
+
+    first: int
+    last: int
+    """Rows of q."""
+    length: int
+    """Tokens of the sequence up to these, they included."""
+    gather: GatherPlan
+    rotation: tuple[Tensor, Tensor] | None
+    """Rotary factors of the cached keys, two (n * S, D) tensors, where they need any."""
+
+
+@dataclass(frozen=True, slots=True)
+class SingleTokens:
+    """B sequences with one new token each and equally many KV blocks."""
+
+    rows: Tensor | None  # (B,) int64, rows of q; None: all of them in order
+    gather: GatherPlan
+    mask: Tensor  # (B * KV, 1, length) float32: 0 where a token is seen, -inf elsewhere
+    rotation: tuple[Tensor, Tensor] | None
+    """As above."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a batch attends: the same for all layers."""
+
+    blind: list[tuple[int, int]]
+    """First and last row of tokens that see nothing."""
+    prompts: list[PromptPiece]
+    singles: list[SingleTokens]
 
 
 def attention_reference(
@@ -22,78 +61,105 @@ def attention_reference(
     Prompts attend one sequence at a time. Sequences with one new token attend together with those
     of as many blocks: their products have the same shapes alone and in a crowd, and the same bits.
     """
+    name = f"attention plan of sequences with up to {batch.max_seqlen_q} new tokens"
+    plan = remember(options.shared, name, lambda: _plan(q.shape[0], pages, batch, options))
+    for first, last in plan.blind:
+        out[first:last] = 0
+    for piece in plan.prompts:
+        k, v = pages.gather_planned(piece.gather)
+        if piece.rotation is not None:
+            k = rotate_pairs(k, piece.rotation)
+        k, v = (x[0, :, : piece.length].transpose(0, 1) for x in (k, v))
+        new = q[piece.first : piece.last].float()
+        out[piece.first : piece.last] = causal_attention(new, k, v, options)
+    for tokens in plan.singles:
+        if tokens.rows is None:
+            out.copy_(_attend_single(q, pages, tokens, options))
+        else:
+            attended = _attend_single(q.index_select(0, tokens.rows), pages, tokens, options)
+            out.index_copy_(0, tokens.rows, attended.to(out.dtype))
+
+
+def _plan(num_tokens: int, pages: KVPages, batch: Sequences, options: AttentionOptions) -> Plan:
     starts, lengths = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist()
+    plan = Plan([], [], [])
     single: dict[int, list[int]] = {}
     for b, length in enumerate(lengths):
         first, last = starts[b], starts[b + 1]
         # Query i of n stands at position length - n + i: those before position 0 see nothing.
         seeing = min(last - first, length)
         if last - seeing > first:
-            out[first : last - seeing] = 0
+            plan.blind.append((first, last - seeing))
         if seeing == 1:
             single.setdefault(-(-length // pages.block_size), []).append(b)
         elif seeing:
-            k, v = pages.gather(batch.block_tables[b], length)
-            if options.rotary is not None:
-                k = _rotate(k.transpose(0, 1), options.rotary).transpose(0, 1)
-            new = q[last - seeing : last].float()
-            out[last - seeing : last] = causal_attention(new, k, v, options)
+            tables = batch.block_tables[b : b + 1, : -(-length // pages.block_size)]
+            gather = pages.plan_gather(tables, batch.seq_lens[b : b + 1])
+            rotation = _rotation(gather.shape[-1], options)
+            plan.prompts.append(PromptPiece(last - seeing, last, length, gather, rotation))
     for num_blocks, members in single.items():
         size = pages.num_kv_heads * num_blocks * pages.block_size * pages.head_dim
         together = max(1, ELEMENTS_AT_ONCE // size)
         for i in range(0, len(members), together):
             part = members[i : i + together]
-            chosen = None if len(part) == len(q) else torch.tensor(part, device=q.device)
-            _attend_single(q, out, pages, batch, options, chosen, num_blocks)
+            chosen = torch.tensor(part, device=batch.seq_lens.device)
+            rows = None
+            if len(part) != num_tokens:
+                rows = batch.cu_seqlens_q.index_select(0, chosen + 1).long() - 1
+            plan.singles.append(_plan_single(pages, batch, options, rows, chosen, num_blocks))
+    return plan
 
 
-def _attend_single(
-    q: Tensor,
-    out: Tensor,
+def _plan_single(
     pages: KVPages,
     batch: Sequences,
     options: AttentionOptions,
-    chosen: Tensor | None,  # (B,) int64, sequences with one new token and num_blocks blocks
+    rows: Tensor | None,
+    chosen: Tensor,  # (B,) int64, sequences with one new token and num_blocks blocks
     num_blocks: int,
-) -> None:
-    tables, lengths = batch.block_tables[:, :num_blocks], batch.seq_lens
-    if chosen is None:  # all, and nothing else is in the batch
-        new = q
-    else:
-        rows = batch.cu_seqlens_q[1:].index_select(0, chosen) - 1
-        new = q.index_select(0, rows)
-        tables, lengths = tables.index_select(0, chosen), lengths.index_select(0, chosen)
-    k, v = pages.gather_blocks(tables)
-    if options.rotary is not None:
-        k = _rotate(k, options.rotary)
-    new = new.float().unflatten(1, (pages.num_kv_heads, -1))  # (B, KV, G, D)
-    scores = (new @ k.transpose(2, 3)).mul_(options.softmax_scale)
-    if options.logit_softcap is not None:
-        scores = options.logit_softcap * torch.tanh(scores / options.logit_softcap)
-    length = lengths[:, None, None, None]
-    token = torch.arange(k.shape[2], device=q.device)
-    hidden = token >= length  # in the last block: slots that nothing was written to, NaN perhaps
-    last_block = slice(-pages.block_size, None)
-    v[:, :, last_block].masked_fill_(hidden[..., last_block].transpose(2, 3), 0.0)
+) -> SingleTokens:
+    tables = batch.block_tables[:, :num_blocks].index_select(0, chosen)
+    lengths = batch.seq_lens.index_select(0, chosen)
+    token = torch.arange(num_blocks * pages.block_size, device=lengths.device)
+    hidden = token >= lengths[:, None]
     if options.sliding_window is not None:
-        hidden |= token < length - options.sliding_window
-    weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
-    attended = (weights @ v).flatten(1, 2)
-    if chosen is None:
-        out.copy_(attended)
+        hidden |= token < lengths[:, None] - options.sliding_window
+    mask = torch.zeros(hidden.shape, device=lengths.device).masked_fill_(hidden, -torch.inf)
+    return SingleTokens(
+        rows=rows,
+        gather=pages.plan_gather(tables, lengths),
+        mask=mask.repeat_interleave(pages.num_kv_heads, dim=0).unsqueeze(1),
+        rotation=_rotation(len(token), options),
+    )
+
+
+def _rotation(tokens: int, options: AttentionOptions) -> tuple[Tensor, Tensor] | None:
+    """Rotary factors of positions 0 to tokens - 1, which the tables may not all have."""
+    if options.rotary is None:
+        return None
+    cos, sin = (table[:tokens] for table in options.rotary)
+    missing = tokens - cos.shape[0]  # of the last block's slots, which nothing was written to
+    return rotary_factors(*(torch.nn.functional.pad(t, (0, 0, 0, missing)) for t in (cos, sin)))
+
+
+def _attend_single(
+    q: Tensor,  # (B, H, D)
+    pages: KVPages,
+    tokens: SingleTokens,
+    options: AttentionOptions,
+) -> Tensor:  # (B, H, D) float32
+    k, v = pages.gather_planned(tokens.gather)  # (B, KV, length, D) each
+    if tokens.rotation is not None:
+        k = rotate_pairs(k, tokens.rotation)
+    groups = q.float().reshape(len(tokens.mask), -1, pages.head_dim)  # (B * KV, G, D)
+    keys = k.flatten(0, 1).transpose(1, 2)
+    scale, softcap = options.softmax_scale, options.logit_softcap
+    if softcap is None:
+        scores = torch.baddbmm(tokens.mask, groups, keys, alpha=scale)
     else:
-        out.index_copy_(0, rows.long(), attended.to(out.dtype))
-
-
-def _rotate(k: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of cached keys (..., length, D) at positions 0, 1, ..."""
-    cos, sin = (table[: k.shape[-2]] for table in rotary)
-    low, high = k.chunk(2, dim=-1)
-    rotated = k * torch.cat((cos, cos), dim=-1)
-    new_low, new_high = rotated.chunk(2, dim=-1)
-    new_low -= high * sin
-    new_high += low * sin
-    return rotated
+        scores = torch.bmm(groups, keys).mul_(scale / softcap).tanh_().mul_(softcap)
+        scores += tokens.mask
+    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
 
 
 def causal_attention(

@@ -33,6 +33,7 @@ from quatom.ops.linear.cpu import cpu_obstacle, linear_cpu, prepare_cpu
 from quatom.ops.linear.reference import linear_reference, prepare_reference
 
 BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUBLAS, Backend.CUDA)
+_BYTE_LAYOUTS: dict[Backend, ByteLayout] = {Backend.CPU: "padded", Backend.CUDA: "groups"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ class PreparedLinear:
     @property
     def byte_layout(self) -> ByteLayout:
         """The layout of activations that this backend reads."""
-        return "groups" if self.backend is Backend.CUDA else "rows"
+        return _BYTE_LAYOUTS.get(self.backend, "rows")
 
     def input_spec(self, spec: QuantizeSpec) -> QuantizeSpec:
         """`spec` with the byte layout that this layer reads."""

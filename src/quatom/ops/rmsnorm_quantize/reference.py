@@ -17,6 +17,5 @@ def rmsnorm_quantize_reference(
     """See `rmsnorm_quantize`. Runs on any device."""
     # The sum is rounded to the activations' dtype before it is normalized, as it is stored.
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
-    inv_rms = torch.rsqrt(total.float().square().mean(dim=-1, keepdim=True) + eps)
-    normed = total.float() * inv_rms * weight.float()
+    normed = torch.nn.functional.rms_norm(total.float(), weight.shape, weight.float(), eps)
     return quantize_rows(normed, spec, x.dtype, order), total

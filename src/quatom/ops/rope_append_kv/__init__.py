@@ -7,6 +7,7 @@ from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.rope_append_kv.cuda import cuda_obstacle
+from quatom.ops.shared import Shared
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 
@@ -25,6 +26,7 @@ def rope_append_kv(
     rotate_kv: bool = False,
     clip_ratio: float = 1.0,
     key_offset: Tensor | None = None,  # (KV, D) float32, contiguous
+    shared: Shared | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Rotate q and k by their positions and store k and v in their cache slots.
@@ -46,6 +48,7 @@ def rope_append_kv(
         clip_ratio: fraction of a token's range that the codes cover.
         key_offset: subtracted from K after rotary embedding, before `rotate_kv`. It takes the same
             from every score of a query, which softmax does not see. Runs on reference and Triton.
+        shared: what the layers of one batch share; only the reference uses it.
         backend: implementation to run; None picks the fastest one for q's device.
 
     Returns:
@@ -94,15 +97,8 @@ def rope_append_kv(
         raise BackendError(
             f"rope_append_kv cannot run on backend cuda: {obstacle}; use backend triton"
         )
-    match choose_backend("rope_append_kv", available, q.device, backend):
-        case Backend.CUDA:
-            from quatom.ops.rope_append_kv.cuda import rope_append_kv_cuda as run
-        case Backend.TRITON:
-            from quatom.ops.rope_append_kv.triton import rope_append_kv_triton as run
-        case _:
-            from quatom.ops.rope_append_kv.reference import rope_append_kv_reference as run
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    run(
+    arguments = (
         q,
         k,
         v,
@@ -117,4 +113,17 @@ def rope_append_kv(
         clip_ratio,
         key_offset,
     )
+    match choose_backend("rope_append_kv", available, q.device, backend):
+        case Backend.CUDA:
+            from quatom.ops.rope_append_kv.cuda import rope_append_kv_cuda
+
+            rope_append_kv_cuda(*arguments)
+        case Backend.TRITON:
+            from quatom.ops.rope_append_kv.triton import rope_append_kv_triton
+
+            rope_append_kv_triton(*arguments)
+        case _:
+            from quatom.ops.rope_append_kv.reference import rope_append_kv_reference
+
+            rope_append_kv_reference(*arguments, shared)
     return rotated

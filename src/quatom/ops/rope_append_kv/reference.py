@@ -4,6 +4,21 @@ import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
+from quatom.ops.shared import Shared, remember
+
+
+def rotary_factors(
+    cos: Tensor,  # (..., D / 2) float32
+    sin: Tensor,  # (..., D / 2) float32
+) -> tuple[Tensor, Tensor]:
+    """What each channel, and the one that it is paired with, is multiplied by: two (..., D)."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate_pairs(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:  # (..., D) float32
+    """Rotary embedding by factors that broadcast against x."""
+    own, partner = factors
+    return (x * own).add_(x.roll(x.shape[-1] // 2, -1).mul_(partner))
 
 
 def rotate_halves(
@@ -12,9 +27,7 @@ def rotate_halves(
     sin: Tensor,  # (T, D / 2) float32
 ) -> Tensor:
     """Rotary embedding of each token's heads, (T, heads, D) float32."""
-    low, high = x.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    return rotate_pairs(x.float(), rotary_factors(cos.unsqueeze(1), sin.unsqueeze(1)))
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -42,17 +55,24 @@ def rope_append_kv_reference(
     rotate_kv: bool,
     clip_ratio: float,
     key_offset: Tensor | None,
+    shared: Shared | None,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. Runs on any device."""
-    cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
+
+    def factors() -> tuple[Tensor, Tensor]:
+        return rotary_factors(*(t.index_select(0, positions).unsqueeze(1) for t in (cos, sin)))
+
+    rotation = remember(shared, "rotary factors of new tokens", factors)
     if rotate_keys_in_cache:
         heads = (q.shape[1], k.shape[1])
-        new_q, k = rotate_halves(torch.cat((q, k), dim=1), cos, sin).split(heads, dim=1)
+        both = torch.cat((q, k), dim=1).float()
+        new_q, k = rotate_pairs(both, rotation).split(heads, dim=1)
     else:
-        new_q = rotate_halves(q, cos, sin)
+        new_q = rotate_pairs(q.float(), rotation)
     if key_offset is not None:
         k = k - key_offset
     if rotate_kv:
         new_q, k = hadamard(new_q), hadamard(k)
     rotated.copy_(new_q)
-    pages.append(k, v, slot_mapping, clip_ratio)
+    plan = remember(shared, "append plan", lambda: pages.plan_append(slot_mapping))
+    pages.append_planned(k, v, plan, clip_ratio)
