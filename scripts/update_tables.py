@@ -280,18 +280,28 @@ def agreement(name: str) -> str:
     data = read(name)
     rows = [
         [
-            f"{e['model']}, `{e['recipe']}`, {e['backend']} against {e['reference_backend']}",
+            f"`{e['recipe']}`" if e["recipe"] != "fp16" else "float",
+            f"{e['backend']}, {e['device']}, {e['dtype']}",
             f"{e['prompts']} x {e['tokens_each']}",
             f"{100 * e['share']:.2f} %",
-            f"{e['noise']:.3f}",
+            f"{e['mean_gap']:.2f}",
+            f"{e['noise']:.2f}",
             f"{e['unexplained']}",
             "yes" if e["repeatable"] else "no",
         ]
-        for e in sorted(data["results"], key=lambda e: (e["model"], _rank(e["recipe"])))
+        for e in sorted(data["results"], key=lambda e: _rank(e["recipe"]))
+        if "share" in e
     ]
-    header = ["model", "prompts x tokens", "same choice", "noise", "beyond noise", "same twice"]
+    header = ["recipe", "what is compared", "prompts x tokens", "same choice"]
+    header += ["mean gap where not", "noise", "beyond noise", "same twice"]
+    texts = [
+        [f"`{e['recipe']}`", e["backend"], f"{e['windows']}", f"{e['perplexity']:.3f}"]
+        for e in data["results"]
+        if "perplexity" in e
+    ]
     place = data["environment"].get("gpu") or data["environment"]["cpu"]
-    return f"{place}:\n\n" + table(header, rows)
+    choices = f"{data['results'][0]['model']}, {place}:\n\n" + table(header, rows)
+    return choices + "\n" + table(["recipe", "backend", "windows", "perplexity"], texts)
 
 
 _RUN_HEADER = [

@@ -49,16 +49,23 @@ def agree(
         return
     assert recorded is not None
     longest = max(map(len, recorded.prompts)) + len(recorded.tokens[0])
-    config = EngineConfig(max_num_seqs=len(recorded.prompts), max_model_len=longest)
+    config = EngineConfig(
+        max_num_seqs=len(recorded.prompts),
+        max_model_len=longest,
+        # Prompts known from the first time would run in pieces of other lengths the second time,
+        # which other kernels multiply.
+        prefix_caching=False,
+    )
     measured = compare_choices(loaded, recorded, config)
     title = name or Path(model).resolve().name
     print_table(
         f"{title}, {loaded.recipe.name}: {loaded.backend_name} against {recorded.backend}",
-        ("positions", "agree", "noise", "unexplained", "same twice"),
+        ("positions", "agree", "mean gap where not", "noise", "unexplained", "same twice"),
         [
             (
                 str(measured.positions),
                 f"{100 * measured.share:.2f} %",
+                f"{measured.mean_gap:.3f}",
                 f"{measured.noise:.3f}",
                 str(measured.unexplained),
                 "yes" if measured.repeatable else "no",

@@ -68,8 +68,10 @@ class Agreement:
     largest_difference: float
     unexplained: int
     """Differing choices where the reference's gap between its two best tokens exceeds the noise."""
+    mean_gap: float
+    """Reference gap at the differing choices, on average; 0 where all agree."""
     largest_gap: float
-    """Reference gap at the differing choices, the largest; 0 where all agree."""
+    """The largest of them."""
     repeatable: bool
     """Whether the second run, done twice, made the same choices."""
 
@@ -127,6 +129,7 @@ def compare_choices(loaded: LoadedModel, recorded: Choices, config: EngineConfig
         noise=noise,
         largest_difference=float(difference.max()),
         unexplained=int((gaps[differs] > noise).sum()),
+        mean_gap=float(gaps[differs].mean()) if differs.any() else 0.0,
         largest_gap=float(gaps[differs].max(initial=0.0)),
         repeatable=bool((choices == again).all()),
     )
@@ -140,6 +143,8 @@ def agreement_entry(
         "model": model,
         "recipe": loaded.recipe.name,
         "backend": loaded.backend_name,
+        "device": loaded.device.type,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
         "reference_backend": recorded.backend,
         "prompts": len(recorded.prompts),
         "tokens_each": len(recorded.tokens[0]),

@@ -27,6 +27,8 @@ _IDENTITY = (
     "sequence_length",
     "windows",
     "backend",
+    "device",
+    "dtype",
     "task",
     "metric",
     "rung",
