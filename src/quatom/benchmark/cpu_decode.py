@@ -6,8 +6,9 @@ weights, which take as long as any. Run as
 
     python -m quatom.benchmark.cpu_decode CHECKPOINT --output RESULT.json
 
-Weights are dequantized once when the reference backend prepares them (float32, as much memory as
-the float model); activations and the KV cache are quantized in every step.
+Where the CPU multiplies int8 codes, weights are packed once when they are loaded; elsewhere they are
+dequantized once (float32, as much memory as the float model). Activations and the KV cache are
+quantized in every step.
 """
 
 import argparse
