@@ -6,8 +6,8 @@ weights, which take as long as any. Run as
 
     python -m quatom.benchmark.cpu_decode CHECKPOINT --output RESULT.json
 
-Where the CPU multiplies int8 codes, weights are packed once when they are loaded; elsewhere they are
-dequantized once (float32, as much memory as the float model). Activations and the KV cache are
+Where the CPU multiplies int8 codes, weights are packed once when they are loaded; elsewhere they
+are dequantized once (float32, as much memory as the float model). Activations and the KV cache are
 quantized in every step.
 """
 
