@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quatom.errors import ShapeError
-from quatom.numerics.kv_pages import (
-    KVPages,
+from quatom.numerics.kv_codes import (
     asymmetric_codes,
     asymmetric_range,
     pack_halves,
     unpack_halves,
 )
+from quatom.numerics.kv_pages import KVPages
 
 DTYPES = ["int4", "int8", "float16", "bfloat16", "float32"]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quatom.errors import BackendError, ShapeError
-from quatom.numerics.kv_pages import KVPages, unpack_halves
+from quatom.numerics.kv_codes import unpack_halves
+from quatom.numerics.kv_pages import KVPages
 from quatom.ops.backend import Backend
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.ops.rope_append_kv.reference import hadamard

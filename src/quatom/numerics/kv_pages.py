@@ -28,73 +28,18 @@ import torch
 from torch import Tensor
 
 from quatom.errors import ShapeError
-from quatom.numerics.groups import MIN_SCALE
+from quatom.numerics.kv_codes import (
+    asymmetric_codes,
+    asymmetric_range,
+    pack_halves,
+    unpack_halves,
+)
+from quatom.numerics.kv_plans import AppendPlan, GatherPlan
 
 KVDtype = Literal["int4", "int8", "float16", "bfloat16", "float32"]
 HEAD_DIMS = (64, 96, 128, 256)
 BLOCK_MULTIPLE = 16
 """Tokens a block must be a multiple of this: the rows of a tensor-core tile."""
-
-_FLOAT16_MAX = 65504.0
-
-
-def asymmetric_range(
-    x: Tensor,  # (..., D)
-    bits: int,
-    clip_ratio: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Scale and minimum of each row, two (..., 1) float16 tensors."""
-    x = x.float()
-    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-    if clip_ratio != 1.0:
-        margin = (high - low) * (0.5 * (1.0 - clip_ratio))
-        low, high = low + margin, high - margin
-    # A float32 input may lie outside float16: an infinite minimum would poison the whole row.
-    minimum = low.clamp_(-_FLOAT16_MAX, _FLOAT16_MAX).half()
-    scale = (high - minimum).div_(2**bits - 1)  # a float32 and a float16 tensor: in float32
-    return scale.clamp_(MIN_SCALE, _FLOAT16_MAX).half(), minimum
-
-
-def asymmetric_codes(
-    x: Tensor,  # (..., D)
-    scale: Tensor,  # (..., 1) float16
-    minimum: Tensor,  # (..., 1) float16
-    bits: int,
-) -> Tensor:
-    """Codes 0 to 2**bits - 1 of the rows, (..., D) uint8."""
-    steps = (x.float() - minimum).div_(scale).round_()
-    return steps.clamp_(0, 2**bits - 1).to(torch.uint8)
-
-
-def pack_halves(codes: Tensor) -> Tensor:
-    """(..., D) codes below 16 -> (..., D / 2) uint8: channel j low, channel j + D / 2 high."""
-    low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4)
-
-
-def unpack_halves(packed: Tensor) -> Tensor:
-    """The inverse of `pack_halves`: (..., D / 2) uint8 -> (..., D) uint8; D / 2 in whole words."""
-    words = packed.view(torch.int32)  # shifts of bytes are slow on a CPU
-    return torch.cat((words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F), dim=-1).view(torch.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class AppendPlan:
-    """Where the K and V of some new tokens go; the same for all layers of one geometry."""
-
-    tokens: Tensor | None  # (kept,) int64, the tokens that are stored; None: all
-    words: Tensor  # (kept * KV * 2 * X,) int64, places in the storage seen as one row of words
-
-
-@dataclass(frozen=True, slots=True)
-class GatherPlan:
-    """Where the K and V of some blocks stand; the same for all layers of one geometry."""
-
-    shape: tuple[int, int, int, int]
-    """(2, B, KV, n * S): K and V, sequences, heads, tokens."""
-    rows: Tensor  # int64, pieces of the storage that hold the codes, or the values
-    pairs: Tensor | None  # (2 * B * KV * n,) int64, pieces that hold the pairs
-    written: Tensor  # (B, 1, n * S) int32, all bits set for a token that there is, or none
 
 
 @dataclass(frozen=True, slots=True)

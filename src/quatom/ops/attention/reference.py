@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quatom.numerics.kv_pages import GatherPlan, KVPages
+from quatom.numerics.kv_pages import KVPages
+from quatom.numerics.kv_plans import GatherPlan
 from quatom.ops.attention import AttentionOptions, Sequences
 from quatom.ops.rope_append_kv.reference import rotary_factors, rotate_pairs
 from quatom.ops.shared import remember
