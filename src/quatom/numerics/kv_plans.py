@@ -1,6 +1,7 @@
 """Places in the pages of the KV cache, worked out once for all layers of one geometry.
 
-`KVPages.plan_append` and `KVPages.plan_gather` make them; `quatom.numerics.kv_pages` has the layout.
+`KVPages.plan_append` and `KVPages.plan_gather` make them; `quatom.numerics.kv_pages` has the
+layout.
 """
 
 from dataclasses import dataclass
