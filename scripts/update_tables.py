@@ -256,11 +256,8 @@ def load(name: str) -> str:
 
 def steps(name: str) -> str:
     """`bench steps`: where the time of a step goes, a column each."""
-    file = f"serving-{name.partition('-')[2]}"
-    data = read(file) if (RESULTS / f"{file}.json").exists() else {"results": []}
-    entries = [e for e in data["results"] if e["mode"] == "profile"]
-    if not entries:
-        return "Not measured yet.\n"
+    data = read(name)
+    entries = data["results"]
     entries.sort(key=lambda e: (e["model"], _rank(e["recipe"]), e["step_tokens"], e["workload"]))
     parts, limits = list(entries[0]["parts_ms"]), list(entries[0]["limit_ms"])
     header = ["milliseconds of", *(f"{e['workload']}, {e['step_tokens']} tokens" for e in entries)]
