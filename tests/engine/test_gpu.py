@@ -80,3 +80,12 @@ def test_logprobs_and_penalties_run_on_the_device():
     plain = generate(engine, logprobs=3)
     assert plain == generate(engine)
     assert generate(engine, frequency_penalty=2.0, repetition_penalty=1.5) != plain
+
+
+def test_the_reference_generates_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("QUATOM_BACKEND", "reference")
+    engine = make_engine(prefix_caching=False)
+    assert engine.runner.graphs is None
+    tokens = generate(engine)
+    assert tokens == generate(engine)
+    assert all(len(row) == 24 for row in tokens)

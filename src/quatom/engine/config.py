@@ -45,7 +45,7 @@ class EngineConfig:
     so that a request gives bit-equal logits alone and in a crowd. A multiple of block_size; 0 is
     off; None: 64 on a CPU, off on a GPU, whose matrix products depend on the batch anyway."""
     cuda_graphs: bool = True
-    """Replay decode steps as CUDA graphs on a GPU."""
+    """Replay decode steps as CUDA graphs on a GPU, unless QUATOM_BACKEND asks for the reference."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -83,7 +83,6 @@ class EngineConfig:
             max_prefill_chunk=self.max_prefill_chunk or max(1, self.max_num_batched_tokens // 2),
             overlap=on_gpu if self.overlap is None else self.overlap,
             invariant_chunk=chunk,
-            cuda_graphs=self.cuda_graphs and on_gpu,
         )
         if chunk % self.block_size:
             raise EngineError(

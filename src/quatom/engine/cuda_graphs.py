@@ -17,6 +17,8 @@ from torch import Tensor
 
 from quatom.engine.batch import Batch
 from quatom.modeling.context import ForwardContext
+from quatom.ops import attention
+from quatom.ops.backend import Backend, choose_backend
 
 if TYPE_CHECKING:
     from quatom.engine.runner import KVCacheLayer, Model
@@ -26,6 +28,12 @@ def size_classes(max_num_seqs: int) -> list[int]:
     """Batch sizes that are captured: 1, 2, 4, then steps of 8 up to 64, of 16, and of 32."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether a decode step on `device` only queues work: the reference reads sizes back."""
+    backend = choose_backend("attention", attention.BACKENDS, device)
+    return device.type == "cuda" and backend is not Backend.REFERENCE
 
 
 class DecodeGraphs:

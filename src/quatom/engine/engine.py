@@ -10,7 +10,7 @@ import torch
 
 from quatom.engine.block_pool import BlockPool
 from quatom.engine.config import EngineConfig
-from quatom.engine.cuda_graphs import DecodeGraphs
+from quatom.engine.cuda_graphs import DecodeGraphs, can_capture
 from quatom.engine.host_memory import keep_freed_pages
 from quatom.engine.kv_cache import count_blocks
 from quatom.engine.outputs import FinishReason, SequenceDelta, TokenLogprobs
@@ -51,7 +51,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, prefix_caching=self.config.prefix_caching)
         self.scheduler = Scheduler(self.config, self.pool)
         self.runner = self._make_runner(loaded.model, kv_cache)
-        if self.config.cuda_graphs:
+        if self.config.cuda_graphs and can_capture(self.device):
             self.runner.graphs = DecodeGraphs(
                 loaded.model,
                 kv_cache,
