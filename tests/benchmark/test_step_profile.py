@@ -2,9 +2,13 @@
 
 import pytest
 
+from quatom.benchmark import step_profile
+from quatom.benchmark.fixed_batch import longest_sequence
 from quatom.benchmark.random_weights import random_model
 from quatom.benchmark.roofline import Ceilings
 from quatom.benchmark.step_profile import IDLE, REST, charge, part_of, profile_steps
+from quatom.engine.config import EngineConfig
+from quatom.engine.engine import Engine
 from quatom.errors import EngineError
 from quatom.recipe import PRESETS
 
@@ -51,3 +55,32 @@ def test_a_cpu_has_no_steps_to_profile():
             ceilings=Ceilings(3.0, 800.0, 1500.0),
             kv_cache_memory=2**20,
         )
+
+
+def test_all_sequences_of_a_batch_decode_while_it_is_profiled(monkeypatch):
+    """48 prompts of 64 tokens take 48 steps: none may end while the last ones still run."""
+    batch, context, steps = 48, 64, 8
+    config = EngineConfig(
+        max_num_seqs=batch,
+        max_num_batched_tokens=128,
+        max_model_len=longest_sequence(context, steps, 1),
+        kv_cache_memory=2**24,
+        prefix_caching=False,
+        forecast_admission=False,
+        invariant_chunk=0,
+    )
+    engine = Engine(random_model("tiny", PRESETS["fp16"], device="cpu"), config)
+    reached = []
+
+    def run(step, count):
+        for _ in range(count):
+            step()  # raises unless every sequence gives a token
+        reached.extend(s.num_tokens for s in engine.scheduler.running)
+        return {}
+
+    monkeypatch.setattr(step_profile, "_profile", run)
+    step_profile._profile_decode(engine, batch, context, steps)
+    assert len(reached) == batch
+    assert abs(sum(reached) / batch - (context + steps / 2)) <= 4
+    assert not engine.has_work
+    engine.check_accounting()

@@ -67,7 +67,7 @@ def measure_batches(
         EngineError: a batch did not stay together.
     """
     sizes = sorted(set(batches), reverse=True)
-    names = _fill(engine, sizes[0], context - SETTLE - steps // 2, seed)
+    names = fill_batch(engine, sizes[0], context - SETTLE - steps // 2, seed)
     timings = []
     for size in sizes:
         for name in names[size:]:
@@ -84,7 +84,7 @@ def measure_batches(
     return timings
 
 
-def _fill(engine: Engine, size: int, context: int, seed: int) -> list[str]:
+def fill_batch(engine: Engine, size: int, context: int, seed: int) -> list[str]:
     """Start `size` sequences that have about `context` tokens once all of them decode."""
     generator = np.random.default_rng(seed)
     names = [f"batch-{i}" for i in range(size)]
@@ -100,7 +100,7 @@ def _fill(engine: Engine, size: int, context: int, seed: int) -> list[str]:
         started |= {delta.request_id for delta in deltas}
         idle = 0 if len(started) > before else idle + 1
         if idle > context or any(delta.finish_reason for delta in deltas):
-            raise _too_small(engine, size, f"{len(started)} sequences started")
+            raise too_small(engine, size, f"{len(started)} sequences started")
     return names
 
 
@@ -126,11 +126,12 @@ def _time_steps(engine: Engine, batch: int, steps: int) -> list[float]:
         seconds.append(now - last)
         last = now
         if len(deltas) != batch or any(delta.finish_reason for delta in deltas):
-            raise _too_small(engine, batch, f"a step gave {len(deltas)} tokens")
+            raise too_small(engine, batch, f"a step gave {len(deltas)} tokens")
     return seconds
 
 
-def _too_small(engine: Engine, batch: int, seen: str) -> EngineError:
+def too_small(engine: Engine, batch: int, seen: str) -> EngineError:
+    """What to raise where a batch did not stay together."""
     return EngineError(
         f"the KV cache of {engine.pool.num_blocks} blocks is too small for a decode batch of "
         f"{batch}: {seen}"

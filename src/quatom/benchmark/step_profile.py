@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from quatom.benchmark.fixed_batch import SETTLE, fill_batch, longest_sequence, too_small
+from quatom.benchmark.offline_run import greedy
 from quatom.benchmark.roofline import Ceilings, Roofline, Work
 from quatom.benchmark.serving_results import make_entry
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
-from quatom.engine.sampling import SamplingParams
 from quatom.errors import EngineError
 from quatom.loading import LoadedModel
 
@@ -51,7 +52,8 @@ def profile_steps(
         loaded: the model, on a GPU.
         model: its name in the result file.
         batches: sequences of the decode steps.
-        context: tokens of each when decoding begins; also the length of the prefill's prompts.
+        context: tokens of each in the middle of the steps that are measured, nearly; also the
+            length of the prefill's prompts.
         prefill_tokens: tokens of the prefill step.
         ceilings: of the GPU.
         kv_cache_memory: bytes of KV cache.
@@ -67,22 +69,23 @@ def profile_steps(
     config = EngineConfig(
         max_num_seqs=max(*batches, prompts),
         max_num_batched_tokens=max(prefill_tokens, *batches, prompts),
-        max_model_len=context + 2 * steps + 64,
+        max_model_len=longest_sequence(context, steps, 1),
         kv_cache_memory=kv_cache_memory,
         prefix_caching=False,
+        forecast_admission=False,  # a batch that the cache does not hold is an error
     )
     engine = Engine(loaded, config)
     roofline = Roofline.of(loaded.config, loaded.recipe, ceilings)
     entries = []
     for batch in (*batches, None):
         if batch is None:
-            parts = _run(engine, "prefill", prompts, context, steps)
+            parts = _profile_prefill(engine, prompts, context, steps)
             sampled = prefill_tokens / context
             pairs = prefill_tokens * (context + 1) / 2
             work = Work(1, prefill_tokens, sampled, pairs, 0)
         else:
-            parts = _run(engine, "decode", batch, context, steps)
-            work = Work.decode(batch, context + steps)
+            parts = _profile_decode(engine, batch, context, steps)
+            work = Work.decode(batch, context)
         limit = {part: 1e3 * seconds for part, seconds in roofline.phases(work).items()}
         milliseconds = sum(parts.values())
         kind = "prefill" if batch is None else "decode"
@@ -130,33 +133,47 @@ def part_of(kernel: str) -> str:
     return next((part for part, pattern in PARTS.items() if re.search(pattern, kernel)), REST)
 
 
-def _run(engine: Engine, kind: str, count: int, context: int, steps: int) -> dict[str, float]:
+def _profile_decode(engine: Engine, batch: int, context: int, steps: int) -> dict[str, float]:
+    names = fill_batch(engine, batch, context - SETTLE - steps // 2, seed=0)
+    for _ in range(SETTLE):  # past the first steps, the next one is always launched ahead
+        engine.step()
+
+    def step() -> None:
+        if len(deltas := engine.step()) != batch:
+            raise too_small(engine, batch, f"a step gave {len(deltas)} tokens")
+
+    parts = _profile(step, steps)
+    for name in names:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+    return parts
+
+
+def _profile_prefill(engine: Engine, prompts: int, context: int, steps: int) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    for i in range(prompts):
+        prompt = torch.randint(engine.model_config.vocab_size, (context,), generator=generator)
+        engine.add_request(f"prefill-{i}", prompt.tolist(), greedy(1))
+    for _ in range(2):
+        engine.step()
+    parts = _profile(engine.step, steps)
+    while engine.has_work:
+        engine.step()
+    return parts
+
+
+def _profile(step: Callable[[], object], steps: int) -> dict[str, float]:
     """Milliseconds of each part of a step, `steps` steps averaged."""
     from torch.profiler import ProfilerActivity, profile
 
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = engine.model_config.vocab_size
-    length = 2 * steps + 32 if kind == "decode" else 1
-    params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-    for i in range(count):
-        prompt = torch.randint(vocabulary, (context,), generator=generator).tolist()
-        engine.add_request(f"{kind}-{i}", prompt, params)
-    if kind == "decode":
-        while engine.scheduler.waiting or any(
-            s.num_uncomputed > 1 for s in engine.scheduler.running
-        ):
-            engine.step()
-    for _ in range(2):  # past the first steps, the next one is always launched ahead
-        engine.step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as measured:
         started = time.perf_counter()
         for _ in range(steps):
-            engine.step()
+            step()
         torch.cuda.synchronize()
         elapsed = time.perf_counter() - started
-    while engine.has_work:
-        engine.step()
     kernels = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in measured.events() or []
