@@ -67,6 +67,7 @@ def _quatom_ladder() -> dict[str, Recipe]:
     clipping = replace(weights, activations=replace(weights.activations, clip_ratio=0.95))
     offset = replace(clipping, kv_cache=replace(clipping.kv_cache, key_offset="mean"))
     scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
+    searched = replace(scaling, weights=replace(scaling.weights, clip_search="output"))
     return {
         "atom": atom,
         "group_rotation": rotation,
@@ -76,6 +77,10 @@ def _quatom_ladder() -> dict[str, Recipe]:
         "activation_clipping": clipping,
         "key_offset": offset,
         "key_scaling": scaling,
+        "key_scaling_output_search": searched,
+        "key_scaling_output_search_columns": replace(
+            searched, weights=replace(searched.weights, column_order="important_first")
+        ),
         "output_weighted_search": replace(
             clipping, weights=replace(clipping.weights, clip_search="output")
         ),
@@ -110,8 +115,8 @@ LADDERS: Mapping[str, Mapping[str, Recipe]] = {
     "quatom": _quatom_ladder(),
     "keys": _keys_ladder(),
 }
-"""Rungs by name, in order. "key_scaling" is the quatom recipe; what follows it are tries, each
-beside "activation_clipping"."""
+"""Rungs by name, in order. "key_scaling" is the quatom recipe; what follows it are tries, first on
+top of it, then each beside "activation_clipping"."""
 
 
 @dataclass(frozen=True, slots=True)
