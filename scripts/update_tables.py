@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from quatom.evaluation.ladder import LADDERS
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- table ([\w.-]+)( brief)? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -156,8 +158,7 @@ def ablation(name: str) -> str:
     for ladder in dict.fromkeys(e["ladder"] for e in entries if e["rung"] != "float"):
         floats = [e for e in entries if e["rung"] == "float"]
         own = [e for e in entries if e["ladder"] == ladder and e not in floats]
-        # Entries stand as they were measured; scaling comes on top of the offset.
-        own.sort(key=lambda e: e["rung"] == "key_scaling")
+        own.sort(key=lambda e: list(LADDERS[ladder]).index(e["rung"]))
         rungs = floats[:1] + own
         first = rungs[-1]
         rows = [[e["rung"].replace("_", " "), f"{e['perplexity']:.2f}"] for e in rungs]
