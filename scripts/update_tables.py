@@ -299,6 +299,8 @@ def agreement(name: str) -> str:
     ]
     place = data["environment"].get("gpu") or data["environment"]["cpu"]
     choices = f"{data['results'][0]['model']}, {place}:\n\n" + table(header, rows)
+    if not texts:
+        return choices
     return choices + "\n" + table(["recipe", "backend", "windows", "perplexity"], texts)
 
 
