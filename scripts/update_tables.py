@@ -103,6 +103,27 @@ def _increase(entry: dict[str, Any]) -> str:
     return f"+{entry['perplexity'] - entry['float_perplexity']:.2f}"
 
 
+def zeroshot(name: str) -> str:
+    """Accuracy of every recipe on every task: normalized by length where the task has that."""
+    data = read(name)
+    tasks = list(dict.fromkeys(e["task"] for e in data["results"]))
+    values: dict[tuple[str, str], dict[str, Any]] = {}
+    for e in sorted(data["results"], key=lambda e: e["metric"] == "acc_norm"):
+        if e["metric"].startswith("acc"):
+            values[e["recipe"], e["task"]] = e
+    rows = []
+    for recipe in sorted({e["recipe"] for e in data["results"]}, key=_rank):
+        own = [values[recipe, task]["value"] for task in tasks]
+        shown = [f"{100 * value:.1f}" for value in (*own, sum(own) / len(own))]
+        rows.append(["float" if recipe == "fp16" else f"`{recipe}`", *shown])
+    first = data["results"][0]
+    which = "all" if first["all_examples"] else f"first {first['examples']}"
+    return (
+        f"{first['model']}, percent right, {which} examples a task, lm-evaluation-harness "
+        f"{first['harness']} ({data['environment'].get('gpu') or data['environment']['cpu']}):\n\n"
+    ) + table(["recipe", *tasks, "mean"], rows)
+
+
 def quantize(name: str) -> str:
     """Time and memory of quantizing."""
     rows = [
@@ -439,6 +460,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "quantize": quantize,
     "steps": steps,
     "throughput": throughput,
+    "zeroshot": zeroshot,
 }
 
 
