@@ -274,6 +274,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   const u32 received = empty + STAGES * 8;  // barrier of the partial sums of other CTAs
 
   // The producer's place in the tile. Its loop must be short: it shares a scheduler with consumers.
+  // Of the tile's tokens `here` are in memory, `used` are more than padding.
   int here = 0, used = 0, last_block = 0, started = 0;
   const u8 *w_from = nullptr, *x_from = nullptr;
   const float* xs_from = nullptr;
