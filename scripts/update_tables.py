@@ -44,6 +44,16 @@ def read(name: str) -> dict[str, Any]:
     return content
 
 
+def _machine(data: dict[str, Any]) -> str:
+    """The GPU of a result file, or its CPU where it has none."""
+    environment = data["environment"]
+    return str(environment.get("gpu", environment["cpu"]))
+
+
+def _label(recipe: str) -> str:
+    return "float" if recipe == "fp16" else f"`{recipe}`"
+
+
 def accuracy(name: str) -> str:
     """Perplexity and bits of every recipe in an accuracy file, a table for each set of windows."""
     data = read(name)
@@ -61,7 +71,7 @@ def accuracy(name: str) -> str:
         entries.sort(key=lambda e: _rank(e["recipe"]))
         rows = [
             [
-                "float" if e["recipe"] == "fp16" else f"`{e['recipe']}`",
+                _label(e["recipe"]),
                 f"{e['perplexity']:.2f}",
                 "" if not e["float_perplexity"] else _increase(e),
                 _of_atom(e, entries),
@@ -76,7 +86,7 @@ def accuracy(name: str) -> str:
         which = "all" if entries[0]["all_windows"] else "first"
         parts.append(
             f"{entries[0]['model']}, {corpus}, {which} {windows} windows of {length} tokens "
-            f"({environment.get('gpu', environment['cpu'])}, torch {environment['torch']}):\n\n"
+            f"({_machine(data)}, torch {environment['torch']}):\n\n"
             f"{table(header, rows)}"
         )
     return "\n".join(parts)
@@ -115,12 +125,12 @@ def zeroshot(name: str) -> str:
     for recipe in sorted({e["recipe"] for e in data["results"]}, key=_rank):
         own = [values[recipe, task]["value"] for task in tasks]
         shown = [f"{100 * value:.1f}" for value in (*own, sum(own) / len(own))]
-        rows.append(["float" if recipe == "fp16" else f"`{recipe}`", *shown])
+        rows.append([_label(recipe), *shown])
     first = data["results"][0]
     which = "all" if first["all_examples"] else f"first {first['examples']}"
     return (
         f"{first['model']}, percent right, {which} examples a task, lm-evaluation-harness "
-        f"{first['harness']} ({data['environment'].get('gpu') or data['environment']['cpu']}):\n\n"
+        f"{first['harness']} ({_machine(data)}):\n\n"
     ) + table(["recipe", *tasks, "mean"], rows)
 
 
@@ -294,12 +304,10 @@ def steps(name: str) -> str:
 
 def agreement(name: str) -> str:
     """`quatom agree`: choices of tokens held against the reference's."""
-    if not (RESULTS / f"{name}.json").exists():
-        return "Not measured yet.\n"
     data = read(name)
     rows = [
         [
-            f"`{e['recipe']}`" if e["recipe"] != "fp16" else "float",
+            _label(e["recipe"]),
             f"{e['backend']}, {e['device']}, {e['dtype']}",
             f"{e['prompts']} x {e['tokens_each']}",
             f"{100 * e['share']:.2f} %",
@@ -318,8 +326,7 @@ def agreement(name: str) -> str:
         for e in data["results"]
         if "perplexity" in e
     ]
-    place = data["environment"].get("gpu") or data["environment"]["cpu"]
-    choices = f"{data['results'][0]['model']}, {place}:\n\n" + table(header, rows)
+    choices = f"{data['results'][0]['model']}, {_machine(data)}:\n\n" + table(header, rows)
     if not texts:
         return choices
     return choices + "\n" + table(["recipe", "backend", "windows", "perplexity"], texts)
@@ -346,6 +353,23 @@ _LOAD_HEADER = [
     "end to end p50 (s)",
     "errors",
 ]
+
+
+def fused(name: str) -> str:
+    """The kernels around the linear layers, and what reordering brings over gathering outliers."""
+    data = read(f"kernels-{name.partition('-')[2]}")
+    rows = [
+        [
+            f"{e['op'].replace('_', ' ')}, {e['scheme']}",
+            f"{e['k']}",
+            f"{e['m']}",
+            f"{e['microseconds']:.1f}",
+            f"{100 * e['share_of_copy']:.0f} %" if e["op"].endswith("_quantize") else "",
+        ]
+        for e in data["results"]
+        if e["op"] != "linear" and e["backend"] == "cuda" and e["m"] in (1, 16, 64, 256, 4096)
+    ]
+    return f"{_machine(data)}:\n\n" + table(["operation", "K", "M", "us", "of copy"], rows)
 
 
 def _serving_tables(
@@ -454,6 +478,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "attention": attention,
     "batches": batches,
     "decode": decode,
+    "fused": fused,
     "engine": engine,
     "kernels": kernels,
     "load": load,
