@@ -77,10 +77,7 @@ def measure_batches(
             engine.step()
         reached = fmean(s.num_tokens for s in engine.scheduler.running)
         timings.append(BatchTiming(size, reached + steps / 2, _time_steps(engine, size, steps)))
-    for name in names:
-        engine.abort(name)
-    while engine.has_work:
-        engine.step()
+    end_batch(engine, names)
     return timings
 
 
@@ -100,7 +97,7 @@ def fill_batch(engine: Engine, size: int, context: int, seed: int) -> list[str]:
         started |= {delta.request_id for delta in deltas}
         idle = 0 if len(started) > before else idle + 1
         if idle > context or any(delta.finish_reason for delta in deltas):
-            raise too_small(engine, size, f"{len(started)} sequences started")
+            raise _too_small(engine, size, f"{len(started)} sequences started")
     return names
 
 
@@ -121,17 +118,33 @@ def _time_steps(engine: Engine, batch: int, steps: int) -> list[float]:
     seconds = []
     last = time.perf_counter()
     for _ in range(steps):
-        deltas = engine.step()
+        decode_step(engine, batch)
         now = time.perf_counter()
         seconds.append(now - last)
         last = now
-        if len(deltas) != batch or any(delta.finish_reason for delta in deltas):
-            raise too_small(engine, batch, f"a step gave {len(deltas)} tokens")
     return seconds
 
 
-def too_small(engine: Engine, batch: int, seen: str) -> EngineError:
-    """What to raise where a batch did not stay together."""
+def decode_step(engine: Engine, batch: int) -> None:
+    """One step in which each of `batch` sequences gives a token and goes on.
+
+    Raises:
+        EngineError: the batch did not stay together.
+    """
+    deltas = engine.step()
+    if len(deltas) != batch or any(delta.finish_reason for delta in deltas):
+        raise _too_small(engine, batch, f"a step gave {len(deltas)} tokens")
+
+
+def end_batch(engine: Engine, names: Sequence[str]) -> None:
+    """Abort these sequences and leave the engine idle."""
+    for name in names:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+
+
+def _too_small(engine: Engine, batch: int, seen: str) -> EngineError:
     return EngineError(
         f"the KV cache of {engine.pool.num_blocks} blocks is too small for a decode batch of "
         f"{batch}: {seen}"

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from quatom.benchmark.fixed_batch import SETTLE, fill_batch, longest_sequence, too_small
+from quatom.benchmark.fixed_batch import (
+    SETTLE,
+    decode_step,
+    end_batch,
+    fill_batch,
+    longest_sequence,
+)
 from quatom.benchmark.offline_run import greedy
 from quatom.benchmark.roofline import Ceilings, Roofline, Work
 from quatom.benchmark.serving_results import make_entry
@@ -137,16 +143,8 @@ def _profile_decode(engine: Engine, batch: int, context: int, steps: int) -> dic
     names = fill_batch(engine, batch, context - SETTLE - steps // 2, seed=0)
     for _ in range(SETTLE):  # past the first steps, the next one is always launched ahead
         engine.step()
-
-    def step() -> None:
-        if len(deltas := engine.step()) != batch:
-            raise too_small(engine, batch, f"a step gave {len(deltas)} tokens")
-
-    parts = _profile(step, steps)
-    for name in names:
-        engine.abort(name)
-    while engine.has_work:
-        engine.step()
+    parts = _profile(lambda: decode_step(engine, batch), steps)
+    end_batch(engine, names)
     return parts
 
 

@@ -173,7 +173,7 @@ def pack_values(
         both = both.unflatten(1, (-1, 2, 4, 2)).permute(5, 1, 0, 3, 2, 4)  # see the byte layout
         return MixedTensor(
             codes=_write_groups(values, spec, padded),
-            scales=both.reshape(*scales_shape(tokens, spec)),
+            scales=both.reshape(*_scales_shape(tokens, spec)),
             spec=spec,
             tokens=tokens,
             dtype=dtype,
@@ -191,7 +191,19 @@ def pack_values(
     )
 
 
-def scales_shape(tokens: int, spec: QuantizeSpec) -> tuple[int, int, int, int]:
+def allocate_groups(x: Tensor, tokens: int, spec: QuantizeSpec) -> MixedTensor:
+    """An unwritten result in byte layout `groups`, of x's dtype and on its device."""
+    shape = (spec.layout.num_scales, padded_tokens(tokens), GROUP_BYTES)
+    return MixedTensor(
+        codes=x.new_empty(shape, dtype=torch.uint8),
+        scales=x.new_empty(_scales_shape(tokens, spec), dtype=torch.float32),
+        spec=spec,
+        tokens=tokens,
+        dtype=x.dtype,
+    )
+
+
+def _scales_shape(tokens: int, spec: QuantizeSpec) -> tuple[int, int, int, int]:
     """Shape of `MixedTensor.scales` in byte layout `groups`."""
     return spec.layout.num_scales, padded_tokens(tokens) // TOKEN_PADDING, 2, TOKEN_PADDING
 

@@ -12,13 +12,7 @@ from torch import Tensor
 from quatom.errors import BackendError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
-from quatom.ops.activations import (
-    GROUP_BYTES,
-    MixedTensor,
-    QuantizeSpec,
-    padded_tokens,
-    scales_shape,
-)
+from quatom.ops.activations import MixedTensor, QuantizeSpec, allocate_groups
 from quatom.ops.cuda_build import (
     CudaKernel,
     KernelArguments,
@@ -205,10 +199,7 @@ def quantize_cuda(
         )
     layout = spec.layout
     tokens, channels = x.shape[0], layout.channels
-    padded = padded_tokens(tokens)
-    codes = x.new_empty((layout.num_scales, padded, GROUP_BYTES), dtype=torch.uint8)
-    scales = x.new_empty(scales_shape(tokens, spec), dtype=torch.float32)
-    out = MixedTensor(codes=codes, scales=scales, spec=spec, tokens=tokens, dtype=x.dtype)
+    out = allocate_groups(x, tokens, spec)
     total = x if residual is None else x.new_empty((tokens, channels))
     x = _aligned(x)
     residual = None if residual is None else _aligned(residual)
@@ -227,10 +218,10 @@ def quantize_cuda(
             None if weight is None else weight.data_ptr(),
             None if order is None else order.data_ptr(),
             total.data_ptr(),
-            codes.data_ptr(),
-            scales.data_ptr(),
+            out.codes.data_ptr(),
+            out.scales.data_ptr(),
             tokens,
-            padded,
+            out.codes.shape[1],
             channels,
             x.stride(0),
             0 if residual is None else residual.stride(0),

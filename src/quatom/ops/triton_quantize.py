@@ -21,9 +21,8 @@ from quatom.ops.activations import (
     GROUP_BYTES,
     MixedTensor,
     QuantizeSpec,
-    padded_tokens,
+    allocate_groups,
     row_dtype,
-    scales_shape,
 )
 
 INTEGER, E4M3, FLOAT16 = 0, 1, 2
@@ -181,19 +180,15 @@ def _kind(name: str) -> int:
 
 def allocate(x: Tensor, tokens: int, spec: QuantizeSpec) -> MixedTensor:
     """An unwritten result for `tokens` tokens on x's device."""
-    layout = spec.layout
     if spec.byte_layout == "groups":
-        padded = padded_tokens(tokens)
-        codes = x.new_empty((layout.num_scales, padded, GROUP_BYTES), dtype=torch.uint8)
-        scales = x.new_empty(scales_shape(tokens, spec), dtype=torch.float32)
-    elif spec.byte_layout == "padded":
+        return allocate_groups(x, tokens, spec)
+    if spec.byte_layout == "padded":
         raise BackendError(
             "the Triton quantize kernels write byte layouts 'rows' and 'groups', not 'padded', "
             "which int8 products on a CPU read; use the reference backend"
         )
-    else:
-        codes = x.new_empty((tokens, layout.channels), dtype=row_dtype(spec, x.dtype))
-        scales = x.new_empty((tokens, layout.num_scales), dtype=torch.float32)
+    codes = x.new_empty((tokens, spec.layout.channels), dtype=row_dtype(spec, x.dtype))
+    scales = x.new_empty((tokens, spec.layout.num_scales), dtype=torch.float32)
     return MixedTensor(codes=codes, scales=scales, spec=spec, tokens=tokens, dtype=x.dtype)
 
 

@@ -47,7 +47,7 @@ def rope_append_kv(
             H / sqrt(D). Scores stay the same, K's outlier channels spread over the head.
         clip_ratio: fraction of a token's range that the codes cover.
         key_offset: subtracted from K after rotary embedding, before `rotate_kv`. It takes the same
-            from every score of a query, which softmax does not see. Runs on reference and Triton.
+            from every score of a query, which softmax does not see.
         shared: what the layers of one batch share; only the reference uses it.
         backend: implementation to run; None picks the fastest one for q's device.
 
