@@ -111,6 +111,7 @@ def test_recipes_are_frozen():
         ({"weights": {"group_size": 100}}, "weights.group_size .* multiple of 32, got 100"),
         ({"activations": {"group_size": 0}}, "activations.group_size .* got 0"),
         ({"weights": {"group_size": 64}}, "weights.group_size 64 and activations.group_size 128"),
+        ({"weights": {"group_size": -1}}, "weights.group_size -1 and activations.group_size 128"),
         ({"weights": {"format": "float16"}}, "activations are int4 but weights float16"),
         ({"weights": {"clip_ratio": 0.0}}, r"weights.clip_ratio must be in \(0, 1\], got 0.0"),
         ({"activations": {"clip_ratio": 1.5}}, "activations.clip_ratio .* got 1.5"),

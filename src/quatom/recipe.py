@@ -107,7 +107,9 @@ class ActivationSpec:
     format: ActivationFormat = "int4"
     """Number format of a code; float16 leaves activations in their own dtype."""
     group_size: int = 128
-    """Consecutive channels that share one scale; -1 is the whole row (per token)."""
+    """Consecutive channels that share one scale, as the weights do; -1: all normal channels of a
+    token share one, whatever the groups of the weights. e4m3 carries its own exponents and loses
+    nothing by it, and the Hopper kernel scales a token once instead of at every group."""
     clip_ratio: float = 1.0
     """Fraction of a group's absolute maximum that maps onto the largest code."""
     rotation: Literal["none", "hadamard"] = "none"
@@ -242,10 +244,12 @@ class Recipe:
                 f"activations.rotation {self.activations.rotation!r} rotates groups as they are "
                 "quantized: it needs a quantized activations.format"
             )
-        if self.quantizes_activations and self.weights.group_size != self.activations.group_size:
+        sizes = self.weights.group_size, self.activations.group_size
+        if self.quantizes_activations and sizes[1] not in (-1, sizes[0]):
             raise RecipeError(
-                f"weights.group_size {self.weights.group_size} and activations.group_size "
-                f"{self.activations.group_size} differ; a GEMM dequantizes both at each group"
+                f"weights.group_size {sizes[0]} and activations.group_size {sizes[1]} differ: a "
+                "GEMM dequantizes both at each group; -1, one scale for all normal channels of a "
+                "token, goes with every group size of weights"
             )
 
     @property
@@ -380,7 +384,7 @@ def _presets() -> dict[str, Recipe]:
         Recipe(
             name="quatom-w4a8kv4",
             weights=searched_weights,
-            activations=ActivationSpec(format="e4m3", rotation="hadamard"),
+            activations=ActivationSpec(format="e4m3", group_size=-1, rotation="hadamard"),
             kv_cache=rotated_cache,
         ),
     )

@@ -1,5 +1,7 @@
 """Group quantization: the rules by hand-computed rows, then properties."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,6 +183,19 @@ def test_groups_do_not_see_each_other(layout, seed):
         assert torch.equal(codes[:, start : start + size], part)
         assert torch.equal(scales[:, group : group + 1], scale)
         start += size
+
+
+@settings(deadline=None, max_examples=30)
+@given(layout=layouts, seed=st.integers(0, 2**16), name=st.sampled_from(["int4", "int8", "e4m3"]))
+def test_a_shared_scale_is_that_of_all_normal_channels_in_one_group(layout, seed, name):
+    x, fmt = random_rows(layout, seed, 1.0), get_format(name)
+    codes, scales = quantize_groups(x, layout, fmt, INT8, 0.9, shared_scale=True)
+    whole = replace(layout, group_size=layout.normal)
+    want_codes, want_scales = quantize_groups(x, whole, fmt, INT8, 0.9)
+    assert torch.equal(codes, want_codes)
+    groups = layout.num_normal_groups
+    assert torch.equal(scales[:, :groups], want_scales[:, :1].expand(-1, groups))
+    assert torch.equal(scales[:, groups:], want_scales[:, 1:])
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,5 +1,7 @@
 """quantize.cu: every variant of every operation against the reference; who may call it."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from quatom.ops.backend import Backend
 from quatom.ops.cuda_quantize import Variant, can_quantize, choose_variant, quantize_cuda
 from quatom.ops.reorder_quantize import reorder_quantize
 from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
+from quatom.ops.silu_quantize import silu_quantize
 
 LAYOUTS = {
     "SmolLM2": GroupLayout(512, 128, 64),
@@ -23,7 +26,11 @@ LAYOUTS = {
 
 def variants(layout):
     """Whatever `choose_variant` may return, and smaller and larger CTAs."""
-    chosen = {choose_variant("reorder", tokens, layout) for tokens in (1, 4096)}
+    chosen = {
+        choose_variant("reorder", tokens, layout, shared_scale)
+        for tokens in (1, 4096)
+        for shared_scale in (False, True)
+    }
     return chosen | {Variant(128, 1), Variant(1024, 1), Variant(96, 2), Variant(512, 2)}
 
 
@@ -47,12 +54,21 @@ def poisoned():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("normal", ["int4", "int3", "e4m3"])
+@pytest.mark.parametrize(
+    ("normal", "shared_scale"),
+    [("int4", False), ("int3", False), ("e4m3", False), ("int4", True), ("e4m3", True)],
+)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_variant_reorders_as_the_reference_does(layout, normal, poisoned):
+def test_every_variant_reorders_as_the_reference_does(layout, normal, shared_scale, poisoned):
     for tokens, dtype in ((1, torch.float16), (7, torch.bfloat16)):
         x, _, _, order = make_inputs(tokens, layout.channels, dtype)
-        spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, byte_layout="groups")
+        spec = QuantizeSpec(
+            layout=layout,
+            normal=normal,
+            clip_ratio=0.9,
+            shared_scale=shared_scale,
+            byte_layout="groups",
+        )
         for used in (order, None):
             want = reorder_quantize(x, used, spec, backend=Backend.REFERENCE)
             on_device = None if used is None else used.cuda()
@@ -67,11 +83,14 @@ def test_every_variant_reorders_as_the_reference_does(layout, normal, poisoned):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shared_scale", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_variant_normalizes_as_the_reference_does(layout, poisoned):
+def test_every_variant_normalizes_as_the_reference_does(layout, shared_scale, poisoned):
     for tokens, dtype in ((1, torch.bfloat16), (9, torch.float16)):
         x, residual, weight, order = make_inputs(tokens, layout.channels, dtype)
-        spec = QuantizeSpec(layout=layout, clip_ratio=0.9, byte_layout="groups")
+        spec = QuantizeSpec(
+            layout=layout, clip_ratio=0.9, shared_scale=shared_scale, byte_layout="groups"
+        )
         for add, used in ((residual, order), (None, None)):
             want, want_total = rmsnorm_quantize(
                 x, weight, used, spec, eps=1e-5, residual=add, backend=Backend.REFERENCE
@@ -95,6 +114,24 @@ def test_every_variant_normalizes_as_the_reference_does(layout, poisoned):
                 difference = (codes.cpu() - want_codes).abs()
                 assert difference.max() <= 1, variant
                 assert (difference != 0).float().mean() <= 1e-3, variant
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_silu_with_a_shared_scale_takes_whole_tokens(layout, poisoned):
+    x, other, _, _ = make_inputs(5, layout.channels, torch.float16)
+    gate_up = torch.cat((x, other), dim=1)
+    spec = QuantizeSpec(layout=layout, normal="e4m3", shared_scale=True, byte_layout="groups")
+    want = silu_quantize(gate_up, spec, backend=Backend.REFERENCE).canonical()
+    eighth = -(-layout.num_scales // 8)
+    chosen = {choose_variant("silu", tokens, layout, True) for tokens in (5, 64)}
+    for variant in chosen | {Variant(128, 1, eighth), Variant(64, 1, 3), Variant(512, 1, 2)}:
+        got = quantize_cuda("silu", gate_up.cuda(), spec, variant=variant)[0].canonical()
+        # exp differs by ulps: a scale by one float16 step, and codes next to a tie by one.
+        torch.testing.assert_close(got[1].cpu(), want[1], rtol=2**-10, atol=0)
+        difference = (got[0].cpu() - want[0]).abs()
+        assert (difference <= want[0].abs().clamp(min=8) / 8).all(), variant
+        assert (difference != 0).float().mean() <= 1e-3, variant
 
 
 @pytest.mark.gpu
@@ -155,11 +192,12 @@ def test_an_infinite_channel_shows():
 def test_variants_cover_a_row():
     for layout in LAYOUTS.values():
         for operation in ("reorder", "rmsnorm", "silu"):
-            for tokens in (1, 64, 4096):
-                variant = choose_variant(operation, tokens, layout)
+            for tokens, shared_scale in product((1, 64, 4096), (False, True)):
+                variant = choose_variant(operation, tokens, layout, shared_scale)
                 assert variant.threads % 32 == 0
                 assert 32 <= variant.threads <= 1024
-                assert variant.tokens in (1, 2)
+                assert variant.tokens in ((1,) if operation == "silu" else (1, 2))
+                assert variant.ctas <= 8 or not shared_scale  # a cluster
 
 
 def test_what_the_kernel_cannot_do_is_said(monkeypatch):

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def run(x, xs, w, ws, layout, backend, device, *, fmt="int4", weight="int4", bia
     """Put both operands into the backend's layout, poison the output's memory, multiply."""
     if backend is Backend.CPU:
         device = "cpu"
-    spec = QuantizeSpec(layout=layout, normal=fmt)
+    spec = QuantizeSpec(layout=layout, normal=fmt, shared_scale=options.get("shared_scale", False))
     prepared = prepare_weights(
         w.to(device),
         ws.half().to(device),
@@ -231,7 +232,9 @@ def test_w4a16_takes_plain_tensors(backend, dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fmt", ["int4", "e4m3"])
+@pytest.mark.parametrize(
+    ("fmt", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+)
 @pytest.mark.parametrize("tokens", [1, 7, 33, 64, 200, 1030])
 @pytest.mark.parametrize(
     ("channels", "normal", "outliers"),
@@ -244,7 +247,7 @@ def test_w4a16_takes_plain_tensors(backend, dtype, device):
         (100, 256, 0),
     ],
 )
-def test_hopper_shapes(tokens, channels, normal, outliers, fmt, device):
+def test_hopper_shapes(tokens, channels, normal, outliers, fmt, shared_scale, device):
     layout = GroupLayout(normal, 128, outliers)
     rng = torch.Generator(device=device).manual_seed(tokens + channels)
 
@@ -254,10 +257,12 @@ def test_hopper_shapes(tokens, channels, normal, outliers, fmt, device):
     x = random_codes(tokens, layout, fmt, rng)
     w = random_codes(channels, layout, "int4", rng)
     xs = (uniform(tokens, layout.num_scales) * 0.01 + 1e-3).half().float()
+    if shared_scale:
+        xs[:, : layout.num_normal_groups] = xs[:, :1]
     ws = (uniform(channels, layout.num_scales) * 0.01 + 1e-3).half().float()
     bias = uniform(channels) - 0.5
-    got = run(x, xs, w, ws, layout, Backend.CUDA, device, fmt=fmt, bias=bias)
-    again = run(x, xs, w, ws, layout, Backend.CUDA, device, fmt=fmt, bias=bias)
+    options = {"fmt": fmt, "shared_scale": shared_scale, "bias": bias}
+    got, again = (run(x, xs, w, ws, layout, Backend.CUDA, device, **options) for _ in range(2))
     assert torch.equal(got, again), "split k must add up in a fixed order"
     want = exact(x, xs, w, ws, layout, bias).cpu()
     # The bar on random inputs; int4 codes lose nothing but the float16 rounding of the result.
@@ -273,13 +278,19 @@ def test_every_configuration_of_the_hopper_kernel_is_exact(device):
     w = random_codes(192, layout, "int4", rng)
     ws = powers_of_two(192, layout, rng, -6, -2)
     prepared = prepare_weights(w.to(device), ws.half().to(device), layout, backend=Backend.CUDA)
-    for tokens in (1, 64, 300):
+    for tokens, shared_scale in product((1, 64, 300), (False, True)):
         x = random_codes(tokens, layout, "int4", rng)
         xs = powers_of_two(tokens, layout, rng, -6, -2)
-        spec = prepared.input_spec(QuantizeSpec(layout=layout))
+        if shared_scale:
+            xs[:, : layout.num_normal_groups] = xs[:, :1]
+        spec = prepared.input_spec(QuantizeSpec(layout=layout, shared_scale=shared_scale))
         mixed = pack_values(x.to(device), xs.to(device), spec, torch.float16)
         want = exact(x, xs, w, ws, layout).half()
         for config in CONFIGS:
+            if config.shared_scale and not shared_scale:
+                with pytest.raises(BackendError, match="scales a token once"):
+                    linear_cuda(mixed, prepared.tensors[0], 192, None, config)
+                continue
             got = linear_cuda(mixed, prepared.tensors[0], 192, None, config)
             assert torch.equal(got.cpu(), want), config
 

@@ -29,6 +29,8 @@ def _own_cache(tmp_path, monkeypatch):
         Config(128, 3, signed=True),
         Config(256, 2, parts=2, signed=True),
         Config(128, 2, blocks=2, parts=2, signed=True),
+        Config(128, 3, signed=True, shared_scale=True),
+        Config(256, 2, parts=2, signed=True, shared_scale=True),
     ],
     ids=str,
 )

@@ -35,10 +35,17 @@ def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
 
 @pytest.mark.parametrize("backend", [Backend.TRITON])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("normal", ["int4", "int3", "int8", "e4m3", "float16"])
-def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, device):
+@pytest.mark.parametrize(
+    ("normal", "shared_scale"),
+    [
+        *((normal, False) for normal in ("int4", "int3", "int8", "e4m3", "float16")),
+        ("int4", True),
+        ("e4m3", True),
+    ],
+)
+def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, shared_scale, device):
     x, order = make_inputs(3, layout.channels)
-    spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9)
+    spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, shared_scale=shared_scale)
     for used in (order, None):
         on_device = None if used is None else used.to(device)
         got = reorder_quantize(x.to(device), on_device, spec, backend=backend)

@@ -31,7 +31,9 @@ def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
 
 
 @pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
-@pytest.mark.parametrize("normal", ["int4", "e4m3"])
+@pytest.mark.parametrize(
+    ("normal", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+)
 @pytest.mark.parametrize(
     ("tokens", "layout", "dtype"),
     [
@@ -44,9 +46,17 @@ def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
         pytest.param(3, GroupLayout(8064, 128, 128), torch.float16, marks=pytest.mark.gpu),
     ],
 )
-def test_kernels_match_the_reference(backend, byte_layout, normal, tokens, layout, dtype, device):
+def test_kernels_match_the_reference(
+    backend, byte_layout, normal, shared_scale, tokens, layout, dtype, device
+):
     x, weight, order, residual = make_inputs(tokens, layout.channels, dtype=dtype)
-    spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, byte_layout=byte_layout)
+    spec = QuantizeSpec(
+        layout=layout,
+        normal=normal,
+        clip_ratio=0.9,
+        shared_scale=shared_scale,
+        byte_layout=byte_layout,
+    )
     for reorder, add in ((order, residual), (None, None)):
         on = [None if t is None else t.to(device) for t in (x, weight, reorder, add)]
         got, total = rmsnorm_quantize(*on[:3], spec, eps=1e-5, residual=on[3], backend=backend)

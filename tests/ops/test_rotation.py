@@ -34,10 +34,12 @@ def quantize(op, x, order, spec, backend):
         pytest.param(Backend.CUDA, "groups", marks=pytest.mark.gpu),
     ],
 )
-@pytest.mark.parametrize("normal", ["int4", "e4m3"])
+@pytest.mark.parametrize(
+    ("normal", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ["reorder", "rmsnorm", "silu"])
-def test_kernel_matches_reference(op, layout, normal, backend, byte_layout, device):
+def test_kernel_matches_reference(op, layout, normal, shared_scale, backend, byte_layout, device):
     rng = torch.Generator().manual_seed(3)
     gain = torch.rand(layout.channels, generator=rng).exp() ** 2
     x = (torch.randn(3, layout.channels, generator=rng) * gain).to(device)
@@ -45,7 +47,12 @@ def test_kernel_matches_reference(op, layout, normal, backend, byte_layout, devi
         x = x.half()
     order = torch.randperm(layout.channels, generator=rng).int().to(device)
     spec = QuantizeSpec(
-        layout=layout, normal=normal, rotate=True, byte_layout=byte_layout, clip_ratio=0.95
+        layout=layout,
+        normal=normal,
+        rotate=True,
+        shared_scale=shared_scale,
+        byte_layout=byte_layout,
+        clip_ratio=0.95,
     )
     want, want_scales = quantize(op, x, order, spec, Backend.REFERENCE).canonical()
     got, got_scales = quantize(op, x, order, spec, backend).canonical()
@@ -75,7 +82,9 @@ def test_a_spike_inside_a_group_costs_less_when_it_is_rotated():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("normal", ["int4", "e4m3"])
+@pytest.mark.parametrize(
+    ("normal", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -85,13 +94,18 @@ def test_a_spike_inside_a_group_costs_less_when_it_is_rotated():
         GroupLayout(normal=3968, group_size=128, outliers=128),
     ],
 )
-def test_cuda_rotates_as_triton_does_bit_for_bit(layout, normal):
+def test_cuda_rotates_as_triton_does_bit_for_bit(layout, normal, shared_scale):
     """Both add and subtract the same channels in the same order."""
     rng = torch.Generator().manual_seed(7)
     x = (torch.randn(5, layout.channels, generator=rng) * 3).half().cuda()
     order = torch.randperm(layout.channels, generator=rng).int().cuda()
     spec = QuantizeSpec(
-        layout=layout, normal=normal, rotate=True, byte_layout="groups", clip_ratio=0.9
+        layout=layout,
+        normal=normal,
+        rotate=True,
+        shared_scale=shared_scale,
+        byte_layout="groups",
+        clip_ratio=0.9,
     )
     want = reorder_quantize(x, order, spec, backend=Backend.TRITON)
     for variant in (Variant(128, 1), Variant(128, 2)):

@@ -25,7 +25,9 @@ def make_gate_up(tokens, channels, seed=0):
 
 
 @pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
-@pytest.mark.parametrize("normal", ["int4", "e4m3"])
+@pytest.mark.parametrize(
+    ("normal", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+)
 @pytest.mark.parametrize(
     ("tokens", "layout"),
     [
@@ -34,9 +36,17 @@ def make_gate_up(tokens, channels, seed=0):
         (2, GroupLayout(2688, 128, 128)),  # more groups than one program takes
     ],
 )
-def test_kernels_match_the_reference(backend, byte_layout, normal, tokens, layout, device):
+def test_kernels_match_the_reference(
+    backend, byte_layout, normal, shared_scale, tokens, layout, device
+):
     gate_up = make_gate_up(tokens, layout.channels)
-    spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, byte_layout=byte_layout)
+    spec = QuantizeSpec(
+        layout=layout,
+        normal=normal,
+        clip_ratio=0.9,
+        shared_scale=shared_scale,
+        byte_layout=byte_layout,
+    )
     got = silu_quantize(gate_up.to(device), spec, backend=backend)
     want = silu_quantize(gate_up, spec, backend=Backend.REFERENCE)
     (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()

@@ -27,20 +27,29 @@ class HopperOperands:
     scales: Tensor
     layout: GroupLayout
 
-    def activations(self, tokens: int, fmt: str) -> MixedTensor:
+    def activations(self, tokens: int, fmt: str, *, shared_scale: bool = False) -> MixedTensor:
         """Random activations of `tokens` tokens."""
-        return random_activations(tokens, self.layout, fmt, "groups")
+        return random_activations(tokens, self.layout, fmt, "groups", shared_scale=shared_scale)
 
 
 def random_activations(
-    tokens: int, layout: GroupLayout, fmt: str, byte_layout: Literal["rows", "groups"]
+    tokens: int,
+    layout: GroupLayout,
+    fmt: str,
+    byte_layout: Literal["rows", "groups"],
+    *,
+    shared_scale: bool = False,
 ) -> MixedTensor:
     """Random codes with random scales, in the byte layout of a backend."""
     normal = torch.randn(tokens, layout.normal, device="cuda")
     normal = get_format(fmt).round(normal * get_format(fmt).largest / 3)
     outliers = torch.randint(-127, 128, (tokens, layout.outliers), device="cuda").float()
     scales = (torch.rand(tokens, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
-    spec = QuantizeSpec(layout=layout, normal=fmt, byte_layout=byte_layout)
+    if shared_scale:
+        scales[:, : layout.num_normal_groups] = scales[:, :1]
+    spec = QuantizeSpec(
+        layout=layout, normal=fmt, shared_scale=shared_scale, byte_layout=byte_layout
+    )
     return pack_values(torch.cat((normal, outliers), dim=1), scales, spec, torch.float16)
 
 

@@ -42,6 +42,8 @@ SHAPES = ((12288, 4096), (22016, 4096), (4096, 11008), (4096, 4096))
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
 PORTABLE_TOKENS = (16, 1024)
 """Where the Triton kernel is measured, on the first shape."""
+SCHEMES = (("w4a4", "int4", False), ("w4a8-fp8", "e4m3", False), ("w4a8-fp8-token", "e4m3", True))
+"""(name, activations, whether all normal groups of a token share a scale)"""
 QUANTIZE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 OPS = ("all", "linear", "quantize")
 
@@ -78,8 +80,8 @@ class Run:
 
 
 def _own_runs(operands: HopperOperands, tokens: int) -> Iterator[Run]:
-    for scheme, fmt in (("w4a4", "int4"), ("w4a8-fp8", "e4m3")):
-        x = operands.activations(tokens, fmt)
+    for scheme, fmt, shared_scale in SCHEMES:
+        x = operands.activations(tokens, fmt, shared_scale=shared_scale)
         layers = [
             replace(operands.prepared, tensors=(weights,), activation_format=fmt)
             for weights in operands.weights

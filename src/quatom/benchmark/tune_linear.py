@@ -11,6 +11,7 @@ import dataclasses
 import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ SHAPES = (
 TOKENS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 
 
-def plausible(config: Config, tokens: int, row_blocks: int, units: int, sms: int) -> bool:
-    """Leave out what cannot win: padding to twice the tokens, many waves of split work."""
+def plausible(
+    config: Config, tokens: int, row_blocks: int, units: int, sms: int, *, shared_scale: bool
+) -> bool:
+    """Leave out what cannot win: padding to twice the tokens, or many waves of split work."""
+    if config.shared_scale != (shared_scale and config.signed):
+        return False
     if config.split > units or (config.ctas_per_sm > 1 and tokens > 128):
         return False
     row_tiles = -(-row_blocks // config.row_blocks)
@@ -60,9 +65,15 @@ def tune(repeats: int = 5) -> dict[str, Any]:
     for channels, k in SHAPES:
         operands = hopper_operands(channels, k)
         row_blocks, units = operands.weights[0].shape[:2]
-        for tokens in TOKENS:
-            configs = [c for c in CONFIGS if plausible(c, tokens, row_blocks, units, sms)]
-            x = operands.activations(tokens, "int4")
+        for tokens, shared_scale in product(TOKENS, (False, True)):
+            configs = [
+                config
+                for config in CONFIGS
+                if plausible(config, tokens, row_blocks, units, sms, shared_scale=shared_scale)
+            ]
+            # The formats for which the two are meant.
+            fmt = "e4m3" if shared_scale else "int4"
+            x = operands.activations(tokens, fmt, shared_scale=shared_scale)
             measured = time_graphs(
                 [
                     [partial(linear_cuda, x, w, channels, None, config) for w in operands.weights]
@@ -82,6 +93,7 @@ def tune(repeats: int = 5) -> dict[str, Any]:
                     "row_blocks": row_blocks,
                     "units": units,
                     "tokens": tokens,
+                    "shared_scale": shared_scale,
                     "microseconds": times[best],
                     "config": dataclasses.asdict(configs[best]),
                 }
@@ -107,7 +119,7 @@ def main() -> None:
     if arguments.timings:
         arguments.timings.write_text(json.dumps(timings))
     for row in result["choices"]:
-        print(row["row_blocks"], row["units"], row["tokens"], row["microseconds"], row["config"])
+        print(*row.values())
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def bits_per_activation(recipe: Recipe, config: ModelConfig) -> float:
     bits = channels = 0
     for name in ("q_proj", "o_proj", "gate_proj", "down_proj"):
         layout = linear_layout(recipe, config, name)
-        scales = layout.num_normal_groups
+        scales = 1 if recipe.activations.group_size == -1 else layout.num_normal_groups
         scales += layout.num_outlier_groups if outlier_bits == 8 else 0
         bits += layout.normal * recipe.activations.bits + layout.outliers * outlier_bits
         bits += scales * 16

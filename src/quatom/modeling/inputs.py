@@ -23,6 +23,7 @@ def activation_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
         outlier=recipe.outliers.format,
         clip_ratio=recipe.activations.clip_ratio,
         rotate=recipe.activations.rotation == "hadamard",
+        shared_scale=recipe.activations.group_size == -1 and layout.num_normal_groups > 1,
     )
 
 

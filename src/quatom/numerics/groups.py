@@ -7,7 +7,8 @@ channels followed by outlier groups. Each group s has one scale:
     code  = round_half_even(x / scale), saturated        (the *stored* scale divides)
     real  = code * scale
 
-Outlier groups are never clipped: they are kept because their range matters.
+Outlier groups are never clipped: they are kept because their range matters. With a *shared* scale
+the absmax is that of all normal groups of the row.
 """
 
 from dataclasses import dataclass
@@ -167,11 +168,13 @@ def quantize_groups(
     normal: Format,
     outlier: Format,
     clip_ratio: float = 1.0,
+    shared_scale: bool = False,
     order: Tensor | None = None,  # (K,) int32 or int64
 ) -> tuple[Tensor, Tensor]:
     """Quantize rows group by group.
 
     Args:
+        shared_scale: all normal groups of a row have one scale, that of the largest magnitude.
         order: channel of x that stands at each position of the layout; None: they stand there.
 
     Returns:
@@ -181,7 +184,9 @@ def quantize_groups(
         ShapeError: x or order has another number of channels than the layout.
     """
     groups = split_groups(x, layout, order)
-    values, scales = quantize_equal_groups(groups, layout, normal, outlier, clip_ratio)
+    values, scales = quantize_equal_groups(
+        groups, layout, normal, outlier, clip_ratio, shared_scale
+    )
     return join_groups(values, layout), scales.half()
 
 
@@ -191,6 +196,7 @@ def quantize_equal_groups(
     normal: Format,
     outlier: Format,
     clip_ratio: float = 1.0,
+    shared_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`quantize_groups` of rows that are cut already.
 
@@ -198,6 +204,9 @@ def quantize_equal_groups(
         values (..., S, W) and scales (..., S), float32; the scales are float16 numbers.
     """
     absmax = groups.abs().amax(dim=-1)
+    if shared_scale:
+        normal_absmax = absmax[..., : layout.num_normal_groups]
+        normal_absmax.copy_(normal_absmax.amax(dim=-1, keepdim=True).expand_as(normal_absmax))
     if normal.is_integer and (outlier.is_integer or not layout.outliers):
         # All groups at once: on few rows the number of operations is what quantization costs.
         bounds = _integer_bounds(layout, normal, outlier, clip_ratio, groups.device)

@@ -60,6 +60,8 @@ class QuantizeSpec:
     """Fraction of a normal group's absolute maximum mapped onto the largest code."""
     rotate: bool = False
     """Rotate every normal group by a Hadamard matrix before it is quantized, as its weights are."""
+    shared_scale: bool = False
+    """All normal groups of a token have one scale, that of the largest; outliers keep their own."""
     byte_layout: ByteLayout = "rows"
     """What the linear operation reads: see `PreparedLinear.input_spec`."""
 
@@ -149,10 +151,14 @@ def quantize_rows(
     formats = get_format(spec.normal), get_format(spec.outlier)
     if spec.byte_layout == "padded":
         groups = split_groups(x, spec.layout, order)
-        groups, scales = quantize_equal_groups(groups, spec.layout, *formats, spec.clip_ratio)
+        groups, scales = quantize_equal_groups(
+            groups, spec.layout, *formats, spec.clip_ratio, spec.shared_scale
+        )
         codes = groups.to(torch.int8)
         return MixedTensor(codes=codes, scales=scales, spec=spec, tokens=x.shape[0], dtype=dtype)
-    values, scales = quantize_groups(x, spec.layout, *formats, spec.clip_ratio, order)
+    values, scales = quantize_groups(
+        x, spec.layout, *formats, spec.clip_ratio, spec.shared_scale, order
+    )
     return pack_values(values, scales, spec, dtype)
 
 

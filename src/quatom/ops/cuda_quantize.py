@@ -23,6 +23,10 @@ from quatom.ops.cuda_build import (
 
 Operation = Literal["reorder", "rmsnorm", "silu"]
 _OPERATIONS = {"reorder": 0, "rmsnorm": 1, "silu": 2}
+_LARGEST_CLUSTER = 8
+"""CTAs that any Hopper GPU can hold together."""
+_CLUSTERS_UP_TO = 32
+"""Tokens of a batch up to which CTAs share a token whose groups share a scale."""
 _TWO_TOKENS_FROM = 512
 """Tokens of a batch from which on a CTA takes two of them."""
 
@@ -34,6 +38,8 @@ class Variant:
     threads: int
     tokens: int
     """Tokens of a CTA: 1 or 2."""
+    ctas: int = 1
+    """CTAs of a token: several only for silu, which gathers nothing from all over a row."""
 
 
 class _Arguments(KernelArguments):
@@ -50,7 +56,7 @@ class _Arguments(KernelArguments):
         ("channels", ctypes.c_int),
         ("x_stride", ctypes.c_int),
         ("residual_stride", ctypes.c_int),
-        ("chunks", ctypes.c_int),
+        ("ctas", ctypes.c_int),
         ("inverse_channels", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("normal", ctypes.c_int),
@@ -68,22 +74,27 @@ class _Plan:
     """What launches of one kind share."""
 
     kernel: CudaKernel
-    chunks: int
-    """CTAs of a token, for silu."""
     layout: tuple[float | int, ...]
     """Arguments from `normal` on."""
 
 
 @lru_cache(maxsize=4096)
-def choose_variant(operation: Operation, tokens: int, layout: GroupLayout) -> Variant:
+def choose_variant(
+    operation: Operation, tokens: int, layout: GroupLayout, shared_scale: bool = False
+) -> Variant:
     """The fastest variant measured, see docs/kernels-linear.md."""
-    if operation == "silu":
-        return Variant(128, 1)
     pairs = -(-layout.num_scales // 2)  # a warp takes two groups
-    two_tokens = tokens >= _TWO_TOKENS_FROM
+    if operation == "silu" and not shared_scale:
+        return Variant(128, 1, -(-pairs // 4))
+    if operation == "silu" and tokens <= _CLUSTERS_UP_TO:
+        warps = max(4, -(-pairs // _LARGEST_CLUSTER))
+        return Variant(warps * 32, 1, -(-pairs // warps))
+    two_tokens = tokens >= _TWO_TOKENS_FROM and operation != "silu"
     # Two wide rows fill registers: large CTAs, few of which fit, would all wait at the same time.
     most = 10 if two_tokens and operation == "reorder" and pairs > 16 else 16
     rounds = -(-pairs // most)
+    if two_tokens and shared_scale and pairs > 8:
+        rounds = max(rounds, 2)  # half the CTA waits at the barrier of the maximum
     return Variant(-(-pairs // rounds) * 32, 2 if two_tokens else 1)
 
 
@@ -91,17 +102,17 @@ def defines(
     operation: Operation, variant: Variant, spec: QuantizeSpec, dtype: torch.dtype
 ) -> dict[str, int]:
     """The constants that quantize.cu is compiled with."""
-    silu = operation == "silu"
-    layout = spec.layout
     return {
         "OPERATION": _OPERATIONS[operation],
         "THREADS": variant.threads,
         "TOKENS": variant.tokens,
-        "VECTORS": 1 if silu else -(-layout.channels // (4 * variant.threads)),
-        "ROUNDS": 1 if silu else -(-layout.num_scales // (variant.threads // 16)),
+        "VECTORS": -(-spec.layout.channels // (4 * variant.threads)),
+        "ROUNDS": -(-spec.layout.num_scales // (variant.threads // 16 * variant.ctas)),
         "INPUT_BF16": int(dtype is torch.bfloat16),
         "E4M3": int(spec.normal == "e4m3"),
         "ROTATE": int(spec.rotate),
+        "SHARED_SCALE": int(spec.shared_scale),
+        "CLUSTER": variant.ctas if spec.shared_scale else 1,
     }
 
 
@@ -119,7 +130,8 @@ def _plan(
     operation: Operation, variant: Variant, spec: QuantizeSpec, dtype: torch.dtype, device: int
 ) -> _Plan:
     source = (files("quatom.ops") / "quantize.cu").read_text()
-    cubin = compile_cubin(source, "sm_90a", defines(operation, variant, spec, dtype))
+    constants = defines(operation, variant, spec, dtype)
+    cubin = compile_cubin(source, "sm_90a", constants)
     layout = spec.layout
     with torch.cuda.device(device):
         kernel = load_kernel(
@@ -127,10 +139,10 @@ def _plan(
             "quantize_groups",
             threads=variant.threads,
             shared_bytes=_shared_bytes(operation, variant, layout.channels),
+            cluster=constants["CLUSTER"],
         )
     return _Plan(
         kernel,
-        -(-layout.num_scales // (variant.threads // 16)) if operation == "silu" else 1,
         (
             layout.normal,
             layout.group_size,
@@ -208,10 +220,10 @@ def quantize_cuda(
     given = (weight, order)
     weight = None if weight is None else weight.contiguous()
     order = None if order is None else order.to(torch.int32).contiguous()
-    variant = variant or choose_variant(operation, tokens, layout)
+    variant = variant or choose_variant(operation, tokens, layout, spec.shared_scale)
     plan = _plan(operation, variant, spec, x.dtype, x.device.index)
     plan.kernel.launch(
-        tokens * plan.chunks if operation == "silu" else -(-tokens // variant.tokens),
+        -(-tokens // variant.tokens) * variant.ctas,
         _Arguments(
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
@@ -225,7 +237,7 @@ def quantize_cuda(
             channels,
             x.stride(0),
             0 if residual is None else residual.stride(0),
-            plan.chunks,
+            variant.ctas,
             1.0 / channels,
             eps,
             *plan.layout,

@@ -10,7 +10,9 @@
 //
 // Compiled by NVRTC with THREADS, TOKENS (of a CTA; 1 for operation 2), VECTORS (4-channel pieces of a
 // thread that cover a row), ROUNDS (of THREADS / 16 groups), INPUT_BF16, E4M3 (normal groups are e4m3,
-// else integers) and ROTATE (normal groups are multiplied by a Hadamard matrix) defined.
+// else integers), ROTATE (normal groups are multiplied by a Hadamard matrix), SHARED_SCALE (all normal
+// groups of a token have one scale: their numbers wait in registers for its maximum) and CLUSTER (CTAs
+// of a token that tell each other their maxima; 1 where one CTA has the token or a scale is a group's) defined.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -53,6 +55,8 @@ __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
 }
 __device__ __forceinline__ u32 lower_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ u32 upper_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Words of 8 neighbouring channels: one by one, lanes would share banks.
 __device__ __forceinline__ void read_neighbours(u32 (&out)[8], const u32* words, const u16* halves, int channel) {
@@ -161,10 +165,15 @@ __device__ __forceinline__ void rotate(float (&x)[TOKENS][8], const Place& place
 // Of two tokens the lower eight lanes of a half-warp keep what concerns the first, the others the second.
 __device__ __forceinline__ bool keeps_second() { return TOKENS == 2 && threadIdx.x & 8; }
 
-// The maximum of a group of the token that this lane keeps.
-__device__ __forceinline__ float reduce_max(const float (&values)[TOKENS]) {
-  float kept = keeps_second() ? values[TOKENS - 1] : values[0];
-  const float sent = keeps_second() ? values[0] : values[TOKENS - 1];
+// The largest magnitude of a group, of the token that this lane keeps.
+__device__ __forceinline__ float reduce_max(const float (&x)[TOKENS][8]) {
+  float absmax[TOKENS] = {};
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) absmax[t] = fmaxf(absmax[t], fabsf(x[t][i]));
+  float kept = keeps_second() ? absmax[TOKENS - 1] : absmax[0];
+  const float sent = keeps_second() ? absmax[0] : absmax[TOKENS - 1];
   kept = fmaxf(kept, __shfl_xor_sync(ALL, sent, 8));
 #pragma unroll
   for (int d = 4; d > 0; d /= 2) kept = fmaxf(kept, __shfl_xor_sync(ALL, kept, d));
@@ -179,19 +188,37 @@ __device__ __forceinline__ float reduce_sum(const float (&values)[TOKENS]) {
   return kept;
 }
 
-// Quantize 8 channels of each token, all of one group with those of the half-warp, and store them. x is 0
-// outside the group.
-__device__ __forceinline__ void store_group(float (&x)[TOKENS][8], const Place& place, u64 token, int tokens,
-                                            u64 tokens_padded, const Layout& layout, u8* codes, float* scales) {
-#if ROTATE
-  rotate(x, place);
+#if SHARED_SCALE
+// The largest of what the lanes of all CTAs of a token have, of the token that each keeps.
+__device__ __forceinline__ float reduce_token(float top) {
+  constexpr int WARPS = THREADS / 32;
+  __shared__ float tops[TOKENS][CLUSTER * WARPS];
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  top = fmaxf(top, __shfl_xor_sync(ALL, top, 16));
+#if CLUSTER > 1
+  cluster_wait();  // the others' shared memory exists
+  u32 rank, mapped;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  const u32 slot = static_cast<u32>(__cvta_generic_to_shared(&tops[0][rank * WARPS + warp]));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(slot), "r"(lane % CLUSTER));
+  if (lane < CLUSTER) asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(mapped), "f"(top) : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  cluster_wait();
+#else
+  if (lane == (keeps_second() ? 8 : 0)) tops[keeps_second()][warp] = top;
+  __syncthreads();
 #endif
-  float absmax[TOKENS] = {};
 #pragma unroll
-  for (int t = 0; t < TOKENS; ++t)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) absmax[t] = fmaxf(absmax[t], fabsf(x[t][i]));
-  const float top = reduce_max(absmax);
+  for (int w = 0; w < CLUSTER * WARPS; ++w) top = fmaxf(top, tops[keeps_second()][w]);
+  return top;
+}
+#endif
+
+// Quantize 8 channels of each token, all of one group with those of the half-warp, and store them. x is 0
+// outside the group; `top` is the magnitude that the scale follows, of the token that this lane keeps.
+__device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float top, const Place& place, u64 token,
+                                            int tokens, u64 tokens_padded, const Layout& layout, u8* codes,
+                                            float* scales) {
   const float largest = place.outlier ? 127.0f : float(layout.largest);
   const float clipped = place.outlier ? top : top * layout.clip_ratio;
   const float wanted = clipped < __int_as_float(0x7F800000) ? Divisor(largest).divide(clipped) : clipped;
@@ -295,22 +322,33 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
                 u16* __restrict__ total,           // [tokens][channels], written where there is a residual
                 u8* __restrict__ codes,            // [groups][tokens_padded][128]
                 float* __restrict__ scales,        // [groups][tokens_padded / 16][2][16]
-                int tokens, int tokens_padded, int channels, int x_stride, int residual_stride, int chunks,
+                int tokens, int tokens_padded, int channels, int x_stride, int residual_stride, int ctas,
                 float mean_factor /* 1 / channels */, float eps,
                 int normal, int group_size, int outlier_size, int num_normal, int num_scales, float clip_ratio,
                 int largest) {
   const Layout layout{normal, group_size, outlier_size, num_normal, num_scales, clip_ratio, largest};
   const int half_warp = threadIdx.x / 16;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
 
+  // `bring`: the numbers of 8 channels of each token, in the layout's order, 0 outside the group.
 #if OPERATION == 2
-  const u64 token = blockIdx.x / chunks;
-  const Place place(layout, blockIdx.x % chunks * (THREADS / 16) + half_warp);
-  const u16* row = x + token * x_stride + place.channel();
-  float values[1][8] = {};
+  const u64 token = blockIdx.x / ctas;
+  const int first_group = blockIdx.x % ctas * (ROUNDS * THREADS / 16) + half_warp;
+  uint4 read_gates[ROUNDS] = {}, read_ups[ROUNDS] = {};
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  if (place.inside) {
-    const uint4 a = *reinterpret_cast<const uint4*>(row), b = *reinterpret_cast<const uint4*>(row + channels);
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    const Place place(layout, first_group + round * (THREADS / 16));
+    if (!place.inside) continue;
+    const u16* row = x + token * x_stride + place.channel();
+    read_gates[round] = *reinterpret_cast<const uint4*>(row);
+    read_ups[round] = *reinterpret_cast<const uint4*>(row + channels);
+  }
+  auto bring = [&](int round, const Place&, float (&values)[TOKENS][8]) {
+    const uint4 a = read_gates[round], b = read_ups[round];
     const u32 gates[4] = {a.x, a.y, a.z, a.w}, ups[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -318,9 +356,9 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
       values[0][2 * i] = __fdividef(low, 1.0f + __expf(-low)) * low_half(ups[i]);
       values[0][2 * i + 1] = __fdividef(high, 1.0f + __expf(-high)) * high_half(ups[i]);
     }
-  }
-  store_group(values, place, token, tokens, tokens_padded, layout, codes, scales);
+  };
 #else
+  const int first_group = half_warp;
   extern __shared__ __align__(16) u32 words[];  // rows, weights of two tokens' rows, partial sums
   u16* const halves = reinterpret_cast<u16*>(words);
   const u64 token = u64(blockIdx.x) * TOKENS;
@@ -432,12 +470,7 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
     }
   }
 #endif
-  constexpr int UNROLL = ROUNDS > 4 ? 1 : ROUNDS;
-#pragma unroll UNROLL
-  for (int round = 0; round < ROUNDS; ++round) {
-    // Whole warps take part in each round: the last one may hold a half-warp without a group.
-    if (round * (THREADS / 16) + half_warp / 2 * 2 >= num_scales) break;
-    const Place place(layout, round * (THREADS / 16) + half_warp);
+  auto bring = [&](int round, const Place& place, float (&values)[TOKENS][8]) {
     const int indices[8] = {next[0].x, next[0].y, next[0].z, next[0].w, next[1].x, next[1].y, next[1].z, next[1].w};
     if (round + 1 < ROUNDS) load_order(round + 1);
     // A word holds the channel of both tokens, or of the token and its weight, or of the token alone.
@@ -457,7 +490,6 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
       for (int i = 0; i < 8; ++i) factors[i] = weights[order == nullptr ? place.channel() + i : indices[i]];
 #endif
     }
-    float values[TOKENS][8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       values[0][i] = low_half(gathered[i]);
@@ -472,7 +504,36 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
       for (int t = 0; t < TOKENS; ++t) values[t][i] = values[t][i] * inverse[t] * factor;
 #endif
     }
-    store_group(values, place, token, tokens, tokens_padded, layout, codes, scales);
+  };
+#endif
+
+  // Of SHARED_SCALE all rounds are brought before one is stored.
+  constexpr int KEPT = SHARED_SCALE ? ROUNDS : 1, UNROLL = SHARED_SCALE || ROUNDS <= 4 ? ROUNDS : 1;
+  float values[KEPT][TOKENS][8], top[KEPT];
+  float token_top = 0.0f;
+  // Whole warps take part in each round: the last one may hold a half-warp without a group.
+  auto takes_part = [&](int round) { return first_group / 2 * 2 + round * (THREADS / 16) < num_scales; };
+#pragma unroll UNROLL
+  for (int round = 0; round < ROUNDS; ++round) {
+    if (!takes_part(round)) break;
+    const int kept = round % KEPT;
+    const Place place(layout, first_group + round * (THREADS / 16));
+    bring(round, place, values[kept]);
+#if ROTATE
+    rotate(values[kept], place);
+#endif
+    top[kept] = reduce_max(values[kept]);
+    if (!place.outlier) token_top = fmaxf(token_top, top[kept]);
+    if (!SHARED_SCALE) store_group(values[kept], top[kept], place, token, tokens, tokens_padded, layout, codes, scales);
+  }
+#if SHARED_SCALE
+  token_top = reduce_token(token_top);
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    if (!takes_part(round)) break;
+    const Place place(layout, first_group + round * (THREADS / 16));
+    store_group(values[round], place.outlier ? top[round] : token_top, place, token, tokens, tokens_padded, layout, codes,
+                scales);
   }
 #endif
 }

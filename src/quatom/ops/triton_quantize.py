@@ -108,6 +108,7 @@ def store_groups(
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
     ROTATE_STAGES: tl.constexpr,
+    SHARED_SCALE: tl.constexpr,  # s must then be all groups of the token
 ):
     """Quantize the groups s of one token and store codes and scales."""
     G: tl.constexpr = (NORMAL + GROUP_SIZE - 1) // GROUP_SIZE
@@ -118,6 +119,8 @@ def store_groups(
         block = tl.where(is_outlier, 1, size & -size)  # the largest power of two that divides it
         x = rotate_tile(x, block, ROTATE_STAGES)
     absmax = tl.max(tl.abs(x), axis=1)
+    if SHARED_SCALE:
+        absmax = tl.where(is_outlier, absmax, tl.max(tl.where(is_outlier, 0.0, absmax), axis=0))
     largest = tl.where(is_outlier, outlier_largest, normal_largest)
     clipped = absmax * tl.where(is_outlier, 1.0, clip_ratio)
     # The stored float16 scale divides, by true division: `/` alone may be off by an ulp.
@@ -224,4 +227,5 @@ def quantize_options(spec: QuantizeSpec) -> dict[str, Any]:
         "OUTLIER_KIND": _kind(outlier),
         "GROUPS_LAYOUT": spec.byte_layout == "groups",
         "ROTATE_STAGES": _rotation_stages(layout) if spec.rotate else 0,
+        "SHARED_SCALE": spec.shared_scale,
     }

@@ -50,6 +50,8 @@ class Config:
     """Parts in which a step's tokens are multiplied and promoted."""
     signed: bool = False
     """Weights become signed numbers, instead of sums corrected for their offset."""
+    shared_scale: bool = False
+    """The scale that a token's normal groups share multiplies the total once; needs `signed`."""
     stages: int = 0
     """Units in flight; 0: as many as fit."""
 
@@ -127,7 +129,8 @@ def _candidates() -> tuple[Config, ...]:
     wide += [Config(128, 2), Config(128, 2, blocks=2, parts=2), Config(128, 3, signed=True)]
     wide += [Config(128, 2, signed=True, split=split) for split in (1, 2, 3)]
     wide += [Config(256, 2, parts=2, signed=True)]
-    return tuple(few + wide)
+    shared = [replace(config, signed=True, shared_scale=True) for config in wide]
+    return tuple(dict.fromkeys(few + wide + shared))
 
 
 CONFIGS = _candidates()
@@ -166,6 +169,7 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
         "BM": config.tokens,
         "PARTS": config.parts,
         "SIGNED": int(config.signed),
+        "SHARED_SCALE": int(config.shared_scale),
         "WARPGROUPS": config.warpgroups,
         "BLOCKS_PER_WARPGROUP": config.blocks,
         "STAGES": config.num_stages,
@@ -192,24 +196,25 @@ def _kernel(config: Config, dtype: torch.dtype, device: int) -> CudaKernel:
 
 
 @cache
-def _tuned() -> list[tuple[int, int, int, Config]]:
+def _tuned(shared_scale: bool) -> list[tuple[int, int, int, Config]]:
     """Measured choices: (row blocks, units, tokens, the fastest configuration)."""
     path = os.environ.get("QUATOM_LINEAR_TUNING")
     text = Path(path).read_text() if path else TUNING.read_text()
     return [
         (row["row_blocks"], row["units"], row["tokens"], Config(**row["config"]))
         for row in json.loads(text)["choices"]
+        if row["shared_scale"] == shared_scale
     ]
 
 
 @cache
-def choose_config(tokens: int, row_blocks: int, units: int) -> Config:
+def choose_config(tokens: int, row_blocks: int, units: int, shared_scale: bool = False) -> Config:
     """The configuration for T tokens, N / 64 row blocks and a k-range of `units` units.
 
     The fastest one measured (`python -m quatom.benchmark.tune_linear`) for the most similar
     problem: the same or the next larger number of tokens first, then the nearest shape.
     """
-    choices = _tuned()
+    choices = _tuned(shared_scale)
     sizes = sorted({row[2] for row in choices})
     size = next((s for s in sizes if s >= tokens), sizes[-1])
 
@@ -251,8 +256,12 @@ def linear_cuda(
             f"the Hopper linear kernel reads quantized activations and writes float16 or bfloat16, "
             f"got {type(x).__name__} of {x.dtype}: prepare the weights with backend 'triton'"
         )
+    if config is not None and config.shared_scale and not x.spec.shared_scale:
+        raise BackendError(f"{config} scales a token once, these have a scale a group: {x.spec}")
     device = packed.device.index
-    config = config or choose_config(x.tokens, packed.shape[0], packed.shape[1])
+    config = config or choose_config(
+        x.tokens, packed.shape[0], packed.shape[1], x.spec.shared_scale
+    )
     y = torch.empty((x.tokens, channels), dtype=x.dtype, device=x.device)
     if not x.tokens:
         return y

@@ -10,11 +10,13 @@
 // group the partial sums, exact in the FP8 unit for INT4 codes, are scaled and added in float32: while
 // one warpgroup does this, the matrix unit works for another.
 //
-// Compiled by NVRTC with BM, PARTS, SIGNED, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
+// Compiled by NVRTC with BM, PARTS, SIGNED, SHARED_SCALE, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
 // PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM / PARTS columns prepended.
 //   PARTS      a step multiplies and promotes its tokens in this many parts, which need fewer registers
 //   SIGNED     convert weights to signed e4m3 instead of correcting sums for their offset: more
 //              instructions a weight, half the bytes of activation scales from shared memory
+//   SHARED_SCALE  all normal groups of a token have one scale: it multiplies the total once, and the sums of
+//              a group are promoted by one operation instead of two; needs SIGNED
 //   SPLIT      CTAs of a cluster that share one tile's k-range and add up through shared memory
 
 typedef unsigned char u8;
@@ -41,6 +43,7 @@ constexpr u32 TOKEN_BLOCK_BYTES = BLOCKS * 2048;  // float sums of 8 tokens
 constexpr u32 RECEIVE_BYTES = (TOKEN_BLOCKS + SPLIT - 1) / SPLIT * (SPLIT - 1) * TOKEN_BLOCK_BYTES;
 constexpr u32 BARRIER_OFFSET = RECEIVE_OFFSET + RECEIVE_BYTES;
 static_assert(COLUMNS % 8 == 0, "whole swizzle atoms");
+static_assert(SIGNED || !SHARED_SCALE, "corrections are scaled group by group");
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
@@ -247,6 +250,29 @@ __device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM 
   }
 }
 
+// total += partial * channel scale: the same where the token's scale is applied later, by `scale_tokens`.
+__device__ __forceinline__ void promote_unscaled(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2], int part,
+                                                 const float (&partial)[BLOCKS_PER_WARPGROUP][COLUMNS / 2],
+                                                 const ChannelScales& channel) {
+#pragma unroll
+  for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r)
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) {
+      float& sum = total[r][part * (COLUMNS / 2) + i];
+      sum = fmaf(partial[r][i], i % 4 < 2 ? channel.low[r] : channel.high[r], sum);
+    }
+}
+__device__ __forceinline__ void scale_tokens(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2], u32 xs) {
+#pragma unroll
+  for (int j = 0; j < BM / 8; j += 2) {
+    const TokenScales<false> token(xs + j * 64);
+#pragma unroll
+    for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r)
+#pragma unroll
+      for (int i = 0; i < 8 && 4 * j + i < BM / 2; ++i) total[r][4 * j + i] *= token.scale[i / 4 * 2 + i % 2];
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCER_THREADS, CTAS_PER_SM)
 linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224]
               const u8* __restrict__ x,        // [groups][tokens_padded][128], swizzled
@@ -292,8 +318,11 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     x_from = x + token * 128;
     xs_from = xs + token / 16 * 32;
   };
-  auto load_weights = [&](u32 stage) {
-    barrier_expect(full + 8 * stage, BLOCKS * UNIT_BYTES + here * 128 + max(here, 16) * 8);
+  // A scale that all INT4 units share comes with the last of them.
+  auto brings_scales = [&](int unit) { return !SHARED_SCALE || unit + 1 >= min(unit_end, int4_groups); };
+  auto load_weights = [&](int unit, u32 stage) {
+    const u32 scales = brings_scales(unit) ? max(here, 16) * 8 : 0;
+    barrier_expect(full + 8 * stage, BLOCKS * UNIT_BYTES + here * 128 + scales);
 #pragma unroll
     for (int g = 0; g < BLOCKS; ++g)
       bulk_copy(base + W_OFFSET + (stage * BLOCKS + g) * UNIT_BYTES, w_from + min(g, last_block) * block_stride, UNIT_BYTES,
@@ -302,7 +331,8 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   };
   auto load_tokens = [&](int unit, u32 stage) {
     bulk_copy(base + X_OFFSET + stage * X_BYTES, x_from, here * 128, full + 8 * stage);
-    bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs_from, max(here, 16) * 8, full + 8 * stage);
+    if (brings_scales(unit))
+      bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs_from, max(here, 16) * 8, full + 8 * stage);
     if (unit < int4_groups || (unit - int4_groups) % 2) {  // two units of an INT8 group share its tokens
       x_from += u64(tokens_padded) * 128;
       xs_from += u64(tokens_padded) * 2;
@@ -319,7 +349,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     if (first_tile < tiles.count()) {
       begin_tile(first_tile);
       started = min(steps, int(STAGES));
-      for (int i = 0; i < started; ++i) load_weights(i);
+      for (int i = 0; i < started; ++i) load_weights(unit_begin + i, i);
       if (SPLIT > 1) {
         const int blocks = (used + 7) / 8;
         const int owned = (blocks - int(rank) + SPLIT - 1) / SPLIT;
@@ -347,7 +377,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
             --started;
           } else {
             barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-            load_weights(ring.stage);
+            load_weights(unit, ring.stage);
           }
           load_tokens(unit, ring.stage);
           ring.advance();
@@ -404,11 +434,19 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         }
         // The first scales are read while the matrix unit works.
         const ChannelScales channel(ws_thread + stage * W_STAGE, 1.0f);
+#if SHARED_SCALE
+        wgmma_wait();
+        promote_unscaled(total, part, partial, channel);
+#else
         const u32 xs_part = xs_tile + stage * XS_BYTES + part * COLUMNS * 8;
         const TokenScales<!SIGNED> token(xs_part);
         wgmma_wait();
         promote(total, part, partial, channel, token, xs_part);
+#endif
       }
+#if SHARED_SCALE
+      if (!more) scale_tokens(total, xs_tile + stage * XS_BYTES);
+#endif
       release(stage);
     };
 

@@ -37,6 +37,7 @@ def _silu_quantize_kernel(
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
     ROTATE_STAGES: tl.constexpr,
+    SHARED_SCALE: tl.constexpr,
     SB: tl.constexpr,  # groups of a program
     WIDTH: tl.constexpr,
 ):
@@ -70,6 +71,7 @@ def _silu_quantize_kernel(
         OUTLIER_KIND,
         GROUPS_LAYOUT,
         ROTATE_STAGES,
+        SHARED_SCALE,
     )
 
 
@@ -80,7 +82,9 @@ def silu_quantize_triton(gate_up: Tensor, spec: QuantizeSpec) -> MixedTensor:
     if not tokens:
         return out
     width = group_width(spec)
-    groups = min(max(1, _TILE // width), triton.next_power_of_2(spec.layout.num_scales))
+    groups = triton.next_power_of_2(spec.layout.num_scales)
+    if not spec.shared_scale:
+        groups = min(groups, max(1, _TILE // width))
     _silu_quantize_kernel[(tokens, triton.cdiv(spec.layout.num_scales, groups))](
         gate_up,
         out.codes,
@@ -89,7 +93,7 @@ def silu_quantize_triton(gate_up: Tensor, spec: QuantizeSpec) -> MixedTensor:
         out.codes.shape[1],
         SB=groups,
         WIDTH=width,
-        num_warps=4 if groups * width <= _TILE else 8,
+        num_warps=4 if groups * width <= _TILE else 8 if groups * width <= 4 * _TILE else 16,
         **quantize_options(spec),
     )
     return out
