@@ -25,7 +25,7 @@ Operation = Literal["reorder", "rmsnorm", "silu"]
 _OPERATIONS = {"reorder": 0, "rmsnorm": 1, "silu": 2}
 _LARGEST_CLUSTER = 8
 """CTAs that any Hopper GPU can hold together."""
-_CLUSTERS_UP_TO = 32
+_CLUSTERS_UP_TO = 128
 """Tokens of a batch up to which CTAs share a token whose groups share a scale."""
 _TWO_TOKENS_FROM = 512
 """Tokens of a batch from which on a CTA takes two of them."""
