@@ -240,34 +240,36 @@ def attention(name: str, *, brief: bool = False) -> str:
 
 
 def kernels(name: str, *, brief: bool = False) -> str:
-    """The W4A4 linear on Hopper beside cuBLAS BF16 and the best public kernel for the job."""
+    """W4A4 and W4A8 on Hopper beside cuBLAS BF16 and the best public kernel for the job."""
     data = read(name)
     environment = data["environment"]
     shown = (1, 16, 64, 256, 1024, 4096)
     shapes = {(22016, 4096), (4096, 11008)} if brief else None
-    wanted = [
-        e
+    own = {
+        (e["n"], e["k"], e["m"], e["scheme"]): e
         for e in data["results"]
-        if (e["op"], e["scheme"], e["backend"]) == ("linear", "w4a4", "cuda")
-        and e["m"] in shown
-        and (shapes is None or (e["n"], e["k"]) in shapes)
-    ]
-    rows = [
-        [
-            f"{e['n']} x {e['k']}, M = {e['m']}",
-            f"{e['microseconds']:.1f}",
-            f"{100 * e['share_of_copy']:.0f} %",
-            f"{e['tops']:.0f}",
-            f"{e['ratio_bf16']:.2f}x",
-            "" if e["ratio_humming"] is None else f"{e['ratio_humming']:.2f}x",
-        ]
-        for e in sorted(wanted, key=lambda e: (-e["n"] * e["k"], e["n"], e["m"]))
-    ]
-    header = ["N x K, tokens", "us", "of copy bandwidth", "TOPS", "cuBLAS BF16", "humming A8"]
+        if e["op"] == "linear" and e["backend"] == "cuda"
+    }
+    problems = {key[:3] for key in own if key[3] == "w4a4" and key[2] in shown}
+    rows = []
+    for n, k, m in sorted(problems, key=lambda p: (-p[0] * p[1], p[0], p[2])):
+        if shapes is not None and (n, k) not in shapes:
+            continue
+        row = [f"{n} x {k}, M = {m}"]
+        for scheme in ("w4a4", "w4a8-fp8-token"):
+            e = own[n, k, m, scheme]
+            row += [f"{e['microseconds']:.1f}", f"{100 * e['share_of_copy']:.0f} %"]
+            row += [f"{e['tops']:.0f}", f"{e['ratio_bf16']:.2f}x"]
+            row += ["" if e["ratio_humming"] is None else f"{e['ratio_humming']:.2f}x"]
+        rows.append(row)
+    header = ["N x K, tokens"]
+    for scheme in ("W4A4", "W4A8"):
+        header += [f"{scheme}: us", "of copy", "TOPS", "BF16", "humming"]
     return (
         f"{environment['gpu']}, copy {environment['copy_tb_s']} TB/s, torch "
-        f"{environment['torch']}; INT8 outliers and all scales included; ratios: time of the other "
-        f"over ours, in one run:\n\n" + table(header, rows)
+        f"{environment['torch']}; INT8 outliers and all scales included, W4A8 with e4m3 and a "
+        f"scale a token; ratios: time of cuBLAS BF16 and of humming's A8 over ours, in one run:\n\n"
+        + table(header, rows)
     )
 
 
@@ -290,16 +292,21 @@ def steps(name: str) -> str:
     """`bench steps`: where the time of a step goes, a column each."""
     data = read(name)
     entries = data["results"]
-    entries.sort(key=lambda e: (e["model"], _rank(e["recipe"]), e["step_tokens"], e["workload"]))
+    entries.sort(key=lambda e: (e["model"], e["step_tokens"], e["workload"], _rank(e["recipe"])))
     parts, limits = list(entries[0]["parts_ms"]), list(entries[0]["limit_ms"])
-    header = ["milliseconds of", *(f"{e['workload']}, {e['step_tokens']} tokens" for e in entries)]
+    recipes = {e["recipe"] for e in entries}
+    columns = [f"{e['workload']}, {e['step_tokens']} tokens" for e in entries]
+    if len(recipes) > 1:
+        columns = [f"{c}, `{e['recipe']}`" for c, e in zip(columns, entries, strict=True)]
+    header = ["milliseconds of", *columns]
     rows = [[part, *(f"{e['parts_ms'][part]:.2f}" for e in entries)] for part in parts]
     rows.append(["the step", *(f"{e['milliseconds']:.2f}" for e in entries)])
     rows += [
         [f"limit: {part}", *(f"{e['limit_ms'][part]:.2f}" for e in entries)] for part in limits
     ]
-    models = sorted({f"{e['model']}, `{e['recipe']}`" for e in entries})
-    return f"{data['environment']['gpu']}, {'; '.join(models)}:\n\n" + table(header, rows)
+    models = ", ".join(sorted({e["model"] for e in entries}))
+    which = f", `{entries[0]['recipe']}`" if len(recipes) == 1 else ""
+    return f"{data['environment']['gpu']}, {models}{which}:\n\n" + table(header, rows)
 
 
 def agreement(name: str) -> str:

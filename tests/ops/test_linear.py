@@ -191,6 +191,38 @@ def test_every_scheme_has_the_accuracy_of_float32(backend, weight, fmt, layout, 
     assert error <= (2e-3 if fmt == "e4m3" and backend is Backend.CUDA else 4e-4)
 
 
+@pytest.mark.parametrize("split", [2, 3])
+@pytest.mark.parametrize(
+    ("weight", "layout"),
+    [
+        ("int4", GroupLayout(384, 128, 128)),  # a block a group
+        ("int8", GroupLayout(640, 640)),  # a split inside the one group
+        ("int4", GroupLayout(544, 256, 64, 2)),  # two blocks a group, a short last one
+    ],
+)
+def test_a_split_triton_product_is_exact(weight, layout, split, device):
+    from quatom.ops.linear.triton import linear_triton
+
+    rng = torch.Generator().manual_seed(split)
+    x, w = random_codes(5, layout, weight, rng), random_codes(72, layout, weight, rng)
+    # Sums of 640 products of INT8 codes reach 2**23.3 times 2**-14: float32 and float16 hold them
+    # where scales are powers of two, up to the one rounding at the end.
+    xs, ws = (powers_of_two(n, layout, rng, -8, -6) for n in (5, 72))
+    bias = torch.randint(-8, 8, (72,), generator=rng).float()
+    prepared = prepare_weights(
+        w.to(device),
+        ws.half().to(device),
+        layout,
+        weight_format=weight,
+        activation_format=weight,
+        backend=Backend.TRITON,
+    )
+    spec = QuantizeSpec(layout=layout, normal=weight)
+    mixed = pack_values(x.to(device), xs.to(device), spec, torch.float16)
+    got = linear_triton(mixed, prepared.tensors, layout, 72, bias.to(device), split=split)
+    assert torch.equal(got.cpu(), exact(x, xs, w, ws, layout, bias).half())
+
+
 @pytest.mark.parametrize("backend", [CPU])
 @pytest.mark.parametrize("layout", [GroupLayout(544, 128, 32), GroupLayout(640, 32)])
 def test_rows_on_a_cpu_do_not_see_each_other(backend, layout, device):
@@ -348,7 +380,7 @@ pointers = "xs ws bias".split()
 for x, packed, floats in (("*i8", True, False), ("*i8", False, False), ("*bf16", True, True)):
     constants = dict(NORMAL=224, GROUP_SIZE=128, OUTLIERS=64, OUTLIER_SIZE=64, NUM_SCALES=3)
     constants |= dict(PACKED=packed, FLOATS=floats, HAS_XS=True, HAS_BIAS=True, BM=16, BN=64)
-    constants |= dict(BK=128)
+    constants |= dict(BK=128, SPLIT=3)
     types = {f"{name}_ptr": "*fp32" for name in pointers}
     types |= dict(x_ptr=x, w_ptr="*i8", outlier_ptr="*i8", y_ptr="*fp16")
     types |= dict.fromkeys(("T", "N", "x_row_stride", "w_row_stride"), "i32")

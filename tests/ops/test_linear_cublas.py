@@ -8,7 +8,12 @@ from quatom.numerics.groups import GroupLayout, expand_scales
 from quatom.ops.activations import QuantizeSpec, pack_values
 from quatom.ops.backend import Backend
 from quatom.ops.linear import linear, prepare_weights
-from quatom.ops.linear.cublas import DEQUANTIZE_TOKENS, dequantize_weights, linear_cublas
+from quatom.ops.linear.cublas import (
+    DEQUANTIZE_TOKENS,
+    INT8_TOKENS,
+    dequantize_weights,
+    linear_cublas,
+)
 from quatom.ops.linear.triton import prepare_triton
 
 
@@ -33,7 +38,7 @@ def test_packed_weights_dequantize_to_themselves(layout, device):
     assert torch.equal(got.cpu().float(), values * expand_scales(scales.float(), layout))
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 40, INT8_TOKENS])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_int8_is_exact_with_power_of_two_scales(tokens, has_bias, device):
     layout = GroupLayout(64, 64)

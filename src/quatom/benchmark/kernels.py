@@ -170,10 +170,10 @@ def _add_ratios(results: list[dict[str, Any]]) -> None:
             row[key] = None if time is None else round(time / row["microseconds"], 2)
 
 
-def _quantize(copy_tb_s: float) -> Iterator[dict[str, Any]]:
+def _quantize(copy_tb_s: float, scheme: str, **options: Any) -> Iterator[dict[str, Any]]:
     for k, is_inner in ((4096, False), (8192, False), (11008, True)):
         layout = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
-        spec = QuantizeSpec(layout=layout, clip_ratio=0.9, byte_layout="groups")
+        spec = QuantizeSpec(layout=layout, byte_layout="groups", **options)
         order = torch.randperm(k, device="cuda").int()
         weight = torch.rand(k, device="cuda").half()
         for tokens in QUANTIZE_TOKENS:
@@ -205,7 +205,7 @@ def _quantize(copy_tb_s: float) -> Iterator[dict[str, Any]]:
                 timing = time_graph(sequence)
                 yield {
                     "op": op,
-                    "scheme": "int4",
+                    "scheme": scheme,
                     "backend": "cuda",
                     "m": tokens,
                     "n": None,
@@ -282,7 +282,8 @@ def run_kernel_bench(
     parts: list[Iterator[dict[str, Any]]] = []
     copy = ceilings["copy_tb_s"]
     if op in ("all", "quantize"):
-        parts.append(_quantize(copy))
+        parts.append(_quantize(copy, "int4", clip_ratio=0.9))
+        parts.append(_quantize(copy, "e4m3-token", normal="e4m3", shared_scale=True))
     if op in ("all", "linear"):
         parts.append(_reorder_gain(copy))
         problems = [Problem.make(shape) for shape in SHAPES]

@@ -1,9 +1,9 @@
 """`linear` through cuBLAS, for the two schemes whose inner product is a plain matrix product.
 
 INT8 by INT8 with one scale a token and one a channel (w8a8) is cuBLASLt's INT8 product and one
-pass that scales it. INT4 weights under floating-point activations (w4a16) are multiplied by the
-Triton kernel while few tokens leave them the larger part of the bytes; from DEQUANTIZE_TOKENS
-tokens on they are dequantized to the activations' dtype first, which rounds each weight once.
+pass that scales it. INT4 weights under floating-point activations (w4a16) are dequantized to the
+activations' dtype first, which rounds each weight once. While few tokens leave the weights the
+larger part of the bytes, the Triton kernel multiplies both.
 """
 
 import torch
@@ -18,8 +18,8 @@ from quatom.ops.linear.triton import block_channels, linear_triton
 
 DEQUANTIZE_TOKENS = 256
 """Tokens from which writing out dequantized weights costs less than a slower product."""
-_MIN_INT8_ROWS = 32
-"""torch._int_mm takes more than 16 rows; a multiple of 16 keeps its fast kernels."""
+INT8_TOKENS = 65
+"""Tokens from which cuBLASLt's INT8 product is faster than one tile of the Triton kernel."""
 _TILE = 1024
 
 
@@ -119,11 +119,9 @@ def linear_cublas(
         real = dequantize_weights(weights, scales, layout, x.dtype)
         return torch.nn.functional.linear(x, real, None if bias is None else bias.to(x.dtype))
     codes, tokens = x.codes, x.tokens
+    if tokens < INT8_TOKENS:
+        return linear_triton(x, tensors, layout, channels, bias)
     y = torch.empty((tokens, channels), dtype=x.dtype, device=codes.device)
-    if not tokens:
-        return y
-    if tokens < _MIN_INT8_ROWS:
-        codes = torch.nn.functional.pad(codes, (0, 0, 0, _MIN_INT8_ROWS - tokens))
     product = torch._int_mm(codes, weights.t())
     _scale_kernel[(tokens, triton.cdiv(channels, _TILE))](
         product,

@@ -15,6 +15,10 @@ from torch import Tensor
 from quatom.errors import BackendError
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor
+from quatom.ops.cuda_build import multiprocessors
+
+_ROWS = 64
+"""BN: output channels of a program."""
 
 
 @triton.jit
@@ -26,6 +30,44 @@ def _multiply(x, w, partial, FLOATS: tl.constexpr):
     return partial
 
 
+@triton.jit
+def _multiply_block(
+    partial,  # (BM, BN)
+    x_row_ptr,  # (BM, 1)
+    w_row_ptr,  # (BN, 1)
+    g,
+    b,
+    in_t,
+    in_n,
+    NORMAL: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+    FLOATS: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Add the product over block b of normal group g."""
+    HALF: tl.constexpr = BK // 2
+    BLOCKS: tl.constexpr = (GROUP_SIZE + BK - 1) // BK
+    end = tl.minimum((g + 1) * GROUP_SIZE, NORMAL)
+    if PACKED:
+        j = tl.arange(0, HALF)
+        low = g * GROUP_SIZE + b * BK + j
+        high = low + HALF
+        offset = (g * BLOCKS + b) * HALF + j
+        w = tl.load(w_row_ptr + offset[None, :], mask=in_n[:, None], other=0)
+        x = tl.load(x_row_ptr + low[None, :], mask=in_t[:, None] & (low < end)[None, :], other=0)
+        partial = _multiply(x, (w << 4) >> 4, partial, FLOATS)
+        x = tl.load(x_row_ptr + high[None, :], mask=in_t[:, None] & (high < end)[None, :], other=0)
+        partial = _multiply(x, w >> 4, partial, FLOATS)
+    else:
+        k = g * GROUP_SIZE + b * BK + tl.arange(0, BK)
+        inside = (k < end)[None, :]
+        w = tl.load(w_row_ptr + k[None, :], mask=in_n[:, None] & inside, other=0)
+        x = tl.load(x_row_ptr + k[None, :], mask=in_t[:, None] & inside, other=0)
+        partial = _multiply(x, w, partial, FLOATS)
+    return partial
+
+
 @triton.jit(do_not_specialize=["T"])  # steps of every length run one variant
 def _linear_kernel(
     x_ptr,  # (T, K) int8 or floating-point codes
@@ -34,7 +76,7 @@ def _linear_kernel(
     outlier_ptr,  # (N, OUTLIERS) int8
     ws_ptr,  # (N, S) float32
     bias_ptr,  # (N,) float32, or ws_ptr where there is none
-    y_ptr,  # (T, N)
+    y_ptr,  # (T, N); split: (SPLIT, T, N) float32
     T,
     N,
     x_row_stride,
@@ -48,78 +90,91 @@ def _linear_kernel(
     FLOATS: tl.constexpr,
     HAS_XS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,  # programs that share the blocks of normal channels
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t = tl.program_id(1) * BM + tl.arange(0, BM)
+    part = tl.program_id(2)
     in_n = n < N
     in_t = t < T
     x_row_ptr = x_ptr + t.to(tl.int64)[:, None] * x_row_stride
     w_row_ptr = w_ptr + n.to(tl.int64)[:, None] * w_row_stride
     G: tl.constexpr = (NORMAL + GROUP_SIZE - 1) // GROUP_SIZE
     BLOCKS: tl.constexpr = (GROUP_SIZE + BK - 1) // BK
-    HALF: tl.constexpr = BK // 2
+    first = part * (G * BLOCKS) // SPLIT
+    last = (part + 1) * (G * BLOCKS) // SPLIT
     total = tl.zeros((BM, BN), dtype=tl.float32)
 
-    for g in range(G):
+    for g in range(first // BLOCKS, (last + BLOCKS - 1) // BLOCKS):
         if FLOATS:
             partial = tl.zeros((BM, BN), dtype=tl.float32)
         else:
             partial = tl.zeros((BM, BN), dtype=tl.int32)
-        end = tl.minimum((g + 1) * GROUP_SIZE, NORMAL)
-        for b in range(BLOCKS):
-            if PACKED:
-                j = tl.arange(0, HALF)
-                low = g * GROUP_SIZE + b * BK + j
-                high = low + HALF
-                offset = (g * BLOCKS + b) * HALF + j
-                w = tl.load(w_row_ptr + offset[None, :], mask=in_n[:, None], other=0)
-                x = tl.load(
-                    x_row_ptr + low[None, :], mask=in_t[:, None] & (low < end)[None, :], other=0
-                )
-                partial = _multiply(x, (w << 4) >> 4, partial, FLOATS)
-                x = tl.load(
-                    x_row_ptr + high[None, :], mask=in_t[:, None] & (high < end)[None, :], other=0
-                )
-                partial = _multiply(x, w >> 4, partial, FLOATS)
-            else:
-                k = g * GROUP_SIZE + b * BK + tl.arange(0, BK)
-                inside = (k < end)[None, :]
-                w = tl.load(w_row_ptr + k[None, :], mask=in_n[:, None] & inside, other=0)
-                x = tl.load(x_row_ptr + k[None, :], mask=in_t[:, None] & inside, other=0)
-                partial = _multiply(x, w, partial, FLOATS)
+        if BLOCKS == 1:  # no inner loop: Triton pipelines the innermost one
+            partial = _multiply_block(
+                partial, x_row_ptr, w_row_ptr, g, 0, in_t, in_n,
+                NORMAL, GROUP_SIZE, PACKED, FLOATS, BK,
+            )  # fmt: skip
+        else:
+            begin = tl.maximum(first - g * BLOCKS, 0)
+            for b in range(begin, tl.minimum(last - g * BLOCKS, BLOCKS)):
+                partial = _multiply_block(
+                    partial, x_row_ptr, w_row_ptr, g, b, in_t, in_n,
+                    NORMAL, GROUP_SIZE, PACKED, FLOATS, BK,
+                )  # fmt: skip
         ws = tl.load(ws_ptr + n * NUM_SCALES + g, mask=in_n, other=0.0)
         scaled = partial.to(tl.float32)
         if HAS_XS:
             scaled *= tl.load(xs_ptr + t * NUM_SCALES + g, mask=in_t, other=0.0)[:, None]
         total += scaled * ws[None, :]
 
-    if OUTLIERS > 0:
-        for o in range(OUTLIERS // OUTLIER_SIZE):
-            if FLOATS:
-                partial = tl.zeros((BM, BN), dtype=tl.float32)
-            else:
-                partial = tl.zeros((BM, BN), dtype=tl.int32)
-            for b in range((OUTLIER_SIZE + BK - 1) // BK):
-                r = b * BK + tl.arange(0, BK)
-                inside = (r < OUTLIER_SIZE)[None, :]
-                k = (o * OUTLIER_SIZE + r)[None, :]
-                w_ptrs = outlier_ptr + n.to(tl.int64)[:, None] * OUTLIERS + k
-                w = tl.load(w_ptrs, mask=in_n[:, None] & inside, other=0)
-                x = tl.load(x_row_ptr + NORMAL + k, mask=in_t[:, None] & inside, other=0)
-                partial = _multiply(x, w, partial, FLOATS)
-            ws = tl.load(ws_ptr + n * NUM_SCALES + G + o, mask=in_n, other=0.0)
-            scaled = partial.to(tl.float32)
-            if HAS_XS:
-                scaled *= tl.load(xs_ptr + t * NUM_SCALES + G + o, mask=in_t, other=0.0)[:, None]
-            total += scaled * ws[None, :]
+    if OUTLIERS > 0:  # noqa: SIM102 (a constexpr branch)
+        if part == SPLIT - 1:
+            for o in range(OUTLIERS // OUTLIER_SIZE):
+                if FLOATS:
+                    partial = tl.zeros((BM, BN), dtype=tl.float32)
+                else:
+                    partial = tl.zeros((BM, BN), dtype=tl.int32)
+                for b in range((OUTLIER_SIZE + BK - 1) // BK):
+                    r = b * BK + tl.arange(0, BK)
+                    inside = (r < OUTLIER_SIZE)[None, :]
+                    k = (o * OUTLIER_SIZE + r)[None, :]
+                    w_ptrs = outlier_ptr + n.to(tl.int64)[:, None] * OUTLIERS + k
+                    w = tl.load(w_ptrs, mask=in_n[:, None] & inside, other=0)
+                    x = tl.load(x_row_ptr + NORMAL + k, mask=in_t[:, None] & inside, other=0)
+                    partial = _multiply(x, w, partial, FLOATS)
+                ws = tl.load(ws_ptr + n * NUM_SCALES + G + o, mask=in_n, other=0.0)
+                scaled = partial.to(tl.float32)
+                if HAS_XS:
+                    xs = tl.load(xs_ptr + t * NUM_SCALES + G + o, mask=in_t, other=0.0)
+                    scaled *= xs[:, None]
+                total += scaled * ws[None, :]
 
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :]
-    out = y_ptr + t.to(tl.int64)[:, None] * N + n[None, :]
+    if HAS_BIAS:  # noqa: SIM102 (a constexpr branch)
+        if part == SPLIT - 1:
+            total += tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :]
+    row = part.to(tl.int64) * T + t
+    out = y_ptr + row[:, None] * N + n[None, :]
     tl.store(out, total.to(y_ptr.dtype.element_ty), mask=in_t[:, None] & in_n[None, :])
+
+
+@triton.jit(do_not_specialize=["SIZE"])
+def _sum_parts_kernel(
+    parts_ptr,  # (SPLIT, SIZE) float32
+    y_ptr,  # (SIZE,)
+    SIZE,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    total = tl.load(parts_ptr + at, mask=inside, other=0.0)
+    for part in tl.static_range(1, SPLIT):  # a fixed order: the sum is deterministic
+        total += tl.load(parts_ptr + part * SIZE + at, mask=inside, other=0.0)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def block_channels(layout: GroupLayout) -> int:
@@ -152,8 +207,15 @@ def linear_triton(
     layout: GroupLayout,
     channels: int,
     bias: Tensor | None,
+    *,
+    split: int | None = None,
 ) -> Tensor:
-    """See `linear`. CUDA, or the CPU under TRITON_INTERPRET=1."""
+    """See `linear`. CUDA, or the CPU under TRITON_INTERPRET=1.
+
+    Args:
+        split: programs that share an output tile's channels and add up afterwards; None: as many
+            as fill the GPU.
+    """
     weights, outliers, weight_scales = tensors
     is_mixed = isinstance(x, MixedTensor)
     codes = x.codes if is_mixed else x
@@ -170,15 +232,22 @@ def linear_triton(
         codes = codes.contiguous()
     bm = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     block = block_channels(layout)
-    grid = (triton.cdiv(channels, 64), triton.cdiv(tokens, bm))
-    _linear_kernel[grid](
+    packed = weights.dtype is torch.uint8
+    tiles = triton.cdiv(channels, _ROWS), triton.cdiv(tokens, bm)
+    if split is None:
+        blocks = layout.num_normal_groups * triton.cdiv(layout.group_size, block)
+        split = _choose_split(tiles[0] * tiles[1], blocks, y.device, packed=packed)
+    parts = y
+    if split > 1:
+        parts = torch.empty((split, tokens, channels), dtype=torch.float32, device=y.device)
+    _linear_kernel[(*tiles, split)](
         codes,
         x.scales if is_mixed else codes,
         weights.view(torch.int8),
         outliers,
         weight_scales,
         weight_scales if bias is None else bias,
-        y,
+        parts,
         tokens,
         channels,
         codes.stride(0),
@@ -188,14 +257,30 @@ def linear_triton(
         OUTLIERS=layout.outliers,
         OUTLIER_SIZE=max(1, layout.outliers // layout.outlier_blocks),
         NUM_SCALES=layout.num_scales,
-        PACKED=weights.dtype is torch.uint8,
+        PACKED=packed,
         FLOATS=codes.dtype is not torch.int8,
         HAS_XS=is_mixed,
         HAS_BIAS=bias is not None,
+        SPLIT=split,
         BM=bm,
-        BN=64,
+        BN=_ROWS,
         BK=block,
         num_warps=4,
-        num_stages=3,
+        num_stages=3 if packed else 5,
     )
+    if split > 1:
+        _sum_parts_kernel[(triton.cdiv(y.numel(), 512),)](
+            parts, y, y.numel(), SPLIT=split, BLOCK=512, num_warps=4
+        )
     return y
+
+
+def _choose_split(tiles: int, blocks: int, device: torch.device, *, packed: bool) -> int:
+    """Programs of an output tile: enough to fill the GPU, each with four blocks at least.
+
+    Two programs an SM keep enough bytes in flight; unpacking needs four to hide its instructions.
+    """
+    if device.type != "cuda":
+        return 1
+    programs = multiprocessors(device.index) * (4 if packed else 2)
+    return max(1, min(programs // tiles, blocks // 4))
