@@ -92,6 +92,24 @@ def accuracy(name: str) -> str:
     return "\n".join(parts)
 
 
+def backends(name: str) -> str:
+    """Perplexity of the same checkpoints and windows through several backends."""
+    data = read(name.partition("-")[2])
+    first = data["results"][0]
+    rows = []
+    for e in sorted(data["results"], key=lambda e: _rank(e["recipe"])):
+        reference = next(
+            r for r in data["results"] if r["recipe"] == e["recipe"] and r["backend"] == "reference"
+        )
+        change = e["perplexity"] / reference["perplexity"] - 1
+        shown = "" if e is reference else f"{100 * change:+.2f} %"
+        rows.append([_label(e["recipe"]), e["backend"], f"{e['perplexity']:.3f}", shown])
+    return (
+        f"{first['model']}, {first['corpus']}, {first['windows']} windows of "
+        f"{first['sequence_length']} tokens ({_machine(data)}):\n\n"
+    ) + table(["recipe", "backend", "perplexity", "from the reference"], rows)
+
+
 def _of_atom(entry: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     """The increase over float as a share of that of Atom's recipe of the same bits."""
     twin = entry["recipe"].replace("quatom-", "atom-")
@@ -483,6 +501,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy,
     "agreement": agreement,
     "attention": attention,
+    "backends": backends,
     "batches": batches,
     "decode": decode,
     "fused": fused,

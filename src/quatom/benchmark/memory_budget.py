@@ -7,6 +7,7 @@ taken off the budget.
 
 import gc
 from dataclasses import replace
+from itertools import cycle
 
 import torch
 
@@ -28,8 +29,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, gpu_memory: float | 
 
     Args:
         loaded: the model.
-        config: limits, without prefix caching: a warm-up whose prompts are found in the cache
-            runs no prompts. A budget replaces its kv_cache_memory.
+        config: limits; a budget replaces its kv_cache_memory.
         gpu_memory: GiB for everything, the CUDA context included, as vLLM counts; on a CPU for
             weights and KV cache. None: config decides.
 
@@ -40,7 +40,8 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, gpu_memory: float | 
         kv_bytes = _measure_kv_bytes(loaded, config, int(gpu_memory * GIB))
         config = replace(config, kv_cache_memory=kv_bytes)
     engine = Engine(loaded, config)
-    warm_up(engine)
+    if engine.max_model_len >= MIN_MODEL_LEN:
+        warm_up(engine)
     return engine
 
 
@@ -65,17 +66,21 @@ def warm_up(engine: Engine) -> None:
     The engine's max_model_len must be at least MIN_MODEL_LEN.
     """
     budget, longest = engine.config.max_num_batched_tokens, engine.max_model_len
+    first_tokens = cycle(range(engine.model_config.vocab_size))
+
+    def prompt(length: int) -> list[int]:  # one that the prefix cache does not know
+        return [next(first_tokens)] * length
+
     generate(engine, [[1, 2, 3]] * engine.config.max_num_seqs, 3)  # full decode batches
     for size in step_sizes(budget):
         piece = min(size, longest - 2)
-        prompts = [[1] * min(piece, size - start) for start in range(0, size, piece)]
+        prompts = [prompt(min(piece, size - start)) for start in range(0, size, piece)]
         generate(engine, prompts[: engine.config.max_num_seqs], 2)
     # One that decodes while the other's prompt runs.
     engine.add_request("warm-up-decode", [1], greedy(longest - 1))
     for _ in range(3):
         engine.step()
-    prompt = [1] * min(max(1, budget - 1), longest - 2)
-    engine.add_request("warm-up-prompt", prompt, greedy(2))
+    engine.add_request("warm-up-prompt", prompt(min(max(1, budget - 1), longest - 2)), greedy(2))
     for _ in range(3):
         engine.step()
     for name in ("decode", "prompt"):
@@ -92,7 +97,10 @@ def step_sizes(most: int) -> list[int]:
 
 def generate(engine: Engine, prompts: list[list[int]], count: int) -> None:
     """Generate `count` tokens for each prompt and forget them."""
+    limit = engine.config.max_waiting
     for i, prompt in enumerate(prompts):
+        while limit is not None and len(engine.scheduler.waiting) >= limit:
+            engine.step()
         engine.add_request(f"warm-up-{i}", prompt, greedy(count))
     while engine.has_work:
         engine.step()

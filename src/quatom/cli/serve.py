@@ -104,7 +104,8 @@ def serving_engine(
 ) -> "tuple[Engine, str]":
     """An engine for a checkpoint or for random weights, and the name that it is served under.
 
-    With a memory budget it has run every kind of step once, so that no request waits for that.
+    On a GPU, or with a memory budget, it has run every kind of step once, so that no request waits
+    for kernels to compile.
     """
     import torch
 
@@ -125,7 +126,7 @@ def serving_engine(
         gpu_memory=gpu_memory,
     )
     name, loaded = next(models)
-    if gpu_memory is None:
+    if gpu_memory is None and loaded.device.type == "cpu":
         engine = Engine(loaded, config)
     else:
         engine = build_engine(loaded, config, gpu_memory)
