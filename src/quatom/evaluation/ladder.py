@@ -1,7 +1,8 @@
 """Ladders of recipes: each rung adds one part to the one before, and its perplexity is measured.
 
 "atom" is the ablation of the paper and its poster; "quatom" goes on from the whole Atom recipe;
-"keys" leaves all but the KV cache in floating point and shows what INT4 keys alone cost.
+"keys" leaves all but the KV cache in floating point and shows what INT4 keys alone cost;
+"activations" compares formats and scales of W4A8.
 A rung is quantized and evaluated block by block in one walk, so that only one block is in memory;
 channel scores, which rungs share, are measured once and kept beside the result file.
 
@@ -29,7 +30,15 @@ from quatom.ops.rmsnorm import rmsnorm
 from quatom.quantize.block import balance_keys, rotate_values
 from quatom.quantize.statistics import run_block
 from quatom.quantize.stream import BlockQuantizer, Streams, embed
-from quatom.recipe import PRESETS, ActivationSpec, KVSpec, OutlierSpec, Recipe, WeightSpec
+from quatom.recipe import (
+    PRESETS,
+    ActivationFormat,
+    ActivationSpec,
+    KVSpec,
+    OutlierSpec,
+    Recipe,
+    WeightSpec,
+)
 
 
 def _atom_ladder() -> dict[str, Recipe]:
@@ -110,13 +119,31 @@ def _keys_ladder() -> dict[str, Recipe]:
     }
 
 
+def _activations_ladder() -> dict[str, Recipe]:
+    def rung(form: ActivationFormat, group_size: int, *, rotated: bool = True) -> Recipe:
+        activations = ActivationSpec(
+            format=form, group_size=group_size, rotation="hadamard" if rotated else "none"
+        )
+        return replace(PRESETS["quatom-w4a8kv4"], activations=activations)
+
+    return {
+        "e4m3_scale_a_group": rung("e4m3", 128),
+        "e4m3_scale_a_token": rung("e4m3", -1),
+        "int8_scale_a_group": rung("int8", 128),
+        "int8_scale_a_token": rung("int8", -1),
+        "unrotated_e4m3_scale_a_group": rung("e4m3", 128, rotated=False),
+        "unrotated_e4m3_scale_a_token": rung("e4m3", -1, rotated=False),
+    }
+
+
 LADDERS: Mapping[str, Mapping[str, Recipe]] = {
     "atom": _atom_ladder(),
     "quatom": _quatom_ladder(),
     "keys": _keys_ladder(),
+    "activations": _activations_ladder(),
 }
 """Rungs by name, in order. "key_scaling" is the quatom recipe; what follows it are tries, first on
-top of it, then each beside "activation_clipping"."""
+top of it, then each beside "activation_clipping". Rungs of "activations" stand beside each other."""
 
 
 @dataclass(frozen=True, slots=True)
