@@ -143,7 +143,7 @@ LADDERS: Mapping[str, Mapping[str, Recipe]] = {
     "activations": _activations_ladder(),
 }
 """Rungs by name, in order. "key_scaling" is the quatom recipe; what follows it are tries, first on
-top of it, then each beside "activation_clipping". Rungs of "activations" stand beside each other."""
+top of it, then each beside "activation_clipping". Rungs of "activations" are beside each other."""
 
 
 @dataclass(frozen=True, slots=True)
