@@ -103,7 +103,8 @@ def backends(name: str) -> str:
         )
         change = e["perplexity"] / reference["perplexity"] - 1
         shown = "" if e is reference else f"{100 * change:+.2f} %"
-        rows.append([_label(e["recipe"]), e["backend"], f"{e['perplexity']:.3f}", shown])
+        backend = f"{e['backend']}, {e['dtype']}" if "dtype" in e else e["backend"]
+        rows.append([_label(e["recipe"]), backend, f"{e['perplexity']:.3f}", shown])
     return (
         f"{first['model']}, {first['corpus']}, {first['windows']} windows of "
         f"{first['sequence_length']} tokens ({_machine(data)}):\n\n"
@@ -342,19 +343,10 @@ def agreement(name: str) -> str:
             "yes" if e["repeatable"] else "no",
         ]
         for e in sorted(data["results"], key=lambda e: _rank(e["recipe"]))
-        if "share" in e
     ]
     header = ["recipe", "what is compared", "prompts x tokens", "same choice"]
     header += ["mean gap where not", "noise", "beyond noise", "same twice"]
-    texts = [
-        [f"`{e['recipe']}`", e["backend"], f"{e['windows']}", f"{e['perplexity']:.3f}"]
-        for e in data["results"]
-        if "perplexity" in e
-    ]
-    choices = f"{data['results'][0]['model']}, {_machine(data)}:\n\n" + table(header, rows)
-    if not texts:
-        return choices
-    return choices + "\n" + table(["recipe", "backend", "windows", "perplexity"], texts)
+    return f"{data['results'][0]['model']}, {_machine(data)}:\n\n" + table(header, rows)
 
 
 _RUN_HEADER = [

@@ -52,6 +52,8 @@ def test_an_entry_says_what_was_measured_on_what(tiny_llama_dir):
         "bits_per_activation": bits_per_activation(recipe, config),
         "bits_per_kv": bits_per_kv(recipe, config),
         "backend": "torch",
+        "device": "cpu",
+        "dtype": "float32",
         "seconds": 1.3,
     }
     plain = accuracy_entry(load(tiny_llama_dir), "tiny", "topics", MEASURED)
@@ -86,6 +88,16 @@ def test_measuring_again_replaces_and_measuring_something_else_adds(tmp_path):
         add_results(path, [other])
     got = [{k: v for k, v in e.items() if k not in ("command", "commit")} for e in results(path)]
     assert got == [entry("w8a8", 19.5), entry(perplexity=21.0), *others]
+
+
+def test_an_entry_without_a_dtype_is_replaced_and_one_with_another_is_not(tmp_path):
+    path = tmp_path / "a.json"
+    add_results(path, [entry()])  # as older versions wrote them
+    add_results(path, [entry(dtype="float16", device="cuda")])
+    add_results(path, [entry(dtype="bfloat16", device="cuda", perplexity=21.0)])
+    add_results(path, [entry(dtype="bfloat16", device="cuda", perplexity=22.0)])
+    got = [(e["dtype"], e["perplexity"]) for e in results(path)]
+    assert got == [("float16", entry()["perplexity"]), ("bfloat16", 22.0)]
 
 
 def test_the_float_perplexity_is_that_of_the_same_windows(tmp_path):

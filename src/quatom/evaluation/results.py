@@ -54,6 +54,8 @@ def accuracy_entry(
         "bits_per_activation": bits_per_activation(recipe, config),
         "bits_per_kv": bits_per_kv(recipe, config),
         "backend": loaded.backend_name,
+        "device": loaded.device.type,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
         "seconds": round(measured.seconds, 1),
     }
 
@@ -110,10 +112,10 @@ def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
     """
     command, environment = command_line(), describe_environment()
     origin = {"command": command, "commit": environment["commit"]}
-    new = {_identity(entry) for entry in entries}
     read_results(path)  # makes the folder, or says why not
     with _locked(path.parent):
-        merged = [entry for entry in read_results(path) if _identity(entry) not in new]
+        known = read_results(path)
+        merged = [entry for entry in known if not any(_replaces(new, entry) for new in entries)]
         merged += [entry | origin for entry in entries]
         _fill_float_perplexity(merged)
         write_results(path, command, environment, merged)
@@ -130,8 +132,10 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry.get(key) for key in _IDENTITY)
+def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether both are the same measurement; old perplexities do not say their device and dtype."""
+    keys = (key for key in _IDENTITY if key in old or key not in ("device", "dtype"))
+    return all(new.get(key) == old.get(key) for key in keys)
 
 
 def _fill_float_perplexity(entries: list[dict[str, Any]]) -> None:
