@@ -93,14 +93,18 @@ def accuracy(name: str) -> str:
 
 
 def backends(name: str) -> str:
-    """Perplexity of the same checkpoints and windows through several backends."""
+    """Perplexity of the same checkpoints and windows through several backends and dtypes."""
     data = read(name.partition("-")[2])
     first = data["results"][0]
+
+    def order(e: dict[str, Any]) -> tuple[Any, ...]:  # what others are compared with comes first
+        dtype = e.get("dtype", "float32")
+        return *_rank(e["recipe"]), e["backend"] != "reference", dtype != "float32", dtype
+
+    entries = sorted(data["results"], key=order)
     rows = []
-    for e in sorted(data["results"], key=lambda e: _rank(e["recipe"])):
-        reference = next(
-            r for r in data["results"] if r["recipe"] == e["recipe"] and r["backend"] == "reference"
-        )
+    for e in entries:
+        reference = next(r for r in entries if r["recipe"] == e["recipe"])
         change = e["perplexity"] / reference["perplexity"] - 1
         shown = "" if e is reference else f"{100 * change:+.2f} %"
         backend = f"{e['backend']}, {e['dtype']}" if "dtype" in e else e["backend"]
