@@ -160,18 +160,22 @@ class Simulation:
             theirs = self.recorded[index, place]
             first = 0
             out = torch.full_like(x, torch.nan)
-            for g, channels in enumerate(groups.channels):
+            parts = [x[:, channels] for channels in groups.channels]
+            normal, rotated = slice(groups.normal), spec["rotation"] != "none"
+            if rotated:
+                parts[normal] = [rotate(part) for part in parts[normal]]
+            token_absmax = torch.cat(parts[normal], dim=1).abs().amax(dim=1, keepdim=True)
+            for g, (channels, part) in enumerate(zip(groups.channels, parts, strict=True)):
                 is_outlier = g >= groups.normal
                 name = self.recipe["outliers"]["format"] if is_outlier else spec["format"]
-                part = x[:, channels]
-                rotated = spec["rotation"] != "none" and not is_outlier
-                part = rotate(part) if rotated else part
                 if name == "float16":
                     ours = part.half().float()
                     step = ours.abs().amax(dim=1, keepdim=True) * 2.0**-10
                 else:
                     clip = 1.0 if is_outlier else spec["clip_ratio"]
                     absmax = part.abs().amax(dim=1, keepdim=True)
+                    if spec["group_size"] == -1 and not is_outlier:
+                        absmax = token_absmax
                     step = (clip * absmax / LARGEST[name]).half().float().clamp(min=2.0**-14)
                     ours = nearest(part / step, name) * step
                     if name in ("e4m3", "e2m1"):
@@ -180,7 +184,7 @@ class Simulation:
                 got = theirs[:, first : first + width]
                 first += width
                 settled = self.counts.settle(ours[:, None], got[:, None], step)[:, 0]
-                out[:, channels] = rotate(settled) if rotated else settled
+                out[:, channels] = rotate(settled) if rotated and not is_outlier else settled
             assert first == x.shape[1]
             return (out[None],)
 
