@@ -181,6 +181,8 @@ def test_warm_up_runs_every_size(options, loaded, monkeypatch):
     # A full decode batch, or as many as the queue lets in at a time.
     assert (min(4, options.get("max_waiting", 4)), 1) in batches
     assert any(count == 2 and most > 1 for count, most in batches)  # a decode beside a prompt
+    scheduler = engine.scheduler  # a server's metrics begin at zero
+    assert (scheduler.prefix_queries, scheduler.prefix_hits, scheduler.num_preemptions) == (0, 0, 0)
     assert not engine.has_work
     engine.check_accounting()
 

@@ -63,7 +63,8 @@ def release_memory() -> None:
 def warm_up(engine: Engine) -> None:
     """Run steps of every size class, alone and mixed with decodes, so that no run compiles.
 
-    The engine's max_model_len must be at least MIN_MODEL_LEN.
+    Afterwards the engine has counted nothing and knows no prefix. Its max_model_len must be at
+    least MIN_MODEL_LEN.
     """
     budget, longest = engine.config.max_num_batched_tokens, engine.max_model_len
     first_tokens = cycle(range(engine.model_config.vocab_size))
@@ -87,6 +88,8 @@ def warm_up(engine: Engine) -> None:
         engine.abort(f"warm-up-{name}")
     while engine.has_work:
         engine.step()
+    engine.pool.forget_prefixes()
+    engine.scheduler.reset_counters()
 
 
 def step_sizes(most: int) -> list[int]:

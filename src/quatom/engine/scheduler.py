@@ -58,6 +58,10 @@ class Scheduler:
         self._forecast = DemandForecast(config.block_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
+        self.reset_counters()
+
+    def reset_counters(self) -> None:
+        """Count anew, as if nothing had run."""
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
