@@ -118,6 +118,10 @@ def test_recipes_are_frozen():
         ({"kv_cache": {"clip_ratio": -1}}, "kv_cache.clip_ratio .* got -1"),
         ({"weights": {"rows_per_scale": 0}}, "rows_per_scale must be at least 1, got 0"),
         ({"weights": {"damping": 0.0}}, "damping .* got 0.0"),
+        (
+            {"weights": {"scale_format": "multiples", "format": "int8"}},
+            "scale_format 'multiples' .* needs int2, int3 or int4 weights, not int8",
+        ),
         ({"kv_cache": {"rotation": "hadamard"}}, "needs kv_cache.keys 'post_rope'"),
         (
             {"activations": {"rotation": "hadamard", "format": "float16"}},

@@ -185,6 +185,7 @@ def quantized_place(
     backend: Backend | None,
 ) -> tuple[QuantizedLinear, InputQuantizer]:
     """A linear of codes and the quantizer of its input, in the byte layout it reads."""
+    spec = activation_spec(recipe, layout)
     prepared = prepare_weights(
         values,
         scales,
@@ -193,9 +194,9 @@ def quantized_place(
         weight_format=recipe.weights.format,
         activation_format=recipe.activations.format,
         outlier_format=recipe.outliers.format,
+        shared_scale=spec is not None and spec.shared_scale,
         backend=backend,
     )
-    spec = activation_spec(recipe, layout)
     if spec is not None:
         spec = prepared.input_spec(spec)
     order = None if order is None else order.to(values.device)

@@ -1,6 +1,6 @@
 """What to quantize and how: the object that checkpoints, kernels and result tables agree on."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from quatom.errors import RecipeError
@@ -59,6 +59,10 @@ class WeightSpec:
     clip_search: Literal["none", "mse", "output"] = "none"
     """Search the ratio of each group below 1.0 instead of using the constant: by the squared error
     of the weights, or by that error weighted with the second moment of each input channel."""
+    scale_format: Literal["float16", "multiples"] = "float16"
+    """Groups have scales of their own, or multiples, 1 to 16, of one scale a row: INT8 then holds a
+    code times its group's multiple, and with activations of one INT8 scale a token a GEMM adds up
+    in int32 over all groups. Stored as float16 either way. For int2 to int4."""
     rounding: Literal["nearest", "gptq"] = "gptq"
     """Round each weight alone, or push its error onto the columns that are not rounded yet."""
     damping: float = 0.01
@@ -91,6 +95,11 @@ class WeightSpec:
                 f"weights.target {self.target!r} is what GPTQ approximates: it needs "
                 "weights.rounding 'gptq'"
             )
+        if self.scale_format == "multiples" and self.format not in ("int2", "int3", "int4"):
+            raise RecipeError(
+                "weights.scale_format 'multiples' keeps a code times up to 16 within INT8: it "
+                f"needs int2, int3 or int4 weights, not {self.format}"
+            )
         if not 0.0 < self.damping < 1.0:
             raise RecipeError(f"weights.damping must be in (0, 1), got {self.damping}")
 
@@ -108,8 +117,8 @@ class ActivationSpec:
     """Number format of a code; float16 leaves activations in their own dtype."""
     group_size: int = 128
     """Consecutive channels that share one scale, as the weights do; -1: all normal channels of a
-    token share one, whatever the groups of the weights. e4m3 carries its own exponents and loses
-    nothing by it, and the Hopper kernel scales a token once instead of at every group."""
+    token share one, whatever the groups of the weights. 8 bits lose nothing by it where groups are
+    rotated."""
     clip_ratio: float = 1.0
     """Fraction of a group's absolute maximum that maps onto the largest code."""
     rotation: Literal["none", "hadamard"] = "none"
@@ -383,8 +392,8 @@ def _presets() -> dict[str, Recipe]:
         ),
         Recipe(
             name="quatom-w4a8kv4",
-            weights=searched_weights,
-            activations=ActivationSpec(format="e4m3", group_size=-1, rotation="hadamard"),
+            weights=replace(searched_weights, scale_format="multiples"),
+            activations=ActivationSpec(format="int8", group_size=-1, rotation="hadamard"),
             kv_cache=rotated_cache,
         ),
     )

@@ -101,17 +101,17 @@ def test_candidates_fit_the_chip():
 def test_every_problem_gets_a_configuration(tokens, row_blocks, units):
     from quatom.ops.linear.cuda import choose_config
 
-    for shared_scale in (False, True):
-        config = choose_config(tokens, row_blocks, units, shared_scale)
+    for integer in (False, True):
+        config = choose_config(tokens, row_blocks, units, integer)
         assert config.split <= units
-        assert config.shared_scale == (shared_scale and config.signed)
+        assert config.integer == integer
 
 
 @pytest.mark.parametrize("operation", [0, 1, 2])
 def test_the_quantize_kernel_moves_wide_words(operation, tmp_path):
     source = Path(cuda_build.__file__).with_name("quantize.cu").read_text()
     constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
-    constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "ROTATE": 0}
+    constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "INT8": 0, "ROTATE": 0}
     constants |= {"SHARED_SCALE": 0, "CLUSTER": 1}
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert ("LDG.E.128" if operation == 2 else "LDG.E.64") in sass

@@ -9,13 +9,13 @@ import dataclasses
 import os
 import subprocess
 import sys
-from itertools import product
 
 import pytest
 import torch
 
 from quatom.errors import BackendError, ShapeError
 from quatom.numerics.groups import GroupLayout, expand_scales
+from quatom.numerics.multiples import find_row_scales, nearest_multiple
 from quatom.ops.activations import QuantizeSpec, pack_values
 from quatom.ops.backend import Backend
 from quatom.ops.linear import linear, prepare_weights
@@ -71,6 +71,7 @@ def run(x, xs, w, ws, layout, backend, device, *, fmt="int4", weight="int4", bia
         bias=None if bias is None else bias.to(device),
         weight_format=weight,
         activation_format=fmt,
+        shared_scale=spec.shared_scale,
         backend=backend,
     )
     dtype = options.get("dtype", torch.float16)
@@ -106,6 +107,31 @@ def test_w4a4_with_power_of_two_scales_is_exact(backend, layout, tokens, channel
     # Every partial sum is a multiple of 2**-12 below 2**12 (three outlier groups of 2**21 * 2**-6):
     # float32 holds it exactly, so one rounding to float16 is all that happens.
     assert torch.equal(got, want.half())
+
+
+def multiples(rows, layout, rng, low, high):
+    """Scales of normal groups 1 to 16 times a power of two of the row; outliers' are powers."""
+    scales = powers_of_two(rows, layout, rng, low, high)
+    groups = layout.num_normal_groups
+    counts = torch.randint(1, 17, (rows, groups), generator=rng)
+    scales[:, :groups] = scales[:, :1] * counts
+    return scales
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 64), (5, 72), (17, 132)])
+def test_w4a8_with_multiples_is_exact(backend, layout, tokens, channels, device):
+    rng = torch.Generator().manual_seed(tokens)
+    x = random_codes(tokens, layout, "int8", rng)
+    w = random_codes(channels, layout, "int4", rng)
+    xs = powers_of_two(tokens, layout, rng, -6, -3)
+    xs[:, : layout.num_normal_groups] = xs[:, :1]
+    ws = multiples(channels, layout, rng, -8, -6)
+    got = run(x, xs, w, ws, layout, backend, device, fmt="int8", shared_scale=True)
+    # Sums are multiples of 2**-14; of random codes they stay below 2**8, a hundred times their
+    # standard deviation (512 products of 74 * 5 * 10 * 2**-10): 22 bits, which float32 holds.
+    assert torch.equal(got, exact(x, xs, w, ws, layout).half())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -265,7 +291,7 @@ def test_w4a16_takes_plain_tensors(backend, dtype, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("fmt", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+    ("fmt", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True), ("int8", True)]
 )
 @pytest.mark.parametrize("tokens", [1, 7, 33, 64, 200, 1030])
 @pytest.mark.parametrize(
@@ -292,6 +318,8 @@ def test_hopper_shapes(tokens, channels, normal, outliers, fmt, shared_scale, de
     if shared_scale:
         xs[:, : layout.num_normal_groups] = xs[:, :1]
     ws = (uniform(channels, layout.num_scales) * 0.01 + 1e-3).half().float()
+    if fmt == "int8":
+        ws = nearest_multiple(ws, find_row_scales(ws).unsqueeze(1))
     bias = uniform(channels) - 0.5
     options = {"fmt": fmt, "shared_scale": shared_scale, "bias": bias}
     got, again = (run(x, xs, w, ws, layout, Backend.CUDA, device, **options) for _ in range(2))
@@ -302,29 +330,68 @@ def test_hopper_shapes(tokens, channels, normal, outliers, fmt, shared_scale, de
 
 
 @pytest.mark.gpu
-def test_every_configuration_of_the_hopper_kernel_is_exact(device):
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_every_configuration_of_the_hopper_kernel_is_exact(fmt, device):
     from quatom.ops.linear.cuda import CONFIGS, linear_cuda
 
+    integer = fmt == "int8"
     layout = GroupLayout(512, 128, 128)
     rng = torch.Generator().manual_seed(5)
     w = random_codes(192, layout, "int4", rng)
-    ws = powers_of_two(192, layout, rng, -6, -2)
-    prepared = prepare_weights(w.to(device), ws.half().to(device), layout, backend=Backend.CUDA)
-    for tokens, shared_scale in product((1, 64, 300), (False, True)):
-        x = random_codes(tokens, layout, "int4", rng)
-        xs = powers_of_two(tokens, layout, rng, -6, -2)
-        if shared_scale:
+    ws = (multiples if integer else powers_of_two)(192, layout, rng, -8, -6)
+    prepared = prepare_weights(
+        w.to(device),
+        ws.half().to(device),
+        layout,
+        activation_format=fmt,
+        shared_scale=integer,
+        backend=Backend.CUDA,
+    )
+    spec = prepared.input_spec(QuantizeSpec(layout=layout, normal=fmt, shared_scale=integer))
+    for tokens in (1, 64, 300):
+        x = random_codes(tokens, layout, fmt, rng)
+        xs = powers_of_two(tokens, layout, rng, -6, -3)
+        if integer:
             xs[:, : layout.num_normal_groups] = xs[:, :1]
-        spec = prepared.input_spec(QuantizeSpec(layout=layout, shared_scale=shared_scale))
         mixed = pack_values(x.to(device), xs.to(device), spec, torch.float16)
         want = exact(x, xs, w, ws, layout).half()
         for config in CONFIGS:
-            if config.shared_scale and not shared_scale:
-                with pytest.raises(BackendError, match="scales a token once"):
-                    linear_cuda(mixed, prepared.tensors[0], 192, None, config)
+            if config.integer != integer:
+                with pytest.raises(BackendError, match="weights packed for"):
+                    linear_cuda(mixed, prepared.tensors, 192, None, config)
                 continue
-            got = linear_cuda(mixed, prepared.tensors[0], 192, None, config)
+            got = linear_cuda(mixed, prepared.tensors, 192, None, config)
             assert torch.equal(got.cpu(), want), config
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("w_fill", [-8.0, 7.0])
+@pytest.mark.parametrize("x_fill", [-128.0, 127.0])
+def test_the_largest_products_of_int8_do_not_touch_their_neighbours(x_fill, w_fill, device):
+    layout = GroupLayout(256, 128, 128)
+    rng = torch.Generator().manual_seed(0)
+    x = random_codes(9, layout, "int8", rng, fill=x_fill)
+    w = random_codes(64, layout, "int4", rng, fill=w_fill)
+    w[:, ::3] = 0.0  # bytes beside the largest ones
+    ws = torch.full((64, 3), 2.0**-8)
+    ws[:, 1] *= 16  # -8 * 16 is the least INT8 number
+    xs = torch.full((9, 3), 2.0**-8)
+    options = {"fmt": "int8", "shared_scale": True}
+    got = run(x, xs, w, ws, layout, Backend.CUDA, device, **options)
+    # 128 products of 2**14 and as many of 2**10, times 2**-16: 22 bits.
+    assert torch.equal(got, exact(x, xs, w, ws, layout).half())
+
+
+@pytest.mark.gpu
+def test_scales_that_are_no_multiples_are_refused_by_the_integer_kernel(device):
+    layout = GroupLayout(256, 128)
+    w = torch.zeros(64, 256, device=device)
+    ws = torch.tensor([17.0, 1.0], device=device).expand(64, 2).half() / 1024
+    options = {"activation_format": "int8", "shared_scale": True}
+    with pytest.raises(BackendError, match="multiples up to 17"):
+        prepare_weights(w, ws, layout, backend=Backend.CUDA, **options)
+    # Nobody asked for the kernel: any other that can.
+    assert prepare_weights(w, ws, layout, **options).backend is not Backend.CUDA
 
 
 @pytest.mark.gpu
@@ -357,7 +424,7 @@ def test_packed_hopper_weights_hold_every_code_once():
     layout = GroupLayout(128, 128)
     rng = torch.Generator().manual_seed(8)
     w = random_codes(64, layout, "int4", rng)
-    packed = pack_weights(w, torch.rand(64, 1, generator=rng).half(), layout)[0, 0]
+    packed = pack_weights(w, torch.rand(64, 1, generator=rng).half(), layout)[0][0, 0]
     for thread in range(0, 128, 7):
         warp, lane = divmod(thread, 32)
         for word in range(8):
@@ -368,6 +435,30 @@ def test_packed_hopper_weights_hold_every_code_once():
                     value = (int(packed[at + byte]) >> 4 * half & 0xF) - 8
                     k = 32 * (word // 2) + 16 * (word % 2) + 4 * (lane % 4) + byte
                     assert value == w[row, k]
+
+
+def test_packed_multiples_and_row_scales_stand_in_the_order_of_the_rows():
+    from quatom.ops.linear.hopper_layout import pack_weights
+
+    layout = GroupLayout(256, 128, 128)
+    rng = torch.Generator().manual_seed(9)
+    w = random_codes(100, layout, "int4", rng)
+    ws = multiples(100, layout, rng, -9, -5).half()
+    packed, row_scales = pack_weights(w, ws, layout, multiples=True)
+    assert packed.shape == (2, 4, 4224)
+    assert row_scales.shape == (2, 64)
+    trailing = packed[:, :, 4096:].contiguous().view(torch.int16)
+    for row in range(100):
+        block, inside = divmod(row, 64)
+        # A thread owns channels c, c + 2 of four: see the module's row order.
+        warp, channel = divmod(inside, 16)
+        place = 16 * warp + channel // 4 * 2 + channel % 2 + channel % 4 // 2 * 8
+        scale = row_scales[block, place]
+        assert torch.equal(trailing[block, :2, place] * scale, ws[row, :2].float())
+        outlier = trailing[block, 2:, place].contiguous().view(torch.float16)
+        assert torch.equal(outlier, ws[row, 2:].expand(2))
+    assert (row_scales[0] > 0).all()
+    assert (row_scales[1] > 0).sum() == 100 - 64
 
 
 COMPILE = """

@@ -29,8 +29,9 @@ def _own_cache(tmp_path, monkeypatch):
         Config(128, 3, signed=True),
         Config(256, 2, parts=2, signed=True),
         Config(128, 2, blocks=2, parts=2, signed=True),
-        Config(128, 3, signed=True, shared_scale=True),
-        Config(256, 2, parts=2, signed=True, shared_scale=True),
+        Config(16, 1, split=2, ctas_per_sm=3, integer=True),
+        Config(128, 3, parts=2, integer=True),
+        Config(256, 2, parts=2, integer=True),
     ],
     ids=str,
 )
@@ -41,7 +42,8 @@ def test_the_producer_copies_without_loops_and_the_steps_without_spills(config, 
     # one thread copies, it loops over all that might: such a producer once bounded large tiles.
     assert "UBLKCP" in sass
     assert "BRA.U.ANY" not in sass
-    matrix = [match.start() for match in re.finditer(f"QGMMA.64x{config.columns}x32", sass)]
+    kind = "IGMMA" if config.integer else "QGMMA"
+    matrix = [match.start() for match in re.finditer(f"{kind}.64x{config.columns}x32", sass)]
     assert len(re.findall(r"\b(LDL|STL)\b", sass[matrix[0] : matrix[-1]])) <= 4
 
 

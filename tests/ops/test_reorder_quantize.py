@@ -56,7 +56,7 @@ def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, shared
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
-@pytest.mark.parametrize("normal", ["int4", "int2", "e4m3"])
+@pytest.mark.parametrize("normal", ["int4", "int2", "int8", "e4m3"])
 @pytest.mark.parametrize("tokens", [1, 11])
 @pytest.mark.parametrize("halves", [False, True], ids=["random", "ties"])
 def test_both_byte_layouts_mean_the_same(backend, normal, tokens, halves, device):
@@ -65,7 +65,12 @@ def test_both_byte_layouts_mean_the_same(backend, normal, tokens, halves, device
     if halves:  # steps of 1 in every group: half of all codes are ties
         x = torch.round(x * 2).clamp(-14, 14) / 2
         x[:, order[::32].long()] = 7.0
-    rows = QuantizeSpec(layout=layout, normal=normal, clip_ratio=1.0 if halves else 0.9)
+    rows = QuantizeSpec(
+        layout=layout,
+        normal=normal,
+        clip_ratio=1.0 if halves else 0.9,
+        shared_scale=normal == "int8",
+    )
     want = reorder_quantize(x, order, rows, backend=Backend.REFERENCE)
     spec = replace(rows, byte_layout="groups")
     got = reorder_quantize(x.to(device), order.to(device), spec, backend=backend)
@@ -75,7 +80,7 @@ def test_both_byte_layouts_mean_the_same(backend, normal, tokens, halves, device
     assert torch.equal(got.dequantize().cpu(), want.dequantize())
     # What `linear` on Hopper adds for weights that are stored 8 too large, in its own steps.
     sums = torch.stack([v.sum(1) for v in want.codes.float().split(layout.group_sizes, 1)], 1)
-    sums[:, layout.num_normal_groups :] = 0.0
+    sums[:, 0 if normal == "int8" else layout.num_normal_groups :] = 0.0
     unit = 2.0**-9 if normal == "e4m3" else 2.0**-18
     correction = got.corrections().cpu()
     torch.testing.assert_close(correction, -8 * sums * want.scales * unit, rtol=1e-5, atol=1e-9)

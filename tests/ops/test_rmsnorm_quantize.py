@@ -32,7 +32,7 @@ def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
 
 @pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
 @pytest.mark.parametrize(
-    ("normal", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+    ("normal", "shared_scale"), [("int4", False), ("e4m3", True), ("int8", True)]
 )
 @pytest.mark.parametrize(
     ("tokens", "layout", "dtype"),

@@ -35,7 +35,7 @@ def quantize(op, x, order, spec, backend):
     ],
 )
 @pytest.mark.parametrize(
-    ("normal", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+    ("normal", "shared_scale"), [("int4", False), ("e4m3", True), ("int8", True)]
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ["reorder", "rmsnorm", "silu"])
@@ -83,7 +83,7 @@ def test_a_spike_inside_a_group_costs_less_when_it_is_rotated():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("normal", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+    ("normal", "shared_scale"), [("int4", False), ("e4m3", True), ("int8", True)]
 )
 @pytest.mark.parametrize(
     "layout",

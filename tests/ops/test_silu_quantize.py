@@ -26,7 +26,7 @@ def make_gate_up(tokens, channels, seed=0):
 
 @pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
 @pytest.mark.parametrize(
-    ("normal", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True)]
+    ("normal", "shared_scale"), [("int4", False), ("e4m3", True), ("int8", True)]
 )
 @pytest.mark.parametrize(
     ("tokens", "layout"),

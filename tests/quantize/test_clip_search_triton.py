@@ -5,6 +5,7 @@ import torch
 
 from quatom.numerics.clipping import SEARCH_RATIOS, weight_scales
 from quatom.numerics.formats import get_format
+from quatom.numerics.multiples import find_row_scales, nearest_multiple
 from quatom.quantize.clip_search_triton import weight_scales_triton
 
 
@@ -18,8 +19,9 @@ def squared_error(weight, scales, fmt, importance):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 40), (33, 128), (16, 64)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("fmt", ["int4", "int3"])
+@pytest.mark.parametrize("scale_format", ["float16", "multiples"])
 def test_scales_cost_what_the_reference_ones_cost(
-    rows, columns, rows_per_scale, weighted, fmt, device
+    rows, columns, rows_per_scale, weighted, fmt, scale_format, device
 ):
     generator = torch.Generator().manual_seed(rows + columns)
     # A part of a wider weight, as GPTQ hands groups over; heavy tails make clipping pay.
@@ -27,15 +29,21 @@ def test_scales_cost_what_the_reference_ones_cost(
     importance = torch.rand(columns, generator=generator) if weighted else None
     fmt = get_format(fmt)
     options = {"clip_ratio": 0.9, "rows_per_scale": rows_per_scale, "ratios": SEARCH_RATIOS}
-    want = weight_scales(weight, fmt, importance=importance, **options)
+    row_scales = None
+    if scale_format == "multiples":
+        row_scales = find_row_scales(weight_scales(weight, fmt, **options)[:, None].float() * 1.5)
+    want = weight_scales(weight, fmt, importance=importance, row_scales=row_scales, **options)
     got = weight_scales_triton(
         weight.to(device),
         fmt,
         importance=None if importance is None else importance.to(device),
+        row_scales=None if row_scales is None else row_scales.to(device),
         **options,
     ).cpu()
     assert got.dtype is torch.float16
     assert got.shape == (rows,)
+    if row_scales is not None:
+        assert torch.equal(nearest_multiple(got, row_scales), got.float())
     for first in range(0, rows, rows_per_scale):
         assert (got[first : first + rows_per_scale] == got[first]).all()
     weights = torch.ones(columns) if importance is None else importance

@@ -1,7 +1,7 @@
 """Random operands of linear layers for measurements."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from quatom.benchmark.timing import copies_to_rotate
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout, expand_scales
+from quatom.numerics.multiples import LARGEST_MULTIPLE
 from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
 from quatom.ops.backend import Backend
 from quatom.ops.linear import PreparedLinear, prepare_weights
@@ -20,16 +21,24 @@ OUTLIERS = 128
 class HopperOperands:
     """Packed weights of one shape, as many copies as it takes to leave the L2 cache."""
 
-    weights: list[Tensor]
-    prepared: PreparedLinear
     values: Tensor
-    """Codes of the first copy, (N, K) int8."""
+    """Codes, (N, K) int8."""
     scales: Tensor
     layout: GroupLayout
+    grouped: list[PreparedLinear]
+    """For activations with a scale a group."""
+    integer: list[PreparedLinear]
+    """For INT8 activations with a scale a token."""
 
-    def activations(self, tokens: int, fmt: str, *, shared_scale: bool = False) -> MixedTensor:
-        """Random activations of `tokens` tokens."""
-        return random_activations(tokens, self.layout, fmt, "groups", shared_scale=shared_scale)
+    def layers(self, fmt: str) -> list[PreparedLinear]:
+        """Copies for activations of this format."""
+        if fmt == "int8":
+            return self.integer
+        return [replace(layer, activation_format=fmt) for layer in self.grouped]
+
+    def activations(self, tokens: int, fmt: str) -> MixedTensor:
+        """Random activations of `tokens` tokens: int8 with one scale a token, others a group."""
+        return random_activations(tokens, self.layout, fmt, "groups", shared_scale=fmt == "int8")
 
 
 def random_activations(
@@ -54,24 +63,30 @@ def random_activations(
 
 
 def random_weights(channels: int, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """INT4 codes with INT8 outliers, (N, K) int8, and scales (N, S)."""
+    """INT4 codes with INT8 outliers, (N, K) int8, and scales (N, S): multiples of row scales."""
     values = torch.randint(-8, 8, (channels, layout.channels), device="cuda", dtype=torch.int8)
     values[:, layout.normal :] = torch.randint(
         -127, 128, (channels, layout.outliers), device="cuda", dtype=torch.int8
     )
-    scales = (torch.rand(channels, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
-    return values, scales
+    shape = (channels, layout.num_scales)
+    row_scales = torch.randint(64, 128, (channels, 1), device="cuda") * 2.0**-17
+    multiples = torch.randint(LARGEST_MULTIPLE // 2, LARGEST_MULTIPLE + 1, shape, device="cuda")
+    return values, (row_scales * multiples).half()
 
 
 def hopper_operands(channels: int, k: int) -> HopperOperands:
     """Random weights (N, K) with 128 outliers, packed for the Hopper kernel."""
     layout = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
     values, scales = random_weights(channels, layout)
-    prepared = prepare_weights(values, scales, layout, backend=Backend.CUDA)
-    first = prepared.tensors[0]
-    copies = copies_to_rotate(first.numel())
-    weights = [first, *(first.clone() for _ in range(copies - 1))]
-    return HopperOperands(weights, prepared, values, scales, layout)
+
+    def copies(**formats: Any) -> list[PreparedLinear]:
+        first = prepare_weights(values, scales, layout, backend=Backend.CUDA, **formats)
+        weights, *rest = first.tensors
+        others = (weights.clone() for _ in range(copies_to_rotate(weights.numel()) - 1))
+        return [first, *(replace(first, tensors=(other, *rest)) for other in others)]
+
+    integer = copies(activation_format="int8", shared_scale=True)
+    return HopperOperands(values, scales, layout, copies(), integer)
 
 
 def relative_error(y: Tensor, x: MixedTensor, values: Tensor, scales: Tensor) -> float:

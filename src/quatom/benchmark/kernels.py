@@ -9,7 +9,7 @@ alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ SHAPES = ((12288, 4096), (22016, 4096), (4096, 11008), (4096, 4096))
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
 PORTABLE_TOKENS = (16, 1024)
 """Where the Triton kernel is measured, on the first shape."""
-SCHEMES = (("w4a4", "int4", False), ("w4a8-fp8", "e4m3", False), ("w4a8-fp8-token", "e4m3", True))
-"""(name, activations, whether all normal groups of a token share a scale)"""
+SCHEMES = (("w4a4", "int4"), ("w4a8-fp8", "e4m3"), ("w4a8-int8", "int8"))
+"""(name, activations): int8 with one scale a token, the others with one a group"""
 QUANTIZE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 OPS = ("all", "linear", "quantize")
 
@@ -80,15 +80,11 @@ class Run:
 
 
 def _own_runs(operands: HopperOperands, tokens: int) -> Iterator[Run]:
-    for scheme, fmt, shared_scale in SCHEMES:
-        x = operands.activations(tokens, fmt, shared_scale=shared_scale)
-        layers = [
-            replace(operands.prepared, tensors=(weights,), activation_format=fmt)
-            for weights in operands.weights
-        ]
+    for scheme, fmt in SCHEMES:
+        x, layers = operands.activations(tokens, fmt), operands.layers(fmt)
         y = linear(x, layers[0])
         error = relative_error(y, x, operands.values, operands.scales)
-        least = operands.weights[0].numel() + x.codes.numel() + 2 * y.numel()
+        least = layers[0].tensors[0].numel() + x.codes.numel() + 2 * y.numel()
         yield Run(scheme, "cuda", [partial(linear, x, layer) for layer in layers], least, error)
 
 
@@ -227,7 +223,8 @@ def _reorder_gain(copy_tb_s: float) -> Iterator[dict[str, Any]]:
     operands = hopper_operands(channels, k)
     order = torch.randperm(k, device="cuda").int()
     normal, outlier = order[: k - OUTLIERS].long(), order[k - OUTLIERS :].long()
-    spec = operands.prepared.input_spec(QuantizeSpec(layout=operands.layout))
+    layer = operands.grouped[0]
+    spec = layer.input_spec(QuantizeSpec(layout=operands.layout))
     parts = (
         QuantizeSpec(layout=GroupLayout(k - OUTLIERS, 128), byte_layout="groups"),
         QuantizeSpec(layout=GroupLayout(OUTLIERS, OUTLIERS), byte_layout="groups"),
@@ -237,14 +234,14 @@ def _reorder_gain(copy_tb_s: float) -> Iterator[dict[str, Any]]:
         mixed = reorder_quantize(x, order, spec)
 
         def reordered(x: Tensor = x) -> Tensor:
-            return linear(reorder_quantize(x, order, spec), operands.prepared)
+            return linear(reorder_quantize(x, order, spec), layer)
 
         def gathered(x: Tensor = x, mixed: MixedTensor = mixed) -> Tensor:
             reorder_quantize(x[:, normal], None, parts[0])
             reorder_quantize(x[:, outlier], None, parts[1])
-            return linear(mixed, operands.prepared)
+            return linear(mixed, layer)
 
-        least = operands.weights[0].numel() + tokens * (2 * k + 2 * channels)
+        least = layer.tensors[0].numel() + tokens * (2 * k + 2 * channels)
         runs = [
             Run("w4a4", "cuda", [reordered], least),
             Run("w4a4-gathered", "cuda", [gathered], least),
@@ -283,7 +280,7 @@ def run_kernel_bench(
     copy = ceilings["copy_tb_s"]
     if op in ("all", "quantize"):
         parts.append(_quantize(copy, "int4", clip_ratio=0.9))
-        parts.append(_quantize(copy, "e4m3-token", normal="e4m3", shared_scale=True))
+        parts.append(_quantize(copy, "int8-token", normal="int8", shared_scale=True))
     if op in ("all", "linear"):
         parts.append(_reorder_gain(copy))
         problems = [Problem.make(shape) for shape in SHAPES]

@@ -27,6 +27,7 @@ from quatom.modeling.config import ModelConfig
 from quatom.modeling.llama import BlockInputs, Decoder, DecoderBlock
 from quatom.numerics.formats import Format, get_format
 from quatom.numerics.groups import GroupLayout
+from quatom.numerics.multiples import find_row_scales, nearest_multiple
 from quatom.ops.backend import Backend
 from quatom.recipe import Recipe
 
@@ -198,7 +199,10 @@ class _Maker:
     def _scales(self, fmt: Format, shape: tuple[int, int]) -> Tensor:
         """Scales within a quarter of the one that makes the standard deviation STD."""
         spread = torch.rand(shape, device=self.device, generator=self.generator) / 2 + 0.75
-        return (spread * (STD / root_mean_square(fmt))).half()
+        scales = (spread * (STD / root_mean_square(fmt))).half()
+        if self.recipe.weights.scale_format == "float16":
+            return scales
+        return nearest_multiple(scales, find_row_scales(scales).unsqueeze(1)).half()
 
     def _order(self, place: str, layout: GroupLayout) -> Tensor | None:
         """Channel order as a checkpoint has it: none without outliers, none for down."""

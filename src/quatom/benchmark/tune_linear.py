@@ -39,10 +39,10 @@ TOKENS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 
 
 def plausible(
-    config: Config, tokens: int, row_blocks: int, units: int, sms: int, *, shared_scale: bool
+    config: Config, tokens: int, row_blocks: int, units: int, sms: int, *, integer: bool
 ) -> bool:
     """Leave out what cannot win: padding to twice the tokens, or many waves of split work."""
-    if config.shared_scale != (shared_scale and config.signed):
+    if config.integer != integer:
         return False
     if config.split > units or (config.ctas_per_sm > 1 and tokens > 128):
         return False
@@ -64,19 +64,22 @@ def tune(repeats: int = 5) -> dict[str, Any]:
     choices, timings = [], []
     for channels, k in SHAPES:
         operands = hopper_operands(channels, k)
-        row_blocks, units = operands.weights[0].shape[:2]
-        for tokens, shared_scale in product(TOKENS, (False, True)):
+        for tokens, integer in product(TOKENS, (False, True)):
+            fmt = "int8" if integer else "int4"
+            layers = operands.layers(fmt)
+            row_blocks, units = layers[0].tensors[0].shape[:2]
             configs = [
                 config
                 for config in CONFIGS
-                if plausible(config, tokens, row_blocks, units, sms, shared_scale=shared_scale)
+                if plausible(config, tokens, row_blocks, units, sms, integer=integer)
             ]
-            # The formats for which the two are meant.
-            fmt = "e4m3" if shared_scale else "int4"
-            x = operands.activations(tokens, fmt, shared_scale=shared_scale)
+            x = operands.activations(tokens, fmt)
             measured = time_graphs(
                 [
-                    [partial(linear_cuda, x, w, channels, None, config) for w in operands.weights]
+                    [
+                        partial(linear_cuda, x, layer.tensors, channels, None, config)
+                        for layer in layers
+                    ]
                     for config in configs
                 ],
                 repeats=repeats,
@@ -93,7 +96,7 @@ def tune(repeats: int = 5) -> dict[str, Any]:
                     "row_blocks": row_blocks,
                     "units": units,
                     "tokens": tokens,
-                    "shared_scale": shared_scale,
+                    "integer": integer,
                     "microseconds": times[best],
                     "config": dataclasses.asdict(configs[best]),
                 }

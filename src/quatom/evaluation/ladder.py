@@ -124,13 +124,16 @@ def _activations_ladder() -> dict[str, Recipe]:
         activations = ActivationSpec(
             format=form, group_size=group_size, rotation="hadamard" if rotated else "none"
         )
-        return replace(PRESETS["quatom-w4a8kv4"], activations=activations)
+        return replace(preset, weights=weights, activations=activations)
 
+    preset = PRESETS["quatom-w4a8kv4"]
+    weights = replace(preset.weights, scale_format="float16")
     return {
         "e4m3_scale_a_group": rung("e4m3", 128),
         "e4m3_scale_a_token": rung("e4m3", -1),
         "int8_scale_a_group": rung("int8", 128),
         "int8_scale_a_token": rung("int8", -1),
+        "int8_scale_a_token_multiples": preset,
         "unrotated_e4m3_scale_a_group": rung("e4m3", 128, rotated=False),
         "unrotated_e4m3_scale_a_token": rung("e4m3", -1, rotated=False),
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quatom.numerics.formats import Format
 from quatom.numerics.groups import MIN_SCALE
+from quatom.numerics.multiples import nearest_multiple
 
 SEARCH_RATIOS = tuple(1.0 - 0.025 * step for step in range(25))
 """1.0 down to 0.4: below, saturation always costs more than finer steps bring."""
@@ -40,6 +41,7 @@ def weight_scales(
     rows_per_scale: int = 1,
     ratios: tuple[float, ...] = (),
     importance: Tensor | None = None,  # (C,)
+    row_scales: Tensor | None = None,  # (N,)
 ) -> Tensor:
     """Scale of one group of channels for every row, (N,) float16.
 
@@ -49,13 +51,18 @@ def weight_scales(
         rows_per_scale: adjacent rows that share a scale.
         ratios: candidates relative to clip_ratio; empty takes clip_ratio itself.
         importance: weight of each channel's squared error in the search; None: all equal.
+        row_scales: scales must be multiples of these, see `quatom.numerics.multiples`; rows that
+            share scales share this too.
     """
     rows = weight.shape[0]
     weight = weight.float()
     absmax = _share_rows(weight.abs().amax(dim=1), rows_per_scale, "max") * clip_ratio
 
+    steps = None if row_scales is None else row_scales[::rows_per_scale]
+
     def scale_of(ratio: float) -> Tensor:
-        return (absmax * ratio / fmt.largest).clamp(min=MIN_SCALE).half()
+        scale = (absmax * ratio / fmt.largest).clamp(min=MIN_SCALE)
+        return (scale if steps is None else nearest_multiple(scale, steps)).half()
 
     best = scale_of(1.0)
     if not ratios:

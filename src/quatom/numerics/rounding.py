@@ -15,6 +15,7 @@ from quatom.errors import QuantizationError
 from quatom.numerics.clipping import SEARCH_RATIOS, weight_scales
 from quatom.numerics.formats import Format
 from quatom.numerics.groups import GroupLayout, expand_scales
+from quatom.numerics.multiples import find_row_scales
 from quatom.numerics.reorder import inverse_order
 
 
@@ -29,11 +30,16 @@ class RoundingOptions:
     rows_per_scale: int = 1
     damping: float = 0.01
     column_order: str = "stored"
+    scale_format: str = "float16"
     find_scales: Callable[..., Tensor] = weight_scales
     """`weight_scales`, or a kernel that does the same."""
 
     def group_scales(
-        self, weight: Tensor, is_outlier: bool, importance: Tensor | None
+        self,
+        weight: Tensor,
+        is_outlier: bool,
+        importance: Tensor | None,
+        row_scales: Tensor | None = None,  # (N,) of `find_row_scales`
     ) -> Tensor:  # (N, C) -> (N,) float16
         """Scale of one group for every row. Outliers have a scale a row and are not clipped."""
         if is_outlier:
@@ -47,7 +53,22 @@ class RoundingOptions:
             rows_per_scale=self.rows_per_scale,
             ratios=() if self.clip_search == "none" else SEARCH_RATIOS,
             importance=importance if self.clip_search == "output" else None,
+            row_scales=row_scales,
         )
+
+    def find_row_scales(
+        self, weight: Tensor, layout: GroupLayout, importance: Tensor | None
+    ) -> Tensor | None:  # (N, K) -> (N,) float32
+        """What the scales of a row must be multiples of, fixed once; None where they are free."""
+        if self.scale_format == "float16":
+            return None
+        scales = [
+            self.group_scales(
+                weight[:, columns], False, None if importance is None else importance[columns]
+            )
+            for columns in _group_columns(layout)[: layout.num_normal_groups]
+        ]
+        return find_row_scales(torch.stack(scales, dim=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +92,16 @@ def round_to_nearest(
 ) -> RoundedWeight:
     """Round every weight alone."""
     scales, values = [], []
-    start = 0
-    for group, size in enumerate(layout.group_sizes):
-        columns = slice(start, start + size)
+    row_scales = options.find_row_scales(weight, layout, importance)
+    for group, columns in enumerate(_group_columns(layout)):
         part = weight[:, columns].float()
         is_outlier = group >= layout.num_normal_groups
         scale = options.group_scales(
-            part, is_outlier, None if importance is None else importance[columns]
+            part, is_outlier, None if importance is None else importance[columns], row_scales
         )
         fmt = options.outlier if is_outlier else options.normal
         values.append(fmt.round(part / scale.float().unsqueeze(1)))
         scales.append(scale)
-        start += size
     return RoundedWeight(torch.cat(values, dim=1), torch.stack(scales, dim=1), layout)
 
 
@@ -208,16 +227,18 @@ def gptq(
     formats = [
         options.outlier if group >= layout.num_normal_groups else options.normal
         for group, columns in enumerate(groups)
-        for _ in columns
+        for _ in range(columns.start, columns.stop)
     ]
     scales = torch.empty(
         weight.shape[0], layout.num_scales, dtype=torch.float16, device=weight.device
     )
 
+    row_scales = options.find_row_scales(weight, layout, importance)
+
     def fix_scale(group: int, source: Tensor) -> None:
-        columns = slice(groups[group].start, groups[group].stop)
+        columns = groups[group]
         scales[:, group] = options.group_scales(
-            source[:, columns], group >= layout.num_normal_groups, importance[columns]
+            source[:, columns], group >= layout.num_normal_groups, importance[columns], row_scales
         )
 
     if options.column_order == "stored":
@@ -265,7 +286,7 @@ def gptq(
     return RoundedWeight(values, scales, layout)
 
 
-def _group_columns(layout: GroupLayout) -> list[range]:
+def _group_columns(layout: GroupLayout) -> list[slice]:
     """Columns of each group."""
     ends = list(accumulate(layout.group_sizes))
-    return [range(end - size, end) for end, size in zip(ends, layout.group_sizes, strict=True)]
+    return [slice(end - size, end) for end, size in zip(ends, layout.group_sizes, strict=True)]

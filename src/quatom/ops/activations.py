@@ -18,7 +18,8 @@ groups
     Each group is padded to 128 bytes by zeros; the 16-byte piece p of token t stands at place
     p ^ (t % 8), the 128-byte swizzle of Hopper's matrix unit, so that one bulk copy brings a tile
     of tokens into shared memory ready for use. int4 codes are e4m3 bytes of value code * 2**-9 (the
-    magnitude in the low bits: e4m3 is linear below 0x10), int8 and e4m3 codes are themselves.
+    magnitude in the low bits: e4m3 is linear below 0x10), int8 and e4m3 codes are themselves. int8
+    groups share one scale and need no corrections (0): their weights have no offset.
 """
 
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class QuantizeSpec:
 
     def __post_init__(self) -> None:
         if self.byte_layout == "groups":
-            check_fits_groups(self.layout, self.normal, self.outlier)
+            check_fits_groups(self.layout, self.normal, self.outlier, self.shared_scale)
         if self.byte_layout == "padded" and row_dtype(self, torch.float32) is not torch.int8:
             raise ShapeError(
                 f"byte layout 'padded' holds int2 to int8, not {self.normal} and {self.outlier}: "
@@ -75,7 +76,7 @@ class QuantizeSpec:
             )
 
 
-def check_fits_groups(layout: GroupLayout, normal: str, outlier: str) -> None:
+def check_fits_groups(layout: GroupLayout, normal: str, outlier: str, shared_scale: bool) -> None:
     """Raise ShapeError where the `groups` byte layout cannot hold these groups and formats."""
     widest = max(layout.group_sizes)
     if widest > GROUP_BYTES:
@@ -83,10 +84,16 @@ def check_fits_groups(layout: GroupLayout, normal: str, outlier: str) -> None:
             f"byte layout 'groups' holds at most {GROUP_BYTES} channels a group, this layout has "
             f"{widest}: use byte layout 'rows'"
         )
-    if normal not in ("int2", "int3", "int4", "e4m3") or (layout.outliers and outlier != "int8"):
+    normals = ("int2", "int3", "int4", "int8", "e4m3")
+    if normal not in normals or (layout.outliers and outlier != "int8"):
         raise ShapeError(
-            f"byte layout 'groups' holds int2 to int4 or e4m3 groups and int8 outliers, not "
+            f"byte layout 'groups' holds int2 to int4, int8 or e4m3 groups and int8 outliers, not "
             f"{normal} and {outlier}: use byte layout 'rows'"
+        )
+    if normal == "int8" and layout.num_normal_groups > 1 and not shared_scale:
+        raise ShapeError(
+            "byte layout 'groups' holds int8 groups that share one scale a token, these have one "
+            "each: use shared_scale or byte layout 'rows'"
         )
 
 
@@ -236,11 +243,11 @@ def _swizzle(device: torch.device, tokens: int) -> Tensor:
 
 
 def _unit(spec: QuantizeSpec) -> float:
-    """E4m3 number that stands for a normal code of 1.
+    """Number that stands for a normal code of 1.
 
     int4 codes are multiples of the smallest e4m3 step: their byte is their magnitude.
     """
-    return 1.0 if spec.normal == "e4m3" else 2.0**-9
+    return 1.0 if spec.normal in ("e4m3", "int8") else 2.0**-9
 
 
 def _offset_corrections(values: Tensor, scales: Tensor, spec: QuantizeSpec) -> Tensor:
@@ -248,7 +255,7 @@ def _offset_corrections(values: Tensor, scales: Tensor, spec: QuantizeSpec) -> T
     normal = spec.layout.num_normal_groups
     parts = values.float().split(spec.layout.group_sizes, dim=-1)
     sums = torch.stack([part.sum(dim=-1) for part in parts], dim=1) * (-(2.0**-6) * _unit(spec))
-    sums[:, normal:] = 0.0
+    sums[:, 0 if spec.normal == "int8" else normal :] = 0.0
     return sums * scales
 
 
@@ -261,7 +268,7 @@ def _write_groups(values: Tensor, spec: QuantizeSpec, padded: int) -> Tensor:
     )
     parts = values.split(layout.group_sizes, dim=-1)
     for group, part in enumerate(parts):
-        if group < layout.num_normal_groups:
+        if group < layout.num_normal_groups and spec.normal != "int8":
             bytes_ = (part.float() * unit).to(torch.float8_e4m3fn).view(torch.uint8)
         else:
             bytes_ = part.to(torch.int8).view(torch.uint8)
@@ -276,7 +283,7 @@ def _read_groups(codes: Tensor, spec: QuantizeSpec) -> Tensor:
     parts = []
     for group, size in enumerate(layout.group_sizes):
         bytes_ = plain[group, :, :size].contiguous()
-        if group < layout.num_normal_groups:
+        if group < layout.num_normal_groups and spec.normal != "int8":
             parts.append(bytes_.view(torch.float8_e4m3fn).float() * unit)
         else:
             parts.append(bytes_.view(torch.int8).float())

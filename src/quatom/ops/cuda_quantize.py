@@ -110,6 +110,7 @@ def defines(
         "ROUNDS": -(-spec.layout.num_scales // (variant.threads // 16 * variant.ctas)),
         "INPUT_BF16": int(dtype is torch.bfloat16),
         "E4M3": int(spec.normal == "e4m3"),
+        "INT8": int(spec.normal == "int8"),
         "ROTATE": int(spec.rotate),
         "SHARED_SCALE": int(spec.shared_scale),
         "CLUSTER": variant.ctas if spec.shared_scale else 1,

@@ -9,8 +9,8 @@
 // so that one gather, one index and one shuffle serve both.
 //
 // Compiled by NVRTC with THREADS, TOKENS (of a CTA; 1 for operation 2), VECTORS (4-channel pieces of a
-// thread that cover a row), ROUNDS (of THREADS / 16 groups), INPUT_BF16, E4M3 (normal groups are e4m3,
-// else integers), ROTATE (normal groups are multiplied by a Hadamard matrix), SHARED_SCALE (all normal
+// thread that cover a row), ROUNDS (of THREADS / 16 groups), INPUT_BF16, E4M3 and INT8 (what normal
+// groups are; else integers of at most 4 bits, which become e4m3 bytes), ROTATE (normal groups are multiplied by a Hadamard matrix), SHARED_SCALE (all normal
 // groups of a token have one scale: their numbers wait in registers for its maximum) and CLUSTER (CTAs
 // of a token that tell each other their maxima; 1 where one CTA has the token or a scale is a group's) defined.
 
@@ -231,10 +231,10 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
   }
 
   uint2 bytes[TOKENS];
-  float sum;  // of the codes of the token that this lane keeps, in units that linear's weights count in
+  float sum = 0.0f;  // of the codes of the token that this lane keeps, in units that linear's weights count in
 #if E4M3
   float sums[TOKENS] = {};
-#else
+#elif !INT8
   u32 packed_sums = 0;  // 16 bits for each token
 #endif
   // Codes are counted from the smallest one on, so that a minimum and a ReLU clamp two at once.
@@ -276,7 +276,7 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
         asm("min.relu.s16x2 %0, %1, %2;" : "=r"(counts[p]) : "r"(pair), "r"(limit));
       }
       u32 code = __byte_perm(counts[0], counts[1], 0x6420);
-#if E4M3
+#if E4M3 || INT8
       words[w] = code ^ 0x80808080;
 #else
       packed_sums += __dp4a(code, ONES, 0u) << 16 * t;
@@ -291,7 +291,7 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
   }
 #if E4M3
   sum = reduce_sum(sums);
-#else
+#elif !INT8
 #pragma unroll
   for (int d = 8; d > 0; d /= 2) packed_sums += __shfl_xor_sync(ALL, packed_sums, d);
   const int counted = keeps_second() ? packed_sums >> 16 : packed_sums & 0xFFFF;
@@ -304,7 +304,8 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
     const int piece = ((place.column / 16) ^ (int(token + t) % 8)) * 16 + place.column % 16;
     if (t == 0 || int(token) + t < tokens) *reinterpret_cast<uint2*>(codes + (row + t) * 128 + piece) = bytes[t];
   }
-  // Weights enter the matrix unit as (code + 8) * 2**-9: what the 8 adds, with its sign changed.
+  // Weights enter the matrix unit as (code + 8) * 2**-9: what the 8 adds, with its sign changed. Under INT8 codes
+  // they have no offset.
   const int kept = keeps_second();
   if (threadIdx.x % (TOKENS == 2 ? 8 : 16) == 0 && int(token) + kept < tokens) {
     const int t = (int(token) + kept) % 16;  // of 16 tokens, whose scales and corrections stand together

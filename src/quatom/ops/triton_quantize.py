@@ -25,7 +25,7 @@ from quatom.ops.activations import (
     row_dtype,
 )
 
-INTEGER, E4M3, FLOAT16 = 0, 1, 2
+INTEGER, E4M3, FLOAT16, INT8 = 0, 1, 2, 3
 
 
 @triton.jit
@@ -144,8 +144,10 @@ def store_groups(
     first, end = group_bounds(s, NORMAL, GROUP_SIZE, OUTLIER_SIZE)
     if GROUPS_LAYOUT:
         integer = code.to(tl.int32)
-        if NORMAL_KIND == 1:  # noqa: SIM108 (constexpr branches)
+        if NORMAL_KIND == 1:
             byte = e4m3_byte(code)
+        elif NORMAL_KIND == 3:
+            byte = integer & 0xFF
         else:  # an integer's magnitude is the e4m3 byte of magnitude * 2**-9
             byte = tl.abs(integer) | ((integer >> 24) & 0x80)
         byte = tl.where(is_outlier[:, None], integer & 0xFF, byte)
@@ -158,7 +160,7 @@ def store_groups(
         t = token & 15
         place = (row - t) * 2 + (t & 6) * 2 + (t >> 3) * 2 + (t & 1)
         tl.store(scales_ptr + place, scale, mask=exists)
-        correction = tl.where(is_outlier, 0.0, total * scale)
+        correction = tl.where(is_outlier | (NORMAL_KIND == 3), 0.0, total * scale)
         tl.store(scales_ptr + place + 16, correction, mask=exists)
     else:
         channel = first[:, None] + column[None, :]
@@ -169,9 +171,8 @@ def store_groups(
 
 
 def _kind(name: str) -> int:
-    fmt = get_format(name)
-    if fmt.is_integer:
-        return INTEGER
+    if get_format(name).is_integer:
+        return INT8 if name == "int8" else INTEGER
     if name == "e4m3":
         return E4M3
     if name == "float16":

@@ -181,6 +181,7 @@ def round_place(
         rows_per_scale=spec.rows_per_scale,
         damping=spec.damping,
         column_order=spec.column_order,
+        scale_format=spec.scale_format,
         find_scales=weight_scales_triton if weight.is_cuda else weight_scales,
     )
     layout = linear_layout(recipe, config, FUSED[place][0])

@@ -13,6 +13,7 @@ from torch import Tensor
 from quatom.numerics.clipping import weight_scales
 from quatom.numerics.formats import Format
 from quatom.numerics.groups import MIN_SCALE
+from quatom.numerics.multiples import LARGEST_MULTIPLE
 
 GROUPS = 4
 """Scales a program."""
@@ -23,6 +24,7 @@ def _search_kernel(
     weight_ptr,  # (N, C) float32, row stride `row_stride`
     importance_ptr,  # (C,) float32
     ratios_ptr,  # (R,) float32
+    row_scales_ptr,  # (ceil(N / rows_per_scale),) float32 where scales are multiples
     scales_ptr,  # (ceil(N / rows_per_scale),) float16
     num_rows,
     num_columns,
@@ -31,6 +33,7 @@ def _search_kernel(
     clip_ratio,
     largest,
     MIN_SCALE: tl.constexpr,
+    LARGEST_MULTIPLE: tl.constexpr,  # 0: scales are no multiples
     ROWS_PER_SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,  # a power of two, at least C
@@ -49,12 +52,22 @@ def _search_kernel(
         )
         absmax = tl.maximum(absmax, tl.max(tl.abs(w), axis=1))
     absmax = absmax * clip_ratio
+    if LARGEST_MULTIPLE > 0:
+        row_scale = tl.load(
+            row_scales_ptr + group, mask=group * ROWS_PER_SCALE < num_rows, other=1.0
+        )
     best = tl.zeros([GROUPS], tl.float32)
     best_error = tl.full([GROUPS], float("inf"), tl.float32)
     for i in range(num_ratios):
         ratio = tl.load(ratios_ptr + i)
         wanted = tl.div_rn(absmax * ratio, tl.zeros_like(absmax) + largest)
-        step = tl.maximum(wanted, MIN_SCALE).to(tl.float16).to(tl.float32)
+        step = tl.maximum(wanted, MIN_SCALE)
+        if LARGEST_MULTIPLE > 0:
+            multiple = (
+                tl.div_rn(step, row_scale) + 12582912.0
+            ) - 12582912.0  # to nearest, ties to even
+            step = tl.minimum(tl.maximum(multiple, 1.0), LARGEST_MULTIPLE) * row_scale
+        step = step.to(tl.float16).to(tl.float32)
         error = tl.zeros([GROUPS], tl.float32)
         for r in tl.static_range(ROWS_PER_SCALE):
             row = group * ROWS_PER_SCALE + r
@@ -82,6 +95,7 @@ def weight_scales_triton(
     rows_per_scale: int = 1,
     ratios: tuple[float, ...] = (),
     importance: Tensor | None = None,  # (C,)
+    row_scales: Tensor | None = None,  # (N,)
 ) -> Tensor:  # (N,) float16
     """See `weight_scales`. CUDA, or the CPU under TRITON_INTERPRET=1.
 
@@ -96,6 +110,7 @@ def weight_scales_triton(
             rows_per_scale=rows_per_scale,
             ratios=ratios,
             importance=importance,
+            row_scales=row_scales,
         )
     weight = weight.float()
     if weight.stride(1) != 1:
@@ -109,6 +124,7 @@ def weight_scales_triton(
         if importance is None
         else importance.float().contiguous(),
         torch.tensor(ratios, device=weight.device),
+        scales if row_scales is None else row_scales[::rows_per_scale].contiguous(),
         scales,
         rows,
         columns,
@@ -117,6 +133,7 @@ def weight_scales_triton(
         clip_ratio,
         fmt.largest,
         MIN_SCALE=MIN_SCALE,
+        LARGEST_MULTIPLE=0 if row_scales is None else LARGEST_MULTIPLE,
         ROWS_PER_SCALE=rows_per_scale,
         GROUPS=GROUPS,
         WIDTH=triton.next_power_of_2(columns),

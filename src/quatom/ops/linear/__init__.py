@@ -14,8 +14,10 @@ cpu        integer weights and activations of at most 8 bits; x86 with AVX-512 V
 triton     integer weights; integer, e4m3 or floating-point activations; sm_80 and later
 cublas     int8 by int8 with one scale a row, and int2 to int4 weights under floating-point
            activations, without outliers; CUDA
-cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, groups of at most 128
-           channels, INT8 outliers, N a multiple of 4; sm_90 (Hopper)
+cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, or with int8 activations of
+           one scale a token and weight scales that are multiples of one a row
+           (`quatom.numerics.multiples`); groups of at most 128 channels, INT8 outliers, N a
+           multiple of 4; sm_90 (Hopper)
 """
 
 import os
@@ -24,9 +26,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quatom.errors import BackendError, ShapeError
+from quatom.errors import BackendError, QuantizationError, ShapeError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
+from quatom.numerics.multiples import split_multiples
 from quatom.ops.activations import ByteLayout, MixedTensor, QuantizeSpec, check_fits_groups
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.linear.cpu import cpu_obstacle, linear_cpu, prepare_cpu
@@ -69,6 +72,7 @@ def prepare_weights(
     weight_format: str = "int4",
     activation_format: str = "int4",
     outlier_format: str = "int8",
+    shared_scale: bool = False,
     backend: Backend | None = None,
 ) -> PreparedLinear:
     """Repack weights once, at load, for the backend that will run them.
@@ -77,6 +81,7 @@ def prepare_weights(
 
     Args:
         activation_format: what the layer's input is quantized to; float16 for w4a16.
+        shared_scale: all normal groups of a token have one scale.
         backend: None picks the fastest one for the device and the formats.
 
     Raises:
@@ -97,12 +102,13 @@ def prepare_weights(
         raise ShapeError(f"expected bias ({rows},); got {tuple(bias.shape)}")
 
     formats = (weight_format, activation_format, outlier_format)
-    chosen = _choose(values, layout, formats, backend)
+    tensors: tuple[Tensor, ...]
+    chosen = _choose(values, scales, layout, formats, shared_scale, backend)
     match chosen:
         case Backend.CUDA:
             from quatom.ops.linear.hopper_layout import pack_weights
 
-            tensors: tuple[Tensor, ...] = (pack_weights(values, scales, layout),)
+            tensors = pack_weights(values, scales, layout, multiples=activation_format == "int8")
             # The kernel fetches weights before it waits for the kernel before it: be sure that
             # this one is not the packing.
             torch.cuda.synchronize(values.device)
@@ -162,7 +168,7 @@ def linear(
         case Backend.CUDA:
             from quatom.ops.linear.cuda import linear_cuda
 
-            return linear_cuda(x, prepared.tensors[0], prepared.out_channels, prepared.bias)
+            return linear_cuda(x, prepared.tensors, prepared.out_channels, prepared.bias)
         case Backend.TRITON:
             from quatom.ops.linear.triton import linear_triton
 
@@ -184,14 +190,16 @@ def linear(
 
 def _choose(
     values: Tensor,
+    scales: Tensor,
     layout: GroupLayout,
     formats: tuple[str, str, str],
+    shared_scale: bool,
     asked: Backend | None,
 ) -> Backend:
     """The backend that runs these formats; BackendError where one asked for cannot."""
     weight, activation, outlier = formats
     obstacles = {
-        Backend.CUDA: _cuda_obstacle(values, layout, weight, activation, outlier),
+        Backend.CUDA: _cuda_obstacle(values, scales, layout, formats, shared_scale),
         Backend.CUBLAS: _cublas_obstacle(values, layout, weight, activation),
         Backend.TRITON: _triton_obstacle(layout, weight, outlier),
         Backend.CPU: cpu_obstacle(values, formats if layout.outliers else formats[:2]),
@@ -234,8 +242,13 @@ def _cublas_obstacle(
 
 
 def _cuda_obstacle(
-    values: Tensor, layout: GroupLayout, weight: str, activation: str, outlier: str
+    values: Tensor,
+    scales: Tensor,
+    layout: GroupLayout,
+    formats: tuple[str, str, str],
+    shared_scale: bool,
 ) -> str | None:
+    weight, activation, outlier = formats
     device, rows = values.device, values.shape[0]
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return f"it needs a Hopper GPU (sm_90), the weights are on {device}"
@@ -244,7 +257,9 @@ def _cuda_obstacle(
     if weight not in ("int2", "int3", "int4"):
         return f"its weights must be int2 to int4, not {weight}"
     try:
-        check_fits_groups(layout, activation, outlier)
-    except ShapeError as error:
+        check_fits_groups(layout, activation, outlier, shared_scale)
+        if activation == "int8":
+            split_multiples(scales[:, : layout.num_normal_groups])
+    except (ShapeError, QuantizationError) as error:
         return str(error)
     return None

@@ -50,8 +50,8 @@ class Config:
     """Parts in which a step's tokens are multiplied and promoted."""
     signed: bool = False
     """Weights become signed numbers, instead of sums corrected for their offset."""
-    shared_scale: bool = False
-    """The scale that a token's normal groups share multiplies the total once; needs `signed`."""
+    integer: bool = False
+    """INT8 activations and weights that carry their group's multiple, summed in int32."""
     stages: int = 0
     """Units in flight; 0: as many as fit."""
 
@@ -106,6 +106,8 @@ class Config:
             return 0, 0
         given = 65536 // self.threads // 8 * 8 * self.threads
         producer = 24 if self.warpgroups == 2 else 32
+        if self.split > 1:  # a producer that starts amid the k-range remembers more
+            producer = 40 if self.warpgroups == 2 else 56
         return producer, (given - producer * 128) // (128 * self.warpgroups) // 8 * 8
 
     @property
@@ -125,12 +127,24 @@ def _candidates() -> tuple[Config, ...]:
     wide = [Config(64, 3, split=split) for split in (1, 2)]
     wide += [Config(96, 3, split=split) for split in (1, 2)]
     wide += [Config(64, 2, blocks=2, split=split) for split in (1, 2, 3)]
-    wide += [Config(64, 3, blocks=2, parts=2), Config(96, 2, blocks=2)]
-    wide += [Config(128, 2), Config(128, 2, blocks=2, parts=2), Config(128, 3, signed=True)]
-    wide += [Config(128, 2, signed=True, split=split) for split in (1, 2, 3)]
-    wide += [Config(256, 2, parts=2, signed=True)]
-    shared = [replace(config, signed=True, shared_scale=True) for config in wide]
-    return tuple(dict.fromkeys(few + wide + shared))
+    wide += [Config(64, 3, blocks=2, parts=2), Config(128, 2)]
+    grouped = [Config(128, 2, signed=True, split=split) for split in (1, 2, 3)]
+    grouped += [Config(128, 3, signed=True), Config(256, 2, parts=2, signed=True)]
+    grouped += [Config(96, 2, blocks=2), Config(128, 2, blocks=2, parts=2)]
+    # Without sums to promote, more tokens a warpgroup and fewer CTAs pay.
+    integer = [Config(64, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3, 4)]
+    integer += [Config(64, 1, split=split, ctas_per_sm=3) for split in (3, 7)]
+    integer += [Config(32, 1, split=split, ctas_per_sm=4) for split in (7, 8)]
+    integer += [Config(128, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3)]
+    integer += [Config(128, 2, split=split) for split in (2, 3)]
+    integer += [Config(128, 3, parts=2), Config(160, 3, parts=2)]
+    integer += [Config(192, 2, parts=2), Config(256, 2, parts=2), Config(256, 1, parts=2)]
+    return (
+        *few,
+        *wide,
+        *grouped,
+        *(replace(config, integer=True) for config in few + wide + integer),
+    )
 
 
 CONFIGS = _candidates()
@@ -169,7 +183,7 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
         "BM": config.tokens,
         "PARTS": config.parts,
         "SIGNED": int(config.signed),
-        "SHARED_SCALE": int(config.shared_scale),
+        "INTEGER": int(config.integer),
         "WARPGROUPS": config.warpgroups,
         "BLOCKS_PER_WARPGROUP": config.blocks,
         "STAGES": config.num_stages,
@@ -196,25 +210,25 @@ def _kernel(config: Config, dtype: torch.dtype, device: int) -> CudaKernel:
 
 
 @cache
-def _tuned(shared_scale: bool) -> list[tuple[int, int, int, Config]]:
+def _tuned(integer: bool) -> list[tuple[int, int, int, Config]]:
     """Measured choices: (row blocks, units, tokens, the fastest configuration)."""
     path = os.environ.get("QUATOM_LINEAR_TUNING")
     text = Path(path).read_text() if path else TUNING.read_text()
     return [
         (row["row_blocks"], row["units"], row["tokens"], Config(**row["config"]))
         for row in json.loads(text)["choices"]
-        if row["shared_scale"] == shared_scale
+        if row["integer"] == integer
     ]
 
 
 @cache
-def choose_config(tokens: int, row_blocks: int, units: int, shared_scale: bool = False) -> Config:
+def choose_config(tokens: int, row_blocks: int, units: int, integer: bool = False) -> Config:
     """The configuration for T tokens, N / 64 row blocks and a k-range of `units` units.
 
     The fastest one measured (`python -m quatom.benchmark.tune_linear`) for the most similar
     problem: the same or the next larger number of tokens first, then the nearest shape.
     """
-    choices = _tuned(shared_scale)
+    choices = _tuned(integer)
     sizes = sorted({row[2] for row in choices})
     size = next((s for s in sizes if s >= tokens), sizes[-1])
 
@@ -230,6 +244,7 @@ class _Arguments(KernelArguments):
         ("packed", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("row_scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
@@ -243,7 +258,7 @@ class _Arguments(KernelArguments):
 
 def linear_cuda(
     x: MixedTensor | Tensor,
-    packed: Tensor,  # (ceil(N / 64), units, 4224) uint8
+    weights: tuple[Tensor, ...],  # of `hopper_layout.pack_weights`
     channels: int,
     bias: Tensor | None,
     config: Config | None = None,
@@ -256,12 +271,15 @@ def linear_cuda(
             f"the Hopper linear kernel reads quantized activations and writes float16 or bfloat16, "
             f"got {type(x).__name__} of {x.dtype}: prepare the weights with backend 'triton'"
         )
-    if config is not None and config.shared_scale and not x.spec.shared_scale:
-        raise BackendError(f"{config} scales a token once, these have a scale a group: {x.spec}")
+    packed, *row_scales = weights
+    integer = bool(row_scales)
+    if (x.spec.normal == "int8") != integer or (config is not None and config.integer != integer):
+        raise BackendError(
+            f"weights packed for {'INT8' if integer else 'INT4 or e4m3'} activations, these are "
+            f"{x.spec.normal}, and the configuration is {config}"
+        )
     device = packed.device.index
-    config = config or choose_config(
-        x.tokens, packed.shape[0], packed.shape[1], x.spec.shared_scale
-    )
+    config = config or choose_config(x.tokens, packed.shape[0], packed.shape[1], integer)
     y = torch.empty((x.tokens, channels), dtype=x.dtype, device=x.device)
     if not x.tokens:
         return y
@@ -272,13 +290,14 @@ def linear_cuda(
     if config.split == 1:  # persistent: each cluster takes every clusters-th tile
         clusters = min(tiles, multiprocessors(device) * config.ctas_per_sm)
     # Weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
-    unit_value = 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
+    unit_value = {"e4m3": 2.0**9, "int8": 1.0}.get(x.spec.normal, 2.0**18)
     _kernel(config, x.dtype, device).launch(
         clusters * config.split,
         _Arguments(
             packed.data_ptr(),
             x.codes.data_ptr(),
             x.scales.data_ptr(),
+            row_scales[0].data_ptr() if row_scales else None,
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             x.tokens,

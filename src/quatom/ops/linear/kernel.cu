@@ -10,13 +10,15 @@
 // group the partial sums, exact in the FP8 unit for INT4 codes, are scaled and added in float32: while
 // one warpgroup does this, the matrix unit works for another.
 //
-// Compiled by NVRTC with BM, PARTS, SIGNED, SHARED_SCALE, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
+// INTEGER is another way through the same pipeline, for INT8 activations of one scale a token and weight scales that are
+// multiples (1 to 16) of one scale a row: a weight becomes code * multiple, an INT8 number, and the matrix unit
+// adds up over all groups in int32. Multiples, 16 bits each, then stand where a unit has its scales.
+//
+// Compiled by NVRTC with BM, PARTS, SIGNED, INTEGER, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
 // PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM / PARTS columns prepended.
 //   PARTS      a step multiplies and promotes its tokens in this many parts, which need fewer registers
 //   SIGNED     convert weights to signed e4m3 instead of correcting sums for their offset: more
 //              instructions a weight, half the bytes of activation scales from shared memory
-//   SHARED_SCALE  all normal groups of a token have one scale: it multiplies the total once, and the sums of
-//              a group are promoted by one operation instead of two; needs SIGNED
 //   SPLIT      CTAs of a cluster that share one tile's k-range and add up through shared memory
 
 typedef unsigned char u8;
@@ -27,7 +29,7 @@ constexpr int CONSUMERS = 128 * WARPGROUPS;     // threads
 constexpr int COLUMNS = BM / PARTS;             // tokens of one matrix instruction
 // Convert the next group's weights while this one multiplies; three warpgroups hide it behind each
 // other's turns instead, and need the registers.
-constexpr bool PREFETCH = WARPGROUPS < 3 && BLOCKS_PER_WARPGROUP == 1;
+constexpr bool PREFETCH = WARPGROUPS < 3 && BLOCKS_PER_WARPGROUP == 1 && !INTEGER;
 constexpr int BLOCKS = WARPGROUPS * BLOCKS_PER_WARPGROUP;  // of 64 output channels, of a tile
 constexpr u32 UNIT_BYTES = 4096 + 128;
 constexpr u32 X_BYTES = BM * 128;
@@ -43,7 +45,7 @@ constexpr u32 TOKEN_BLOCK_BYTES = BLOCKS * 2048;  // float sums of 8 tokens
 constexpr u32 RECEIVE_BYTES = (TOKEN_BLOCKS + SPLIT - 1) / SPLIT * (SPLIT - 1) * TOKEN_BLOCK_BYTES;
 constexpr u32 BARRIER_OFFSET = RECEIVE_OFFSET + RECEIVE_BYTES;
 static_assert(COLUMNS % 8 == 0, "whole swizzle atoms");
-static_assert(SIGNED || !SHARED_SCALE, "corrections are scaled group by group");
+static_assert(STAGES >= 2, "an outlier group is two units");
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
@@ -96,7 +98,10 @@ __device__ __forceinline__ void store_async(u32 mapped, const float* v, u32 mapp
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int PENDING = 0>  // instruction groups that may still be at work
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
 
 __device__ __forceinline__ uint4 load_shared_16(u32 address) {
   uint4 v;
@@ -119,6 +124,11 @@ __device__ __forceinline__ float load_shared_half(u32 address) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(h) : "r"(address));
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
+}
+__device__ __forceinline__ u32 load_shared_u16(u32 address) {
+  unsigned short h;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(h) : "r"(address));
+  return h;
 }
 __device__ __forceinline__ u32 pack_output(float low, float high) {
   u32 packed;
@@ -194,6 +204,21 @@ __device__ __forceinline__ void load_codes(u32 address, u32 (&a)[16]) {
   }
 }
 
+// A thread's INT4 codes c, stored as c + 8, times the multiples of its two rows: INT8. Bytes do not meet: with 128 - 8 m
+// added, (c + 8) m lies between 0 and 240, and 128 more than c m.
+__device__ __forceinline__ void load_products(u32 address, u32 low, u32 high, u32 (&a)[16]) {
+  const uint4 v0 = load_shared_16(address), v1 = load_shared_16(address + 2048);
+  const u32 words[8] = {v0.x, v0.y, v0.z, v0.w, v1.x, v1.y, v1.z, v1.w};
+  u32 low_offset, high_offset;  // opaque to the compiler, which otherwise takes 8 from every code
+  asm("mad.lo.u32 %0, %1, 0xF7F7F7F8, 0x80808080;" : "=r"(low_offset) : "r"(low));
+  asm("mad.lo.u32 %0, %1, 0xF7F7F7F8, 0x80808080;" : "=r"(high_offset) : "r"(high));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = ((words[i] & 0x0F0F0F0Fu) * low + low_offset) ^ 0x80808080u;
+    a[2 * i + 1] = (((words[i] >> 4) & 0x0F0F0F0Fu) * high + high_offset) ^ 0x80808080u;
+  }
+}
+
 // Scales of a thread's two output channels of each block, as they stand behind a unit's codes.
 struct ChannelScales {
   float low[BLOCKS_PER_WARPGROUP], high[BLOCKS_PER_WARPGROUP];
@@ -250,26 +275,22 @@ __device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM 
   }
 }
 
-// total += partial * channel scale: the same where the token's scale is applied later, by `scale_tokens`.
-__device__ __forceinline__ void promote_unscaled(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2], int part,
-                                                 const float (&partial)[BLOCKS_PER_WARPGROUP][COLUMNS / 2],
-                                                 const ChannelScales& channel) {
-#pragma unroll
-  for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r)
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) {
-      float& sum = total[r][part * (COLUMNS / 2) + i];
-      sum = fmaf(partial[r][i], i % 4 < 2 ? channel.low[r] : channel.high[r], sum);
-    }
-}
-__device__ __forceinline__ void scale_tokens(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2], u32 xs) {
+// total = count * token scale * row scale: all normal groups at once.
+__device__ __forceinline__ void scale_counts(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2],
+                                             const int (&counts)[BLOCKS_PER_WARPGROUP][PARTS][COLUMNS / 2],
+                                             const float (&low)[BLOCKS_PER_WARPGROUP],
+                                             const float (&high)[BLOCKS_PER_WARPGROUP], u32 xs) {
 #pragma unroll
   for (int j = 0; j < BM / 8; j += 2) {
     const TokenScales<false> token(xs + j * 64);
 #pragma unroll
     for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r)
 #pragma unroll
-      for (int i = 0; i < 8 && 4 * j + i < BM / 2; ++i) total[r][4 * j + i] *= token.scale[i / 4 * 2 + i % 2];
+      for (int i = 0; i < 8 && 4 * j + i < BM / 2; ++i) {
+        const int at = 4 * j + i;
+        const float scaled = float(counts[r][at / (COLUMNS / 2)][at % (COLUMNS / 2)]) * token.scale[i / 4 * 2 + i % 2];
+        total[r][at] = scaled * (i % 4 < 2 ? low[r] : high[r]);
+      }
   }
 }
 
@@ -277,6 +298,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCER_THREADS, CTAS_
 linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224]
               const u8* __restrict__ x,        // [groups][tokens_padded][128], swizzled
               const float* __restrict__ xs,    // [groups][tokens_padded / 16][2][16]: scales, corrections
+              const float* __restrict__ row_scales,  // [row blocks of 64][64] of INTEGER, in the order of a unit's scales; or null
               const float* __restrict__ bias,  // [channels] or null
               void* __restrict__ y,            // [tokens][channels]
               int tokens, int tokens_padded, int channels,
@@ -293,8 +315,12 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   const u32 block_stride = u32(units) * UNIT_BYTES;
   const Tiles tiles{(tokens + BM - 1) / BM, (row_blocks + BLOCKS - 1) / BLOCKS};
   const int first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
-  const int unit_begin = SPLIT > 1 ? int(rank) * units / SPLIT : 0;
-  const int unit_end = SPLIT > 1 ? (int(rank) + 1) * units / SPLIT : units;
+  auto first_unit = [&](int of_rank) {  // the two units of an outlier group stay together
+    const int unit = of_rank * units / SPLIT;
+    return unit > int4_groups ? unit - (unit - int4_groups) % 2 : unit;
+  };
+  const int unit_begin = SPLIT > 1 ? first_unit(rank) : 0;
+  const int unit_end = SPLIT > 1 ? first_unit(rank + 1) : units;
   const int steps = unit_end - unit_begin;
 
   const u32 received = empty + STAGES * 8;  // barrier of the partial sums of other CTAs
@@ -319,7 +345,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     xs_from = xs + token / 16 * 32;
   };
   // A scale that all INT4 units share comes with the last of them.
-  auto brings_scales = [&](int unit) { return !SHARED_SCALE || unit + 1 >= min(unit_end, int4_groups); };
+  auto brings_scales = [&](int unit) { return !INTEGER || unit + 1 >= min(unit_end, int4_groups); };
   auto load_weights = [&](int unit, u32 stage) {
     const u32 scales = brings_scales(unit) ? max(here, 16) * 8 : 0;
     barrier_expect(full + 8 * stage, BLOCKS * UNIT_BYTES + here * 128 + scales);
@@ -434,20 +460,37 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         }
         // The first scales are read while the matrix unit works.
         const ChannelScales channel(ws_thread + stage * W_STAGE, 1.0f);
-#if SHARED_SCALE
-        wgmma_wait();
-        promote_unscaled(total, part, partial, channel);
-#else
         const u32 xs_part = xs_tile + stage * XS_BYTES + part * COLUMNS * 8;
         const TokenScales<!SIGNED> token(xs_part);
         wgmma_wait();
         promote(total, part, partial, channel, token, xs_part);
-#endif
       }
-#if SHARED_SCALE
-      if (!more) scale_tokens(total, xs_tile + stage * XS_BYTES);
-#endif
       release(stage);
+    };
+    // The same of INTEGER: convert a group and queue its products behind those of the group before it, which then are
+    // waited for.
+    auto integer_step = [&](u32 (&a)[RB][16], int (&counts)[RB][PARTS][COLUMNS / 2], bool first) {
+      const u32 stage = ring.stage;
+      const u64 b = descriptor(base + X_OFFSET + stage * X_BYTES);
+      barrier_wait(full + 8 * stage, ring.phase);
+#pragma unroll
+      for (int r = 0; r < RB; ++r) {
+        const u32 multiples = ws_thread + stage * W_STAGE + r * UNIT_BYTES;
+        load_products(w_thread + stage * W_STAGE + r * UNIT_BYTES, load_shared_u16(multiples), load_shared_u16(multiples + 16), a[r]);
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+        for (int r = 0; r < RB; ++r)
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            wgmma_s8(counts[r][part], a[r][4 * c], a[r][4 * c + 1], a[r][4 * c + 2], a[r][4 * c + 3],
+                     b + part * PART_STEP + 2 * c, 1);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (!first) release(stage == 0 ? STAGES - 1 : stage - 1);
+      ring.advance();
     };
 
     for (int tile = first_tile; tile < tiles.count(); tile += tile_step) {
@@ -461,6 +504,28 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
 #pragma unroll
         for (int i = 0; i < BM / 2; ++i) total[r][i] = 0.0f;
       const int int4_steps = max(0, min(unit_end, int4_groups) - unit_begin);
+#if INTEGER
+      if (int4_steps > 0) {
+        float low[RB], high[RB];
+        tiles.locate(tile, token_tile, row_tile);
+#pragma unroll
+        for (int r = 0; r < RB; ++r) {
+          const int block = min((row_tile * WARPGROUPS + warpgroup) * RB + r, row_blocks - 1);
+          low[r] = row_scales[block * 64 + group_warp * 16 + lane / 4];
+          high[r] = row_scales[block * 64 + group_warp * 16 + lane / 4 + 8];
+        }
+        int counts[RB][PARTS][COLUMNS / 2] = {};
+        u32 even[RB][16], odd[RB][16];
+        for (int i = 0; i < int4_steps; i += 2) {
+          integer_step(even, counts, i == 0);
+          if (i + 1 < int4_steps) integer_step(odd, counts, false);
+        }
+        wgmma_wait();
+        const u32 stage = ring.stage == 0 ? STAGES - 1 : ring.stage - 1;
+        scale_counts(total, counts, low, high, xs_tile + stage * XS_BYTES);
+        release(stage);
+      }
+#else
       if (int4_steps > 0) {
         u32 even[RB][16], odd[RB][16];
         if (PREFETCH) {
@@ -472,33 +537,46 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
           if (PREFETCH && i + 1 < int4_steps) int4_step(odd, even, i + 2 < int4_steps);
         }
       }
-      for (int unit = unit_begin + int4_steps; unit < unit_end; ++unit) {  // INT8 outliers, half a group each
-        const u32 stage = ring.stage;
-        barrier_wait(full + 8 * stage, ring.phase);
-        const u64 b = descriptor(base + X_OFFSET + stage * X_BYTES) + ((unit - int4_groups) % 2) * 4;
-        uint4 a[RB][2];
+#endif
+      // INT8 outliers: a group is two units, promoted together.
+      for (int unit = unit_begin + int4_steps; unit < unit_end; unit += 2) {
+        u32 stages[2];
+        uint4 a[RB][2][2];
 #pragma unroll
-        for (int r = 0; r < RB; ++r)
+        for (int half = 0; half < 2; ++half) {
+          const u32 stage = stages[half] = ring.stage;
+          barrier_wait(full + 8 * stage, ring.phase);
+          ring.advance();
 #pragma unroll
-          for (int c = 0; c < 2; ++c) a[r][c] = load_shared_16(w_thread + stage * W_STAGE + r * UNIT_BYTES + c * 2048);
+          for (int r = 0; r < RB; ++r)
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+              a[r][half][c] = load_shared_16(w_thread + stage * W_STAGE + r * UNIT_BYTES + c * 2048);
+        }
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
           int partial[RB][COLUMNS / 2];
           wgmma_fence();
 #pragma unroll
-          for (int r = 0; r < RB; ++r)
+          for (int half = 0; half < 2; ++half) {
+            const u64 b = descriptor(base + X_OFFSET + stages[half] * X_BYTES) + half * 4 + part * PART_STEP;
 #pragma unroll
-            for (int c = 0; c < 2; ++c)
-              wgmma_s8(partial[r], a[r][c].x, a[r][c].y, a[r][c].z, a[r][c].w, b + part * PART_STEP + 2 * c, c);
+            for (int r = 0; r < RB; ++r)
+#pragma unroll
+              for (int c = 0; c < 2; ++c) {
+                const uint4 v = a[r][half][c];
+                wgmma_s8(partial[r], v.x, v.y, v.z, v.w, b + 2 * c, half + c);
+              }
+          }
           wgmma_commit();
-          const ChannelScales channel(ws_thread + stage * W_STAGE, 1.0f / unit_value);
-          const u32 xs_part = xs_tile + stage * XS_BYTES + part * COLUMNS * 8;
+          const ChannelScales channel(ws_thread + stages[0] * W_STAGE, 1.0f / unit_value);
+          const u32 xs_part = xs_tile + stages[0] * XS_BYTES + part * COLUMNS * 8;
           const TokenScales<false> token(xs_part);
           wgmma_wait();
           promote(total, part, partial, channel, token, xs_part);
         }
-        release(stage);
-        ring.advance();
+        release(stages[0]);
+        release(stages[1]);
       }
 
       if (BM >= 16) tiles.locate(tile, token_tile, row_tile);  // again: no registers for it in the loop

@@ -1,0 +1,51 @@
+"""Scales of a row's groups as small multiples of one row scale: s = m * row scale, 1 <= m <= 16.
+
+A weight is then code * m * row scale, and code * m fits INT8 (-8 * 16 = -128), so that an integer
+GEMM carries the group scales inside its weights and adds up over all groups without leaving int32.
+A row scale has at most 7 significant bits: every multiple is a float16 number, stored like any
+other scale.
+
+Source: the two scale levels of QServe (Lin et al., MLSys 2025), here symmetric.
+"""
+
+import torch
+from torch import Tensor
+
+from quatom.errors import QuantizationError
+
+LARGEST_MULTIPLE = 16
+_ROW_SCALE_BITS = 7  # float16 has 11 significant bits, a multiple below 16 needs 4
+_FLOAT16_STEP = 2.0**-24
+
+
+def find_row_scales(scales: Tensor) -> Tensor:  # (N, G) -> (N,) float32
+    """Least row scales whose largest multiple reaches all of the row's scales."""
+    mantissa, exponent = torch.frexp(scales.float().amax(dim=1) / LARGEST_MULTIPLE)
+    return torch.ldexp((mantissa * 2**_ROW_SCALE_BITS).ceil(), exponent - _ROW_SCALE_BITS)
+
+
+def nearest_multiple(scale: Tensor, row_scale: Tensor) -> Tensor:
+    """The multiple of `row_scale` nearest to `scale`, of the same shape; float32."""
+    return (scale.float() / row_scale).round().clamp(1, LARGEST_MULTIPLE) * row_scale
+
+
+def split_multiples(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Row scales (N,) float32 and multiples (N, G) int64 of float16 scales (N, G); exact.
+
+    A row scale is the greatest number that divides all scales of its row.
+
+    Raises:
+        QuantizationError: a row has none whose multiples end at 16.
+    """
+    steps = (scales.double() / _FLOAT16_STEP).long()
+    row_scale = steps[:, 0]
+    for group in range(1, steps.shape[1]):
+        row_scale = torch.gcd(row_scale, steps[:, group])
+    multiples = steps // row_scale.clamp(min=1).unsqueeze(1)
+    largest = int(multiples.max())
+    if largest > LARGEST_MULTIPLE:
+        raise QuantizationError(
+            f"a row's scales are multiples up to {largest} of one number, at most "
+            f"{LARGEST_MULTIPLE} are allowed: quantize with weights.scale_format 'multiples'"
+        )
+    return row_scale.double().mul(_FLOAT16_STEP).float(), multiples
