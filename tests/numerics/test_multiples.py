@@ -18,12 +18,12 @@ def test_multiples_are_float16_numbers_and_reach_the_largest_scale(size):
     row_scales = find_row_scales(scales)
     every = row_scales[:, None] * torch.arange(1, 17)
     assert torch.equal(every.half().float(), every)
-    assert (every[:, -1] >= scales.float().amax(dim=1)).all()
+    assert (every[:, 12] >= scales.float().amax(dim=1)).all()
     # 7 significant bits: rounded up by less than a 64th.
-    assert (every[:, -1] <= scales.float().amax(dim=1) * (1 + 2**-6)).all()
+    assert (every[:, 12] <= scales.float().amax(dim=1) * (1 + 2**-6)).all()
     snapped = nearest_multiple(scales, row_scales[:, None])
-    # Scales of at least half the largest one are 8 multiples and more: off by a 16th at most.
-    assert ((snapped - scales.float()).abs() <= scales.float() / 15.5).all()
+    # Scales of at least half the largest one are 6.4 multiples and more: off by half a one.
+    assert ((snapped - scales.float()).abs() <= scales.float() * 0.5 / 6.4).all()
 
 
 def test_splitting_gives_back_the_same_scales_whatever_the_multiples():
@@ -41,7 +41,7 @@ def test_splitting_gives_back_the_same_scales_whatever_the_multiples():
 
 def test_scales_that_are_no_multiples_are_an_error():
     with pytest.raises(
-        QuantizationError, match=r"multiples up to 17 of .*scale_format 'multiples'"
+        QuantizationError, match=r"up to 17 of .*scale_format 'multiples'"
     ):
         split_multiples(torch.tensor([[17.0, 1.0], [16.0, 1.0]]).half())
 

@@ -23,10 +23,9 @@ from quatom.ops.cuda_build import (
 
 Operation = Literal["reorder", "rmsnorm", "silu"]
 _OPERATIONS = {"reorder": 0, "rmsnorm": 1, "silu": 2}
-_LARGEST_CLUSTER = 8
-"""CTAs that any Hopper GPU can hold together."""
-_CLUSTERS_UP_TO = 128
-"""Tokens of a batch up to which CTAs share a token whose groups share a scale."""
+_CLUSTERS = ((16, 8, 1), (64, 4, 2), (128, 2, 1))
+"""Tokens of a batch up to which so many CTAs share a token whose groups share a scale, each in so
+many rounds; 8 is the largest cluster that any Hopper GPU can hold."""
 _TWO_TOKENS_FROM = 512
 """Tokens of a batch from which on a CTA takes two of them."""
 
@@ -86,9 +85,11 @@ def choose_variant(
     pairs = -(-layout.num_scales // 2)  # a warp takes two groups
     if operation == "silu" and not shared_scale:
         return Variant(128, 1, -(-pairs // 4))
-    if operation == "silu" and tokens <= _CLUSTERS_UP_TO:
-        warps = max(4, -(-pairs // _LARGEST_CLUSTER))
-        return Variant(warps * 32, 1, -(-pairs // warps))
+    if operation == "silu":
+        for most_tokens, ctas, cta_rounds in _CLUSTERS:
+            if tokens <= most_tokens:
+                warps = min(32, max(4, -(-pairs // (ctas * cta_rounds))))
+                return Variant(warps * 32, 1, min(ctas, -(-pairs // warps)))
     two_tokens = tokens >= _TWO_TOKENS_FROM and operation != "silu"
     # Two wide rows fill registers: large CTAs, few of which fit, would all wait at the same time.
     most = 10 if two_tokens and operation == "reorder" and pairs > 16 else 16
