@@ -279,7 +279,7 @@ def kernels(name: str, *, brief: bool = False) -> str:
         if shapes is not None and (n, k) not in shapes:
             continue
         row = [f"{n} x {k}, M = {m}"]
-        for scheme in ("w4a4", "w4a8-int8"):
+        for scheme in ("w4a4", "w4a8"):
             e = own[n, k, m, scheme]
             row += [f"{e['microseconds']:.1f}", f"{100 * e['share_of_copy']:.0f} %"]
             row += [f"{e['tops']:.0f}", f"{e['ratio_bf16']:.2f}x"]

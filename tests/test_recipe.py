@@ -122,6 +122,14 @@ def test_recipes_are_frozen():
             {"weights": {"scale_format": "multiples", "format": "int8"}},
             "scale_format 'multiples' .* needs int2, int3 or int4 weights, not int8",
         ),
+        (
+            {"activations": {"scale_format": "multiples", "format": "e4m3"}},
+            "scale_format 'multiples' .* needs int2, int3 or int4 activations, not e4m3",
+        ),
+        (
+            {"activations": {"scale_format": "multiples", "group_size": -1}},
+            "activations.group_size -1 has one scale",
+        ),
         ({"kv_cache": {"rotation": "hadamard"}}, "needs kv_cache.keys 'post_rope'"),
         (
             {"activations": {"rotation": "hadamard", "format": "float16"}},

@@ -194,7 +194,7 @@ def quantized_place(
         weight_format=recipe.weights.format,
         activation_format=recipe.activations.format,
         outlier_format=recipe.outliers.format,
-        shared_scale=spec is not None and spec.shared_scale,
+        scale_mode="group" if spec is None else spec.scale_mode,
         backend=backend,
     )
     if spec is not None:

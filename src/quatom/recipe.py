@@ -39,6 +39,14 @@ def _check_group(owner: str, group_size: int) -> None:
         )
 
 
+def _check_multiples(owner: str, form: str) -> None:
+    if form not in ("int2", "int3", "int4"):
+        raise RecipeError(
+            f"{owner}.scale_format 'multiples' keeps a code times up to 16 within INT8: it needs "
+            f"int2, int3 or int4 {owner}, not {form}"
+        )
+
+
 def _check_ratio(owner: str, name: str, value: float) -> None:
     if not 0.0 < value <= 1.0:
         raise RecipeError(f"{owner}.{name} must be in (0, 1], got {value}")
@@ -95,11 +103,8 @@ class WeightSpec:
                 f"weights.target {self.target!r} is what GPTQ approximates: it needs "
                 "weights.rounding 'gptq'"
             )
-        if self.scale_format == "multiples" and self.format not in ("int2", "int3", "int4"):
-            raise RecipeError(
-                "weights.scale_format 'multiples' keeps a code times up to 16 within INT8: it "
-                f"needs int2, int3 or int4 weights, not {self.format}"
-            )
+        if self.scale_format == "multiples":
+            _check_multiples("weights", self.format)
         if not 0.0 < self.damping < 1.0:
             raise RecipeError(f"weights.damping must be in (0, 1), got {self.damping}")
 
@@ -119,6 +124,8 @@ class ActivationSpec:
     """Consecutive channels that share one scale, as the weights do; -1: all normal channels of a
     token share one, whatever the groups of the weights. 8 bits lose nothing by it where groups are
     rotated."""
+    scale_format: Literal["float16", "multiples"] = "float16"
+    """Groups have scales of their own, or multiples of one scale a token, as weights may have."""
     clip_ratio: float = 1.0
     """Fraction of a group's absolute maximum that maps onto the largest code."""
     rotation: Literal["none", "hadamard"] = "none"
@@ -127,6 +134,13 @@ class ActivationSpec:
     def __post_init__(self) -> None:
         _check_types("activations", self)
         _check_group("activations", self.group_size)
+        if self.scale_format == "multiples":
+            _check_multiples("activations", self.format)
+            if self.group_size == -1:
+                raise RecipeError(
+                    "activations.scale_format 'multiples' relates scales of groups, and "
+                    "activations.group_size -1 has one scale: give a group size or 'float16'"
+                )
         _check_ratio("activations", "clip_ratio", self.clip_ratio)
 
     @property
@@ -386,8 +400,10 @@ def _presets() -> dict[str, Recipe]:
         ),
         Recipe(
             name="quatom-w4a4kv4",
-            weights=searched_weights,
-            activations=ActivationSpec(clip_ratio=0.95, rotation="hadamard"),
+            weights=replace(searched_weights, scale_format="multiples"),
+            activations=ActivationSpec(
+                clip_ratio=0.95, scale_format="multiples", rotation="hadamard"
+            ),
             kv_cache=rotated_cache,
         ),
         Recipe(

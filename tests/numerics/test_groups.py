@@ -189,7 +189,7 @@ def test_groups_do_not_see_each_other(layout, seed):
 @given(layout=layouts, seed=st.integers(0, 2**16), name=st.sampled_from(["int4", "int8", "e4m3"]))
 def test_a_shared_scale_is_that_of_all_normal_channels_in_one_group(layout, seed, name):
     x, fmt = random_rows(layout, seed, 1.0), get_format(name)
-    codes, scales = quantize_groups(x, layout, fmt, INT8, 0.9, shared_scale=True)
+    codes, scales = quantize_groups(x, layout, fmt, INT8, 0.9, scale_mode="row")
     whole = replace(layout, group_size=layout.normal)
     want_codes, want_scales = quantize_groups(x, whole, fmt, INT8, 0.9)
     assert torch.equal(codes, want_codes)

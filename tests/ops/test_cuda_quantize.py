@@ -55,18 +55,26 @@ def poisoned():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("normal", "shared_scale"),
-    [("int4", False), ("int3", False), ("e4m3", False), ("int4", True), ("int8", True)],
+    ("normal", "scale_mode"),
+    [
+        ("int4", "group"),
+        ("int3", "group"),
+        ("e4m3", "group"),
+        ("int4", "row"),
+        ("int8", "row"),
+        ("int4", "multiples"),
+        ("int3", "multiples"),
+    ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_variant_reorders_as_the_reference_does(layout, normal, shared_scale, poisoned):
+def test_every_variant_reorders_as_the_reference_does(layout, normal, scale_mode, poisoned):
     for tokens, dtype in ((1, torch.float16), (7, torch.bfloat16)):
         x, _, _, order = make_inputs(tokens, layout.channels, dtype)
         spec = QuantizeSpec(
             layout=layout,
             normal=normal,
             clip_ratio=0.9,
-            shared_scale=shared_scale,
+            scale_mode=scale_mode,
             byte_layout="groups",
         )
         for used in (order, None):
@@ -83,13 +91,13 @@ def test_every_variant_reorders_as_the_reference_does(layout, normal, shared_sca
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shared_scale", [False, True])
+@pytest.mark.parametrize("scale_mode", ["group", "row", "multiples"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_variant_normalizes_as_the_reference_does(layout, shared_scale, poisoned):
+def test_every_variant_normalizes_as_the_reference_does(layout, scale_mode, poisoned):
     for tokens, dtype in ((1, torch.bfloat16), (9, torch.float16)):
         x, residual, weight, order = make_inputs(tokens, layout.channels, dtype)
         spec = QuantizeSpec(
-            layout=layout, clip_ratio=0.9, shared_scale=shared_scale, byte_layout="groups"
+            layout=layout, clip_ratio=0.9, scale_mode=scale_mode, byte_layout="groups"
         )
         for add, used in ((residual, order), (None, None)):
             want, want_total = rmsnorm_quantize(
@@ -112,7 +120,8 @@ def test_every_variant_normalizes_as_the_reference_does(layout, shared_scale, po
                 # a code next to a tie by one.
                 torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
                 difference = (codes.cpu() - want_codes).abs()
-                assert difference.max() <= 1, variant
+                # Of multiples, by a code of the largest or by a multiple of the largest code.
+                assert difference.max() <= (16 if scale_mode == "multiples" else 1), variant
                 assert (difference != 0).float().mean() <= 1e-3, variant
 
 
@@ -121,7 +130,7 @@ def test_every_variant_normalizes_as_the_reference_does(layout, shared_scale, po
 def test_silu_with_a_shared_scale_takes_whole_tokens(layout, poisoned):
     x, other, _, _ = make_inputs(5, layout.channels, torch.float16)
     gate_up = torch.cat((x, other), dim=1)
-    spec = QuantizeSpec(layout=layout, normal="int8", shared_scale=True, byte_layout="groups")
+    spec = QuantizeSpec(layout=layout, normal="int8", scale_mode="row", byte_layout="groups")
     want = silu_quantize(gate_up, spec, backend=Backend.REFERENCE).canonical()
     eighth = -(-layout.num_scales // 8)
     chosen = {choose_variant("silu", tokens, layout, True) for tokens in (5, 64)}

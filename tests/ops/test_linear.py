@@ -63,7 +63,7 @@ def run(x, xs, w, ws, layout, backend, device, *, fmt="int4", weight="int4", bia
     """Put both operands into the backend's layout, poison the output's memory, multiply."""
     if backend is Backend.CPU:
         device = "cpu"
-    spec = QuantizeSpec(layout=layout, normal=fmt, shared_scale=options.get("shared_scale", False))
+    spec = QuantizeSpec(layout=layout, normal=fmt, scale_mode=options.get("scale_mode", "group"))
     prepared = prepare_weights(
         w.to(device),
         ws.half().to(device),
@@ -71,7 +71,7 @@ def run(x, xs, w, ws, layout, backend, device, *, fmt="int4", weight="int4", bia
         bias=None if bias is None else bias.to(device),
         weight_format=weight,
         activation_format=fmt,
-        shared_scale=spec.shared_scale,
+        scale_mode=spec.scale_mode,
         backend=backend,
     )
     dtype = options.get("dtype", torch.float16)
@@ -121,14 +121,20 @@ def multiples(rows, layout, rng, low, high):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 64), (5, 72), (17, 132)])
-def test_w4a8_with_multiples_is_exact(backend, layout, tokens, channels, device):
+@pytest.mark.parametrize(("fmt", "scale_mode"), [("int8", "row"), ("int4", "multiples")])
+def test_integers_under_one_scale_a_row_are_exact(
+    backend, layout, fmt, scale_mode, tokens, channels, device
+):
     rng = torch.Generator().manual_seed(tokens)
-    x = random_codes(tokens, layout, "int8", rng)
+    x = random_codes(tokens, layout, fmt, rng)
     w = random_codes(channels, layout, "int4", rng)
     xs = powers_of_two(tokens, layout, rng, -6, -3)
-    xs[:, : layout.num_normal_groups] = xs[:, :1]
+    if scale_mode == "row":
+        xs[:, : layout.num_normal_groups] = xs[:, :1]
+    else:
+        xs = multiples(tokens, layout, rng, -6, -3)
     ws = multiples(channels, layout, rng, -8, -6)
-    got = run(x, xs, w, ws, layout, backend, device, fmt="int8", shared_scale=True)
+    got = run(x, xs, w, ws, layout, backend, device, fmt=fmt, scale_mode=scale_mode)
     # Sums are multiples of 2**-14; of random codes they stay below 2**8, a hundred times their
     # standard deviation (512 products of 74 * 5 * 10 * 2**-10): 22 bits, which float32 holds.
     assert torch.equal(got, exact(x, xs, w, ws, layout).half())
@@ -291,7 +297,8 @@ def test_w4a16_takes_plain_tensors(backend, dtype, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("fmt", "shared_scale"), [("int4", False), ("e4m3", False), ("e4m3", True), ("int8", True)]
+    ("fmt", "scale_mode"),
+    [("int4", "group"), ("e4m3", "group"), ("e4m3", "row"), ("int8", "row"), ("int4", "multiples")],
 )
 @pytest.mark.parametrize("tokens", [1, 7, 33, 64, 200, 1030])
 @pytest.mark.parametrize(
@@ -305,7 +312,7 @@ def test_w4a16_takes_plain_tensors(backend, dtype, device):
         (100, 256, 0),
     ],
 )
-def test_hopper_shapes(tokens, channels, normal, outliers, fmt, shared_scale, device):
+def test_hopper_shapes(tokens, channels, normal, outliers, fmt, scale_mode, device):
     layout = GroupLayout(normal, 128, outliers)
     rng = torch.Generator(device=device).manual_seed(tokens + channels)
 
@@ -315,13 +322,17 @@ def test_hopper_shapes(tokens, channels, normal, outliers, fmt, shared_scale, de
     x = random_codes(tokens, layout, fmt, rng)
     w = random_codes(channels, layout, "int4", rng)
     xs = (uniform(tokens, layout.num_scales) * 0.01 + 1e-3).half().float()
-    if shared_scale:
-        xs[:, : layout.num_normal_groups] = xs[:, :1]
+    normal_scales = xs[:, : layout.num_normal_groups]
+    if scale_mode == "row":
+        normal_scales.copy_(xs[:, :1].expand_as(normal_scales))
+    elif scale_mode == "multiples":
+        row_scales = find_row_scales(normal_scales, 16).unsqueeze(1)
+        normal_scales.copy_(nearest_multiple(normal_scales, row_scales))
     ws = (uniform(channels, layout.num_scales) * 0.01 + 1e-3).half().float()
-    if fmt == "int8":
-        ws = nearest_multiple(ws, find_row_scales(ws).unsqueeze(1))
+    if fmt == "int8" or scale_mode == "multiples":
+        ws = nearest_multiple(ws, find_row_scales(ws, 13).unsqueeze(1))
     bias = uniform(channels) - 0.5
-    options = {"fmt": fmt, "shared_scale": shared_scale, "bias": bias}
+    options = {"fmt": fmt, "scale_mode": scale_mode, "bias": bias}
     got, again = (run(x, xs, w, ws, layout, Backend.CUDA, device, **options) for _ in range(2))
     assert torch.equal(got, again), "split k must add up in a fixed order"
     want = exact(x, xs, w, ws, layout, bias).cpu()
@@ -335,6 +346,7 @@ def test_every_configuration_of_the_hopper_kernel_is_exact(fmt, device):
     from quatom.ops.linear.cuda import CONFIGS, linear_cuda
 
     integer = fmt == "int8"
+    scale_mode = "row" if integer else "group"
     layout = GroupLayout(512, 128, 128)
     rng = torch.Generator().manual_seed(5)
     w = random_codes(192, layout, "int4", rng)
@@ -344,10 +356,10 @@ def test_every_configuration_of_the_hopper_kernel_is_exact(fmt, device):
         ws.half().to(device),
         layout,
         activation_format=fmt,
-        shared_scale=integer,
+        scale_mode=scale_mode,
         backend=Backend.CUDA,
     )
-    spec = prepared.input_spec(QuantizeSpec(layout=layout, normal=fmt, shared_scale=integer))
+    spec = prepared.input_spec(QuantizeSpec(layout=layout, normal=fmt, scale_mode=scale_mode))
     for tokens in (1, 64, 300):
         x = random_codes(tokens, layout, fmt, rng)
         xs = powers_of_two(tokens, layout, rng, -6, -3)
@@ -376,7 +388,7 @@ def test_the_largest_products_of_int8_do_not_touch_their_neighbours(x_fill, w_fi
     ws = torch.full((64, 3), 2.0**-8)
     ws[:, 1] *= 16  # -8 * 16 is the least INT8 number
     xs = torch.full((9, 3), 2.0**-8)
-    options = {"fmt": "int8", "shared_scale": True}
+    options = {"fmt": "int8", "scale_mode": "row"}
     got = run(x, xs, w, ws, layout, Backend.CUDA, device, **options)
     # 128 products of 2**14 and as many of 2**10, times 2**-16: 22 bits.
     assert torch.equal(got, exact(x, xs, w, ws, layout).half())
@@ -387,7 +399,7 @@ def test_scales_that_are_no_multiples_are_refused_by_the_integer_kernel(device):
     layout = GroupLayout(256, 128)
     w = torch.zeros(64, 256, device=device)
     ws = torch.tensor([17.0, 1.0], device=device).expand(64, 2).half() / 1024
-    options = {"activation_format": "int8", "shared_scale": True}
+    options = {"activation_format": "int8", "scale_mode": "row"}
     with pytest.raises(BackendError, match="multiples up to 17"):
         prepare_weights(w, ws, layout, backend=Backend.CUDA, **options)
     # Nobody asked for the kernel: any other that can.

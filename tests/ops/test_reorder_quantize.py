@@ -36,16 +36,18 @@ def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
 @pytest.mark.parametrize("backend", [Backend.TRITON])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(
-    ("normal", "shared_scale"),
+    ("normal", "scale_mode"),
     [
-        *((normal, False) for normal in ("int4", "int3", "int8", "e4m3", "float16")),
-        ("int4", True),
-        ("e4m3", True),
+        *((normal, "group") for normal in ("int4", "int3", "int8", "e4m3", "float16")),
+        ("int4", "row"),
+        ("e4m3", "row"),
+        ("int4", "multiples"),
+        ("int3", "multiples"),
     ],
 )
-def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, shared_scale, device):
+def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, scale_mode, device):
     x, order = make_inputs(3, layout.channels)
-    spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, shared_scale=shared_scale)
+    spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, scale_mode=scale_mode)
     for used in (order, None):
         on_device = None if used is None else used.to(device)
         got = reorder_quantize(x.to(device), on_device, spec, backend=backend)
@@ -56,10 +58,20 @@ def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, shared
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
-@pytest.mark.parametrize("normal", ["int4", "int2", "int8", "e4m3"])
+@pytest.mark.parametrize(
+    ("normal", "scale_mode"),
+    [
+        ("int4", "group"),
+        ("int2", "group"),
+        ("e4m3", "group"),
+        ("int8", "row"),
+        ("int4", "multiples"),
+        ("int2", "multiples"),
+    ],
+)
 @pytest.mark.parametrize("tokens", [1, 11])
 @pytest.mark.parametrize("halves", [False, True], ids=["random", "ties"])
-def test_both_byte_layouts_mean_the_same(backend, normal, tokens, halves, device):
+def test_both_byte_layouts_mean_the_same(backend, normal, scale_mode, tokens, halves, device):
     layout = GroupLayout(224, 96, 64, 2)
     x, order = make_inputs(tokens, layout.channels, seed=tokens)
     if halves:  # steps of 1 in every group: half of all codes are ties
@@ -69,18 +81,23 @@ def test_both_byte_layouts_mean_the_same(backend, normal, tokens, halves, device
         layout=layout,
         normal=normal,
         clip_ratio=1.0 if halves else 0.9,
-        shared_scale=normal == "int8",
+        scale_mode=scale_mode,
     )
     want = reorder_quantize(x, order, rows, backend=Backend.REFERENCE)
     spec = replace(rows, byte_layout="groups")
     got = reorder_quantize(x.to(device), order.to(device), spec, backend=backend)
     assert got.codes.shape == (layout.num_scales, -(-tokens // 16) * 16, 128)
-    assert torch.equal(got.canonical()[0].cpu(), want.canonical()[0])
-    assert torch.equal(got.canonical()[1].cpu(), want.canonical()[1])
     assert torch.equal(got.dequantize().cpu(), want.dequantize())
+    by_groups = reorder_quantize(x, order, spec, backend=Backend.REFERENCE)
+    assert torch.equal(got.canonical()[0].cpu(), by_groups.canonical()[0])
+    assert torch.equal(got.canonical()[1].cpu(), by_groups.canonical()[1])
+    if scale_mode != "multiples":  # whose multiples are in the codes
+        assert torch.equal(got.canonical()[0].cpu(), want.canonical()[0])
+        assert torch.equal(got.canonical()[1].cpu(), want.canonical()[1])
     # What `linear` on Hopper adds for weights that are stored 8 too large, in its own steps.
     sums = torch.stack([v.sum(1) for v in want.codes.float().split(layout.group_sizes, 1)], 1)
-    sums[:, 0 if normal == "int8" else layout.num_normal_groups :] = 0.0
+    is_int8 = normal == "int8" or scale_mode == "multiples"
+    sums[:, 0 if is_int8 else layout.num_normal_groups :] = 0.0
     unit = 2.0**-9 if normal == "e4m3" else 2.0**-18
     correction = got.corrections().cpu()
     torch.testing.assert_close(correction, -8 * sums * want.scales * unit, rtol=1e-5, atol=1e-9)
@@ -220,8 +237,17 @@ def test_errors_name_the_numbers_and_the_remedy():
         reorder_quantize(x, order[:10], QuantizeSpec(layout=layout))
     with pytest.raises(ShapeError, match=r"at most 128 channels a group, this layout has 256"):
         QuantizeSpec(layout=layout, byte_layout="groups")
-    with pytest.raises(ShapeError, match=r"not int8 and int8"):
-        QuantizeSpec(layout=GroupLayout(64, 64), normal="int8", byte_layout="groups")
+    with pytest.raises(ShapeError, match=r"not int7 and int8"):
+        QuantizeSpec(layout=GroupLayout(64, 64), normal="int7", byte_layout="groups")
+    with pytest.raises(ShapeError, match=r"int8 groups of one scale a token.*'row'"):
+        QuantizeSpec(layout=GroupLayout(128, 64), normal="int8", byte_layout="groups")
+    with pytest.raises(ShapeError, match=r"multiples of int2 to int4 codes, not of int8"):
+        QuantizeSpec(
+            layout=GroupLayout(64, 64),
+            normal="int8",
+            scale_mode="multiples",
+            byte_layout="groups",
+        )
     with pytest.raises(ShapeError, match=r"holds int2 to int8, not e4m3 and int8.*'rows'"):
         QuantizeSpec(layout=layout, normal="e4m3", byte_layout="padded")
     with pytest.raises(BackendError, match=r"not 'padded'.*use the reference"):

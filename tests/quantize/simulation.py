@@ -52,6 +52,13 @@ def hadamard(size: int) -> torch.Tensor:
     return torch.tensor(signs) / size**0.5
 
 
+def multiple_of_seven_bits(step: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """The nearest multiple, 1 to 16, of `least` rounded up to 7 significant bits."""
+    last_bit = 2.0 ** (least.double().log2().floor() - 6)
+    unit = (least / last_bit).ceil() * last_bit
+    return (torch.round(step / unit).clamp(1, 16) * unit).float()
+
+
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Each block of 2**n channels, the largest that divides the width, times a Hadamard matrix."""
     size = x.shape[-1] & -x.shape[-1]
@@ -177,6 +184,9 @@ class Simulation:
                     if spec["group_size"] == -1 and not is_outlier:
                         absmax = token_absmax
                     step = (clip * absmax / LARGEST[name]).half().float().clamp(min=2.0**-14)
+                    if spec["scale_format"] == "multiples" and not is_outlier:
+                        widest = (clip * token_absmax / LARGEST[name]).half().float()
+                        step = multiple_of_seven_bits(step, widest.clamp(min=2.0**-14) / 16)
                     ours = nearest(part / step, name) * step
                     if name in ("e4m3", "e2m1"):
                         step = step * LARGEST[name] / 4  # their widest spacing

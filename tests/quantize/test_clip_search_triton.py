@@ -31,7 +31,7 @@ def test_scales_cost_what_the_reference_ones_cost(
     options = {"clip_ratio": 0.9, "rows_per_scale": rows_per_scale, "ratios": SEARCH_RATIOS}
     row_scales = None
     if scale_format == "multiples":
-        row_scales = find_row_scales(weight_scales(weight, fmt, **options)[:, None].float() * 1.5)
+        row_scales = find_row_scales(weight_scales(weight, fmt, **options)[:, None], 13)
     want = weight_scales(weight, fmt, importance=importance, row_scales=row_scales, **options)
     got = weight_scales_triton(
         weight.to(device),

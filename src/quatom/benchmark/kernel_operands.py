@@ -8,9 +8,9 @@ from torch import Tensor
 
 from quatom.benchmark.timing import copies_to_rotate
 from quatom.numerics.formats import get_format
-from quatom.numerics.groups import GroupLayout, expand_scales
+from quatom.numerics.groups import GroupLayout, ScaleMode, expand_scales
 from quatom.numerics.multiples import LARGEST_MULTIPLE
-from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
+from quatom.ops.activations import MixedTensor, QuantizeSpec, holds_int8, pack_values
 from quatom.ops.backend import Backend
 from quatom.ops.linear import PreparedLinear, prepare_weights
 
@@ -26,19 +26,18 @@ class HopperOperands:
     scales: Tensor
     layout: GroupLayout
     grouped: list[PreparedLinear]
-    """For activations with a scale a group."""
+    """For activations with scales of their own a group."""
     integer: list[PreparedLinear]
-    """For INT8 activations with a scale a token."""
+    """For activations that are held as INT8 under one scale a token."""
 
-    def layers(self, fmt: str) -> list[PreparedLinear]:
+    def layers(self, fmt: str, scale_mode: ScaleMode) -> list[PreparedLinear]:
         """Copies for activations of this format."""
-        if fmt == "int8":
-            return self.integer
-        return [replace(layer, activation_format=fmt) for layer in self.grouped]
+        copies = self.integer if holds_int8(fmt, scale_mode) else self.grouped
+        return [replace(layer, activation_format=fmt) for layer in copies]
 
-    def activations(self, tokens: int, fmt: str) -> MixedTensor:
-        """Random activations of `tokens` tokens: int8 with one scale a token, others a group."""
-        return random_activations(tokens, self.layout, fmt, "groups", shared_scale=fmt == "int8")
+    def activations(self, tokens: int, fmt: str, scale_mode: ScaleMode) -> MixedTensor:
+        """Random activations of `tokens` tokens."""
+        return random_activations(tokens, self.layout, fmt, "groups", scale_mode)
 
 
 def random_activations(
@@ -46,19 +45,19 @@ def random_activations(
     layout: GroupLayout,
     fmt: str,
     byte_layout: Literal["rows", "groups"],
-    *,
-    shared_scale: bool = False,
+    scale_mode: ScaleMode = "group",
 ) -> MixedTensor:
     """Random codes with random scales, in the byte layout of a backend."""
     normal = torch.randn(tokens, layout.normal, device="cuda")
     normal = get_format(fmt).round(normal * get_format(fmt).largest / 3)
     outliers = torch.randint(-127, 128, (tokens, layout.outliers), device="cuda").float()
     scales = (torch.rand(tokens, layout.num_scales, device="cuda") * 0.01 + 1e-3).half()
-    if shared_scale:
-        scales[:, : layout.num_normal_groups] = scales[:, :1]
-    spec = QuantizeSpec(
-        layout=layout, normal=fmt, shared_scale=shared_scale, byte_layout=byte_layout
-    )
+    groups = layout.num_normal_groups
+    if scale_mode == "row":
+        scales[:, :groups] = scales[:, :1]
+    elif scale_mode == "multiples":
+        scales[:, :groups] = _random_multiples(tokens, groups)
+    spec = QuantizeSpec(layout=layout, normal=fmt, scale_mode=scale_mode, byte_layout=byte_layout)
     return pack_values(torch.cat((normal, outliers), dim=1), scales, spec, torch.float16)
 
 
@@ -68,10 +67,14 @@ def random_weights(channels: int, layout: GroupLayout) -> tuple[Tensor, Tensor]:
     values[:, layout.normal :] = torch.randint(
         -127, 128, (channels, layout.outliers), device="cuda", dtype=torch.int8
     )
-    shape = (channels, layout.num_scales)
-    row_scales = torch.randint(64, 128, (channels, 1), device="cuda") * 2.0**-17
-    multiples = torch.randint(LARGEST_MULTIPLE // 2, LARGEST_MULTIPLE + 1, shape, device="cuda")
-    return values, (row_scales * multiples).half()
+    return values, _random_multiples(channels, layout.num_scales)
+
+
+def _random_multiples(rows: int, groups: int) -> Tensor:
+    """Scales (rows, groups) float16: multiples of one scale a row."""
+    row_scales = torch.randint(64, 128, (rows, 1), device="cuda") * 2.0**-17
+    most = LARGEST_MULTIPLE
+    return (row_scales * torch.randint(most // 2, most + 1, (rows, groups), device="cuda")).half()
 
 
 def hopper_operands(channels: int, k: int) -> HopperOperands:
@@ -85,7 +88,7 @@ def hopper_operands(channels: int, k: int) -> HopperOperands:
         others = (weights.clone() for _ in range(copies_to_rotate(weights.numel()) - 1))
         return [first, *(replace(first, tensors=(other, *rest)) for other in others)]
 
-    integer = copies(activation_format="int8", shared_scale=True)
+    integer = copies(activation_format="int8", scale_mode="row")
     return HopperOperands(values, scales, layout, copies(), integer)
 
 

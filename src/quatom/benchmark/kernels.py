@@ -29,7 +29,7 @@ from quatom.benchmark.kernel_operands import (
 from quatom.benchmark.kernel_peers import PEERS, Peer
 from quatom.benchmark.timing import Timing, copies_to_rotate, time_graph, time_graphs
 from quatom.errors import BackendError, RecipeError
-from quatom.numerics.groups import GroupLayout
+from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
 from quatom.ops.linear import linear, prepare_weights
@@ -42,8 +42,13 @@ SHAPES = ((12288, 4096), (22016, 4096), (4096, 11008), (4096, 4096))
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
 PORTABLE_TOKENS = (16, 1024)
 """Where the Triton kernel is measured, on the first shape."""
-SCHEMES = (("w4a4", "int4"), ("w4a8-fp8", "e4m3"), ("w4a8-int8", "int8"))
-"""(name, activations): int8 with one scale a token, the others with one a group"""
+SCHEMES: tuple[tuple[str, str, ScaleMode], ...] = (
+    ("w4a4", "int4", "multiples"),
+    ("w4a4-groups", "int4", "group"),
+    ("w4a8-fp8-groups", "e4m3", "group"),
+    ("w4a8", "int8", "row"),
+)
+"""(name, activations, their scales); the first and the last are the quatom recipes."""
 QUANTIZE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 OPS = ("all", "linear", "quantize")
 
@@ -80,8 +85,9 @@ class Run:
 
 
 def _own_runs(operands: HopperOperands, tokens: int) -> Iterator[Run]:
-    for scheme, fmt in SCHEMES:
-        x, layers = operands.activations(tokens, fmt), operands.layers(fmt)
+    for scheme, fmt, scale_mode in SCHEMES:
+        x = operands.activations(tokens, fmt, scale_mode)
+        layers = operands.layers(fmt, scale_mode)
         y = linear(x, layers[0])
         error = relative_error(y, x, operands.values, operands.scales)
         least = layers[0].tensors[0].numel() + x.codes.numel() + 2 * y.numel()
@@ -94,7 +100,7 @@ def _portable_runs(shape: tuple[int, int], tokens: int) -> Iterator[Run]:
     grouped = GroupLayout(k - OUTLIERS, 128, OUTLIERS)
     whole = GroupLayout(k, k)
     for scheme, weight, fmt, layout in (
-        ("w4a4", "int4", "int4", grouped),
+        ("w4a4-groups", "int4", "int4", grouped),
         ("w8a8", "int8", "int8", whole),
     ):
         values, scales = random_weights(channels, layout)
@@ -243,8 +249,8 @@ def _reorder_gain(copy_tb_s: float) -> Iterator[dict[str, Any]]:
 
         least = layer.tensors[0].numel() + tokens * (2 * k + 2 * channels)
         runs = [
-            Run("w4a4", "cuda", [reordered], least),
-            Run("w4a4-gathered", "cuda", [gathered], least),
+            Run("w4a4-groups", "cuda", [reordered], least),
+            Run("w4a4-groups-gathered", "cuda", [gathered], least),
         ]
         timings = time_graphs([run.calls for run in runs])
         for run, timing in zip(runs, timings, strict=True):
@@ -279,8 +285,9 @@ def run_kernel_bench(
     parts: list[Iterator[dict[str, Any]]] = []
     copy = ceilings["copy_tb_s"]
     if op in ("all", "quantize"):
-        parts.append(_quantize(copy, "int4", clip_ratio=0.9))
-        parts.append(_quantize(copy, "int8-token", normal="int8", shared_scale=True))
+        parts.append(_quantize(copy, "int4-groups", clip_ratio=0.9))
+        parts.append(_quantize(copy, "int4", clip_ratio=0.95, scale_mode="multiples"))
+        parts.append(_quantize(copy, "int8", normal="int8", scale_mode="row"))
     if op in ("all", "linear"):
         parts.append(_reorder_gain(copy))
         problems = [Problem.make(shape) for shape in SHAPES]

@@ -27,7 +27,7 @@ from quatom.modeling.config import ModelConfig
 from quatom.modeling.llama import BlockInputs, Decoder, DecoderBlock
 from quatom.numerics.formats import Format, get_format
 from quatom.numerics.groups import GroupLayout
-from quatom.numerics.multiples import find_row_scales, nearest_multiple
+from quatom.numerics.multiples import WEIGHT_MULTIPLE, find_row_scales, nearest_multiple
 from quatom.ops.backend import Backend
 from quatom.recipe import Recipe
 
@@ -202,7 +202,9 @@ class _Maker:
         scales = (spread * (STD / root_mean_square(fmt))).half()
         if self.recipe.weights.scale_format == "float16":
             return scales
-        return nearest_multiple(scales, find_row_scales(scales).unsqueeze(1)).half()
+        return nearest_multiple(
+            scales, find_row_scales(scales, WEIGHT_MULTIPLE).unsqueeze(1)
+        ).half()
 
     def _order(self, place: str, layout: GroupLayout) -> Tensor | None:
         """Channel order as a checkpoint has it: none without outliers, none for down."""

@@ -21,6 +21,7 @@ import torch
 from quatom.benchmark.environment import describe_environment
 from quatom.benchmark.kernel_operands import hopper_operands
 from quatom.benchmark.timing import time_graphs
+from quatom.numerics.groups import ScaleMode
 from quatom.ops.cuda_build import compile_cubin
 from quatom.ops.linear.cuda import CONFIGS, Config, defines, kernel_source, linear_cuda
 
@@ -35,6 +36,11 @@ SHAPES = (
     (1152, 896),
 )
 """(N, K)"""
+_ACTIVATIONS: dict[bool, tuple[str, ScaleMode]] = {
+    False: ("int4", "group"),
+    True: ("int8", "row"),
+}
+"""Format and scales that stand for all that `Config.integer` means."""
 TOKENS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 
 
@@ -65,15 +71,15 @@ def tune(repeats: int = 5) -> dict[str, Any]:
     for channels, k in SHAPES:
         operands = hopper_operands(channels, k)
         for tokens, integer in product(TOKENS, (False, True)):
-            fmt = "int8" if integer else "int4"
-            layers = operands.layers(fmt)
+            fmt, scale_mode = _ACTIVATIONS[integer]
+            layers = operands.layers(fmt, scale_mode)
             row_blocks, units = layers[0].tensors[0].shape[:2]
             configs = [
                 config
                 for config in CONFIGS
                 if plausible(config, tokens, row_blocks, units, sms, integer=integer)
             ]
-            x = operands.activations(tokens, fmt)
+            x = operands.activations(tokens, fmt, scale_mode)
             measured = time_graphs(
                 [
                     [

@@ -126,7 +126,8 @@ def _activations_ladder() -> dict[str, Recipe]:
         )
         return replace(preset, weights=weights, activations=activations)
 
-    preset = PRESETS["quatom-w4a8kv4"]
+    preset, w4a4 = PRESETS["quatom-w4a8kv4"], PRESETS["quatom-w4a4kv4"]
+    free = replace(w4a4.activations, scale_format="float16")
     weights = replace(preset.weights, scale_format="float16")
     return {
         "e4m3_scale_a_group": rung("e4m3", 128),
@@ -134,6 +135,9 @@ def _activations_ladder() -> dict[str, Recipe]:
         "int8_scale_a_group": rung("int8", 128),
         "int8_scale_a_token": rung("int8", -1),
         "int8_scale_a_token_multiples": preset,
+        "int4_free_scales": replace(w4a4, weights=weights, activations=free),
+        "int4_multiples_of_weights": replace(w4a4, activations=free),
+        "int4_multiples": w4a4,
         "unrotated_e4m3_scale_a_group": rung("e4m3", 128, rotated=False),
         "unrotated_e4m3_scale_a_token": rung("e4m3", -1, rotated=False),
     }

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from quatom.numerics.groups import GroupLayout
+from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
 from quatom.ops.reorder_quantize import reorder_quantize
@@ -23,8 +23,16 @@ def activation_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
         outlier=recipe.outliers.format,
         clip_ratio=recipe.activations.clip_ratio,
         rotate=recipe.activations.rotation == "hadamard",
-        shared_scale=recipe.activations.group_size == -1 and layout.num_normal_groups > 1,
+        scale_mode=_scale_mode(recipe, layout),
     )
+
+
+def _scale_mode(recipe: Recipe, layout: GroupLayout) -> ScaleMode:
+    if layout.num_normal_groups == 1:
+        return "group"
+    if recipe.activations.group_size == -1:
+        return "row"
+    return "group" if recipe.activations.scale_format == "float16" else "multiples"
 
 
 class InputQuantizer(nn.Module):

@@ -7,18 +7,24 @@ channels followed by outlier groups. Each group s has one scale:
     code  = round_half_even(x / scale), saturated        (the *stored* scale divides)
     real  = code * scale
 
-Outlier groups are never clipped: they are kept because their range matters. With a *shared* scale
-the absmax is that of all normal groups of the row.
+Outlier groups are never clipped: they are kept because their range matters. The scales of a row's
+normal groups may depend on each other, see `ScaleMode`.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quatom.errors import ShapeError
 from quatom.numerics.formats import Format
+from quatom.numerics.multiples import LARGEST_MULTIPLE, find_row_scales, nearest_multiple
+
+ScaleMode = Literal["group", "row", "multiples"]
+"""Scales of a row's normal groups: each its own; one for all, that of the largest magnitude; or
+multiples of one, see `quatom.numerics.multiples`."""
 
 MIN_SCALE = 2.0**-14
 """Smallest normal float16. Below it a stored scale would lose its relative precision."""
@@ -168,13 +174,13 @@ def quantize_groups(
     normal: Format,
     outlier: Format,
     clip_ratio: float = 1.0,
-    shared_scale: bool = False,
+    scale_mode: ScaleMode = "group",
     order: Tensor | None = None,  # (K,) int32 or int64
 ) -> tuple[Tensor, Tensor]:
     """Quantize rows group by group.
 
     Args:
-        shared_scale: all normal groups of a row have one scale, that of the largest magnitude.
+        scale_mode: how the scales of a row's normal groups depend on each other.
         order: channel of x that stands at each position of the layout; None: they stand there.
 
     Returns:
@@ -184,9 +190,7 @@ def quantize_groups(
         ShapeError: x or order has another number of channels than the layout.
     """
     groups = split_groups(x, layout, order)
-    values, scales = quantize_equal_groups(
-        groups, layout, normal, outlier, clip_ratio, shared_scale
-    )
+    values, scales = quantize_equal_groups(groups, layout, normal, outlier, clip_ratio, scale_mode)
     return join_groups(values, layout), scales.half()
 
 
@@ -196,7 +200,7 @@ def quantize_equal_groups(
     normal: Format,
     outlier: Format,
     clip_ratio: float = 1.0,
-    shared_scale: bool = False,
+    scale_mode: ScaleMode = "group",
 ) -> tuple[Tensor, Tensor]:
     """`quantize_groups` of rows that are cut already.
 
@@ -204,7 +208,7 @@ def quantize_equal_groups(
         values (..., S, W) and scales (..., S), float32; the scales are float16 numbers.
     """
     absmax = groups.abs().amax(dim=-1)
-    if shared_scale:
+    if scale_mode == "row":
         normal_absmax = absmax[..., : layout.num_normal_groups]
         normal_absmax.copy_(normal_absmax.amax(dim=-1, keepdim=True).expand_as(normal_absmax))
     if normal.is_integer and (outlier.is_integer or not layout.outliers):
@@ -212,6 +216,8 @@ def quantize_equal_groups(
         bounds = _integer_bounds(layout, normal, outlier, clip_ratio, groups.device)
         clip, largest, largest_code, smallest_code = bounds
         scales = absmax.mul_(clip).div_(largest).clamp_(min=MIN_SCALE).half().float()
+        if scale_mode == "multiples":
+            _snap_to_multiples(scales[..., : layout.num_normal_groups])
         values = groups.div(scales.unsqueeze(-1)).round_()
         torch.minimum(values, largest_code, out=values)
         return torch.maximum(values, smallest_code, out=values), scales
@@ -220,9 +226,16 @@ def quantize_equal_groups(
     scales = torch.cat(
         [*map(symmetric_scale, absmax.split(parts, dim=-1), formats, ratios)], dim=-1
     ).float()
+    if scale_mode == "multiples":
+        _snap_to_multiples(scales[..., : layout.num_normal_groups])
     units = (groups / scales.unsqueeze(-1)).split(parts, dim=-2)
     rounded = [fmt.round(u) for fmt, u in zip(formats, units, strict=True) if u.numel()]
     return torch.cat(rounded, dim=-2), scales
+
+
+def _snap_to_multiples(scales: Tensor) -> None:  # (..., G), in place
+    row_scales = find_row_scales(scales, LARGEST_MULTIPLE).unsqueeze(-1)
+    scales.copy_(nearest_multiple(scales, row_scales))
 
 
 def dequantize_groups(values: Tensor, scales: Tensor, layout: GroupLayout) -> Tensor:

@@ -14,16 +14,16 @@ from torch import Tensor
 from quatom.errors import QuantizationError
 
 LARGEST_MULTIPLE = 16
-_REACHED_MULTIPLE = 13
-"""Multiple of a row's largest scale: GPTQ pushes errors onto columns that follow, whose groups then
-want larger scales than the unchanged weights did."""
+WEIGHT_MULTIPLE = 13
+"""Multiple of the largest scale of a weight's row: GPTQ pushes errors onto columns that follow,
+whose groups then want larger scales than the unchanged weights did."""
 _ROW_SCALE_BITS = 7  # float16 has 11 significant bits, a multiple below 16 needs 4
 _FLOAT16_STEP = 2.0**-24
 
 
-def find_row_scales(scales: Tensor) -> Tensor:  # (N, G) -> (N,) float32
-    """Least row scales of which 13 reach all of the row's scales."""
-    mantissa, exponent = torch.frexp(scales.float().amax(dim=1) / _REACHED_MULTIPLE)
+def find_row_scales(scales: Tensor, multiple: int) -> Tensor:  # (..., G) -> (...) float32
+    """Least row scales of which `multiple` reach all of the row's scales."""
+    mantissa, exponent = torch.frexp(scales.float().amax(dim=-1) / multiple)
     return torch.ldexp((mantissa * 2**_ROW_SCALE_BITS).ceil(), exponent - _ROW_SCALE_BITS)
 
 

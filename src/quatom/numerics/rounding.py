@@ -15,7 +15,7 @@ from quatom.errors import QuantizationError
 from quatom.numerics.clipping import SEARCH_RATIOS, weight_scales
 from quatom.numerics.formats import Format
 from quatom.numerics.groups import GroupLayout, expand_scales
-from quatom.numerics.multiples import find_row_scales
+from quatom.numerics.multiples import WEIGHT_MULTIPLE, find_row_scales
 from quatom.numerics.reorder import inverse_order
 
 
@@ -68,7 +68,7 @@ class RoundingOptions:
             )
             for columns in _group_columns(layout)[: layout.num_normal_groups]
         ]
-        return find_row_scales(torch.stack(scales, dim=1))
+        return find_row_scales(torch.stack(scales, dim=1), WEIGHT_MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ groups
     p ^ (t % 8), the 128-byte swizzle of Hopper's matrix unit, so that one bulk copy brings a tile
     of tokens into shared memory ready for use. int4 codes are e4m3 bytes of value code * 2**-9 (the
     magnitude in the low bits: e4m3 is linear below 0x10), int8 and e4m3 codes are themselves. int8
-    groups share one scale and need no corrections (0): their weights have no offset.
+    groups share one scale and need no corrections (0): their weights have no offset. Codes whose
+    scales are multiples of one a token are held as int8 too, code * multiple, under that one scale.
 """
 
 from dataclasses import dataclass
@@ -32,13 +33,16 @@ from quatom.errors import ShapeError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import (
     GroupLayout,
+    ScaleMode,
     dequantize_groups,
+    expand_scales,
     join_groups,
     quantize_equal_groups,
     quantize_groups,
     split_groups,
 )
 from quatom.numerics.hadamard import rotate_groups
+from quatom.numerics.multiples import LARGEST_MULTIPLE, split_multiples
 
 ByteLayout = Literal["rows", "padded", "groups"]
 
@@ -61,14 +65,14 @@ class QuantizeSpec:
     """Fraction of a normal group's absolute maximum mapped onto the largest code."""
     rotate: bool = False
     """Rotate every normal group by a Hadamard matrix before it is quantized, as its weights are."""
-    shared_scale: bool = False
-    """All normal groups of a token have one scale, that of the largest; outliers keep their own."""
+    scale_mode: ScaleMode = "group"
+    """How the scales of a token's normal groups depend on each other; outliers have their own."""
     byte_layout: ByteLayout = "rows"
     """What the linear operation reads: see `PreparedLinear.input_spec`."""
 
     def __post_init__(self) -> None:
         if self.byte_layout == "groups":
-            check_fits_groups(self.layout, self.normal, self.outlier, self.shared_scale)
+            check_fits_groups(self.layout, self.normal, self.outlier, self.scale_mode)
         if self.byte_layout == "padded" and row_dtype(self, torch.float32) is not torch.int8:
             raise ShapeError(
                 f"byte layout 'padded' holds int2 to int8, not {self.normal} and {self.outlier}: "
@@ -76,7 +80,9 @@ class QuantizeSpec:
             )
 
 
-def check_fits_groups(layout: GroupLayout, normal: str, outlier: str, shared_scale: bool) -> None:
+def check_fits_groups(
+    layout: GroupLayout, normal: str, outlier: str, scale_mode: ScaleMode
+) -> None:
     """Raise ShapeError where the `groups` byte layout cannot hold these groups and formats."""
     widest = max(layout.group_sizes)
     if widest > GROUP_BYTES:
@@ -90,11 +96,21 @@ def check_fits_groups(layout: GroupLayout, normal: str, outlier: str, shared_sca
             f"byte layout 'groups' holds int2 to int4, int8 or e4m3 groups and int8 outliers, not "
             f"{normal} and {outlier}: use byte layout 'rows'"
         )
-    if normal == "int8" and layout.num_normal_groups > 1 and not shared_scale:
+    if normal == "int8" and layout.num_normal_groups > 1 and scale_mode != "row":
         raise ShapeError(
-            "byte layout 'groups' holds int8 groups that share one scale a token, these have one "
-            "each: use shared_scale or byte layout 'rows'"
+            "byte layout 'groups' holds int8 groups of one scale a token, these have one each: use "
+            "scale_mode 'row' or byte layout 'rows'"
         )
+    if scale_mode == "multiples" and normal not in ("int2", "int3", "int4"):
+        raise ShapeError(
+            f"byte layout 'groups' holds multiples of int2 to int4 codes, not of {normal}: use "
+            "byte layout 'rows'"
+        )
+
+
+def holds_int8(normal: str, scale_mode: ScaleMode) -> bool:
+    """Whether the `groups` byte layout holds int8 normal groups under one scale a token."""
+    return normal == "int8" or scale_mode == "multiples"
 
 
 def padded_tokens(tokens: int) -> int:
@@ -125,7 +141,10 @@ class MixedTensor:
         return self.codes.device
 
     def canonical(self) -> tuple[Tensor, Tensor]:
-        """Values (T, K) float32 in units of their scale, and scales (T, S) float32."""
+        """Values (T, K) float32 in units of their scale, and scales (T, S) float32.
+
+        Of multiples, byte layout `groups` remembers products and the one scale.
+        """
         if self.spec.byte_layout == "rows":
             return self.codes.float(), self.scales
         if self.spec.byte_layout == "padded":
@@ -159,12 +178,12 @@ def quantize_rows(
     if spec.byte_layout == "padded":
         groups = split_groups(x, spec.layout, order)
         groups, scales = quantize_equal_groups(
-            groups, spec.layout, *formats, spec.clip_ratio, spec.shared_scale
+            groups, spec.layout, *formats, spec.clip_ratio, spec.scale_mode
         )
         codes = groups.to(torch.int8)
         return MixedTensor(codes=codes, scales=scales, spec=spec, tokens=x.shape[0], dtype=dtype)
     values, scales = quantize_groups(
-        x, spec.layout, *formats, spec.clip_ratio, spec.shared_scale, order
+        x, spec.layout, *formats, spec.clip_ratio, spec.scale_mode, order
     )
     return pack_values(values, scales, spec, dtype)
 
@@ -180,6 +199,8 @@ def pack_values(
     scales = scales.float()
     if spec.byte_layout == "groups":
         padded = padded_tokens(tokens)
+        if spec.scale_mode == "multiples":
+            values, scales = _multiply_in(values, scales, spec.layout)
         both = scales.new_zeros(2, padded, spec.layout.num_scales)
         both[0, :tokens] = scales
         both[1, :tokens] = _offset_corrections(values, scales, spec)
@@ -202,6 +223,19 @@ def pack_values(
         tokens=tokens,
         dtype=dtype,
     )
+
+
+def _multiply_in(values: Tensor, scales: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """Normal codes times their group's multiple, and scales (T, S) of which normal groups share."""
+    groups = layout.num_normal_groups
+    row_scales, multiples = split_multiples(scales[:, :groups])
+    # As quantizing makes them, whose largest multiple is 16: they may share a power of two.
+    common = (LARGEST_MULTIPLE / multiples.amax(dim=1, keepdim=True)).log2().floor().exp2()
+    factors = torch.ones_like(scales)
+    factors[:, :groups] = multiples * common
+    shared = scales.clone()
+    shared[:, :groups] = row_scales.unsqueeze(1) / common
+    return values * expand_scales(factors, layout), shared
 
 
 def allocate_groups(x: Tensor, tokens: int, spec: QuantizeSpec) -> MixedTensor:
@@ -247,7 +281,8 @@ def _unit(spec: QuantizeSpec) -> float:
 
     int4 codes are multiples of the smallest e4m3 step: their byte is their magnitude.
     """
-    return 1.0 if spec.normal in ("e4m3", "int8") else 2.0**-9
+    is_itself = spec.normal == "e4m3" or holds_int8(spec.normal, spec.scale_mode)
+    return 1.0 if is_itself else 2.0**-9
 
 
 def _offset_corrections(values: Tensor, scales: Tensor, spec: QuantizeSpec) -> Tensor:
@@ -255,20 +290,21 @@ def _offset_corrections(values: Tensor, scales: Tensor, spec: QuantizeSpec) -> T
     normal = spec.layout.num_normal_groups
     parts = values.float().split(spec.layout.group_sizes, dim=-1)
     sums = torch.stack([part.sum(dim=-1) for part in parts], dim=1) * (-(2.0**-6) * _unit(spec))
-    sums[:, 0 if spec.normal == "int8" else normal :] = 0.0
+    sums[:, 0 if holds_int8(spec.normal, spec.scale_mode) else normal :] = 0.0
     return sums * scales
 
 
 def _write_groups(values: Tensor, spec: QuantizeSpec, padded: int) -> Tensor:
     tokens = values.shape[0]
     unit = _unit(spec)
+    is_int8 = holds_int8(spec.normal, spec.scale_mode)
     layout = spec.layout
     out = torch.zeros(
         layout.num_scales, padded, GROUP_BYTES, dtype=torch.uint8, device=values.device
     )
     parts = values.split(layout.group_sizes, dim=-1)
     for group, part in enumerate(parts):
-        if group < layout.num_normal_groups and spec.normal != "int8":
+        if group < layout.num_normal_groups and not is_int8:
             bytes_ = (part.float() * unit).to(torch.float8_e4m3fn).view(torch.uint8)
         else:
             bytes_ = part.to(torch.int8).view(torch.uint8)
@@ -279,11 +315,12 @@ def _write_groups(values: Tensor, spec: QuantizeSpec, padded: int) -> Tensor:
 def _read_groups(codes: Tensor, spec: QuantizeSpec) -> Tensor:
     plain = codes.gather(2, _swizzle(codes.device, codes.shape[1]).expand_as(codes))
     unit = 1.0 / _unit(spec)
+    is_int8 = holds_int8(spec.normal, spec.scale_mode)
     layout = spec.layout
     parts = []
     for group, size in enumerate(layout.group_sizes):
         bytes_ = plain[group, :, :size].contiguous()
-        if group < layout.num_normal_groups and spec.normal != "int8":
+        if group < layout.num_normal_groups and not is_int8:
             parts.append(bytes_.view(torch.float8_e4m3fn).float() * unit)
         else:
             parts.append(bytes_.view(torch.int8).float())

@@ -113,8 +113,9 @@ def defines(
         "E4M3": int(spec.normal == "e4m3"),
         "INT8": int(spec.normal == "int8"),
         "ROTATE": int(spec.rotate),
-        "SHARED_SCALE": int(spec.shared_scale),
-        "CLUSTER": variant.ctas if spec.shared_scale else 1,
+        "SHARED_SCALE": int(spec.scale_mode != "group"),
+        "MULTIPLES": int(spec.scale_mode == "multiples"),
+        "CLUSTER": variant.ctas if spec.scale_mode != "group" else 1,
     }
 
 
@@ -222,7 +223,7 @@ def quantize_cuda(
     given = (weight, order)
     weight = None if weight is None else weight.contiguous()
     order = None if order is None else order.to(torch.int32).contiguous()
-    variant = variant or choose_variant(operation, tokens, layout, spec.shared_scale)
+    variant = variant or choose_variant(operation, tokens, layout, spec.scale_mode != "group")
     plan = _plan(operation, variant, spec, x.dtype, x.device.index)
     plan.kernel.launch(
         -(-tokens // variant.tokens) * variant.ctas,

@@ -10,8 +10,9 @@
 //
 // Compiled by NVRTC with THREADS, TOKENS (of a CTA; 1 for operation 2), VECTORS (4-channel pieces of a
 // thread that cover a row), ROUNDS (of THREADS / 16 groups), INPUT_BF16, E4M3 and INT8 (what normal
-// groups are; else integers of at most 4 bits, which become e4m3 bytes), ROTATE (normal groups are multiplied by a Hadamard matrix), SHARED_SCALE (all normal
-// groups of a token have one scale: their numbers wait in registers for its maximum) and CLUSTER (CTAs
+// groups are; else integers of at most 4 bits, which become e4m3 bytes), ROTATE (normal groups are multiplied by a Hadamard matrix), SHARED_SCALE (the
+// scales of a token's normal groups follow the largest of them, for whose maximum their numbers wait in registers),
+// MULTIPLES (they are multiples of one, and codes times multiples are INT8; else they are one) and CLUSTER (CTAs
 // of a token that tell each other their maxima; 1 where one CTA has the token or a scale is a group's) defined.
 
 typedef unsigned char u8;
@@ -162,6 +163,17 @@ __device__ __forceinline__ void rotate(float (&x)[TOKENS][8], const Place& place
 }
 #endif
 
+// The scale of a magnitude, see quatom.numerics.groups.
+__device__ __forceinline__ float scale_of(float magnitude, float largest) {
+  const float wanted = magnitude < __int_as_float(0x7F800000) ? Divisor(largest).divide(magnitude) : magnitude;
+  return round_to_half(fmaxf(wanted, MIN_SCALE));
+}
+
+// The row scale of a token, see quatom.numerics.multiples: a 16th of its largest scale, rounded up to 7 bits.
+__device__ __forceinline__ float row_scale_of(float largest_scale) {
+  return __uint_as_float((__float_as_uint(largest_scale * 0.0625f) + 0x1FFFFu) & ~0x1FFFFu);
+}
+
 // Of two tokens the lower eight lanes of a half-warp keep what concerns the first, the others the second.
 __device__ __forceinline__ bool keeps_second() { return TOKENS == 2 && threadIdx.x & 8; }
 
@@ -215,14 +227,28 @@ __device__ __forceinline__ float reduce_token(float top) {
 #endif
 
 // Quantize 8 channels of each token, all of one group with those of the half-warp, and store them. x is 0
-// outside the group; `top` is the magnitude that the scale follows, of the token that this lane keeps.
-__device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float top, const Place& place, u64 token,
-                                            int tokens, u64 tokens_padded, const Layout& layout, u8* codes,
+// outside the group; `top` is the magnitude that the scale follows, of the token that this lane keeps, and
+// `token_top` the largest of its normal groups.
+__device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float top, float token_top, const Place& place,
+                                            u64 token, int tokens, u64 tokens_padded, const Layout& layout, u8* codes,
                                             float* scales) {
   const float largest = place.outlier ? 127.0f : float(layout.largest);
-  const float clipped = place.outlier ? top : top * layout.clip_ratio;
-  const float wanted = clipped < __int_as_float(0x7F800000) ? Divisor(largest).divide(clipped) : clipped;
-  const float scale = round_to_half(fmaxf(wanted, MIN_SCALE));
+  float scale = scale_of(place.outlier ? top : top * layout.clip_ratio, largest);
+  float stored_scale = scale;
+#if MULTIPLES
+  u32 multiples[TOKENS] = {1};
+  if (!place.outlier) {
+    stored_scale = row_scale_of(scale_of(token_top * layout.clip_ratio, largest));
+    const float multiple = fminf(fmaxf(Divisor(stored_scale).divide(scale) + ROUND - ROUND, 1.0f), 16.0f);
+    scale = multiple * stored_scale;
+    multiples[0] = u32(multiple);
+  }
+  if (TOKENS == 2) {
+    const u32 other = __shfl_xor_sync(ALL, multiples[0], 8), own = multiples[0];
+    multiples[0] = keeps_second() ? other : own;
+    multiples[TOKENS - 1] = keeps_second() ? own : other;
+  }
+#endif
   float group_scales[TOKENS] = {scale};
   if (TOKENS == 2) {
     const float other = __shfl_xor_sync(ALL, scale, 8);
@@ -234,7 +260,7 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
   float sum = 0.0f;  // of the codes of the token that this lane keeps, in units that linear's weights count in
 #if E4M3
   float sums[TOKENS] = {};
-#elif !INT8
+#elif !INT8 && !MULTIPLES
   u32 packed_sums = 0;  // 16 bits for each token
 #endif
   // Codes are counted from the smallest one on, so that a minimum and a ReLU clamp two at once.
@@ -278,6 +304,10 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
       u32 code = __byte_perm(counts[0], counts[1], 0x6420);
 #if E4M3 || INT8
       words[w] = code ^ 0x80808080;
+#elif MULTIPLES
+      // Bytes do not meet: code * multiple, counted from -128 on, lies between 0 and 240.
+      const u32 product = code * multiples[t] + 0x80808080 - multiples[t] * u32(offset) * ONES;
+      words[w] = (place.outlier ? code : product) ^ 0x80808080;
 #else
       packed_sums += __dp4a(code, ONES, 0u) << 16 * t;
       // The magnitude of an INT4 code is the e4m3 byte of magnitude * 2**-9. Now 8 stands for 0.
@@ -291,7 +321,7 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
   }
 #if E4M3
   sum = reduce_sum(sums);
-#elif !INT8
+#elif !INT8 && !MULTIPLES
 #pragma unroll
   for (int d = 8; d > 0; d /= 2) packed_sums += __shfl_xor_sync(ALL, packed_sums, d);
   const int counted = keeps_second() ? packed_sums >> 16 : packed_sums & 0xFFFF;
@@ -304,13 +334,13 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
     const int piece = ((place.column / 16) ^ (int(token + t) % 8)) * 16 + place.column % 16;
     if (t == 0 || int(token) + t < tokens) *reinterpret_cast<uint2*>(codes + (row + t) * 128 + piece) = bytes[t];
   }
-  // Weights enter the matrix unit as (code + 8) * 2**-9: what the 8 adds, with its sign changed. Under INT8 codes
+  // Weights enter the matrix unit as (code + 8) * 2**-9: what the 8 adds, with its sign changed. Under INT8 numbers
   // they have no offset.
   const int kept = keeps_second();
   if (threadIdx.x % (TOKENS == 2 ? 8 : 16) == 0 && int(token) + kept < tokens) {
     const int t = (int(token) + kept) % 16;  // of 16 tokens, whose scales and corrections stand together
     float* const to = scales + (row + kept - t) * 2 + t % 8 / 2 * 4 + t / 8 * 2 + t % 2;
-    to[0] = scale;
+    to[0] = stored_scale;
     to[16] = place.outlier ? 0.0f : sum * -0.015625f * scale;
   }
 }
@@ -525,7 +555,7 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
 #endif
     top[kept] = reduce_max(values[kept]);
     if (!place.outlier) token_top = fmaxf(token_top, top[kept]);
-    if (!SHARED_SCALE) store_group(values[kept], top[kept], place, token, tokens, tokens_padded, layout, codes, scales);
+    if (!SHARED_SCALE) store_group(values[kept], top[kept], 0.0f, place, token, tokens, tokens_padded, layout, codes, scales);
   }
 #if SHARED_SCALE
   token_top = reduce_token(token_top);
@@ -533,8 +563,8 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
   for (int round = 0; round < ROUNDS; ++round) {
     if (!takes_part(round)) break;
     const Place place(layout, first_group + round * (THREADS / 16));
-    store_group(values[round], place.outlier ? top[round] : token_top, place, token, tokens, tokens_padded, layout, codes,
-                scales);
+    store_group(values[round], place.outlier || MULTIPLES ? top[round] : token_top, token_top, place, token, tokens,
+                tokens_padded, layout, codes, scales);
   }
 #endif
 }

@@ -26,6 +26,7 @@ from quatom.ops.activations import (
 )
 
 INTEGER, E4M3, FLOAT16, INT8 = 0, 1, 2, 3
+_SCALE_MODES = {"group": 0, "row": 1, "multiples": 2}
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def store_groups(
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
     ROTATE_STAGES: tl.constexpr,
-    SHARED_SCALE: tl.constexpr,  # s must then be all groups of the token
+    SCALE_MODE: tl.constexpr,  # but for GROUP, s must be all groups of the token
 ):
     """Quantize the groups s of one token and store codes and scales."""
     G: tl.constexpr = (NORMAL + GROUP_SIZE - 1) // GROUP_SIZE
@@ -119,12 +120,21 @@ def store_groups(
         block = tl.where(is_outlier, 1, size & -size)  # the largest power of two that divides it
         x = rotate_tile(x, block, ROTATE_STAGES)
     absmax = tl.max(tl.abs(x), axis=1)
-    if SHARED_SCALE:
+    if SCALE_MODE == 1:
         absmax = tl.where(is_outlier, absmax, tl.max(tl.where(is_outlier, 0.0, absmax), axis=0))
     largest = tl.where(is_outlier, outlier_largest, normal_largest)
     clipped = absmax * tl.where(is_outlier, 1.0, clip_ratio)
     # The stored float16 scale divides, by true division: `/` alone may be off by an ulp.
     scale = tl.maximum(tl.div_rn(clipped, largest), MIN_SCALE).to(tl.float16).to(tl.float32)
+    multiple = tl.full(scale.shape, 1.0, tl.float32)
+    if SCALE_MODE == 2:
+        # A 16th of the token's largest scale, rounded up to 7 bits: see quatom.numerics.multiples.
+        top = tl.max(tl.where(is_outlier, 0.0, scale), axis=0) * 0.0625
+        bits = (top.to(tl.int32, bitcast=True) + 0x1FFFF) & -0x20000
+        row_scale = tl.where(is_outlier, scale, bits.to(tl.float32, bitcast=True))
+        multiple = tl.maximum(round_half_even(tl.div_rn(scale, row_scale)), 1.0)
+        multiple = tl.where(is_outlier, 1.0, tl.minimum(multiple, 16.0))
+        scale = multiple * row_scale
     if NORMAL_KIND == 2:
         scale = tl.where(is_outlier, scale, 1.0)
     if OUTLIER_KIND == 2:
@@ -148,6 +158,8 @@ def store_groups(
             byte = e4m3_byte(code)
         elif NORMAL_KIND == 3:
             byte = integer & 0xFF
+        elif SCALE_MODE == 2:
+            byte = (integer * multiple.to(tl.int32)[:, None]) & 0xFF
         else:  # an integer's magnitude is the e4m3 byte of magnitude * 2**-9
             byte = tl.abs(integer) | ((integer >> 24) & 0x80)
         byte = tl.where(is_outlier[:, None], integer & 0xFF, byte)
@@ -159,8 +171,9 @@ def store_groups(
         total = tl.sum(code, axis=1) * (-0.015625 if NORMAL_KIND == 1 else -0.000030517578125)
         t = token & 15
         place = (row - t) * 2 + (t & 6) * 2 + (t >> 3) * 2 + (t & 1)
-        tl.store(scales_ptr + place, scale, mask=exists)
-        correction = tl.where(is_outlier | (NORMAL_KIND == 3), 0.0, total * scale)
+        tl.store(scales_ptr + place, row_scale if SCALE_MODE == 2 else scale, mask=exists)
+        corrected = (NORMAL_KIND != 3) and (SCALE_MODE != 2)
+        correction = tl.where(is_outlier, 0.0, total * scale) if corrected else total * 0.0
         tl.store(scales_ptr + place + 16, correction, mask=exists)
     else:
         channel = first[:, None] + column[None, :]
@@ -228,5 +241,5 @@ def quantize_options(spec: QuantizeSpec) -> dict[str, Any]:
         "OUTLIER_KIND": _kind(outlier),
         "GROUPS_LAYOUT": spec.byte_layout == "groups",
         "ROTATE_STAGES": _rotation_stages(layout) if spec.rotate else 0,
-        "SHARED_SCALE": spec.shared_scale,
+        "SCALE_MODE": _SCALE_MODES[spec.scale_mode],
     }

@@ -14,10 +14,10 @@ cpu        integer weights and activations of at most 8 bits; x86 with AVX-512 V
 triton     integer weights; integer, e4m3 or floating-point activations; sm_80 and later
 cublas     int8 by int8 with one scale a row, and int2 to int4 weights under floating-point
            activations, without outliers; CUDA
-cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, or with int8 activations of
-           one scale a token and weight scales that are multiples of one a row
-           (`quatom.numerics.multiples`); groups of at most 128 channels, INT8 outliers, N a
-           multiple of 4; sm_90 (Hopper)
+cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, or, where scales of weights
+           are multiples of one a row (`quatom.numerics.multiples`), with int8 activations of one
+           scale a token or int2 to int4 ones of multiples; groups of at most 128 channels, INT8
+           outliers, N a multiple of 4; sm_90 (Hopper)
 """
 
 import os
@@ -28,9 +28,15 @@ from torch import Tensor
 
 from quatom.errors import BackendError, QuantizationError, ShapeError
 from quatom.numerics.formats import get_format
-from quatom.numerics.groups import GroupLayout
+from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.numerics.multiples import split_multiples
-from quatom.ops.activations import ByteLayout, MixedTensor, QuantizeSpec, check_fits_groups
+from quatom.ops.activations import (
+    ByteLayout,
+    MixedTensor,
+    QuantizeSpec,
+    check_fits_groups,
+    holds_int8,
+)
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.linear.cpu import cpu_obstacle, linear_cpu, prepare_cpu
 from quatom.ops.linear.reference import linear_reference, prepare_reference
@@ -72,7 +78,7 @@ def prepare_weights(
     weight_format: str = "int4",
     activation_format: str = "int4",
     outlier_format: str = "int8",
-    shared_scale: bool = False,
+    scale_mode: ScaleMode = "group",
     backend: Backend | None = None,
 ) -> PreparedLinear:
     """Repack weights once, at load, for the backend that will run them.
@@ -81,7 +87,7 @@ def prepare_weights(
 
     Args:
         activation_format: what the layer's input is quantized to; float16 for w4a16.
-        shared_scale: all normal groups of a token have one scale.
+        scale_mode: how the scales of the input's groups depend on each other.
         backend: None picks the fastest one for the device and the formats.
 
     Raises:
@@ -103,12 +109,14 @@ def prepare_weights(
 
     formats = (weight_format, activation_format, outlier_format)
     tensors: tuple[Tensor, ...]
-    chosen = _choose(values, scales, layout, formats, shared_scale, backend)
+    chosen = _choose(values, scales, layout, formats, scale_mode, backend)
     match chosen:
         case Backend.CUDA:
             from quatom.ops.linear.hopper_layout import pack_weights
 
-            tensors = pack_weights(values, scales, layout, multiples=activation_format == "int8")
+            tensors = pack_weights(
+                values, scales, layout, multiples=holds_int8(activation_format, scale_mode)
+            )
             # The kernel fetches weights before it waits for the kernel before it: be sure that
             # this one is not the packing.
             torch.cuda.synchronize(values.device)
@@ -193,13 +201,13 @@ def _choose(
     scales: Tensor,
     layout: GroupLayout,
     formats: tuple[str, str, str],
-    shared_scale: bool,
+    scale_mode: ScaleMode,
     asked: Backend | None,
 ) -> Backend:
     """The backend that runs these formats; BackendError where one asked for cannot."""
     weight, activation, outlier = formats
     obstacles = {
-        Backend.CUDA: _cuda_obstacle(values, scales, layout, formats, shared_scale),
+        Backend.CUDA: _cuda_obstacle(values, scales, layout, formats, scale_mode),
         Backend.CUBLAS: _cublas_obstacle(values, layout, weight, activation),
         Backend.TRITON: _triton_obstacle(layout, weight, outlier),
         Backend.CPU: cpu_obstacle(values, formats if layout.outliers else formats[:2]),
@@ -246,7 +254,7 @@ def _cuda_obstacle(
     scales: Tensor,
     layout: GroupLayout,
     formats: tuple[str, str, str],
-    shared_scale: bool,
+    scale_mode: ScaleMode,
 ) -> str | None:
     weight, activation, outlier = formats
     device, rows = values.device, values.shape[0]
@@ -257,8 +265,8 @@ def _cuda_obstacle(
     if weight not in ("int2", "int3", "int4"):
         return f"its weights must be int2 to int4, not {weight}"
     try:
-        check_fits_groups(layout, activation, outlier, shared_scale)
-        if activation == "int8":
+        check_fits_groups(layout, activation, outlier, scale_mode)
+        if holds_int8(activation, scale_mode):
             split_multiples(scales[:, : layout.num_normal_groups])
     except (ShapeError, QuantizationError) as error:
         return str(error)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quatom.errors import BackendError
-from quatom.ops.activations import GROUP_BYTES, TOKEN_PADDING, MixedTensor
+from quatom.ops.activations import GROUP_BYTES, TOKEN_PADDING, MixedTensor, holds_int8
 from quatom.ops.cuda_build import (
     CudaKernel,
     KernelArguments,
@@ -132,7 +132,8 @@ def _candidates() -> tuple[Config, ...]:
     grouped += [Config(128, 3, signed=True), Config(256, 2, parts=2, signed=True)]
     grouped += [Config(96, 2, blocks=2), Config(128, 2, blocks=2, parts=2)]
     # Without sums to promote, more tokens a warpgroup and fewer CTAs pay.
-    integer = [Config(64, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3, 4)]
+    integer = [Config(bm, 1, split=2) for bm in (8, 16, 32, 64)]
+    integer += [Config(64, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3, 4)]
     integer += [Config(64, 1, split=split, ctas_per_sm=3) for split in (3, 7)]
     integer += [Config(32, 1, split=split, ctas_per_sm=4) for split in (7, 8)]
     integer += [Config(128, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3)]
@@ -273,10 +274,11 @@ def linear_cuda(
         )
     packed, *row_scales = weights
     integer = bool(row_scales)
-    if (x.spec.normal == "int8") != integer or (config is not None and config.integer != integer):
+    is_int8 = holds_int8(x.spec.normal, x.spec.scale_mode)
+    if is_int8 != integer or (config is not None and config.integer != integer):
         raise BackendError(
-            f"weights packed for {'INT8' if integer else 'INT4 or e4m3'} activations, these are "
-            f"{x.spec.normal}, and the configuration is {config}"
+            f"weights packed for {'integers' if integer else 'e4m3 numbers'}, activations are "
+            f"{x.spec.normal} with scale mode {x.spec.scale_mode!r}, the configuration is {config}"
         )
     device = packed.device.index
     config = config or choose_config(x.tokens, packed.shape[0], packed.shape[1], integer)
@@ -290,7 +292,7 @@ def linear_cuda(
     if config.split == 1:  # persistent: each cluster takes every clusters-th tile
         clusters = min(tiles, multiprocessors(device) * config.ctas_per_sm)
     # Weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
-    unit_value = {"e4m3": 2.0**9, "int8": 1.0}.get(x.spec.normal, 2.0**18)
+    unit_value = 1.0 if integer else 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
     _kernel(config, x.dtype, device).launch(
         clusters * config.split,
         _Arguments(

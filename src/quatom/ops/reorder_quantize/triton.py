@@ -39,7 +39,7 @@ def _reorder_quantize_kernel(
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
     ROTATE_STAGES: tl.constexpr,
-    SHARED_SCALE: tl.constexpr,
+    SCALE_MODE: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     BLOCK_K: tl.constexpr,  # K rounded up to a power of two
     SB: tl.constexpr,  # S rounded up to a power of two
@@ -81,7 +81,7 @@ def _reorder_quantize_kernel(
         OUTLIER_KIND,
         GROUPS_LAYOUT,
         ROTATE_STAGES,
-        SHARED_SCALE,
+        SCALE_MODE,
     )
 
 

@@ -45,7 +45,7 @@ def _rmsnorm_quantize_kernel(
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
     ROTATE_STAGES: tl.constexpr,
-    SHARED_SCALE: tl.constexpr,
+    SCALE_MODE: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_K: tl.constexpr,  # K rounded up to a power of two
@@ -97,7 +97,7 @@ def _rmsnorm_quantize_kernel(
         OUTLIER_KIND,
         GROUPS_LAYOUT,
         ROTATE_STAGES,
-        SHARED_SCALE,
+        SCALE_MODE,
     )
 
 

@@ -37,7 +37,7 @@ def _silu_quantize_kernel(
     OUTLIER_KIND: tl.constexpr,
     GROUPS_LAYOUT: tl.constexpr,
     ROTATE_STAGES: tl.constexpr,
-    SHARED_SCALE: tl.constexpr,
+    SCALE_MODE: tl.constexpr,
     SB: tl.constexpr,  # groups of a program
     WIDTH: tl.constexpr,
 ):
@@ -71,7 +71,7 @@ def _silu_quantize_kernel(
         OUTLIER_KIND,
         GROUPS_LAYOUT,
         ROTATE_STAGES,
-        SHARED_SCALE,
+        SCALE_MODE,
     )
 
 
@@ -83,7 +83,7 @@ def silu_quantize_triton(gate_up: Tensor, spec: QuantizeSpec) -> MixedTensor:
         return out
     width = group_width(spec)
     groups = triton.next_power_of_2(spec.layout.num_scales)
-    if not spec.shared_scale:
+    if spec.scale_mode == "group":
         groups = min(groups, max(1, _TILE // width))
     _silu_quantize_kernel[(tokens, triton.cdiv(spec.layout.num_scales, groups))](
         gate_up,
