@@ -357,7 +357,7 @@ _RUN_HEADER = [
     "requests x tokens, memory, recipe",
     "output tokens/s",
     "over FP16",
-    "running, mean",
+    "running, mean / most",
     "KV tokens",
     "TTFT p50 (ms)",
     "TPOT p50 (ms)",
@@ -457,7 +457,9 @@ def _run_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         f"{entry['requests']} x {entry['workload']}, {_memory_and_recipe(entry)}",
         f"{entry['output_tokens_per_s']:.0f}",
         _over_float(entry, rows),
-        "" if entry["mean_running"] is None else f"{entry['mean_running']:.0f}",
+        ""
+        if entry["mean_running"] is None
+        else f"{entry['mean_running']:.0f} / {entry['max_running']}",
         f"{entry['kv_tokens']:,}",
         f"{entry['ttft_ms']['p50']:.0f}",
         "" if tpot is None else f"{tpot['p50']:.1f}",
