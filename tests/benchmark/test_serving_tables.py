@@ -27,6 +27,7 @@ def entry(mode, recipe, rate, **more):
         requests=64,
         kv_tokens=19968,
         mean_running=12.3,
+        max_running=16,
         output_tokens_per_s=rate,
         ttft_ms=LATENCY,
         tpot_ms=LATENCY,
@@ -78,7 +79,7 @@ def test_runs_stand_beside_float_at_the_same_memory(tables, tmp_path):
         ["64 x 1024+512, 40 GiB, `w8a8`", "2000", ""],
         ["64 x 1024+512, 72 GiB, `fp16`", "2800", "1.00x"],
     ]
-    assert got[1][3:] == ["12", "19,968", "1500", "1500.0", "1.50", "46 %"]
+    assert got[1][3:] == ["12 / 16", "19,968", "1500", "1500.0", "1.50", "46 %"]
 
 
 def test_batches_are_compared_at_equal_batch_and_at_equal_memory(tables, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from quatom.checkpoint.reader import open_source
-from quatom.evaluation.ladder import LADDERS, LadderRun
+from quatom.evaluation.ladder import LadderRun
+from quatom.evaluation.ladders import LADDERS
 from quatom.evaluation.perplexity import measure_perplexity
 from quatom.loading import load
 from quatom.quantize.pipeline import quantize_checkpoint
@@ -46,7 +47,9 @@ def test_the_presets_are_rungs():
 
     assert parts(LADDERS["atom"]["kv4"]) == parts(PRESETS["atom-w4a4kv4"])
     assert parts(LADDERS["quatom"]["atom"]) == parts(PRESETS["atom-w4a4kv4"])
-    assert parts(LADDERS["quatom"]["key_scaling"]) == parts(PRESETS["quatom-w4a4kv4"])
+    assert parts(LADDERS["quatom"]["multiples"]) == parts(PRESETS["quatom-w4a4kv4"])
+    multiples = LADDERS["activations"]["int8_scale_a_token_multiples"]
+    assert parts(multiples) == parts(PRESETS["quatom-w4a8kv4"])
 
 
 @pytest.mark.parametrize("preset", ["fp16", "quatom-w4a4kv4"])

@@ -67,7 +67,8 @@ def test_an_error_carries_the_compiler_log():
     ],
 )
 def test_the_hopper_linear_kernel_uses_the_matrix_units_without_spills(fields, tmp_path):
-    from quatom.ops.linear.cuda import Config, defines, kernel_source
+    from quatom.ops.linear.configs import Config
+    from quatom.ops.linear.cuda import defines, kernel_source
 
     config = Config(**fields)
     source = kernel_source(config.columns)
@@ -83,7 +84,7 @@ def test_the_hopper_linear_kernel_uses_the_matrix_units_without_spills(fields, t
 
 
 def test_candidates_fit_the_chip():
-    from quatom.ops.linear.cuda import CONFIGS
+    from quatom.ops.linear.configs import CONFIGS
 
     for config in CONFIGS:
         per_sm = config.ctas_per_sm * (config.shared_bytes + 1024)
@@ -99,7 +100,7 @@ def test_candidates_fit_the_chip():
 @pytest.mark.parametrize("tokens", [1, 16, 64, 100, 5000])
 @pytest.mark.parametrize(("row_blocks", "units"), [(344, 33), (64, 87), (15, 3), (1, 1)])
 def test_every_problem_gets_a_configuration(tokens, row_blocks, units):
-    from quatom.ops.linear.cuda import choose_config
+    from quatom.ops.linear.configs import choose_config
 
     for integer in (False, True):
         config = choose_config(tokens, row_blocks, units, integer)
@@ -112,7 +113,7 @@ def test_the_quantize_kernel_moves_wide_words(operation, tmp_path):
     source = Path(cuda_build.__file__).with_name("quantize.cu").read_text()
     constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
     constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "INT8": 0, "ROTATE": 0}
-    constants |= {"SHARED_SCALE": 0, "MULTIPLES": 0, "CLUSTER": 1}
+    constants |= {"WHOLE_TOKEN": 0, "MULTIPLES": 0, "CLUSTER": 1}
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert ("LDG.E.128" if operation == 2 else "LDG.E.64") in sass
     assert "STG.E.64" in sass

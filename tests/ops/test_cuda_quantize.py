@@ -27,9 +27,9 @@ LAYOUTS = {
 def variants(layout):
     """Whatever `choose_variant` may return, and smaller and larger CTAs."""
     chosen = {
-        choose_variant("reorder", tokens, layout, shared_scale)
+        choose_variant("reorder", tokens, layout, whole_token)
         for tokens in (1, 4096)
-        for shared_scale in (False, True)
+        for whole_token in (False, True)
     }
     return chosen | {Variant(128, 1), Variant(1024, 1), Variant(96, 2), Variant(512, 2)}
 
@@ -127,7 +127,7 @@ def test_every_variant_normalizes_as_the_reference_does(layout, scale_mode, pois
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_silu_with_a_shared_scale_takes_whole_tokens(layout, poisoned):
+def test_silu_with_a_whole_token_takes_whole_tokens(layout, poisoned):
     x, other, _, _ = make_inputs(5, layout.channels, torch.float16)
     gate_up = torch.cat((x, other), dim=1)
     spec = QuantizeSpec(layout=layout, normal="int8", scale_mode="row", byte_layout="groups")
@@ -201,12 +201,12 @@ def test_an_infinite_channel_shows():
 def test_variants_cover_a_row():
     for layout in LAYOUTS.values():
         for operation in ("reorder", "rmsnorm", "silu"):
-            for tokens, shared_scale in product((1, 64, 4096), (False, True)):
-                variant = choose_variant(operation, tokens, layout, shared_scale)
+            for tokens, whole_token in product((1, 64, 4096), (False, True)):
+                variant = choose_variant(operation, tokens, layout, whole_token)
                 assert variant.threads % 32 == 0
                 assert 32 <= variant.threads <= 1024
                 assert variant.tokens in ((1,) if operation == "silu" else (1, 2))
-                assert variant.ctas <= 8 or not shared_scale  # a cluster
+                assert variant.ctas <= 8 or not whole_token  # a cluster
 
 
 def test_what_the_kernel_cannot_do_is_said(monkeypatch):

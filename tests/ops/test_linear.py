@@ -343,7 +343,8 @@ def test_hopper_shapes(tokens, channels, normal, outliers, fmt, scale_mode, devi
 @pytest.mark.gpu
 @pytest.mark.parametrize("fmt", ["int4", "int8"])
 def test_every_configuration_of_the_hopper_kernel_is_exact(fmt, device):
-    from quatom.ops.linear.cuda import CONFIGS, linear_cuda
+    from quatom.ops.linear.configs import CONFIGS
+    from quatom.ops.linear.cuda import linear_cuda
 
     integer = fmt == "int8"
     scale_mode = "row" if integer else "group"

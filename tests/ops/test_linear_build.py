@@ -10,7 +10,8 @@ from tests.ops.test_cuda_build import disassemble
 from quatom.errors import BackendError
 from quatom.ops import cuda_build
 from quatom.ops.cuda_build import compile_cubin
-from quatom.ops.linear.cuda import CONFIGS, TUNING, Config, defines, kernel_source
+from quatom.ops.linear.configs import CONFIGS, TUNING, Config
+from quatom.ops.linear.cuda import defines, kernel_source
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ from quatom.benchmark.timing import copies_to_rotate
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout, ScaleMode, expand_scales
 from quatom.numerics.multiples import LARGEST_MULTIPLE
-from quatom.ops.activations import MixedTensor, QuantizeSpec, holds_int8, pack_values
+from quatom.ops.activations import MixedTensor, QuantizeSpec, pack_values
 from quatom.ops.backend import Backend
+from quatom.ops.groups_layout import holds_int8
 from quatom.ops.linear import PreparedLinear, prepare_weights
 
 OUTLIERS = 128

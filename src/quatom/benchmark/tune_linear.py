@@ -23,7 +23,8 @@ from quatom.benchmark.kernel_operands import hopper_operands
 from quatom.benchmark.timing import time_graphs
 from quatom.numerics.groups import ScaleMode
 from quatom.ops.cuda_build import compile_cubin
-from quatom.ops.linear.cuda import CONFIGS, Config, defines, kernel_source, linear_cuda
+from quatom.ops.linear.configs import CONFIGS, Config
+from quatom.ops.linear.cuda import defines, kernel_source, linear_cuda
 
 SHAPES = (
     (12288, 4096),

@@ -45,7 +45,8 @@ def ablate(
     from quatom.cli.common import print_table, read_dtype, rung_progress
     from quatom.errors import RecipeError
     from quatom.evaluation.corpora import load_corpus
-    from quatom.evaluation.ladder import LADDERS, LadderRun
+    from quatom.evaluation.ladder import LadderRun
+    from quatom.evaluation.ladders import LADDERS
     from quatom.evaluation.perplexity import cut_windows
     from quatom.evaluation.results import add_results, read_results
     from quatom.loading import default_dtype, usable_device

@@ -1,18 +1,13 @@
-"""Ladders of recipes: each rung adds one part to the one before, and its perplexity is measured.
+"""Measure the perplexity of a ladder's rungs, see `quatom.evaluation.ladders`.
 
-"atom" is the ablation of the paper and its poster; "quatom" goes on from the whole Atom recipe;
-"keys" leaves all but the KV cache in floating point and shows what INT4 keys alone cost;
-"activations" compares formats and scales of W4A8.
 A rung is quantized and evaluated block by block in one walk, so that only one block is in memory;
 channel scores, which rungs share, are measured once and kept beside the result file.
-
-Source: Atom (Zhao et al., MLSys 2024), accuracy ablation.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,127 +25,7 @@ from quatom.ops.rmsnorm import rmsnorm
 from quatom.quantize.block import balance_keys, rotate_values
 from quatom.quantize.statistics import run_block
 from quatom.quantize.stream import BlockQuantizer, Streams, embed
-from quatom.recipe import (
-    PRESETS,
-    ActivationFormat,
-    ActivationSpec,
-    KVSpec,
-    OutlierSpec,
-    Recipe,
-    WeightSpec,
-)
-
-
-def _atom_ladder() -> dict[str, Recipe]:
-    rtn = replace(PRESETS["rtn-w4a4"], name="rtn")
-    fp16 = replace(rtn, outliers=OutlierSpec(format="float16"))
-    int8 = replace(rtn, outliers=OutlierSpec())
-    groups = replace(
-        int8,
-        weights=WeightSpec(rounding="nearest", rows_per_scale=2),
-        activations=ActivationSpec(),
-    )
-    clipping = replace(
-        groups,
-        weights=replace(groups.weights, clip_ratio=0.85),
-        activations=ActivationSpec(clip_ratio=0.9),
-    )
-    gptq = replace(clipping, weights=replace(clipping.weights, rounding="gptq"))
-    return {
-        "rtn": rtn,
-        "outliers_fp16": fp16,
-        "outliers_int8": int8,
-        "groups": groups,
-        "clipping": clipping,
-        "gptq": gptq,
-        "kv4": replace(gptq, kv_cache=KVSpec()),
-    }
-
-
-def _quatom_ladder() -> dict[str, Recipe]:
-    atom = PRESETS["atom-w4a4kv4"]
-    rotation = replace(atom, activations=ActivationSpec(rotation="hadamard"))
-    keys = replace(rotation, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
-    values = replace(keys, kv_cache=replace(keys.kv_cache, value_rotation="hadamard"))
-    weights = replace(values, weights=replace(atom.weights, clip_ratio=1.0, clip_search="mse"))
-    clipping = replace(weights, activations=replace(weights.activations, clip_ratio=0.95))
-    offset = replace(clipping, kv_cache=replace(clipping.kv_cache, key_offset="mean"))
-    scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
-    searched = replace(scaling, weights=replace(scaling.weights, clip_search="output"))
-    return {
-        "atom": atom,
-        "group_rotation": rotation,
-        "rotated_keys": keys,
-        "rotated_values": values,
-        "searched_weights": weights,
-        "activation_clipping": clipping,
-        "key_offset": offset,
-        "key_scaling": scaling,
-        "key_scaling_output_search": searched,
-        "key_scaling_output_search_columns": replace(
-            searched, weights=replace(searched.weights, column_order="important_first")
-        ),
-        "output_weighted_search": replace(
-            clipping, weights=replace(clipping.weights, clip_search="output")
-        ),
-        "important_columns_first": replace(
-            clipping, weights=replace(clipping.weights, column_order="important_first")
-        ),
-        "float_input_target": replace(
-            clipping, weights=replace(clipping.weights, target="float_input")
-        ),
-        "half_float_input_target": replace(
-            clipping,
-            weights=replace(clipping.weights, target="float_input", target_strength=0.5),
-        ),
-    }
-
-
-def _keys_ladder() -> dict[str, Recipe]:
-    original = replace(PRESETS["fp16"], kv_cache=KVSpec())
-    rotated = replace(original, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
-    offset = replace(rotated, kv_cache=replace(rotated.kv_cache, key_offset="mean"))
-    scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
-    return {
-        "kv4_alone": original,
-        "kv4_rotated": rotated,
-        "kv4_offset": offset,
-        "kv4_scaling": scaling,
-    }
-
-
-def _activations_ladder() -> dict[str, Recipe]:
-    def rung(form: ActivationFormat, group_size: int, *, rotated: bool = True) -> Recipe:
-        activations = ActivationSpec(
-            format=form, group_size=group_size, rotation="hadamard" if rotated else "none"
-        )
-        return replace(preset, weights=weights, activations=activations)
-
-    preset, w4a4 = PRESETS["quatom-w4a8kv4"], PRESETS["quatom-w4a4kv4"]
-    free = replace(w4a4.activations, scale_format="float16")
-    weights = replace(preset.weights, scale_format="float16")
-    return {
-        "e4m3_scale_a_group": rung("e4m3", 128),
-        "e4m3_scale_a_token": rung("e4m3", -1),
-        "int8_scale_a_group": rung("int8", 128),
-        "int8_scale_a_token": rung("int8", -1),
-        "int8_scale_a_token_multiples": preset,
-        "int4_free_scales": replace(w4a4, weights=weights, activations=free),
-        "int4_multiples_of_weights": replace(w4a4, activations=free),
-        "int4_multiples": w4a4,
-        "unrotated_e4m3_scale_a_group": rung("e4m3", 128, rotated=False),
-        "unrotated_e4m3_scale_a_token": rung("e4m3", -1, rotated=False),
-    }
-
-
-LADDERS: Mapping[str, Mapping[str, Recipe]] = {
-    "atom": _atom_ladder(),
-    "quatom": _quatom_ladder(),
-    "keys": _keys_ladder(),
-    "activations": _activations_ladder(),
-}
-"""Rungs by name, in order. "key_scaling" is the quatom recipe; what follows it are tries, first on
-top of it, then each beside "activation_clipping". Rungs of "activations" are beside each other."""
+from quatom.recipe import PRESETS, Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,11 +79,11 @@ class _Plan:
 
 @lru_cache(maxsize=4096)
 def choose_variant(
-    operation: Operation, tokens: int, layout: GroupLayout, shared_scale: bool = False
+    operation: Operation, tokens: int, layout: GroupLayout, whole_token: bool = False
 ) -> Variant:
     """The fastest variant measured, see docs/kernels-linear.md."""
     pairs = -(-layout.num_scales // 2)  # a warp takes two groups
-    if operation == "silu" and not shared_scale:
+    if operation == "silu" and not whole_token:
         return Variant(128, 1, -(-pairs // 4))
     if operation == "silu":
         for most_tokens, ctas, cta_rounds in _CLUSTERS:
@@ -94,7 +94,7 @@ def choose_variant(
     # Two wide rows fill registers: large CTAs, few of which fit, would all wait at the same time.
     most = 10 if two_tokens and operation == "reorder" and pairs > 16 else 16
     rounds = -(-pairs // most)
-    if two_tokens and shared_scale and pairs > 8:
+    if two_tokens and whole_token and pairs > 8:
         rounds = max(rounds, 2)  # half the CTA waits at the barrier of the maximum
     return Variant(-(-pairs // rounds) * 32, 2 if two_tokens else 1)
 
@@ -113,7 +113,7 @@ def defines(
         "E4M3": int(spec.normal == "e4m3"),
         "INT8": int(spec.normal == "int8"),
         "ROTATE": int(spec.rotate),
-        "SHARED_SCALE": int(spec.scale_mode != "group"),
+        "WHOLE_TOKEN": int(spec.scale_mode != "group"),
         "MULTIPLES": int(spec.scale_mode == "multiples"),
         "CLUSTER": variant.ctas if spec.scale_mode != "group" else 1,
     }

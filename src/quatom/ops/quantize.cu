@@ -1,4 +1,4 @@
-// Quantize tokens into the byte layout `groups` of quatom.ops.activations (sm_90). Three operations share
+// Quantize tokens into the byte layout `groups` of quatom.ops.groups_layout (sm_90). Three operations share
 // this source: OPERATION 0 reorders, 1 adds a residual, normalizes and reorders, 2 multiplies silu(gate)
 // by up. Each is one pass over device memory.
 //
@@ -8,12 +8,15 @@
 // token, where time is latency, or two, where it is throughput: the rows of two tokens lie interleaved,
 // so that one gather, one index and one shuffle serve both.
 //
-// Compiled by NVRTC with THREADS, TOKENS (of a CTA; 1 for operation 2), VECTORS (4-channel pieces of a
-// thread that cover a row), ROUNDS (of THREADS / 16 groups), INPUT_BF16, E4M3 and INT8 (what normal
-// groups are; else integers of at most 4 bits, which become e4m3 bytes), ROTATE (normal groups are multiplied by a Hadamard matrix), SHARED_SCALE (the
-// scales of a token's normal groups follow the largest of them, for whose maximum their numbers wait in registers),
-// MULTIPLES (they are multiples of one, and codes times multiples are INT8; else they are one) and CLUSTER (CTAs
-// of a token that tell each other their maxima; 1 where one CTA has the token or a scale is a group's) defined.
+// Compiled by NVRTC with these defined:
+//   THREADS, TOKENS (of a CTA; 1 for operation 2), VECTORS (4-channel pieces of a thread that cover a row),
+//   ROUNDS (of THREADS / 16 groups), INPUT_BF16
+//   E4M3, INT8   what normal groups are; else integers of at most 4 bits, which become e4m3 bytes
+//   ROTATE       normal groups are multiplied by a Hadamard matrix
+//   WHOLE_TOKEN  scales of a token's normal groups follow the largest of them: their numbers wait in registers
+//                for its maximum. The scales are one, or with
+//   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
+//   CLUSTER      CTAs of a token that tell each other their maxima; 1 where one CTA has it or none asks
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -200,7 +203,7 @@ __device__ __forceinline__ float reduce_sum(const float (&values)[TOKENS]) {
   return kept;
 }
 
-#if SHARED_SCALE
+#if WHOLE_TOKEN
 // The largest of what the lanes of all CTAs of a token have, of the token that each keeps.
 __device__ __forceinline__ float reduce_token(float top) {
   constexpr int WARPS = THREADS / 32;
@@ -538,8 +541,8 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
   };
 #endif
 
-  // Of SHARED_SCALE all rounds are brought before one is stored.
-  constexpr int KEPT = SHARED_SCALE ? ROUNDS : 1, UNROLL = SHARED_SCALE || ROUNDS <= 4 ? ROUNDS : 1;
+  // Of WHOLE_TOKEN all rounds are brought before one is stored.
+  constexpr int KEPT = WHOLE_TOKEN ? ROUNDS : 1, UNROLL = WHOLE_TOKEN || ROUNDS <= 4 ? ROUNDS : 1;
   float values[KEPT][TOKENS][8], top[KEPT];
   float token_top = 0.0f;
   // Whole warps take part in each round: the last one may hold a half-warp without a group.
@@ -555,9 +558,9 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
 #endif
     top[kept] = reduce_max(values[kept]);
     if (!place.outlier) token_top = fmaxf(token_top, top[kept]);
-    if (!SHARED_SCALE) store_group(values[kept], top[kept], 0.0f, place, token, tokens, tokens_padded, layout, codes, scales);
+    if (!WHOLE_TOKEN) store_group(values[kept], top[kept], 0.0f, place, token, tokens, tokens_padded, layout, codes, scales);
   }
-#if SHARED_SCALE
+#if WHOLE_TOKEN
   token_top = reduce_token(token_top);
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {

@@ -18,12 +18,12 @@ from quatom.numerics.formats import get_format
 from quatom.numerics.groups import MIN_SCALE, GroupLayout
 from quatom.numerics.hadamard import rotation_block
 from quatom.ops.activations import (
-    GROUP_BYTES,
     MixedTensor,
     QuantizeSpec,
     allocate_groups,
     row_dtype,
 )
+from quatom.ops.groups_layout import GROUP_BYTES
 
 INTEGER, E4M3, FLOAT16, INT8 = 0, 1, 2, 3
 _SCALE_MODES = {"group": 0, "row": 1, "multiples": 2}

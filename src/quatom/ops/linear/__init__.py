@@ -30,14 +30,9 @@ from quatom.errors import BackendError, QuantizationError, ShapeError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.numerics.multiples import split_multiples
-from quatom.ops.activations import (
-    ByteLayout,
-    MixedTensor,
-    QuantizeSpec,
-    check_fits_groups,
-    holds_int8,
-)
+from quatom.ops.activations import ByteLayout, MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.groups_layout import check_fits_groups, holds_int8
 from quatom.ops.linear.cpu import cpu_obstacle, linear_cpu, prepare_cpu
 from quatom.ops.linear.reference import linear_reference, prepare_reference
 

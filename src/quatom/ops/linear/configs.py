@@ -1,0 +1,170 @@
+"""Configurations of the Hopper kernel of `linear`, and which one a problem gets."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from quatom.ops.groups_layout import GROUP_BYTES, TOKEN_PADDING
+from quatom.ops.linear.hopper_layout import UNIT_BYTES
+
+_SHARED_BYTES = 227 * 1024
+"""Shared memory that one CTA may have on Hopper."""
+_RESERVED_BYTES = 1024
+"""Shared memory of an SM that the system takes from each resident CTA."""
+
+
+TUNING = files("quatom.ops.linear") / "tuning.json"
+"""Written by `python -m quatom.benchmark.tune_linear` on an H100."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A compiled variant of the kernel; docs/kernels-linear.md says what each number does."""
+
+    tokens: int
+    """BM: tokens of a tile."""
+    warpgroups: int
+    """Consumer warpgroups."""
+    blocks: int = 1
+    """Blocks of 64 output channels of each warpgroup."""
+    split: int = 1
+    """CTAs that share a tile's k-range."""
+    ctas_per_sm: int = 1
+    parts: int = 1
+    """Parts in which a step's tokens are multiplied and promoted."""
+    signed: bool = False
+    """Weights become signed numbers, instead of sums corrected for their offset."""
+    integer: bool = False
+    """INT8 activations and weights that carry their group's multiple, summed in int32."""
+    stages: int = 0
+    """Units in flight; 0: as many as fit."""
+
+    @property
+    def columns(self) -> int:
+        """Tokens of one matrix instruction."""
+        return self.tokens // self.parts
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 64 output channels of a tile."""
+        return self.warpgroups * self.blocks
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of one stage: activations, weights, activation scales, two barriers."""
+        scales = 8 * max(self.tokens, TOKEN_PADDING)
+        return self.tokens * GROUP_BYTES + scales + self.row_blocks * UNIT_BYTES + 16
+
+    @property
+    def receive_bytes(self) -> int:
+        """Shared memory for the partial sums of the other CTAs of a cluster that splits k."""
+        owned_blocks = -(-(self.tokens // 8) // self.split) if self.split > 1 else 0
+        return owned_blocks * (self.split - 1) * self.row_blocks * 2048 + 8
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the ring."""
+        if self.stages:
+            return self.stages
+        room = (_SHARED_BYTES + _RESERVED_BYTES) // self.ctas_per_sm - _RESERVED_BYTES
+        return min((room - self.receive_bytes) // self.stage_bytes, 32)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA."""
+        return self.num_stages * self.stage_bytes + self.receive_bytes
+
+    @property
+    def producer_threads(self) -> int:
+        """A whole warpgroup where registers are handed from the producer to the consumers."""
+        return 128 if self.ctas_per_sm == 1 and self.warpgroups > 1 else 32
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a producer and a consumer thread; zeros where all have the same number.
+
+        setmaxnreg can only hand around what the launch gave the CTA, a multiple of 8 a thread:
+        asking for one step more waits forever.
+        """
+        if self.producer_threads < 128:
+            return 0, 0
+        given = 65536 // self.threads // 8 * 8 * self.threads
+        producer = 24 if self.warpgroups == 2 else 32
+        if self.split > 1:  # a producer that starts amid the k-range remembers more
+            producer = 40 if self.warpgroups == 2 else 56
+        return producer, (given - producer * 128) // (128 * self.warpgroups) // 8 * 8
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 128 * self.warpgroups + self.producer_threads
+
+
+def _candidates() -> tuple[Config, ...]:
+    few = [
+        Config(bm, 1, split=split, ctas_per_sm=ctas)
+        for bm in (8, 16, 32, 64)
+        for ctas in (3, 4)
+        for split in (1, 2, 4, 5, 6)
+        if bm < 64 or ctas == 3
+    ]
+    wide = [Config(64, 3, split=split) for split in (1, 2)]
+    wide += [Config(96, 3, split=split) for split in (1, 2)]
+    wide += [Config(64, 2, blocks=2, split=split) for split in (1, 2, 3)]
+    wide += [Config(64, 3, blocks=2, parts=2), Config(128, 2)]
+    grouped = [Config(128, 2, signed=True, split=split) for split in (1, 2, 3)]
+    grouped += [Config(128, 3, signed=True), Config(256, 2, parts=2, signed=True)]
+    grouped += [Config(96, 2, blocks=2), Config(128, 2, blocks=2, parts=2)]
+    # Without sums to promote, more tokens a warpgroup and fewer CTAs pay.
+    integer = [Config(bm, 1, split=2) for bm in (8, 16, 32, 64)]
+    integer += [Config(64, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3, 4)]
+    integer += [Config(64, 1, split=split, ctas_per_sm=3) for split in (3, 7)]
+    integer += [Config(32, 1, split=split, ctas_per_sm=4) for split in (7, 8)]
+    integer += [Config(128, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3)]
+    integer += [Config(128, 2, split=split) for split in (2, 3)]
+    integer += [Config(128, 3, parts=2), Config(160, 3, parts=2)]
+    integer += [Config(192, 2, parts=2), Config(256, 2, parts=2), Config(256, 1, parts=2)]
+    return (
+        *few,
+        *wide,
+        *grouped,
+        *(replace(config, integer=True) for config in few + wide + integer),
+    )
+
+
+CONFIGS = _candidates()
+"""What tuning chooses from."""
+
+
+@cache
+def _tuned(integer: bool) -> list[tuple[int, int, int, Config]]:
+    """Measured choices: (row blocks, units, tokens, the fastest configuration)."""
+    path = os.environ.get("QUATOM_LINEAR_TUNING")
+    text = Path(path).read_text() if path else TUNING.read_text()
+    return [
+        (row["row_blocks"], row["units"], row["tokens"], Config(**row["config"]))
+        for row in json.loads(text)["choices"]
+        if row["integer"] == integer
+    ]
+
+
+@cache
+def choose_config(tokens: int, row_blocks: int, units: int, integer: bool = False) -> Config:
+    """The configuration for T tokens, N / 64 row blocks and a k-range of `units` units.
+
+    The fastest one measured (`python -m quatom.benchmark.tune_linear`) for the most similar
+    problem: the same or the next larger number of tokens first, then the nearest shape.
+    """
+    choices = _tuned(integer)
+    sizes = sorted({row[2] for row in choices})
+    size = next((s for s in sizes if s >= tokens), sizes[-1])
+
+    def distance(row: tuple[int, int, int, Config]) -> float:
+        return abs(math.log(row[0] / row_blocks)) + 0.5 * abs(math.log(row[1] / units))
+
+    best = min((row for row in choices if row[2] == size), key=distance)[3]
+    return replace(best, split=min(best.split, units))
