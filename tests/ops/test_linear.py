@@ -430,6 +430,21 @@ def test_a_captured_graph_sees_new_inputs(device):
     assert torch.equal(y.cpu(), want)
 
 
+def test_a_sum_that_int32_cannot_hold_is_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    from quatom.ops.linear import _cuda_obstacle
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    formats = ("int4", "int8", "int8")
+    for channels, fits in ((2**17 - 128, True), (2**17, False)):
+        layout = GroupLayout(channels, 128, 128)
+        values = SimpleNamespace(device=torch.device("cuda"), shape=(64, channels))
+        scales = torch.ones(64, layout.num_scales).half()
+        obstacle = _cuda_obstacle(values, scales, layout, formats, "row")
+        assert obstacle is None if fits else "131072 products" in obstacle
+
+
 def test_packed_hopper_weights_hold_every_code_once():
     """Decode the packed bytes the way the kernel's registers do, without the packing code."""
     from quatom.ops.linear.hopper_layout import pack_weights

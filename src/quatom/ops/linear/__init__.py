@@ -37,6 +37,8 @@ from quatom.ops.linear.cpu import cpu_obstacle, linear_cpu, prepare_cpu
 from quatom.ops.linear.reference import linear_reference, prepare_reference
 
 BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUBLAS, Backend.CUDA)
+_MOST_INT8_PRODUCTS = 2**17 - 1
+"""Whose sum int32 holds: each is at most 2**14."""
 _BYTE_LAYOUTS: dict[Backend, ByteLayout] = {Backend.CPU: "padded", Backend.CUDA: "groups"}
 
 
@@ -262,6 +264,11 @@ def _cuda_obstacle(
     try:
         check_fits_groups(layout, activation, outlier, scale_mode)
         if holds_int8(activation, scale_mode):
+            if layout.normal > _MOST_INT8_PRODUCTS:
+                return (
+                    f"{layout.normal} products of INT8 numbers overflow int32, "
+                    f"{_MOST_INT8_PRODUCTS} do not"
+                )
             split_multiples(scales[:, : layout.num_normal_groups])
     except (ShapeError, QuantizationError) as error:
         return str(error)
