@@ -1,6 +1,6 @@
 """What to quantize and how: the object that checkpoints, kernels and result tables agree on."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from quatom.errors import RecipeError
@@ -122,7 +122,7 @@ class ActivationSpec:
     """Number format of a code; float16 leaves activations in their own dtype."""
     group_size: int = 128
     """Consecutive channels that share one scale, as the weights do; -1: all normal channels of a
-    token share one, whatever the groups of the weights. 8 bits lose nothing by it where groups are
+    token share one, whatever the groups of the weights. 8 bits lose little by it where groups are
     rotated."""
     scale_format: Literal["float16", "multiples"] = "float16"
     """Groups have scales of their own, or multiples of one scale a token, as weights may have."""
@@ -341,7 +341,7 @@ def _presets() -> dict[str, Recipe]:
     float_activations = ActivationSpec(format="float16")
     float_cache = KVSpec(format="float16")
     atom_weights = WeightSpec(rows_per_scale=2, clip_ratio=0.85)
-    searched_weights = WeightSpec(rows_per_scale=2, clip_search="mse")
+    searched_weights = WeightSpec(rows_per_scale=2, clip_search="mse", scale_format="multiples")
     rotated_cache = KVSpec(
         keys="post_rope",
         rotation="hadamard",
@@ -400,7 +400,7 @@ def _presets() -> dict[str, Recipe]:
         ),
         Recipe(
             name="quatom-w4a4kv4",
-            weights=replace(searched_weights, scale_format="multiples"),
+            weights=searched_weights,
             activations=ActivationSpec(
                 clip_ratio=0.95, scale_format="multiples", rotation="hadamard"
             ),
@@ -408,7 +408,7 @@ def _presets() -> dict[str, Recipe]:
         ),
         Recipe(
             name="quatom-w4a8kv4",
-            weights=replace(searched_weights, scale_format="multiples"),
+            weights=searched_weights,
             activations=ActivationSpec(format="int8", group_size=-1, rotation="hadamard"),
             kv_cache=rotated_cache,
         ),

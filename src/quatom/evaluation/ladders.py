@@ -9,6 +9,7 @@ Source: Atom (Zhao et al., MLSys 2024), accuracy ablation.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from quatom.recipe import (
     PRESETS,
@@ -21,6 +22,12 @@ from quatom.recipe import (
 )
 
 
+def _changed(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
+    """The recipe with some fields of its parts replaced, by the name of the part."""
+    made = {name: replace(getattr(recipe, name), **fields) for name, fields in parts.items()}
+    return replace(recipe, **made)
+
+
 def _atom_ladder() -> dict[str, Recipe]:
     rtn = replace(PRESETS["rtn-w4a4"], name="rtn")
     fp16 = replace(rtn, outliers=OutlierSpec(format="float16"))
@@ -30,12 +37,8 @@ def _atom_ladder() -> dict[str, Recipe]:
         weights=WeightSpec(rounding="nearest", rows_per_scale=2),
         activations=ActivationSpec(),
     )
-    clipping = replace(
-        groups,
-        weights=replace(groups.weights, clip_ratio=0.85),
-        activations=ActivationSpec(clip_ratio=0.9),
-    )
-    gptq = replace(clipping, weights=replace(clipping.weights, rounding="gptq"))
+    clipping = _changed(groups, weights={"clip_ratio": 0.85}, activations={"clip_ratio": 0.9})
+    gptq = _changed(clipping, weights={"rounding": "gptq"})
     return {
         "rtn": rtn,
         "outliers_fp16": fp16,
@@ -51,17 +54,15 @@ def _quatom_ladder() -> dict[str, Recipe]:
     atom = PRESETS["atom-w4a4kv4"]
     rotation = replace(atom, activations=ActivationSpec(rotation="hadamard"))
     keys = replace(rotation, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
-    values = replace(keys, kv_cache=replace(keys.kv_cache, value_rotation="hadamard"))
-    weights = replace(values, weights=replace(atom.weights, clip_ratio=1.0, clip_search="mse"))
-    clipping = replace(weights, activations=replace(weights.activations, clip_ratio=0.95))
-    offset = replace(clipping, kv_cache=replace(clipping.kv_cache, key_offset="mean"))
-    scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
-    weight_multiples = replace(scaling, weights=replace(scaling.weights, scale_format="multiples"))
-    multiples = replace(
-        weight_multiples,
-        activations=replace(weight_multiples.activations, scale_format="multiples"),
-    )
-    searched = replace(scaling, weights=replace(scaling.weights, clip_search="output"))
+    values = _changed(keys, kv_cache={"value_rotation": "hadamard"})
+    weights = _changed(values, weights={"clip_ratio": 1.0, "clip_search": "mse"})
+    clipping = _changed(weights, activations={"clip_ratio": 0.95})
+    offset = _changed(clipping, kv_cache={"key_offset": "mean"})
+    scaling = _changed(offset, kv_cache={"key_scaling": "balanced"})
+    weight_multiples = _changed(scaling, weights={"scale_format": "multiples"})
+    searched = _changed(scaling, weights={"clip_search": "output"})
+    float_target = _changed(clipping, weights={"target": "float_input"})
+    important_first = {"column_order": "important_first"}
     return {
         "atom": atom,
         "group_rotation": rotation,
@@ -72,37 +73,25 @@ def _quatom_ladder() -> dict[str, Recipe]:
         "key_offset": offset,
         "key_scaling": scaling,
         "weight_multiples": weight_multiples,
-        "multiples": multiples,
+        "multiples": _changed(weight_multiples, activations={"scale_format": "multiples"}),
         "key_scaling_output_search": searched,
-        "key_scaling_output_search_columns": replace(
-            searched, weights=replace(searched.weights, column_order="important_first")
-        ),
-        "output_weighted_search": replace(
-            clipping, weights=replace(clipping.weights, clip_search="output")
-        ),
-        "important_columns_first": replace(
-            clipping, weights=replace(clipping.weights, column_order="important_first")
-        ),
-        "float_input_target": replace(
-            clipping, weights=replace(clipping.weights, target="float_input")
-        ),
-        "half_float_input_target": replace(
-            clipping,
-            weights=replace(clipping.weights, target="float_input", target_strength=0.5),
-        ),
+        "key_scaling_output_search_columns": _changed(searched, weights=important_first),
+        "output_weighted_search": _changed(clipping, weights={"clip_search": "output"}),
+        "important_columns_first": _changed(clipping, weights=important_first),
+        "float_input_target": float_target,
+        "half_float_input_target": _changed(float_target, weights={"target_strength": 0.5}),
     }
 
 
 def _keys_ladder() -> dict[str, Recipe]:
     original = replace(PRESETS["fp16"], kv_cache=KVSpec())
     rotated = replace(original, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
-    offset = replace(rotated, kv_cache=replace(rotated.kv_cache, key_offset="mean"))
-    scaling = replace(offset, kv_cache=replace(offset.kv_cache, key_scaling="balanced"))
+    offset = _changed(rotated, kv_cache={"key_offset": "mean"})
     return {
         "kv4_alone": original,
         "kv4_rotated": rotated,
         "kv4_offset": offset,
-        "kv4_scaling": scaling,
+        "kv4_scaling": _changed(offset, kv_cache={"key_scaling": "balanced"}),
     }
 
 
@@ -111,10 +100,10 @@ def _activations_ladder() -> dict[str, Recipe]:
         activations = ActivationSpec(
             format=form, group_size=group_size, rotation="hadamard" if rotated else "none"
         )
-        return replace(preset, weights=weights, activations=activations)
+        return replace(free_scales, activations=activations)
 
     preset = PRESETS["quatom-w4a8kv4"]
-    weights = replace(preset.weights, scale_format="float16")
+    free_scales = _changed(preset, weights={"scale_format": "float16"})
     return {
         "e4m3_scale_a_group": rung("e4m3", 128),
         "e4m3_scale_a_token": rung("e4m3", -1),

@@ -45,10 +45,9 @@ def split_multiples(scales: Tensor) -> tuple[Tensor, Tensor]:
     for group in range(1, steps.shape[1]):
         row_scale = torch.gcd(row_scale, steps[:, group])
     multiples = steps // row_scale.clamp(min=1).unsqueeze(1)
-    largest = int(multiples.max())
-    if largest > LARGEST_MULTIPLE:
+    if (multiples > LARGEST_MULTIPLE).any():
         raise QuantizationError(
-            f"a row's scales are multiples up to {largest} of one number, at most "
+            f"a row's scales are multiples up to {int(multiples.max())} of one number, at most "
             f"{LARGEST_MULTIPLE} are allowed: quantize with weights.scale_format 'multiples'"
         )
     return row_scale.double().mul(_FLOAT16_STEP).float(), multiples

@@ -36,12 +36,14 @@ class RoundingOptions:
 
     def group_scales(
         self,
-        weight: Tensor,
+        weight: Tensor,  # (N, K)
+        columns: slice,
         is_outlier: bool,
-        importance: Tensor | None,
+        importance: Tensor | None,  # (K,)
         row_scales: Tensor | None = None,  # (N,) of `find_row_scales`
-    ) -> Tensor:  # (N, C) -> (N,) float16
+    ) -> Tensor:  # (N,) float16
         """Scale of one group for every row. Outliers have a scale a row and are not clipped."""
+        weight = weight[:, columns]
         if is_outlier:
             if not self.outlier.is_quantized:
                 return torch.ones(weight.shape[0], dtype=torch.float16, device=weight.device)
@@ -52,7 +54,9 @@ class RoundingOptions:
             clip_ratio=self.clip_ratio,
             rows_per_scale=self.rows_per_scale,
             ratios=() if self.clip_search == "none" else SEARCH_RATIOS,
-            importance=importance if self.clip_search == "output" else None,
+            importance=importance[columns]
+            if self.clip_search == "output" and importance is not None
+            else None,
             row_scales=row_scales,
         )
 
@@ -63,9 +67,7 @@ class RoundingOptions:
         if self.scale_format == "float16":
             return None
         scales = [
-            self.group_scales(
-                weight[:, columns], False, None if importance is None else importance[columns]
-            )
+            self.group_scales(weight, columns, False, importance)
             for columns in _group_columns(layout)[: layout.num_normal_groups]
         ]
         return find_row_scales(torch.stack(scales, dim=1), WEIGHT_MULTIPLE)
@@ -94,13 +96,10 @@ def round_to_nearest(
     scales, values = [], []
     row_scales = options.find_row_scales(weight, layout, importance)
     for group, columns in enumerate(_group_columns(layout)):
-        part = weight[:, columns].float()
         is_outlier = group >= layout.num_normal_groups
-        scale = options.group_scales(
-            part, is_outlier, None if importance is None else importance[columns], row_scales
-        )
+        scale = options.group_scales(weight, columns, is_outlier, importance, row_scales)
         fmt = options.outlier if is_outlier else options.normal
-        values.append(fmt.round(part / scale.float().unsqueeze(1)))
+        values.append(fmt.round(weight[:, columns].float() / scale.float().unsqueeze(1)))
         scales.append(scale)
     return RoundedWeight(torch.cat(values, dim=1), torch.stack(scales, dim=1), layout)
 
@@ -236,9 +235,8 @@ def gptq(
     row_scales = options.find_row_scales(weight, layout, importance)
 
     def fix_scale(group: int, source: Tensor) -> None:
-        columns = groups[group]
         scales[:, group] = options.group_scales(
-            source[:, columns], group >= layout.num_normal_groups, importance[columns], row_scales
+            source, groups[group], group >= layout.num_normal_groups, importance, row_scales
         )
 
     if options.column_order == "stored":

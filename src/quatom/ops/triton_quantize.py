@@ -126,7 +126,6 @@ def store_groups(
     clipped = absmax * tl.where(is_outlier, 1.0, clip_ratio)
     # The stored float16 scale divides, by true division: `/` alone may be off by an ulp.
     scale = tl.maximum(tl.div_rn(clipped, largest), MIN_SCALE).to(tl.float16).to(tl.float32)
-    multiple = tl.full(scale.shape, 1.0, tl.float32)
     if SCALE_MODE == 2:
         # A 16th of the token's largest scale, rounded up to 7 bits: see quatom.numerics.multiples.
         top = tl.max(tl.where(is_outlier, 0.0, scale), axis=0) * 0.0625
@@ -172,8 +171,8 @@ def store_groups(
         t = token & 15
         place = (row - t) * 2 + (t & 6) * 2 + (t >> 3) * 2 + (t & 1)
         tl.store(scales_ptr + place, row_scale if SCALE_MODE == 2 else scale, mask=exists)
-        corrected = (NORMAL_KIND != 3) and (SCALE_MODE != 2)
-        correction = tl.where(is_outlier, 0.0, total * scale) if corrected else total * 0.0
+        holds_int8 = (NORMAL_KIND == 3) or (SCALE_MODE == 2)
+        correction = tl.where(is_outlier | holds_int8, 0.0, total * scale)
         tl.store(scales_ptr + place + 16, correction, mask=exists)
     else:
         channel = first[:, None] + column[None, :]

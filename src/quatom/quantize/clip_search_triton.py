@@ -14,6 +14,7 @@ from quatom.numerics.clipping import weight_scales
 from quatom.numerics.formats import Format
 from quatom.numerics.groups import MIN_SCALE
 from quatom.numerics.multiples import LARGEST_MULTIPLE
+from quatom.ops.triton_quantize import round_half_even
 
 GROUPS = 4
 """Scales a program."""
@@ -63,9 +64,7 @@ def _search_kernel(
         wanted = tl.div_rn(absmax * ratio, tl.zeros_like(absmax) + largest)
         step = tl.maximum(wanted, MIN_SCALE)
         if LARGEST_MULTIPLE > 0:
-            multiple = (
-                tl.div_rn(step, row_scale) + 12582912.0
-            ) - 12582912.0  # to nearest, ties to even
+            multiple = round_half_even(tl.div_rn(step, row_scale))
             step = tl.minimum(tl.maximum(multiple, 1.0), LARGEST_MULTIPLE) * row_scale
         step = step.to(tl.float16).to(tl.float32)
         error = tl.zeros([GROUPS], tl.float32)
@@ -78,7 +77,7 @@ def _search_kernel(
             )
             units = tl.div_rn(w, tl.broadcast_to(step[:, None], w.shape))
             limited = tl.minimum(tl.maximum(units, -largest - 1.0), largest)
-            code = (limited + 12582912.0) - 12582912.0  # to nearest, ties to even
+            code = round_half_even(limited)
             missing = code * step[:, None] - w
             error += tl.sum(missing * missing * importance[None, :], axis=1)
         better = error < best_error

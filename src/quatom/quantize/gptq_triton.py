@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quatom.numerics.formats import Format
 from quatom.numerics.rounding import RoundColumns, round_columns
+from quatom.ops.triton_quantize import round_half_even
 
 ROWS = 16
 """Rows a program: 16 x 128 float32 are 16 registers a thread at four warps."""
@@ -49,7 +50,7 @@ def _round_columns_kernel(
         units = tl.div_rn(column, step)
         # Integers limit before they round, so that the addend below never meets a huge number.
         limited = tl.minimum(tl.maximum(units, -largest - 1.0), largest)
-        code = (limited + 12582912.0) - 12582912.0  # to nearest, ties to even
+        code = round_half_even(limited)
         scaled = tl.load(factor_ptr + j * num_columns + j)
         error = tl.div_rn(column - code * step, tl.zeros_like(column) + scaled)
         tl.store(codes_ptr + j * num_rows + rows, code, mask=real_row)

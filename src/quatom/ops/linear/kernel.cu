@@ -160,6 +160,7 @@ struct Ring {  // position in the ring of stages
   __device__ __forceinline__ void advance() {
     if (++stage == STAGES) { stage = 0; phase ^= 1; }
   }
+  __device__ __forceinline__ u32 previous() const { return stage == 0 ? STAGES - 1 : stage - 1; }
 };
 
 // The order in which clusters take tiles: token tiles in bands of at most 16, so that tiles that run
@@ -489,7 +490,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
                      b + part * PART_STEP + 2 * c, 1);
       wgmma_commit();
       wgmma_wait<1>();
-      if (!first) release(stage == 0 ? STAGES - 1 : stage - 1);
+      if (!first) release(ring.previous());
       ring.advance();
     };
 
@@ -521,7 +522,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
           if (i + 1 < int4_steps) integer_step(odd, counts, false);
         }
         wgmma_wait();
-        const u32 stage = ring.stage == 0 ? STAGES - 1 : ring.stage - 1;
+        const u32 stage = ring.previous();
         scale_counts(total, counts, low, high, xs_tile + stage * XS_BYTES);
         release(stage);
       }
