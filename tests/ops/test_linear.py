@@ -341,14 +341,21 @@ def test_hopper_shapes(tokens, channels, normal, outliers, fmt, scale_mode, devi
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fmt", ["int4", "int8"])
-def test_every_configuration_of_the_hopper_kernel_is_exact(fmt, device):
+@pytest.mark.parametrize(
+    ("fmt", "layout"),
+    [
+        ("int4", GroupLayout(512, 128, 128)),
+        ("int8", GroupLayout(512, 128, 128)),
+        ("int8", GroupLayout(41 * 128 - 64, 128)),  # more groups than any ring of stages has
+    ],
+    ids=str,
+)
+def test_every_configuration_of_the_hopper_kernel_is_exact(fmt, layout, device):
     from quatom.ops.linear.configs import CONFIGS
     from quatom.ops.linear.cuda import linear_cuda
 
     integer = fmt == "int8"
     scale_mode = "row" if integer else "group"
-    layout = GroupLayout(512, 128, 128)
     rng = torch.Generator().manual_seed(5)
     w = random_codes(192, layout, "int4", rng)
     ws = (multiples if integer else powers_of_two)(192, layout, rng, -8, -6)

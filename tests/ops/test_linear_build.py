@@ -11,7 +11,7 @@ from quatom.errors import BackendError
 from quatom.ops import cuda_build
 from quatom.ops.cuda_build import compile_cubin
 from quatom.ops.linear.configs import CONFIGS, TUNING, Config
-from quatom.ops.linear.cuda import defines, kernel_source
+from quatom.ops.linear.cuda import count_clusters, defines, kernel_source
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,7 @@ def _own_cache(tmp_path, monkeypatch):
         Config(256, 2, parts=2, signed=True),
         Config(128, 2, blocks=2, parts=2, signed=True),
         Config(16, 1, split=2, ctas_per_sm=3, integer=True),
+        Config(64, 1, split=2, ctas_per_sm=2, integer=True),
         Config(128, 3, parts=2, integer=True),
         Config(256, 2, parts=2, integer=True),
     ],
@@ -43,9 +44,30 @@ def test_the_producer_copies_without_loops_and_the_steps_without_spills(config, 
     # one thread copies, it loops over all that might: such a producer once bounded large tiles.
     assert "UBLKCP" in sass
     assert "BRA.U.ANY" not in sass
+    # Its loops stand together, behind the first copies of weights, and fetch no address from vector
+    # registers: as long as they did, one scheduler converted weights at half its speed.
+    copies = [match.start() for match in re.finditer("UBLKCP", sass)]
+    weights = len([c for c in copies if c < sass.index("GMMA")])
+    assert sass[copies[weights] : copies[-1]].count("R2UR") <= 4
     kind = "IGMMA" if config.integer else "QGMMA"
     matrix = [match.start() for match in re.finditer(f"{kind}.64x{config.columns}x32", sass)]
     assert len(re.findall(r"\b(LDL|STL)\b", sass[matrix[0] : matrix[-1]])) <= 4
+
+
+@pytest.mark.parametrize(
+    ("tiles", "config", "clusters"),
+    [
+        (172, Config(64, 1, ctas_per_sm=2), 172),
+        (500, Config(64, 1, ctas_per_sm=2), 264),  # in turns
+        (64, Config(64, 1, split=2), 66),  # 128 CTAs would leave four SMs idle
+        (64, Config(64, 1, split=4), 66),
+        (64, Config(64, 1, split=3), 64),  # 192: nothing near
+        (66, Config(64, 1, split=2), 66),
+        (3, Config(64, 1, split=2), 3),
+    ],
+)
+def test_a_launch_leaves_no_few_sms_idle(tiles, config, clusters):
+    assert count_clusters(tiles, config, sms=132) == clusters
 
 
 def test_the_tuned_choices_are_among_the_tested_configurations():

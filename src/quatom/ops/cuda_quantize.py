@@ -23,7 +23,7 @@ from quatom.ops.cuda_build import (
 
 Operation = Literal["reorder", "rmsnorm", "silu"]
 _OPERATIONS = {"reorder": 0, "rmsnorm": 1, "silu": 2}
-_CLUSTERS = ((16, 8, 1), (64, 4, 2), (128, 2, 1))
+_CLUSTERS = ((16, 8, 1), (64, 5, 2), (128, 2, 1))
 """Tokens of a batch up to which so many CTAs share a token whose groups share a scale, each in so
 many rounds; 8 is the largest cluster that any Hopper GPU can hold."""
 _TWO_TOKENS_FROM = 512

@@ -60,8 +60,6 @@ __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
 __device__ __forceinline__ u32 lower_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ u32 upper_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
 // Words of 8 neighbouring channels: one by one, lanes would share banks.
 __device__ __forceinline__ void read_neighbours(u32 (&out)[8], const u32* words, const u16* halves, int channel) {
   if (PAIRS) {
@@ -204,35 +202,70 @@ __device__ __forceinline__ float reduce_sum(const float (&values)[TOKENS]) {
 }
 
 #if WHOLE_TOKEN
+constexpr int TOPS = CLUSTER * (THREADS / 32);  // maxima of the warps of a token
+struct __align__(16) TokenTops {
+  float of[TOKENS][(TOPS + 3) / 4 * 4];
+  u64 received;  // barrier of a cluster's maxima
+};
+
+#if CLUSTER > 1
+__device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ u32 map_to_rank(u32 address, u32 rank) {
+  u32 mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+// Ready to be told the maxima of all CTAs, and telling them so.
+__device__ __forceinline__ void expect_tops(TokenTops& tops) {
+  if (threadIdx.x == 0) {
+    const u32 barrier = shared_address(&tops.received);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(TOPS * 4) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+#endif
+
 // The largest of what the lanes of all CTAs of a token have, of the token that each keeps.
-__device__ __forceinline__ float reduce_token(float top) {
-  constexpr int WARPS = THREADS / 32;
-  __shared__ float tops[TOKENS][CLUSTER * WARPS];
+__device__ __forceinline__ float reduce_token(float top, TokenTops& tops) {
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   top = fmaxf(top, __shfl_xor_sync(ALL, top, 16));
 #if CLUSTER > 1
-  cluster_wait();  // the others' shared memory exists
-  u32 rank, mapped;
+  // By barriers that count bytes: a cluster barrier with release would fence the whole GPU.
+  u32 rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  const u32 slot = static_cast<u32>(__cvta_generic_to_shared(&tops[0][rank * WARPS + warp]));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(slot), "r"(lane % CLUSTER));
-  if (lane < CLUSTER) asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(mapped), "f"(top) : "memory");
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  cluster_wait();
+  const u32 slot = shared_address(&tops.of[0][rank * (THREADS / 32) + warp]), barrier = shared_address(&tops.received);
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // the others' barriers exist
+  if (lane < CLUSTER)
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                     map_to_rank(slot, lane)), "r"(__float_as_uint(top)), "r"(map_to_rank(barrier, lane)) : "memory");
+  asm volatile(
+      "{\n .reg .pred done;\n"
+      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      " @done bra over;\n bra again;\n over:\n}" ::"r"(barrier) : "memory");
 #else
-  if (lane == (keeps_second() ? 8 : 0)) tops[keeps_second()][warp] = top;
+  if (lane == (keeps_second() ? 8 : 0)) tops.of[keeps_second()][warp] = top;
   __syncthreads();
 #endif
+  const float* const of = tops.of[keeps_second()];
 #pragma unroll
-  for (int w = 0; w < CLUSTER * WARPS; ++w) top = fmaxf(top, tops[keeps_second()][w]);
+  for (int w = 0; w < TOPS; w += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(of + w);
+    const float four[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (w + i < TOPS) top = fmaxf(top, four[i]);
+  }
   return top;
 }
 #endif
 
 // Quantize 8 channels of each token, all of one group with those of the half-warp, and store them. x is 0
-// outside the group; `top` is the magnitude that the scale follows, of the token that this lane keeps, and
-// `token_top` the largest of its normal groups.
-__device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float top, float token_top, const Place& place,
+// outside the group; `top` is the magnitude that the scale follows and `row_scale` what it is a multiple of, of the
+// token that this lane keeps.
+__device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float top, float row_scale, const Place& place,
                                             u64 token, int tokens, u64 tokens_padded, const Layout& layout, u8* codes,
                                             float* scales) {
   const float largest = place.outlier ? 127.0f : float(layout.largest);
@@ -241,7 +274,7 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
 #if MULTIPLES
   u32 multiples[TOKENS] = {1};
   if (!place.outlier) {
-    stored_scale = row_scale_of(scale_of(token_top * layout.clip_ratio, largest));
+    stored_scale = row_scale;
     const float multiple = fminf(fmaxf(Divisor(stored_scale).divide(scale) + ROUND - ROUND, 1.0f), 16.0f);
     scale = multiple * stored_scale;
     multiples[0] = u32(multiple);
@@ -363,8 +396,11 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
   const Layout layout{normal, group_size, outlier_size, num_normal, num_scales, clip_ratio, largest};
   const int half_warp = threadIdx.x / 16;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#if WHOLE_TOKEN
+  __shared__ TokenTops tops;
+#endif
 #if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  expect_tops(tops);
 #endif
 
   // `bring`: the numbers of 8 channels of each token, in the layout's order, 0 outside the group.
@@ -561,12 +597,14 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
     if (!WHOLE_TOKEN) store_group(values[kept], top[kept], 0.0f, place, token, tokens, tokens_padded, layout, codes, scales);
   }
 #if WHOLE_TOKEN
-  token_top = reduce_token(token_top);
+  token_top = reduce_token(token_top, tops);
+  const float row_scale =
+      MULTIPLES ? row_scale_of(scale_of(token_top * layout.clip_ratio, float(layout.largest))) : 0.0f;
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     if (!takes_part(round)) break;
     const Place place(layout, first_group + round * (THREADS / 16));
-    store_group(values[round], place.outlier || MULTIPLES ? top[round] : token_top, token_top, place, token, tokens,
+    store_group(values[round], place.outlier || MULTIPLES ? top[round] : token_top, row_scale, place, token, tokens,
                 tokens_padded, layout, codes, scales);
   }
 #endif

@@ -121,6 +121,8 @@ def _candidates() -> tuple[Config, ...]:
     grouped += [Config(96, 2, blocks=2), Config(128, 2, blocks=2, parts=2)]
     # Without sums to promote, more tokens a warpgroup and fewer CTAs pay.
     integer = [Config(bm, 1, split=2) for bm in (8, 16, 32, 64)]
+    integer += [Config(bm, 1, split=s, ctas_per_sm=2) for bm in (8, 16, 32) for s in (1, 2, 3)]
+    integer += [Config(bm, 3) for bm in (8, 16, 32)]
     integer += [Config(64, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3, 4)]
     integer += [Config(64, 1, split=split, ctas_per_sm=3) for split in (3, 7)]
     integer += [Config(32, 1, split=split, ctas_per_sm=4) for split in (7, 8)]

@@ -19,6 +19,9 @@ from quatom.ops.cuda_build import (
 from quatom.ops.groups_layout import holds_int8
 from quatom.ops.linear.configs import Config, choose_config
 
+_MOST_FILLERS = 8
+"""CTAs that a launch may have without a tile."""
+
 
 def kernel_source(columns: int) -> str:
     """kernel.cu preceded by the two wgmma instructions for `columns` tokens."""
@@ -78,6 +81,19 @@ def _kernel(config: Config, dtype: torch.dtype, device: int) -> CudaKernel:
         )
 
 
+def count_clusters(tiles: int, config: Config, sms: int) -> int:
+    """Clusters of a launch on a GPU of `sms` multiprocessors.
+
+    Whole tiles are taken in turns by as many CTAs as fit. A tile whose k-range is split has a
+    cluster of its own, and a few clusters without a tile keep places if all SMs then have equally
+    many CTAs: an SM without work would be given two CTAs of the next linear layer.
+    """
+    if config.split == 1:
+        return min(tiles, sms * config.ctas_per_sm)
+    missing = -tiles * config.split % sms
+    return tiles + (missing // config.split if missing <= _MOST_FILLERS else 0)
+
+
 class _Arguments(KernelArguments):
     _fields_ = (
         ("packed", ctypes.c_void_p),
@@ -126,9 +142,7 @@ def linear_cuda(
     layout = x.spec.layout
     row_tiles = -(-packed.shape[0] // config.row_blocks)
     tiles = row_tiles * -(-x.tokens // config.tokens)
-    clusters = tiles
-    if config.split == 1:  # persistent: each cluster takes every clusters-th tile
-        clusters = min(tiles, multiprocessors(device) * config.ctas_per_sm)
+    clusters = count_clusters(tiles, config, multiprocessors(device))
     # Weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
     unit_value = 1.0 if integer else 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
     _kernel(config, x.dtype, device).launch(

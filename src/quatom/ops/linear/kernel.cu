@@ -30,6 +30,8 @@ constexpr int COLUMNS = BM / PARTS;             // tokens of one matrix instruct
 // Convert the next group's weights while this one multiplies; three warpgroups hide it behind each
 // other's turns instead, and need the registers.
 constexpr bool PREFETCH = WARPGROUPS < 3 && BLOCKS_PER_WARPGROUP == 1 && !INTEGER;
+// A lone warpgroup reads the next group's codes before it converts these: nobody else hides the latency.
+constexpr bool READ_AHEAD = INTEGER && WARPGROUPS == 1 && BLOCKS_PER_WARPGROUP == 1 && CTAS_PER_SM <= 2 && BM <= 64;
 constexpr int BLOCKS = WARPGROUPS * BLOCKS_PER_WARPGROUP;  // of 64 output channels, of a tile
 constexpr u32 UNIT_BYTES = 4096 + 128;
 constexpr u32 X_BYTES = BM * 128;
@@ -50,11 +52,6 @@ static_assert(STAGES >= 2, "an outlier group is two units");
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
 // Relaxed: what the CTAs of a cluster tell each other travels through mbarriers, and a releasing arrive
 // costs a fence of the whole GPU.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
@@ -64,8 +61,8 @@ __device__ __forceinline__ u32 map_to_rank(u32 address, u32 rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
-// One thread of a warp, and to the compiler no more than one: addresses of its bulk copies then go to
-// uniform registers at once instead of through a loop over all threads that might copy.
+// One thread of a warp, and to the compiler no more than one: it copies in bulk without a loop over all threads that
+// might.
 __device__ __forceinline__ bool elect_one() {
   u32 elected;
   asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
@@ -85,6 +82,13 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
       "{\n .reg .pred done;\n"
       "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       " @done bra over;\n bra again;\n over:\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ __forceinline__ bool barrier_test(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(done)
+      : "r"(barrier), "r"(parity) : "memory");
+  return done != 0;
 }
 __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile(
@@ -205,20 +209,28 @@ __device__ __forceinline__ void load_codes(u32 address, u32 (&a)[16]) {
   }
 }
 
-// A thread's INT4 codes c, stored as c + 8, times the multiples of its two rows: INT8. Bytes do not meet: with 128 - 8 m
-// added, (c + 8) m lies between 0 and 240, and 128 more than c m.
-__device__ __forceinline__ void load_products(u32 address, u32 low, u32 high, u32 (&a)[16]) {
-  const uint4 v0 = load_shared_16(address), v1 = load_shared_16(address + 2048);
-  const u32 words[8] = {v0.x, v0.y, v0.z, v0.w, v1.x, v1.y, v1.z, v1.w};
-  u32 low_offset, high_offset;  // opaque to the compiler, which otherwise takes 8 from every code
-  asm("mad.lo.u32 %0, %1, 0xF7F7F7F8, 0x80808080;" : "=r"(low_offset) : "r"(low));
-  asm("mad.lo.u32 %0, %1, 0xF7F7F7F8, 0x80808080;" : "=r"(high_offset) : "r"(high));
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = ((words[i] & 0x0F0F0F0Fu) * low + low_offset) ^ 0x80808080u;
-    a[2 * i + 1] = (((words[i] >> 4) & 0x0F0F0F0Fu) * high + high_offset) ^ 0x80808080u;
+// A thread's INT4 codes c of a unit, stored as c + 8, and the multiples of its two rows.
+struct Codes {
+  u32 words[8], low, high;
+  __device__ __forceinline__ void load(u32 codes, u32 multiples) {
+    const uint4 v0 = load_shared_16(codes), v1 = load_shared_16(codes + 2048);
+    words[0] = v0.x, words[1] = v0.y, words[2] = v0.z, words[3] = v0.w;
+    words[4] = v1.x, words[5] = v1.y, words[6] = v1.z, words[7] = v1.w;
+    low = load_shared_u16(multiples), high = load_shared_u16(multiples + 16);
   }
-}
+  // Codes times multiples: INT8. Bytes do not meet: with 128 - 8 m added, (c + 8) m lies between 0 and 240, and 128 more
+  // than c m.
+  __device__ __forceinline__ void multiply(u32 (&a)[16]) const {
+    u32 low_offset, high_offset;  // opaque to the compiler, which otherwise takes 8 from every code
+    asm("mad.lo.u32 %0, %1, 0xF7F7F7F8, 0x80808080;" : "=r"(low_offset) : "r"(low));
+    asm("mad.lo.u32 %0, %1, 0xF7F7F7F8, 0x80808080;" : "=r"(high_offset) : "r"(high));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      a[2 * i] = ((words[i] & 0x0F0F0F0Fu) * low + low_offset) ^ 0x80808080u;
+      a[2 * i + 1] = (((words[i] >> 4) & 0x0F0F0F0Fu) * high + high_offset) ^ 0x80808080u;
+    }
+  }
+};
 
 // Scales of a thread's two output channels of each block, as they stand behind a unit's codes.
 struct ChannelScales {
@@ -306,10 +318,10 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
               int int4_groups, int int8_groups,
               float unit_value) {              // real value of one step of the e4m3 products
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 base = shared_address(shared);
+  const u32 base = __shfl_sync(~0u, shared_address(shared), 0);  // uniform to the compiler, like what follows
   const u32 full = base + BARRIER_OFFSET, empty = full + STAGES * 8;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // warp: uniform to the compiler
-  const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const u32 rank = blockIdx.x % SPLIT;  // in the cluster
 
   const int row_blocks = (channels + 63) / 64;
   const int units = int4_groups + 2 * int8_groups;
@@ -326,16 +338,24 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
 
   const u32 received = empty + STAGES * 8;  // barrier of the partial sums of other CTAs
 
-  // The producer's place in the tile. Its loop must be short: it shares a scheduler with consumers.
-  // Of the tile's tokens `here` are in memory, `used` are more than padding.
-  int here = 0, used = 0, last_block = 0, started = 0;
+  if (first_tile >= tiles.count()) {
+    // A CTA without a tile keeps its place while the others work, for half of what they take at least: the hardware would
+    // give the free SM two CTAs of the next linear layer.
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (const long long start = clock64(); clock64() - start < steps * 128;) __nanosleep(100);
+    return;
+  }
+
+  // The producer's place. It shares the integer pipe of a scheduler with consumers, so that its instructions count as much
+  // as theirs: the whole warp runs its loop, on uniform registers, and one thread copies.
+  int here = 0, last_block = 0;  // tokens of the tile that are in memory, blocks of weights after its first
   const u8 *w_from = nullptr, *x_from = nullptr;
   const float* xs_from = nullptr;
   auto begin_tile = [&](int tile) {
     int token_tile, row_tile;
     tiles.locate(tile, token_tile, row_tile);
     here = min(BM, tokens_padded - token_tile * BM);
-    used = min(BM, tokens - token_tile * BM);
     // Blocks beyond the last repeat it: their results are not stored.
     const int block = min(row_tile * BLOCKS, row_blocks - 1);
     last_block = row_blocks - 1 - block;
@@ -345,44 +365,53 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     x_from = x + token * 128;
     xs_from = xs + token / 16 * 32;
   };
-  // A scale that all INT4 units share comes with the last of them.
-  auto brings_scales = [&](int unit) { return !INTEGER || unit + 1 >= min(unit_end, int4_groups); };
-  auto load_weights = [&](int unit, u32 stage) {
-    const u32 scales = brings_scales(unit) ? max(here, 16) * 8 : 0;
-    barrier_expect(full + 8 * stage, BLOCKS * UNIT_BYTES + here * 128 + scales);
+  auto load_weights = [&](u32 stage) {
+    const u32 barrier = full + 8 * stage, to = base + W_OFFSET + stage * BLOCKS * UNIT_BYTES;
+    if (elect_one()) {
+      bulk_copy(to, w_from, UNIT_BYTES, barrier);
 #pragma unroll
-    for (int g = 0; g < BLOCKS; ++g)
-      bulk_copy(base + W_OFFSET + (stage * BLOCKS + g) * UNIT_BYTES, w_from + min(g, last_block) * block_stride, UNIT_BYTES,
-                full + 8 * stage);
+      for (int g = 1; g < BLOCKS; ++g)
+        bulk_copy(to + g * UNIT_BYTES, w_from + min(g, last_block) * block_stride, UNIT_BYTES, barrier);
+    }
     w_from += UNIT_BYTES;
   };
-  auto load_tokens = [&](int unit, u32 stage) {
-    bulk_copy(base + X_OFFSET + stage * X_BYTES, x_from, here * 128, full + 8 * stage);
-    if (brings_scales(unit))
-      bulk_copy(base + XS_OFFSET + stage * XS_BYTES, xs_from, max(here, 16) * 8, full + 8 * stage);
-    if (unit < int4_groups || (unit - int4_groups) % 2) {  // two units of an INT8 group share its tokens
+  // All that comes to a stage is expected with its tokens: a barrier may count bytes before it expects them.
+  auto load_tokens = [&](u32 stage, bool scales, bool last_of_group) {
+    const u32 barrier = full + 8 * stage;
+    const u32 to = base + X_OFFSET + stage * X_BYTES, scales_to = base + XS_OFFSET + stage * XS_BYTES;
+    const u32 scale_bytes = scales ? max(here, 16) * 8 : 0;
+    if (elect_one()) {
+      barrier_expect(barrier, BLOCKS * UNIT_BYTES + here * 128 + scale_bytes);
+      bulk_copy(to, x_from, here * 128, barrier);
+      if (scales) bulk_copy(scales_to, xs_from, scale_bytes, barrier);
+    }
+    if (last_of_group) {
       x_from += u64(tokens_padded) * 128;
       xs_from += u64(tokens_padded) * 2;
     }
   };
   // Weights do not depend on the kernel before this one: fetch the first ones before anything else.
-  if (warp == 4 * WARPGROUPS && elect_one()) {
-    for (int s = 0; s < STAGES; ++s) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 4 * WARPGROUPS);
-    }
-    if (SPLIT > 1) barrier_init(received, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    if (first_tile < tiles.count()) {
-      begin_tile(first_tile);
-      started = min(steps, int(STAGES));
-      for (int i = 0; i < started; ++i) load_weights(unit_begin + i, i);
+  const int started = min(steps, int(STAGES));
+  if (warp == 4 * WARPGROUPS) {
+    if (elect_one()) {
+      for (int s = 0; s < STAGES; ++s) {
+        barrier_init(full + 8 * s, 1);
+        barrier_init(empty + 8 * s, 4 * WARPGROUPS);
+      }
       if (SPLIT > 1) {
-        const int blocks = (used + 7) / 8;
+        barrier_init(received, 1);
+        int token_tile, row_tile;
+        tiles.locate(first_tile, token_tile, row_tile);
+        const int blocks = (min(BM, tokens - token_tile * BM) + 7) / 8;
         const int owned = (blocks - int(rank) + SPLIT - 1) / SPLIT;
         if (owned > 0) barrier_expect(received, owned * (SPLIT - 1) * TOKEN_BLOCK_BYTES);
       }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    __syncwarp();
+    begin_tile(first_tile);
+#pragma unroll 1
+    for (int i = 0; i < started; ++i) load_weights(i);
   }
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   __syncwarp();
@@ -394,21 +423,29 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
 #if PRODUCER_REGISTERS
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
 #endif
-    if (warp == 4 * WARPGROUPS && elect_one()) {
+    if (warp == 4 * WARPGROUPS) {
       Ring ring;
       asm volatile("griddepcontrol.wait;" ::: "memory");
       for (int tile = first_tile; tile < tiles.count(); tile += tile_step) {
+        const int fetched = unit_begin + (tile == first_tile ? started : 0);  // weights up to here are on their way
         if (tile != first_tile) begin_tile(tile);
-        for (int unit = unit_begin; unit < unit_end; ++unit) {
-          if (started > 0) {
-            --started;
-          } else {
+        auto load = [&](bool weights, bool scales, bool last_of_group) {
+          if (weights) {
             barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-            load_weights(unit, ring.stage);
+            load_weights(ring.stage);
           }
-          load_tokens(unit, ring.stage);
+          load_tokens(ring.stage, scales, last_of_group);
           ring.advance();
-        }
+        };
+        // A scale that all INT4 units share comes with the last of them; two units of an INT8 group share its tokens.
+        const int int4_end = min(unit_end, int4_groups), plain_end = INTEGER ? int4_end - 1 : int4_end;
+        int unit = unit_begin;
+#pragma unroll 1
+        for (; unit < min(fetched, plain_end); ++unit) load(false, !INTEGER, true);
+#pragma unroll 1
+        for (; unit < plain_end; ++unit) load(true, !INTEGER, true);
+#pragma unroll 1
+        for (; unit < unit_end; ++unit) load(unit >= fetched, true, unit < int4_groups || (unit - int4_groups) % 2);
       }
     }
   } else {
@@ -469,15 +506,34 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       release(stage);
     };
     // The same of INTEGER: convert a group and queue its products behind those of the group before it, which then are
-    // waited for.
-    auto integer_step = [&](u32 (&a)[RB][16], int (&counts)[RB][PARTS][COLUMNS / 2], bool first) {
-      const u32 stage = ring.stage;
-      const u64 b = descriptor(base + X_OFFSET + stage * X_BYTES);
-      barrier_wait(full + 8 * stage, ring.phase);
+    // waited for. With READ_AHEAD the codes of the next group are read first, and again if they were not there yet, and the
+    // group before is waited for in between: a warp that queues products of registers waits until those before are done.
+    auto read_codes = [&](const Ring& at, Codes (&codes)[RB]) {
 #pragma unroll
-      for (int r = 0; r < RB; ++r) {
-        const u32 multiples = ws_thread + stage * W_STAGE + r * UNIT_BYTES;
-        load_products(w_thread + stage * W_STAGE + r * UNIT_BYTES, load_shared_u16(multiples), load_shared_u16(multiples + 16), a[r]);
+      for (int r = 0; r < RB; ++r)
+        codes[r].load(w_thread + at.stage * W_STAGE + r * UNIT_BYTES, ws_thread + at.stage * W_STAGE + r * UNIT_BYTES);
+    };
+    auto integer_step = [&](Codes (&now)[RB], Codes (&next)[RB], u32 (&a)[RB][16], int (&counts)[RB][PARTS][COLUMNS / 2],
+                            bool first, bool more) {
+      const u64 b = descriptor(base + X_OFFSET + ring.stage * X_BYTES);
+      const u32 before = ring.previous();
+      const Ring at = ring;
+      ring.advance();
+      bool ready = true;
+      if (READ_AHEAD) {
+        ready = barrier_test(full + 8 * ring.stage, ring.phase);
+        read_codes(ring, next);
+      } else {
+        barrier_wait(full + 8 * at.stage, at.phase);
+        read_codes(at, now);
+      }
+#pragma unroll
+      for (int r = 0; r < RB; ++r) now[r].multiply(a[r]);
+      if (READ_AHEAD) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[0][i]));  // all converted before the wait
+        wgmma_wait();
+        if (!first) release(before);
       }
       wgmma_fence();
 #pragma unroll
@@ -489,9 +545,15 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
             wgmma_s8(counts[r][part], a[r][4 * c], a[r][4 * c + 1], a[r][4 * c + 2], a[r][4 * c + 3],
                      b + part * PART_STEP + 2 * c, 1);
       wgmma_commit();
-      wgmma_wait<1>();
-      if (!first) release(ring.previous());
-      ring.advance();
+      if (READ_AHEAD) {
+        if (more && !ready) {
+          barrier_wait(full + 8 * ring.stage, ring.phase);
+          read_codes(ring, next);
+        }
+      } else {
+        wgmma_wait<1>();
+        if (!first) release(before);
+      }
     };
 
     for (int tile = first_tile; tile < tiles.count(); tile += tile_step) {
@@ -500,11 +562,13 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         tiles.locate(tile, token_tile, row_tile);
         xs_tile = xs_thread + token_tile % 2 * 8;  // half of 16 tokens' scales
       }
-#pragma unroll
-      for (int r = 0; r < RB; ++r)
-#pragma unroll
-        for (int i = 0; i < BM / 2; ++i) total[r][i] = 0.0f;
       const int int4_steps = max(0, min(unit_end, int4_groups) - unit_begin);
+      if (!INTEGER || int4_steps == 0) {
+#pragma unroll
+        for (int r = 0; r < RB; ++r)
+#pragma unroll
+          for (int i = 0; i < BM / 2; ++i) total[r][i] = 0.0f;
+      }
 #if INTEGER
       if (int4_steps > 0) {
         float low[RB], high[RB];
@@ -517,9 +581,14 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         }
         int counts[RB][PARTS][COLUMNS / 2] = {};
         u32 even[RB][16], odd[RB][16];
+        Codes even_codes[RB], odd_codes[RB];
+        if (READ_AHEAD) {
+          barrier_wait(full + 8 * ring.stage, ring.phase);
+          read_codes(ring, even_codes);
+        }
         for (int i = 0; i < int4_steps; i += 2) {
-          integer_step(even, counts, i == 0);
-          if (i + 1 < int4_steps) integer_step(odd, counts, false);
+          integer_step(even_codes, odd_codes, even, counts, i == 0, i + 1 < int4_steps);
+          if (i + 1 < int4_steps) integer_step(odd_codes, even_codes, odd, counts, false, i + 2 < int4_steps);
         }
         wgmma_wait();
         const u32 stage = ring.previous();
