@@ -9,7 +9,11 @@ from torch import Tensor
 from quatom.numerics.kv_pages import KVPages
 
 
-@triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step
+# What changes from step to step: a stride, and where a mixed batch's prefills begin in its tables.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "starts_ptr"],
+)
 def _gather_kernel(
     rows_ptr,  # the pages as uint8 codes or floating-point values
     pairs_ptr,  # the pages as float16
