@@ -110,7 +110,7 @@ def test_every_problem_gets_a_configuration(tokens, row_blocks, units):
 
 @pytest.mark.parametrize("operation", [0, 1, 2])
 def test_the_quantize_kernel_moves_wide_words(operation, tmp_path):
-    source = Path(cuda_build.__file__).with_name("quantize.cu").read_text()
+    source = cuda_build.read_source("quatom.ops", "quantize.cu")
     constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
     constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "INT8": 0, "ROTATE": 0}
     constants |= {"WHOLE_TOKEN": 0, "MULTIPLES": 0, "CLUSTER": 1}

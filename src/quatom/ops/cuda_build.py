@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import resources
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def cache_folder() -> Path:
     """Where compiled kernels are kept."""
     root = os.environ.get("QUATOM_CACHE_DIR")
     return (Path(root) if root else Path.home() / ".cache" / "quatom") / "cubin"
+
+
+def read_source(package: str, name: str) -> str:
+    """A CUDA source of a package, behind what several of them share."""
+    shared = (resources.files("quatom.ops") / "device.cuh").read_text()
+    return shared + (resources.files(package) / name).read_text()
 
 
 def compile_cubin(source: str, arch: str, defines: Mapping[str, int] | None = None) -> bytes:

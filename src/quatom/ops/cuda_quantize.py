@@ -3,7 +3,6 @@
 import ctypes
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.resources import files
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ from quatom.ops.cuda_build import (
     compile_cubin,
     device_capability,
     load_kernel,
+    read_source,
 )
 
 Operation = Literal["reorder", "rmsnorm", "silu"]
@@ -132,7 +132,7 @@ def _shared_bytes(operation: Operation, variant: Variant, channels: int) -> int:
 def _plan(
     operation: Operation, variant: Variant, spec: QuantizeSpec, dtype: torch.dtype, device: int
 ) -> _Plan:
-    source = (files("quatom.ops") / "quantize.cu").read_text()
+    source = read_source("quatom.ops", "quantize.cu")
     constants = defines(operation, variant, spec, dtype)
     cubin = compile_cubin(source, "sm_90a", constants)
     layout = spec.layout

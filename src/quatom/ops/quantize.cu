@@ -18,11 +18,6 @@
 //   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
 //   CLUSTER      CTAs of a token that tell each other their maxima; 1 where one CTA has it or none asks
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 constexpr u32 ALL = ~0u;                       // every lane takes part in a shuffle
 constexpr float MIN_SCALE = 6.103515625e-05f;  // 2**-14, see quatom.numerics.groups
 constexpr float ROUND = 12582912.0f;           // 1.5 * 2**23: adding it rounds to an integer, ties to even
@@ -83,22 +78,6 @@ __device__ __forceinline__ float round_to_half(float v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
 }
-
-// Division by a number of at most 11 significant bits, correctly rounded. high is its correctly rounded
-// reciprocal and low what that lacks, so x * high + x * low errs by 2**-47 before the one rounding that
-// counts. A quotient of 24 by 11 bits lies at least 2**-36 of itself from the middle of two floats (the
-// middle has 25 bits, times 11 makes 36; it is never hit, because an odd 25-bit number has no 24-bit
-// multiple), so that rounding goes the right way.
-struct Divisor {
-  float high, low;
-  __device__ __forceinline__ explicit Divisor(float d) {
-    float guess;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(d));
-    high = fmaf(guess, fmaf(-d, guess, 1.0f), guess);
-    low = fmaf(-d, high, 1.0f) * high;
-  }
-  __device__ __forceinline__ float divide(float x) const { return fmaf(x, high, x * low); }
-};
 
 // 1 / sqrt(x): one Newton step on the approximation, to an ulp.
 __device__ __forceinline__ float inverse_root(float x) {
@@ -209,22 +188,16 @@ struct __align__(16) TokenTops {
 };
 
 #if CLUSTER > 1
-__device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ u32 map_to_rank(u32 address, u32 rank) {
-  u32 mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-  return mapped;
-}
 // Ready to be told the maxima of all CTAs, and telling them so.
 __device__ __forceinline__ void expect_tops(TokenTops& tops) {
   if (threadIdx.x == 0) {
     const u32 barrier = shared_address(&tops.received);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(TOPS * 4) : "memory");
+    barrier_init(barrier, 1);
+    barrier_expect(barrier, TOPS * 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  cluster_arrive();
 }
 #endif
 
@@ -237,14 +210,11 @@ __device__ __forceinline__ float reduce_token(float top, TokenTops& tops) {
   u32 rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   const u32 slot = shared_address(&tops.of[0][rank * (THREADS / 32) + warp]), barrier = shared_address(&tops.received);
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // the others' barriers exist
+  cluster_wait();  // the others' barriers exist
   if (lane < CLUSTER)
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
                      map_to_rank(slot, lane)), "r"(__float_as_uint(top)), "r"(map_to_rank(barrier, lane)) : "memory");
-  asm volatile(
-      "{\n .reg .pred done;\n"
-      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
-      " @done bra over;\n bra again;\n over:\n}" ::"r"(barrier) : "memory");
+  barrier_wait(barrier, 0);
 #else
   if (lane == (keeps_second() ? 8 : 0)) tops.of[keeps_second()][warp] = top;
   __syncthreads();

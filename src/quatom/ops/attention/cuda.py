@@ -3,7 +3,6 @@
 import ctypes
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from quatom.ops.cuda_build import (
     device_capability,
     load_kernel,
     multiprocessors,
+    read_source,
 )
 
 _LOG2E = 1.4426950408889634
@@ -171,7 +171,7 @@ def compile_decode(
         "SOFTCAP": int(softcap),
         "WINDOW": int(window),
     }
-    source = (files("quatom.ops.attention") / "decode.cu").read_text()
+    source = read_source("quatom.ops.attention", "decode.cu")
     return compile_cubin(source, arch, defines)
 
 

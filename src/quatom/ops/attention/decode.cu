@@ -15,11 +15,6 @@
 // Compile-time parameters: HEAD_DIM, BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
 // SOFTCAP, WINDOW.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef unsigned char u8;
-
 constexpr int ROW = HEAD_DIM / 2;                   // bytes of a row of codes
 constexpr int WORDS = HEAD_DIM / 32;                // 4-byte words of a K row that a lane holds
 constexpr int CHUNKS = HEAD_DIM / 32;               // 16-byte chunks of a row
@@ -39,10 +34,6 @@ static_assert(COPIES <= 32, "a lane issues at most one copy of a tile");
 static_assert(BULK || TILE <= 64, "a lane copies at most one chunk of pairs");
 static_assert(BULK || TILE * (ROW / 16) % 32 == 0, "all lanes copy the same number of chunks");
 static_assert(STAGE % 16 == 0 && WARP_BYTES % 16 == 0, "bulk copies need 16-byte alignment");
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -132,16 +123,7 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
   return halves_to_floats(x);
 }
 
-#if BULK
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{.reg .pred p;\n"
-      "W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra W;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-#else
+#if !BULK
 // Bytes past the end of the sequence are filled with zeros: their blocks may not exist.
 __device__ __forceinline__ void copy_chunk(u32 target, const u8* source, bool stored) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
@@ -220,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   __shared__ __align__(8) u64 barriers[WARPS * STAGES];
   const u32 barrier = shared_address(barriers) + warp * STAGES * 8;
   if (lane < STAGES)
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + lane * 8) : "memory");
+    barrier_init(barrier + lane * 8, 1);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   __syncwarp();
 
@@ -233,21 +215,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   auto start_copy = [&](int tile, int block, int stage) {
     if (tile >= end) return;
     const int runs = min((end - tile + RUN - 1) / RUN, TILE / RUN);
-    if (lane == 0)
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                       barrier + stage * 8),
-                   "r"(runs * RUN * 2 * (ROW + 4))
-                   : "memory");
+    if (lane == 0) barrier_expect(barrier + stage * 8, runs * RUN * 2 * (ROW + 4));
     __syncwarp();
     if (lane < runs * 4) {
       const u8* source = p.storage +
                          ((long long)block * p.num_kv_heads + kv_head) * RECORD + section_start +
                          (tile + my_run) % BLOCK_SIZE * row_bytes;
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-          ::"r"(stages + stage * STAGE + target + my_run * row_bytes),
-          "l"(source), "r"(RUN * row_bytes), "r"(barrier + stage * 8)
-          : "memory");
+      bulk_copy(stages + stage * STAGE + target + my_run * row_bytes, source, RUN * row_bytes,
+                barrier + stage * 8);
     }
   };
 #else

@@ -40,8 +40,6 @@ class Config:
     """Weights become signed numbers, instead of sums corrected for their offset."""
     integer: bool = False
     """INT8 activations and weights that carry their group's multiple, summed in int32."""
-    stages: int = 0
-    """Units in flight; 0: as many as fit."""
 
     @property
     def columns(self) -> int:
@@ -67,9 +65,7 @@ class Config:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the ring."""
-        if self.stages:
-            return self.stages
+        """Stages of the ring, units in flight: as many as fit."""
         room = (_SHARED_BYTES + _RESERVED_BYTES) // self.ctas_per_sm - _RESERVED_BYTES
         return min((room - self.receive_bytes) // self.stage_bytes, 32)
 

@@ -2,7 +2,6 @@
 
 import ctypes
 from functools import cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from quatom.ops.cuda_build import (
     compile_cubin,
     load_kernel,
     multiprocessors,
+    read_source,
 )
 from quatom.ops.groups_layout import holds_int8
 from quatom.ops.linear.configs import Config, choose_config
@@ -25,8 +25,8 @@ _MOST_FILLERS = 8
 
 def kernel_source(columns: int) -> str:
     """kernel.cu preceded by the two wgmma instructions for `columns` tokens."""
-    text = (files("quatom.ops.linear") / "kernel.cu").read_text()
-    return _wgmma("e4m3", columns) + _wgmma("s8", columns) + text
+    instructions = _wgmma("e4m3", columns) + _wgmma("s8", columns)
+    return instructions + read_source("quatom.ops.linear", "kernel.cu")
 
 
 def _wgmma(operand: str, columns: int) -> str:

@@ -21,10 +21,6 @@
 //              instructions a weight, half the bytes of activation scales from shared memory
 //   SPLIT      CTAs of a cluster that share one tile's k-range and add up through shared memory
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 constexpr int CONSUMERS = 128 * WARPGROUPS;     // threads
 constexpr int COLUMNS = BM / PARTS;             // tokens of one matrix instruction
 // Convert the next group's weights while this one multiplies; three warpgroups hide it behind each
@@ -49,18 +45,6 @@ constexpr u32 BARRIER_OFFSET = RECEIVE_OFFSET + RECEIVE_BYTES;
 static_assert(COLUMNS % 8 == 0, "whole swizzle atoms");
 static_assert(STAGES >= 2, "an outlier group is two units");
 
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return static_cast<u32>(__cvta_generic_to_shared(p));
-}
-// Relaxed: what the CTAs of a cluster tell each other travels through mbarriers, and a releasing arrive
-// costs a fence of the whole GPU.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ u32 map_to_rank(u32 address, u32 rank) {
-  u32 mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-  return mapped;
-}
 // One thread of a warp, and to the compiler no more than one: it copies in bulk without a loop over all threads that
 // might.
 __device__ __forceinline__ bool elect_one() {
@@ -68,32 +52,12 @@ __device__ __forceinline__ bool elect_one() {
   asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
   return elected != 0;
 }
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n .reg .pred done;\n"
-      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      " @done bra over;\n bra again;\n over:\n}" ::"r"(barrier), "r"(parity) : "memory");
-}
 __device__ __forceinline__ bool barrier_test(u32 barrier, u32 parity) {
   u32 done;
   asm volatile(
       "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(done)
       : "r"(barrier), "r"(parity) : "memory");
   return done != 0;
-}
-__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 __device__ __forceinline__ void store_async(u32 mapped, const float* v, u32 mapped_barrier) {
   asm volatile(

@@ -8,10 +8,6 @@
 // INPUT_BF16, CACHE_BF16, ROTATE_KEYS (K is stored after rotary embedding) and HADAMARD (q and k of a
 // head are multiplied by a Hadamard matrix) defined.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-
 constexpr int HALF = HEAD_DIM / 2;
 constexpr int ACTIVE = HALF / N;  // lanes that hold channels
 constexpr int LANES = ACTIVE <= 4 ? 4 : ACTIVE <= 8 ? 8 : ACTIVE <= 16 ? 16 : 32;
@@ -96,18 +92,6 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[N]) {
     x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
   }
 }
-
-// Correctly rounded division by a number of at most 11 significant bits: quatom/ops/quantize.cu says why.
-struct Divisor {
-  float high, low;
-  __device__ __forceinline__ explicit Divisor(float d) {
-    float guess;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(d));
-    high = fmaf(guess, fmaf(-d, guess, 1.0f), guess);
-    low = fmaf(-d, high, 1.0f) * high;
-  }
-  __device__ __forceinline__ float divide(float x) const { return fmaf(x, high, x * low); }
-};
 
 // H / sqrt(D) times a head: channels whose numbers differ in one bit meet, bit after bit.
 __device__ __forceinline__ void hadamard(float (&low)[N], float (&high)[N], float norm) {

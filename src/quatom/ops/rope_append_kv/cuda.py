@@ -2,13 +2,18 @@
 
 import ctypes
 from functools import cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.cuda_build import CudaKernel, compile_cubin, device_capability, load_kernel
+from quatom.ops.cuda_build import (
+    CudaKernel,
+    compile_cubin,
+    device_capability,
+    load_kernel,
+    read_source,
+)
 
 _THREADS = 128
 _WIDE_FROM = 64
@@ -76,7 +81,7 @@ def cuda_obstacle(
 
 @cache
 def _kernel(constants: tuple[tuple[str, int], ...], device: int) -> CudaKernel:
-    source = (files("quatom.ops.rope_append_kv") / "append.cu").read_text()
+    source = read_source("quatom.ops.rope_append_kv", "append.cu")
     cubin = compile_cubin(source, "sm_90a", dict(constants))
     with torch.cuda.device(device):
         return load_kernel(cubin, "rope_append_kv", threads=_THREADS)
