@@ -1,0 +1,1 @@
+"""Model families: what each one computes, read from its config.json."""

@@ -1,0 +1,301 @@
+"""What a decoder computes, layer by layer: the data that every family's config.json becomes.
+
+Nothing outside this package asks which family a model is of. A family whose mathematics these
+classes cannot say is not supported; a new field here is a new ability of the one decoder in
+`quatom.modeling`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Literal, Self
+
+from quatom.errors import ModelError
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+"""Of a feed-forward layer. gelu is exact (erf), gelu_tanh its tanh approximation."""
+SiteName = Literal["qkv", "o", "gate_up", "down"]
+"""A place in a layer where one activation is made and read by one or several linears."""
+SITES: tuple[SiteName, ...] = ("qkv", "o", "gate_up", "down")
+"""All sites of a layer, in the order of the network."""
+NormName = Literal["attention", "attention_output", "feed_forward", "feed_forward_output"]
+"""A norm of a layer: before attention, after it, before the feed-forward layer, after it."""
+NORMS: tuple[NormName, ...] = (
+    "attention",
+    "attention_output",
+    "feed_forward",
+    "feed_forward_output",
+)
+"""All places of a norm in a layer, in the order of the network."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the pre-training length."""
+
+    kind: Literal["linear", "dynamic", "yarn", "llama3", "longrope"]
+    """linear divides every frequency by `factor`; dynamic leaves them as they are up to the
+    model's own length; llama3 and yarn divide the low ones, with a ramp; longrope divides each by
+    a factor of its own."""
+    factor: float = 1.0
+    original_max_position: int | None = None
+    """llama3, yarn and longrope: tokens of a sequence in pre-training."""
+    attention_factor: float = 1.0
+    """yarn and longrope: multiplies cos and sin, so scores by its square."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_max_position / low_freq_factor are divided by factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_max_position / high_freq_factor stay as they are."""
+    beta_fast: float = 32.0
+    """yarn: frequencies with more turns in the pre-training length stay as they are."""
+    beta_slow: float = 1.0
+    """yarn: frequencies with fewer turns in the pre-training length are divided by factor."""
+    truncate: bool = True
+    """yarn: the ends of the ramp are whole channel numbers."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: divisor of each frequency, for lengths up to original_max_position."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: divisor of each frequency, for longer lengths."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary position embedding of the first `dim` channels of every head."""
+
+    theta: float
+    """Base of the frequencies theta ** (-2 j / dim)."""
+    dim: int
+    """Channels of a head that turn; the rest pass unchanged."""
+    interleaved: bool = False
+    """False: channels j and j + dim / 2 turn together; True: channels 2 j and 2 j + 1."""
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _positive("rope_theta", self.theta)
+        if self.dim < 2 or self.dim % 2:
+            raise ModelError(
+                f"rotary embedding of {self.dim} channels per head: it pairs channels, so their "
+                "number must be even and at least 2"
+            )
+        scaling = self.scaling
+        if scaling is not None and scaling.kind == "longrope":
+            sizes = len(scaling.short_factors), len(scaling.long_factors)
+            if sizes != (self.dim // 2, self.dim // 2):
+                raise ModelError(
+                    f"longrope needs {self.dim // 2} short and long factors, one per rotary "
+                    f"frequency; config.json has {sizes[0]} and {sizes[1]}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """Normalization over the last axis."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    """rms: x / sqrt(mean(x**2) + eps) * w; layer: the same after the mean is subtracted."""
+    eps: float
+    weight_offset: float = 0.0
+    """Added to the stored weight: 1.0 where the file holds w - 1 (Gemma)."""
+    bias: bool = False
+    """layer: a bias is added at the end."""
+
+    def __post_init__(self) -> None:
+        _positive("eps of a norm", self.eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Causal attention of one layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    """Heads of K and V; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int
+    scale: float
+    """Factor of q k^T, usually head_dim ** -0.5."""
+    rope: Rope | None = None
+    """None: no rotary embedding in this layer."""
+    window: int | None = None
+    """Tokens that a query sees, itself included; None: all before it."""
+    logit_softcap: float | None = None
+    """c in c * tanh(score / c); None: scores as they are."""
+    qk_norm: Norm | None = None
+    """Norm of q and k before rotary embedding."""
+    qk_norm_axis: Literal["head", "all"] = "head"
+    """head: over the channels of each head, one weight (head_dim,) for all heads; all: over the
+    channels of all heads, weights (num_heads * head_dim,) and (num_kv_heads * head_dim,)."""
+
+    def __post_init__(self) -> None:
+        _positive_integers(self, "num_heads", "num_kv_heads", "head_dim")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_kv_heads}: query heads cannot be shared out equally"
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim {self.head_dim} is odd; the KV cache pairs channels")
+        if self.rope is not None and self.rope.dim > self.head_dim:
+            raise ModelError(
+                f"rotary embedding of {self.rope.dim} channels does not fit head_dim "
+                f"{self.head_dim}"
+            )
+        if self.window is not None and self.window < 1:
+            raise ModelError(f"a sliding window of {self.window} tokens must be at least 1")
+        if self.logit_softcap is not None:
+            _positive("attention's soft-cap", self.logit_softcap)
+        _positive("attention's scale", self.scale)
+
+    @property
+    def q_size(self) -> int:
+        """Rows of q_proj."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of k_proj, and of v_proj."""
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedForward:
+    """activation(gate) * up, or activation(up) where it is not gated; then down."""
+
+    size: int
+    """Input channels of the down projection."""
+    activation: Activation = "silu"
+    gated: bool = True
+
+    def __post_init__(self) -> None:
+        _positive_integers(self, "size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """A weight (rows, input channels) as the model's files name it."""
+
+    name: str
+    """Within the layer: "self_attn.q_proj"."""
+    rows: int
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One decoder layer.
+
+    h = hidden + m * norm[attention_output](attend(norm[attention](hidden)))
+    hidden = h + m * norm[feed_forward_output](feed(norm[feed_forward](h)))
+
+    with m = residual_multiplier; a norm that is absent is the identity.
+    """
+
+    attention: Attention
+    feed_forward: FeedForward
+    linears: Mapping[SiteName, tuple[Linear, ...]]
+    """The linears of every site, in the order in which their rows are joined: q, k, v; o; gate, up
+    (or up alone); down. A file may hold several of them as one linear."""
+    norms: Mapping[NormName, Norm]
+    norm_names: Mapping[NormName, str]
+    """Prefix of each norm's tensors within the layer: "input_layernorm"."""
+    qk_norm_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    """Prefixes of the norms of q and k within the layer, where there are any."""
+    residual_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.norms.keys() != self.norm_names.keys():
+            raise ModelError("every norm of a layer needs a name, and every name a norm")
+        wanted = {
+            "qkv": self.attention.q_size + 2 * self.attention.kv_size,
+            "gate_up": self.feed_forward.size * (2 if self.feed_forward.gated else 1),
+        }
+        for site, rows in wanted.items():
+            found = sum(linear.rows for linear in self.linears[site])  # type: ignore[index]
+            if found != rows:
+                raise ModelError(f"the linears of {site} have {found} rows, expected {rows}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Positions:
+    """A learned embedding that is added to each token's by its position."""
+
+    name: str
+    """Of the tensor (rows, hidden_size)."""
+    rows: int
+    offset: int = 0
+    """Row of position 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder: embedding, layers, final norm, head. All sizes and constants, checked."""
+
+    family: str
+    """Name in `quatom.families.registry`, for messages and tables alone."""
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    max_position: int
+    """Longest sequence, in tokens."""
+    tie_word_embeddings: bool = False
+    """The output projection is the embedding matrix; no head is stored."""
+    embedding_multiplier: float = 1.0
+    """Factor of the token embedding, rounded to the dtype of the activations as it is applied."""
+    positions: Positions | None = None
+    logits_divisor: float = 1.0
+    logit_softcap: float | None = None
+    """c in c * tanh(logit / c), after the division; None: logits as they are."""
+    layer_prefix: str = "model.layers."
+    """Tensors of layer i begin with it, i and a dot."""
+    embedding_name: str = "model.embed_tokens.weight"
+    final_norm_name: str = "model.norm"
+    """Prefix of the tensors of the final norm."""
+    head_name: str = "lm_head.weight"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a generation; may be empty."""
+
+    def __post_init__(self) -> None:
+        _positive_integers(self, "vocab_size", "hidden_size", "max_position")
+        if not self.layers:
+            raise ModelError("num_hidden_layers must be at least 1, got 0")
+        if self.positions is not None and self.max_position > (
+            rows := self.positions.rows - self.positions.offset
+        ):
+            raise ModelError(
+                f"{self.positions.name} has rows for {rows} positions, the model asks for "
+                f"{self.max_position}"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    def with_layers(self, count: int) -> Self:
+        """The same model with its first `count` layers alone."""
+        return replace(self, layers=self.layers[:count])
+
+    def ropes(self) -> Iterator[Rope]:
+        """Every rotary embedding that some layer uses, once."""
+        yield from dict.fromkeys(
+            layer.attention.rope for layer in self.layers if layer.attention.rope is not None
+        )
+
+    def input_channels(self, layer: Layer, site: SiteName) -> int:
+        """Input channels of the linears of a site."""
+        if site == "o":
+            return layer.attention.q_size
+        return layer.feed_forward.size if site == "down" else self.hidden_size
+
+
+def _positive(name: str, value: float) -> None:
+    if not (isfinite(value) and value > 0.0):
+        raise ModelError(f"{name} must be positive, got {value}")
+
+
+def _positive_integers(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"{name} must be a positive integer, got {value!r}")
