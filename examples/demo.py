@@ -80,12 +80,10 @@ def main() -> None:
     packed = load(target)
     with window_progress(RECIPE.name) as on_window:
         after = measure_perplexity(packed, tokens, on_window=on_window, **EVALUATION)
-    config, dtype = packed.config, packed.source_dtype
-    bits = bits_per_weight(packed.recipe, config, dtype)
+    bits = bits_per_weight(packed.plan, packed.source_dtype)
+    weights = packed.plan.num_weights  # of decoder linears; embeddings stay in floating point
+    dtype = packed.source_dtype
     del packed
-    weights = config.num_layers * sum(
-        rows * columns for rows, columns in _linear_shapes(config)
-    )  # in decoder linears; embeddings stay in floating point
     print_table(
         "SmolLM2-135M-Instruct on held-out Python documentation",
         ("model", "perplexity", "bits a weight", "decoder weights (MB)"),
@@ -110,12 +108,6 @@ def main() -> None:
     prompt = llm.engine.tokenizer.encode(template, add_special_tokens=False)
     answer = llm.generate([prompt], SamplingParams(max_tokens=48, temperature=0.0))[0]
     console.print(f"[dim]{CHAT}[/]\n{answer.text.strip()}")
-
-
-def _linear_shapes(config: object) -> list[tuple[int, int]]:
-    from quatom.checkpoint.schema import LINEARS, linear_shape
-
-    return [linear_shape(config, name) for name in LINEARS]
 
 
 if __name__ == "__main__":

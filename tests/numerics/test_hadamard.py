@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout
-from quatom.numerics.hadamard import hadamard, rotate_groups, rotate_last_axis, rotation_block
+from quatom.numerics.hadamard import hadamard, rotate_groups, rotate_last_axis, hadamard_block
 
 LAYOUTS = [
     GroupLayout(normal=256, group_size=128, outliers=64),
@@ -41,7 +41,7 @@ def test_other_sizes_are_refused(size):
 
 @pytest.mark.parametrize(("group", "block"), [(128, 128), (96, 32), (32, 32), (160, 32)])
 def test_a_block_is_the_largest_power_of_two_in_a_group(group, block):
-    assert rotation_block(group) == block
+    assert hadamard_block(group) == block
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,7 +52,7 @@ def test_groups_do_not_mix_and_outliers_stay(layout):
     start = 0
     for size in layout.group_sizes[: layout.num_normal_groups]:
         part = slice(start, start + size)
-        alone = rotate_last_axis(x[:, part], rotation_block(size))
+        alone = rotate_last_axis(x[:, part], hadamard_block(size))
         torch.testing.assert_close(rotated[:, part], alone, atol=1e-6, rtol=1e-6)
         start += size
 

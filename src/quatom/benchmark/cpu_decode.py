@@ -12,6 +12,7 @@ quantized in every step.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -25,7 +26,6 @@ from quatom.benchmark.environment import command_line, describe_environment, wri
 from quatom.engine.config import EngineConfig
 from quatom.engine.llm import LLM
 from quatom.engine.sampling import SamplingParams
-from quatom.modeling.config import ModelConfig
 
 
 def measure(
@@ -39,7 +39,7 @@ def measure(
             max_num_seqs=batch, max_model_len=prompt + new_tokens + 1, prefix_caching=False
         ),
     )
-    theirs = _transformers(llm.engine.model_config, new_tokens)
+    theirs = _transformers(checkpoint, new_tokens)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, 10_000, (batch, prompt), generator=generator)
     params = SamplingParams(
@@ -72,22 +72,14 @@ def measure(
     }
 
 
-def _transformers(config: ModelConfig, new_tokens: int) -> Callable[[torch.Tensor], object]:
+def _transformers(checkpoint: str, new_tokens: int) -> Callable[[torch.Tensor], object]:
+    """The float model of the checkpoint's shape, from transformers' own class."""
     import transformers
 
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-    ).eval()
+    described = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
+    described.pop("quantization_config")
+    config = transformers.AutoConfig.for_model(**described)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     def generate(prompts: torch.Tensor) -> object:
         with torch.inference_mode():

@@ -6,19 +6,18 @@ handed over on the CPU, where a file's tensors come from too.
 
 import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quatom.benchmark.model_shapes import find_shape
+from quatom.benchmark.model_shapes import SHAPES, find_shape
 from quatom.benchmark.random_weights import STD
 from quatom.checkpoint.reader import TensorSource
-from quatom.checkpoint.schema import TensorSpec, float_tensors
-from quatom.errors import ModelError
+from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
+from quatom.families.spec import ModelConfig
 from quatom.loading import usable_device
-from quatom.modeling.config import ModelConfig
-from quatom.recipe import CalibrationSpec
+from quatom.plan import plan
+from quatom.recipe import PRESETS, CalibrationSpec
 
 
 def random_source(
@@ -42,7 +41,8 @@ def random_source(
     """
     config = find_shape(shape)
     place = usable_device(device)
-    specs = {name: TensorSpec(s.shape, dtype) for name, s in float_tensors(config).items()}
+    expected = checkpoint_tensors(plan(config, PRESETS["fp16"]))
+    specs = {name: TensorSpec(spec.shape, dtype) for name, spec in expected.items()}
     origin = Path(f"random-{shape}")
 
     def read(name: str) -> Tensor:
@@ -56,7 +56,7 @@ def random_source(
 
     return TensorSource(
         folder=origin,
-        config_dict=_config_dict(config),
+        config_dict=dict(SHAPES[shape]),
         model_config=config,
         recipe=None,
         gguf=None,
@@ -72,30 +72,3 @@ def random_tokens(config: ModelConfig, spec: CalibrationSpec) -> Tensor:
     generator = torch.Generator().manual_seed(spec.seed)
     size = (spec.num_samples, spec.sequence_length)
     return torch.randint(0, config.vocab_size, size, generator=generator)
-
-
-def _config_dict(config: ModelConfig) -> dict[str, Any]:
-    """The config.json from which a checkpoint of this model reads the same sizes."""
-    described = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
-    }
-    if ModelConfig.from_hf(described) != config:
-        raise ModelError(
-            f"random weights of architecture {config.architecture} cannot be described"
-        )
-    return described

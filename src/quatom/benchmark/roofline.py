@@ -9,12 +9,10 @@ perfect implementation would hide, so a share of this limit never reaches 100 %.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Self
 
-from quatom.checkpoint.schema import bits_per_kv, bits_per_weight, linear_names, linear_shape
-from quatom.modeling.config import ModelConfig
-from quatom.recipe import Recipe
+from quatom.checkpoint.schema import bits_per_kv, bits_per_weight
+from quatom.plan import ModelPlan
 
 _HALF = 2  # bytes of a number that no recipe quantizes
 
@@ -78,19 +76,20 @@ class Roofline:
     """Operations of one (query, key) pair, all heads and layers: QK and PV."""
 
     @classmethod
-    def of(cls, config: ModelConfig, recipe: Recipe, ceilings: Ceilings) -> Self:
+    def of(cls, resolved: ModelPlan, ceilings: Ceilings) -> Self:
         """The roofline of a model."""
-        weights = sum(prod(linear_shape(config, name)) for name in linear_names(config))
-        low_bit = recipe.quantizes_activations
-        kv_numbers = 2 * config.num_kv_heads * config.head_dim * config.num_layers
+        weights, config = resolved.num_weights, resolved.config
+        low_bit = resolved.recipe.quantizes_activations
+        attentions = [layer.spec.attention for layer in resolved.layers]
+        kv_numbers = 2 * sum(attention.kv_size for attention in attentions)
         return cls(
             ceilings=ceilings,
             linear_weights=weights,
-            linear_bytes=weights * bits_per_weight(recipe, config) / 8,
+            linear_bytes=weights * bits_per_weight(resolved) / 8,
             linear_tflops=ceilings.low_bit_tflops if low_bit else ceilings.bf16_tflops,
             head_weights=config.vocab_size * config.hidden_size,
-            kv_bytes=kv_numbers * bits_per_kv(recipe, config) / 8,
-            attention_flops=4 * config.num_heads * config.head_dim * config.num_layers,
+            kv_bytes=kv_numbers * bits_per_kv(resolved) / 8,
+            attention_flops=4 * sum(attention.q_size for attention in attentions),
         )
 
     def seconds(self, work: Work) -> float:

@@ -81,7 +81,7 @@ def profile_steps(
         forecast_admission=False,  # a batch that the cache does not hold is an error
     )
     engine = Engine(loaded, config)
-    roofline = Roofline.of(loaded.config, loaded.recipe, ceilings)
+    roofline = Roofline.of(loaded.plan, ceilings)
     entries = []
     for batch in (*batches, None):
         if batch is None:

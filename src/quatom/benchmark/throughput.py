@@ -48,7 +48,7 @@ class Setting:
         """The model's limits, where ceilings are known."""
         if self.ceilings is None:
             return None
-        return Roofline.of(self.loaded.config, self.loaded.recipe, self.ceilings)
+        return Roofline.of(self.loaded.plan, self.ceilings)
 
 
 def measure_throughput(setting: Setting, workload: Workload, seed: int = 0) -> dict[str, Any]:
@@ -184,6 +184,6 @@ def _most_that_could_fit(setting: Setting, context: int) -> int:
     """Sequences that would fit if nothing but weights took memory; an upper bound."""
     if setting.gpu_memory is None:
         return MOST_SEQUENCES
-    roofline = Roofline.of(setting.loaded.config, setting.loaded.recipe, Ceilings(1.0, 1.0, 1.0))
+    roofline = Roofline.of(setting.loaded.plan, Ceilings(1.0, 1.0, 1.0))
     free = setting.gpu_memory * GIB - roofline.linear_bytes
     return min(MOST_SEQUENCES, max(1, int(free / (context * roofline.kv_bytes))))

@@ -8,10 +8,11 @@ import torch
 from quatom.benchmark.memory_budget import GIB
 from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.random_weights import random_model
-from quatom.checkpoint.schema import bits_per_weight, linear_names, linear_shape
+from quatom.checkpoint.schema import bits_per_weight
 from quatom.errors import EngineError, ModelError
 from quatom.loading import LoadedModel, load
-from quatom.modeling.config import ModelConfig
+from quatom.families.spec import ModelConfig
+from quatom.plan import plan
 from quatom.recipe import PRESETS, Recipe
 
 
@@ -61,10 +62,10 @@ def check_weights_fit(name: str, config: ModelConfig, recipe: Recipe, gpu_memory
     Raises:
         EngineError: its weights alone are larger than `gpu_memory` GiB.
     """
-    bits = bits_per_weight(recipe, config)
-    linears = sum(n * k for n, k in (linear_shape(config, name) for name in linear_names(config)))
+    resolved = plan(config, recipe)
+    linears = resolved.num_weights * bits_per_weight(resolved) / 8
     outer = 2 * config.vocab_size * config.hidden_size  # embedding and head, two bytes each
-    needed = (linears * bits / 8 + 2 * outer) / GIB
+    needed = (linears + 2 * outer) / GIB
     if needed > gpu_memory:
         raise EngineError(
             f"the weights of {name} as {recipe.name} take {needed:.1f} GiB, the budget is "

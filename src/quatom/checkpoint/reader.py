@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.safetensors_file import read_bytes, read_tensor
-from quatom.checkpoint.schema import TensorSpec, expected_tensors, float_tensors
+from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.checkpoint.validation import (
     check_finite,
     check_names,
@@ -25,9 +25,11 @@ from quatom.checkpoint.validation import (
     read_json,
 )
 from quatom.errors import CheckpointError, ModelError
-from quatom.modeling.config import ModelConfig
-from quatom.modeling.hf_config import eos_tokens
-from quatom.recipe import Recipe
+from quatom.families.keys import token_ids
+from quatom.families.registry import read_config
+from quatom.families.spec import ModelConfig
+from quatom.plan import plan
+from quatom.recipe import PRESETS, Recipe
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -175,7 +177,7 @@ def _open_gguf(path: Path) -> TensorSource:
     config = hf_config(file)
     model_config = _model_config(path, config)
     stored = {hf_name(n): TensorSpec(t.shape, torch.float32) for n, t in file.tensors.items()}
-    tensors = check_names(path, float_tensors(model_config), stored)
+    tensors = check_names(path, checkpoint_tensors(plan(model_config, PRESETS["fp16"])), stored)
     return TensorSource(
         folder=path.parent,
         config_dict=config,
@@ -195,17 +197,14 @@ def _open_safetensors(folder: Path) -> TensorSource:
     model_config = _model_config(folder / "config.json", config)
     generation = folder / "generation_config.json"
     if generation.exists():
-        extra = eos_tokens(read_json(generation).get("eos_token_id"))
+        extra = token_ids(read_json(generation).get("eos_token_id"))
         # Chat models list the end of a turn there only.
         tokens = tuple(dict.fromkeys(model_config.eos_token_ids + extra))
         model_config = replace(model_config, eos_token_ids=tokens)
     headers = read_headers(folder)
-    if recipe is None:
-        expected = float_tensors(model_config)
-    else:
-        expected = expected_tensors(recipe, model_config)
-    if model_config.tie_word_embeddings and "lm_head.weight" in headers:
-        check_tied(headers)
+    expected = checkpoint_tensors(plan(model_config, recipe or PRESETS["fp16"]))
+    if model_config.tie_word_embeddings and model_config.head_name in headers:
+        check_tied(headers, model_config.head_name, model_config.embedding_name)
     stored = {name: TensorSpec(t.shape, t.dtype) for name, t in headers.items()}
     tensors = check_names(folder, expected, stored)
     return TensorSource(
@@ -223,7 +222,7 @@ def _open_safetensors(folder: Path) -> TensorSource:
 
 def _model_config(file: Path, config: Mapping[str, Any]) -> ModelConfig:
     try:
-        return ModelConfig.from_hf(config)
+        return read_config(config)
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from error
 

@@ -102,9 +102,11 @@ def check_names(
     return {name: stored[name] for name in expected}
 
 
-def check_tied(headers: Mapping[str, StoredTensor]) -> None:
-    """Raise CheckpointError if a stored lm_head differs from the embedding it is tied to."""
-    head, embedding = headers["lm_head.weight"], headers.get("model.embed_tokens.weight")
+def check_tied(
+    headers: Mapping[str, StoredTensor], head_name: str, embedding_name: str
+) -> None:
+    """Raise CheckpointError if a stored head differs from the embedding it is tied to."""
+    head, embedding = headers[head_name], headers.get(embedding_name)
     if embedding is None:
         return  # reported as missing
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
@@ -116,8 +118,8 @@ def check_tied(headers: Mapping[str, StoredTensor]) -> None:
         same = same and parts[0] == parts[1]
     if not same:
         raise CheckpointError(
-            f"{head.file}: lm_head.weight differs from model.embed_tokens.weight although "
-            "config.json says tie_word_embeddings; set it to false, or remove lm_head.weight"
+            f"{head.file}: {head_name} differs from {embedding_name} although "
+            "config.json says tie_word_embeddings; set it to false, or remove {head_name}"
         )
 
 

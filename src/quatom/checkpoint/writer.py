@@ -28,11 +28,11 @@ from quatom.checkpoint.safetensors_file import (
     read_tensor,
     write_tensors,
 )
-from quatom.checkpoint.schema import LINEARS, expected_tensors
+from quatom.checkpoint.schema import checkpoint_tensors, layer_tensors, outer_tensors
 from quatom.checkpoint.tokenizer import write_tokenizer
 from quatom.checkpoint.validation import check_finite, read_json
 from quatom.errors import CheckpointError
-from quatom.recipe import Recipe
+from quatom.plan import ModelPlan
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -42,7 +42,7 @@ class CheckpointWriter:
 
     Order of calls for a resumable run::
 
-        writer = CheckpointWriter(target, source, recipe, resume=True)
+        writer = CheckpointWriter(target, source, plan(config, recipe), resume=True)
         for index in range(writer.completed_blocks(), num_layers):
             ...  # state = writer.load_state(f"after-{index - 1}") where index > 0
             writer.save_state(f"after-{index}", state)
@@ -57,7 +57,7 @@ class CheckpointWriter:
         self,
         target: str | Path,
         source: TensorSource,
-        recipe: Recipe,
+        resolved: ModelPlan,
         *,
         calibration_hash: str | None = None,
         options: Mapping[str, Any] | None = None,
@@ -68,7 +68,7 @@ class CheckpointWriter:
         Args:
             target: folder to write; must not exist.
             source: the model that is quantized.
-            recipe: how.
+            resolved: how.
             calibration_hash: hash of the calibration tokens; None without calibration.
             options: JSON values of everything else that changes the bytes (device, dtype...).
             resume: continue an interrupted run if there is one.
@@ -76,11 +76,10 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the target exists, an interrupted run is in the way or does not match
                 this one, another process writes it, or the disk has too little room.
-            RecipeError: the recipe does not fit the model.
         """
         self.target = Path(target)
         self.source = source
-        self.recipe = recipe
+        self.plan = resolved
         self.work = self.target.with_name(self.target.name + ".partial")
         self._folder = self.work / "checkpoint"
         self._state = self.work / "state"
@@ -90,13 +89,13 @@ class CheckpointWriter:
                 f"{source.folder} is already quantized ({source.recipe.name}); quantize the "
                 "floating-point model"
             )
-        specs = expected_tensors(recipe, source.model_config)
+        specs = checkpoint_tensors(resolved)
         self._tensors = {
             name: (spec.shape, spec.dtype or source.dtype(name)) for name, spec in specs.items()
         }
         self._as_in_source = {name for name, spec in specs.items() if spec.dtype is None}
         fingerprint = {
-            "recipe": recipe.to_dict(),
+            "recipe": resolved.recipe.to_dict(),
             "source": source.fingerprint(),
             "calibration": calibration_hash,
             "options": dict(options or {}),
@@ -200,7 +199,7 @@ class CheckpointWriter:
         config = self.source.model_config
         if (done := self.completed_blocks()) < config.num_layers:
             raise CheckpointError(f"{self.work} has {done} of {config.num_layers} blocks")
-        rest = {n: spec for n, spec in self._tensors.items() if not n.startswith("model.layers.")}
+        rest = {n: self._tensors[n] for n in outer_tensors(config)}
         if not self._shard(-1).exists():
             self._write_shard(self._shard(-1), rest, self.source.load)
         shards = {name: self._shard(-1).name for name in rest}
@@ -240,20 +239,18 @@ class CheckpointWriter:
             self._lock = None
 
     def _config(self) -> dict[str, Any]:
-        skipped = ["lm_head"]
-        if not self.recipe.quantizes_weights:
-            skipped += [linear.rpartition(".")[2] for linear in LINEARS]
+        config, recipe = self.plan.config, self.plan.recipe
+        skipped = [config.head_name.removesuffix(".weight")]
         return self.source.config_dict | {
             "quantization_config": {
                 "quant_method": "quatom",
-                "recipe": self.recipe.to_dict(),
+                "recipe": recipe.to_dict(),
                 "modules_to_not_convert": skipped,
             }
         }
 
     def _block_tensors(self, index: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        prefix = f"model.layers.{index}."
-        return {name: spec for name, spec in self._tensors.items() if name.startswith(prefix)}
+        return {name: self._tensors[name] for name in layer_tensors(self.plan.layers[index])}
 
     def _shard(self, index: int) -> Path:
         """File of block `index`; -1 is the one of all other tensors."""

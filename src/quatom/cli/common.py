@@ -13,7 +13,7 @@ from quatom.recipe import PRESETS, Recipe
 if TYPE_CHECKING:
     import torch
 
-    from quatom.quantize.stream import QuantizedBlock
+    from quatom.quantize.walk import QuantizedBlock
 
 
 def read_recipe(name: str, **calibration: int | None) -> Recipe:

@@ -45,28 +45,30 @@ def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, 
         bits_per_activation,
         bits_per_kv,
         bits_per_weight,
-        layer_bits_per_weight,
+        bits_by_linear,
     )
     from quatom.cli.common import print_table
     from quatom.errors import ModelError
+    from quatom.plan import plan
 
     recipe, config = source.recipe, source.model_config
     assert recipe is not None
+    resolved = plan(config, recipe)
     if layer is not None and not 0 <= layer < config.num_layers:
         raise ModelError(
             f"layer {layer} does not exist: the model has 0 to {config.num_layers - 1}"
         )
-    dtype = source.dtype("model.embed_tokens.weight")
-    by_layer = layer_bits_per_weight(recipe, config, dtype)
+    dtype = source.dtype(config.embedding_name)
+    by_layer = bits_by_linear(resolved, dtype)
     # Without --layer, block 0 stands for all: a recipe treats them alike.
-    prefix = f"model.layers.{layer or 0}."
+    prefix = resolved.layers[layer or 0].prefix
     files = sorted(source.folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     found = {
         "recipe": recipe.to_dict(),
-        "bits_per_weight": bits_per_weight(recipe, config, dtype),
-        "bits_per_activation": bits_per_activation(recipe, config),
-        "bits_per_kv": bits_per_kv(recipe, config),
+        "bits_per_weight": bits_per_weight(resolved, dtype),
+        "bits_per_activation": bits_per_activation(resolved),
+        "bits_per_kv": bits_per_kv(resolved),
         "layer_bits_per_weight": by_layer,
         "checkpoint_bytes": size,
         "files": {file.name: file.stat().st_size for file in files},
@@ -76,7 +78,7 @@ def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, 
         ("", "value"),
         [
             ("recipe", recipe.name),
-            ("architecture", f"{config.architecture}, {config.num_layers} blocks"),
+            ("family", f"{config.family}, {config.num_layers} blocks"),
             *((f"bits per {part}", f"{found[f'bits_per_{part}']:.3f}") for part in _PARTS),
             ("tensor files", f"{len(files)}, {size / 1e6:.1f} MB"),
         ],
@@ -126,7 +128,7 @@ def _inspect_float(
         ("input of", "channels", "largest |x|", "median channel's", "ratio"),
         [
             (
-                m.place,
+                m.site,
                 str(m.absmax.numel()),
                 f"{m.absmax.max():.3g}",
                 f"{m.absmax.median():.3g}",
@@ -138,8 +140,8 @@ def _inspect_float(
     return {
         "layer": layer,
         "tokens": tokens.numel(),
-        "places": {
-            m.place: {
+        "sites": {
+            m.site: {
                 "absmax": m.absmax.tolist(),
                 "second_moment": m.second_moment.tolist(),
                 "order": m.order.tolist(),

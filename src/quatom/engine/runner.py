@@ -40,7 +40,7 @@ class KVCacheLayer(Protocol):
 
 
 class Model(Protocol):
-    """What the engine asks of a model (`quatom.modeling.llama.Decoder`)."""
+    """What the engine asks of a model (`quatom.modeling.decoder.Decoder`)."""
 
     def forward(
         self, input_ids: Tensor, context: ForwardContext, kv_cache: Layers[KVCacheLayer]

@@ -17,14 +17,17 @@ from torch import Tensor
 from quatom.checkpoint.reader import TensorSource
 from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import mean_loss
-from quatom.loading import build_float_block, load_float_block
-from quatom.modeling.llama import DecoderBlock
-from quatom.modeling.rope import rotary_table
+from quatom.loading import load_float_layer, read_norm
+from quatom.modeling.block import DecoderBlock
+from quatom.modeling.build import build_block
+from quatom.modeling.decoder import scale_logits
+from quatom.modeling.inputs import NormLayer
+from quatom.modeling.rotary import RotaryTables
 from quatom.ops.backend import Backend
-from quatom.ops.rmsnorm import rmsnorm
-from quatom.quantize.block import balance_keys, rotate_values
+from quatom.plan import plan
 from quatom.quantize.statistics import run_block
-from quatom.quantize.stream import BlockQuantizer, Streams, embed
+from quatom.quantize.transforms import Statistics, transforms_of
+from quatom.quantize.walk import BlockQuantizer, Streams, embed
 from quatom.recipe import PRESETS, Recipe
 
 
@@ -70,7 +73,7 @@ class LadderRun:
         self.device, self.dtype, self.backend = device, dtype, backend
         self.scores_file = scores_file
         self.on_block = on_block or (lambda done, total: None)
-        self._scores: dict[str, list[dict[str, Tensor]]] = {}
+        self._statistics: dict[str, list[dict[str, Tensor]]] = {}
 
     @torch.no_grad()
     def measure(self, name: str, recipe: Recipe | None) -> Rung:
@@ -82,56 +85,53 @@ class LadderRun:
             else self._float_modules(recipe_or_float)
         )
         hidden = embed(self.source, self.windows, self.device, self.dtype)
-        rope = rotary_table(self.config, self.windows.shape[1], self.device)
+        rotary = RotaryTables(self.config, self.windows.shape[1], self.device)
         for index, module in enumerate(modules):
-            hidden = run_block(module, hidden, rope)
+            hidden = run_block(module, hidden, rotary)
             self.on_block(index + 1, self.config.num_layers)
         return Rung(name, recipe, self._perplexity(hidden))
 
     def _float_modules(self, recipe: Recipe) -> Iterator[DecoderBlock]:
         """Blocks of floating-point linears with the recipe's KV cache."""
-        scores = self._shared_scores(recipe) if recipe != PRESETS["fp16"] else None
-        for index in range(self.config.num_layers):
-            block = load_float_block(self.source, index, self.device, self.dtype)
-            offset = None
-            if scores is not None:
-                block = rotate_values(block, recipe, self.config)
-                block, offset = balance_keys(block, scores[index], recipe, self.config)
-            yield build_float_block(
-                self.config, recipe, block, backend=self.backend, key_offset=offset
-            )
+        transforms = transforms_of(recipe)
+        statistics = self._shared_statistics(recipe) if transforms.after else None
+        for layer in plan(self.config, recipe).layers:
+            weights = load_float_layer(self.source, layer, self.device, self.dtype)
+            measured = None if statistics is None else statistics[layer.index]
+            weights = transforms.finish(layer, transforms.prepare(layer, weights), measured)
+            yield build_block(layer, weights, self.backend)
 
     def _quantized_modules(self, recipe: Recipe) -> Iterator[DecoderBlock]:
         needs_float = recipe.weights.target != "own_input"
-        scores = None if needs_float else self._shared_scores(recipe)
+        statistics = None if needs_float else self._shared_statistics(recipe)
         streams = None
         if recipe.weights.rounding == "gptq":
             hidden = embed(self.source, self.calibration, self.device, self.dtype)
             streams = Streams(hidden if needs_float else None, hidden)
-        for block in self._quantizer(recipe, streams, scores).run():
+        for block in self._quantizer(recipe, streams, statistics).run():
             yield block.module
 
     def _quantizer(
         self,
         recipe: Recipe,
         streams: Streams | None,
-        scores: Sequence[Mapping[str, Tensor]] | None = None,
+        statistics: Sequence[Statistics] | None = None,
     ) -> BlockQuantizer:
         return BlockQuantizer(
             self.source,
-            recipe,
+            plan(self.config, recipe),
             device=self.device,
             dtype=self.dtype,
             streams=streams,
-            scores=scores,
+            statistics=statistics,
             backend=self.backend,
         )
 
-    def _shared_scores(self, recipe: Recipe) -> list[dict[str, Tensor]]:
+    def _shared_statistics(self, recipe: Recipe) -> list[dict[str, Tensor]]:
         """Channel scores of all blocks; what changes them is the rotation of values alone."""
         key = f"{recipe.outliers.metric}-{recipe.kv_cache.value_rotation}-keys"
-        if key in self._scores:
-            return self._scores[key]
+        if key in self._statistics:
+            return self._statistics[key]
         file = self.scores_file.with_name(f"{self.scores_file.name}.{key}.safetensors")
         if file.exists():
             flat = load_file(file, device=str(self.device))
@@ -139,15 +139,15 @@ class LadderRun:
             hidden = embed(self.source, self.calibration, self.device, self.dtype)
             quantizer = self._quantizer(recipe, Streams(hidden, hidden))
             flat = {
-                f"{index}.{place}": score
-                for index, scores in enumerate(quantizer.collect_scores())
-                for place, score in scores.items()
+                f"{index}.{name}": value
+                for index, measured in enumerate(quantizer.collect_statistics())
+                for name, value in measured.items()
             }
             # Renamed into place: another process may be looking for it.
             temporary = file.with_name(f"{file.name}.{os.getpid()}")
-            save_file({name: score.cpu() for name, score in flat.items()}, temporary)
+            save_file({name: value.cpu() for name, value in flat.items()}, temporary)
             temporary.replace(file)
-        self._scores[key] = [
+        self._statistics[key] = [
             {
                 name.removeprefix(f"{index}."): tensor
                 for name, tensor in flat.items()
@@ -155,7 +155,7 @@ class LadderRun:
             }
             for index in range(self.config.num_layers)
         ]
-        return self._scores[key]
+        return self._statistics[key]
 
     def _perplexity(self, hidden: Tensor) -> float:
         config, source = self.config, self.source
@@ -163,14 +163,21 @@ class LadderRun:
         def outer(name: str) -> Tensor:
             return source.load(name).to(device=self.device, dtype=self.dtype)
 
-        norm = outer("model.norm.weight")
-        tied = config.tie_word_embeddings
-        head = outer("model.embed_tokens.weight" if tied else "lm_head.weight")
+        head = outer(config.embedding_name if config.tie_word_embeddings else config.head_name)
+        weights = read_norm(
+            lambda name, shape: outer(name),
+            config.final_norm,
+            config.final_norm_name,
+            config.hidden_size,
+        )
+        norm = NormLayer(config.final_norm, weights, self.backend)
         losses = [
             mean_loss(
-                rmsnorm(states, norm, eps=config.rms_norm_eps)[0],
+                norm(states)[0],
                 window.to(self.device),
-                lambda rows: torch.nn.functional.linear(rows, head).float(),
+                lambda rows: scale_logits(
+                    config, torch.nn.functional.linear(rows, head).float()
+                ),
             )
             for states, window in zip(hidden, self.windows, strict=True)
         ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quatom.errors import CalibrationError
 from quatom.loading import LoadedModel
-from quatom.modeling.llama import full_sequences_context
+from quatom.modeling.context import full_sequences_context
 
 KV_BLOCK_SIZE = 64
 LOGIT_ROWS = 512

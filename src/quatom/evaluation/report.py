@@ -18,7 +18,7 @@ from quatom.errors import CalibrationError
 from quatom.evaluation.report_charts import NUM_COLOURS
 from quatom.evaluation.report_model import LayerReport, ReportInputs, ResultFile
 from quatom.evaluation.report_sections import SECTIONS
-from quatom.loading import FUSED
+from quatom.families.spec import SITES
 from quatom.quantize.pipeline import REPORT_FILE
 
 RESULT_FORMAT = 1
@@ -85,12 +85,12 @@ def _read(path: Path, found: _Collected) -> None:
 def _layer_report(path: Path, name: str, content: dict[str, Any]) -> LayerReport:
     try:
         blocks = sorted(content["blocks"], key=lambda block: block["block"])
-        places = sorted(blocks[0]["linear_errors"], key=list(FUSED).index)
+        sites = sorted(blocks[0]["linear_errors"], key=SITES.index)
         return LayerReport(
             name=name,
             relative_errors=tuple(block["relative_error"] for block in blocks),
             linear_errors={
-                place: tuple(block["linear_errors"][place] for block in blocks) for place in places
+                site: tuple(block["linear_errors"][site] for block in blocks) for site in sites
             },
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:

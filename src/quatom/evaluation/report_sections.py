@@ -121,7 +121,7 @@ def _examples(entries: Sequence[Entry]) -> str:
 
 
 def layers_section(inputs: ReportInputs) -> Section | None:
-    """Error behind each block, and of each place of it, of the checkpoints given."""
+    """Error after each block, and of each site of it, of the checkpoints given."""
     if not inputs.layers:
         return None
     parts = []
@@ -138,9 +138,9 @@ def layers_section(inputs: ReportInputs) -> Section | None:
     ]
     largest = max((error for error in every if error is not None), default=0.0) or 1.0
     for layer in inputs.layers:
-        places = [Series(place, errors) for place, errors in layer.linear_errors.items()]
-        chart = heat_map(f"Output error of each place of {layer.name}", places, "block", largest)
-        parts.append(Part(title=f"{layer.name}: output error of each place", chart=chart))
+        sites = [Series(site, errors) for site, errors in layer.linear_errors.items()]
+        chart = heat_map(f"Output error of each site of {layer.name}", sites, "block", largest)
+        parts.append(Part(title=f"{layer.name}: output error of each site", chart=chart))
         rows = [
             [str(block), number(error, 4)]
             + [number(errors[block], 4) for errors in layer.linear_errors.values()]
@@ -153,7 +153,7 @@ def layers_section(inputs: ReportInputs) -> Section | None:
         "Error per layer",
         "Norm of the difference over the norm of the float result, on calibration text: of the "
         "hidden states behind each block, where errors of earlier blocks add up, and of each "
-        f"place's own output, where darker is larger, up to {largest:.3g}, in all of them alike.",
+        f"site's own output, where darker is larger, up to {largest:.3g}, in all of them alike.",
         parts,
     )
 

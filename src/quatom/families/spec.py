@@ -208,6 +208,9 @@ class Layer:
             "qkv": self.attention.q_size + 2 * self.attention.kv_size,
             "gate_up": self.feed_forward.size * (2 if self.feed_forward.gated else 1),
         }
+        for site, linears in self.linears.items():
+            if len({linear.bias for linear in linears}) > 1:
+                raise ModelError(f"some linears of {site} have a bias and some have none")
         for site, rows in wanted.items():
             found = sum(linear.rows for linear in self.linears[site])  # type: ignore[index]
             if found != rows:

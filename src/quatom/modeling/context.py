@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from quatom.ops.shared import Shared
@@ -34,3 +35,24 @@ class ForwardContext:
     are not decodes, where the host knows them: saves every layer of a prefill on a GPU the sums."""
     shared: Shared = field(default_factory=dict, init=False, repr=False, compare=False)
     """What the layers make of the above and share."""
+
+
+def full_sequences_context(
+    num_sequences: int, length: int, block_size: int, device: torch.device
+) -> ForwardContext:
+    """Context of equally long sequences from position 0, their KV blocks laid out in order."""
+    blocks = -(-length // block_size)
+    tokens = torch.arange(length, device=device)
+    starts = torch.arange(num_sequences, device=device).unsqueeze(1) * blocks * block_size
+    return ForwardContext(
+        positions=tokens.repeat(num_sequences),
+        slot_mapping=(starts + tokens).flatten(),
+        block_tables=torch.arange(num_sequences * blocks, dtype=torch.int32, device=device).view(
+            num_sequences, blocks
+        ),
+        cu_seqlens_q=torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length,
+        seq_lens=torch.full((num_sequences,), length, dtype=torch.int32, device=device),
+        max_seqlen_q=length,
+        max_seq_len=length,
+        total_kv_tokens=num_sequences * length,
+    )

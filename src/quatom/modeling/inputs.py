@@ -2,41 +2,47 @@
 
 from torch import Tensor, nn
 
-from quatom.numerics.groups import GroupLayout, ScaleMode
+from quatom.families.spec import FeedForward, Norm
+from quatom.modeling.weights import NormWeights
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
+from quatom.ops.gated import gated
+from quatom.ops.gated_quantize import gated_quantize
+from quatom.ops.norm import norm
+from quatom.ops.norm_quantize import norm_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
-from quatom.ops.rmsnorm import rmsnorm
-from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
-from quatom.ops.silu_mul import silu_mul
-from quatom.ops.silu_quantize import silu_quantize
-from quatom.recipe import Recipe
 
 
-def activation_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
-    """How `recipe` quantizes an input of this layout; None where activations stay as they are."""
-    if not recipe.quantizes_activations:
-        return None
-    return QuantizeSpec(
-        layout=layout,
-        normal=recipe.activations.format,
-        outlier=recipe.outliers.format,
-        clip_ratio=recipe.activations.clip_ratio,
-        rotate=recipe.activations.rotation == "hadamard",
-        scale_mode=_scale_mode(recipe, layout),
-    )
+class NormLayer(nn.Module):
+    """A norm with its parameters."""
 
+    bias: Tensor | None
 
-def _scale_mode(recipe: Recipe, layout: GroupLayout) -> ScaleMode:
-    if layout.num_normal_groups == 1:
-        return "group"
-    if recipe.activations.group_size == -1:
-        return "row"
-    return "group" if recipe.activations.scale_format == "float16" else "multiples"
+    def __init__(self, spec: Norm, weights: NormWeights, backend: Backend | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backend = backend
+        self.weight = nn.Parameter(weights.weight, requires_grad=False)
+        self.register_buffer("bias", weights.bias, persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,  # (T, K)
+        residual: Tensor | None = None,  # (T, K)
+    ) -> tuple[Tensor, Tensor]:
+        """The normalized sum of x and residual, and the sum."""
+        return norm(
+            x,
+            self.weight,
+            norm=self.spec,
+            bias=self.bias,
+            residual=residual,
+            backend=self.backend,
+        )
 
 
 class InputQuantizer(nn.Module):
-    """Makes the input shared by the linears of one place in a block (q, k and v; gate and up).
+    """Makes the input that the linears of one site share (q, k and v; gate and up).
 
     With a quantize spec it returns a MixedTensor in the byte layout that the spec names, otherwise
     a plain tensor; in both cases with channels in reordered position.
@@ -62,15 +68,27 @@ class InputQuantizer(nn.Module):
         self,
         x: Tensor,  # (T, K)
         residual: Tensor | None,  # (T, K)
-        weight: Tensor,  # (K,)
-        eps: float,
+        layer: NormLayer | None,
     ) -> tuple[Tensor | MixedTensor, Tensor]:
-        """RMSNorm of x + residual. Returns the input of the linear and the new residual."""
+        """x + residual, normalized where there is a norm. Returns the linears' input and the sum.
+
+        The sum is the residual of what comes next.
+        """
+        if layer is None:
+            total = x if residual is None else x + residual
+            return self.plain(total), total
         if self.spec is None:
-            normed, total = rmsnorm(x, weight, eps=eps, residual=residual, backend=self.backend)
+            normed, total = layer(x, residual)
             return self._reorder(normed), total
-        return rmsnorm_quantize(
-            x, weight, self.order, self.spec, eps=eps, residual=residual, backend=self.backend
+        return norm_quantize(
+            x,
+            layer.weight,
+            self.order,
+            self.spec,
+            norm=layer.spec,
+            bias=layer.bias,
+            residual=residual,
+            backend=self.backend,
         )
 
     def plain(self, x: Tensor) -> Tensor | MixedTensor:  # (T, K)
@@ -79,8 +97,11 @@ class InputQuantizer(nn.Module):
             return self._reorder(x)
         return reorder_quantize(x, self.order, self.spec, backend=self.backend)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor | MixedTensor:  # (T, 2 K) -> (T, K)
-        """silu(gate) * up, in the order that gate's and up's rows already have."""
+    def activate(self, x: Tensor, spec: FeedForward) -> Tensor | MixedTensor:
+        """activation(gate) * up of x (T, 2 K), or activation(x) of x (T, K): (T, K).
+
+        Channels come in reordered position: the rows that make them are stored so.
+        """
         if self.spec is None:
-            return self._reorder(silu_mul(gate_up, backend=self.backend))
-        return silu_quantize(gate_up, self.spec, backend=self.backend)
+            return self._reorder(gated(x, spec.activation, spec.gated, backend=self.backend))
+        return gated_quantize(x, self.spec, spec.activation, spec.gated, backend=self.backend)

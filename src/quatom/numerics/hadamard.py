@@ -36,7 +36,7 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
     return _sylvester(size).to(device)
 
 
-def rotation_block(group: int) -> int:
+def hadamard_block(group: int) -> int:
     """Largest power of two that divides a group's size: its rotation is block-diagonal."""
     return group & -group
 
@@ -55,7 +55,7 @@ def rotate_groups(
     full = layout.normal // layout.group_size * layout.group_size
     sizes = (full, layout.normal - full, layout.outliers)
     whole, short, outliers = x.float().split(sizes, dim=-1)
-    parts = [rotate_last_axis(whole, rotation_block(layout.group_size))] if full else []
+    parts = [rotate_last_axis(whole, hadamard_block(layout.group_size))] if full else []
     if short.shape[-1]:
-        parts.append(rotate_last_axis(short, rotation_block(short.shape[-1])))
+        parts.append(rotate_last_axis(short, hadamard_block(short.shape[-1])))
     return torch.cat((*parts, outliers), dim=-1)

@@ -12,19 +12,22 @@ from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource
 from quatom.errors import ModelError
-from quatom.loading import FUSED, build_float_block, load_float_block
-from quatom.modeling.rope import rotary_table
+from quatom.families.spec import SITES, SiteName
+from quatom.loading import load_float_layer
+from quatom.modeling.build import build_block
+from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.reorder import channel_order
+from quatom.plan import plan
 from quatom.quantize.statistics import observe, run_block
-from quatom.quantize.stream import embed
+from quatom.quantize.walk import embed
 from quatom.recipe import PRESETS
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelMagnitudes:
-    """Inputs of one place of a block, by channel."""
+    """Inputs of one site of a block, by channel."""
 
-    place: str
+    site: SiteName
     """"qkv", "o", "gate_up" or "down": the linears that share the input."""
     absmax: Tensor  # (K,) float32, largest magnitude
     second_moment: Tensor  # (K,) float32, mean square
@@ -47,7 +50,7 @@ def channel_magnitudes(
     layer: int,
     device: torch.device,
 ) -> list[ChannelMagnitudes]:
-    """Run the blocks up to `layer` in float32 and measure the inputs of its four places.
+    """Run the blocks up to `layer` in float32 and measure the inputs of its sites.
 
     Raises:
         ModelError: there is no such layer.
@@ -58,26 +61,25 @@ def channel_magnitudes(
             f"layer {layer} does not exist: the model has 0 to {config.num_layers - 1}"
         )
     hidden = embed(source, tokens, device, torch.float32)
-    rope = rotary_table(config, tokens.shape[1], device)
+    rotary = RotaryTables(config, tokens.shape[1], device)
     largest: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
 
-    def see(place: str, x: Tensor) -> None:
+    def see(site: SiteName, x: Tensor) -> None:
         top, square = x.abs().amax(dim=0), x.square().sum(dim=0)
-        if place in largest:
-            top, square = torch.maximum(top, largest[place]), square + squares[place]
-        largest[place], squares[place] = top, square
+        if site in largest:
+            top, square = torch.maximum(top, largest[site]), square + squares[site]
+        largest[site], squares[site] = top, square
 
-    for index in range(layer + 1):
-        weights = load_float_block(source, index, device, torch.float32)
-        block = build_float_block(config, PRESETS["fp16"], weights)
-        if index < layer:
-            hidden = run_block(block, hidden, rope)
+    for spec in plan(config, PRESETS["fp16"]).layers[: layer + 1]:
+        block = build_block(spec, load_float_layer(source, spec, device, torch.float32))
+        if spec.index < layer:
+            hidden = run_block(block, hidden, rotary)
             continue
         with observe(block, see):
-            run_block(block, hidden, rope)
+            run_block(block, hidden, rotary)
     count = tokens.numel()
-    return [ChannelMagnitudes(place, largest[place], squares[place] / count) for place in FUSED]
+    return [ChannelMagnitudes(site, largest[site], squares[site] / count) for site in SITES]
 
 
 def plot_magnitudes(measured: list[ChannelMagnitudes], title: str, path: Path) -> None:
@@ -93,7 +95,7 @@ def plot_magnitudes(measured: list[ChannelMagnitudes], title: str, path: Path) -
     for row, magnitudes in zip(axes, measured, strict=True):
         row[0].plot(magnitudes.absmax.cpu().numpy(), linewidth=0.7)
         row[1].plot(magnitudes.absmax[magnitudes.order].cpu().numpy(), linewidth=0.7)
-        row[0].set_ylabel(f"{magnitudes.place}\nlargest |x|")
+        row[0].set_ylabel(f"{magnitudes.site}\nlargest |x|")
     axes[0][0].set_title("channels as they come")
     axes[0][1].set_title("channels by second moment")
     for axis in axes[-1]:

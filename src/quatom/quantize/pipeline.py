@@ -1,7 +1,7 @@
 """Quantize a whole model: a Hugging Face folder in, a Quatom checkpoint out.
 
 The target appears at the end, in one rename. Until then finished blocks, and the hidden states
-behind one of the last of them, lie in a working folder beside it, from which `resume` goes on.
+after one of the last of them, lie in a working folder beside it, from which `resume` goes on.
 """
 
 import hashlib
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source
-from quatom.checkpoint.schema import bits_per_weight, check_recipe
+from quatom.checkpoint.schema import bits_per_weight
 from quatom.checkpoint.tokenizer import tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CalibrationError, RecipeError
-from quatom.loading import FUSED, default_dtype, usable_device
+from quatom.families.spec import SITES
+from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
+from quatom.plan import ModelPlan, plan
 from quatom.quantize.calibration_data import read_text, sample_sequences
-from quatom.quantize.stream import BlockQuantizer, QuantizedBlock, Streams, embed
+from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import PRESETS, Recipe
 
 REPORT_FILE = "quatom_report.json"
@@ -86,13 +88,13 @@ def quantize_checkpoint(
         )
     place = usable_device(device)
     opened = source if isinstance(source, TensorSource) else open_source(source)
-    check_recipe(recipe, opened.model_config)
+    resolved = plan(opened.model_config, recipe)
     dtype = dtype or default_dtype(opened, place)
     tokens = _calibration_tokens(opened, recipe, calibration)
     writer = CheckpointWriter(
         target,
         opened,
-        recipe,
+        resolved,
         calibration_hash=None if tokens is None else _hash(tokens),
         options={"device": place.type, "dtype": str(dtype), "backend": backend},
         resume=resume,
@@ -100,13 +102,13 @@ def quantize_checkpoint(
     try:
         # Killed between the last rename and the clean-up, an earlier run has left nothing to do.
         if not writer.finished:
-            _quantize_blocks(writer, opened, recipe, tokens, place, dtype, backend, on_block)
+            _quantize_blocks(writer, opened, resolved, tokens, place, dtype, backend, on_block)
     finally:
         writer.close()
     return QuantizeReport(
         target=Path(target),
         recipe=recipe,
-        bits_per_weight=bits_per_weight(recipe, opened.model_config),
+        bits_per_weight=bits_per_weight(resolved),
         checkpoint_bytes=sum(f.stat().st_size for f in Path(target).glob("*.safetensors")),
     )
 
@@ -114,7 +116,7 @@ def quantize_checkpoint(
 def _quantize_blocks(
     writer: CheckpointWriter,
     source: TensorSource,
-    recipe: Recipe,
+    resolved: ModelPlan,
     tokens: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
@@ -125,8 +127,8 @@ def _quantize_blocks(
     while first and not writer.has_state(_state_name(first - 1)):
         first -= 1  # blocks behind the last saved state are made again, to the same bytes
     saved, saved_at = first - 1, time.monotonic()
-    # Row i: relative error of the hidden states behind block i, then of each of its places.
-    errors = torch.zeros(0, 1 + len(FUSED), dtype=torch.float64)
+    # Row i: relative error of the hidden states after block i, then of each of its sites.
+    errors = torch.zeros(0, 1 + len(SITES), dtype=torch.float64)
     streams = None
     if first:
         state = writer.load_state(_state_name(first - 1))
@@ -137,11 +139,11 @@ def _quantize_blocks(
         hidden = embed(source, tokens, device, dtype)
         streams = Streams(hidden, hidden)
     quantizer = BlockQuantizer(
-        source, recipe, device=device, dtype=dtype, streams=streams, backend=backend
+        source, resolved, device=device, dtype=dtype, streams=streams, backend=backend
     )
     for block in quantizer.run(first):
         relative = float("nan") if block.relative_error is None else block.relative_error
-        row = torch.tensor([[relative, *(block.linear_errors[place] for place in FUSED)]])
+        row = torch.tensor([[relative, *(block.linear_errors[site] for site in SITES)]])
         errors = torch.cat((errors, row.double()))
         state = {"errors": errors}
         if streams is not None:
@@ -159,7 +161,7 @@ def _quantize_blocks(
         if on_block is not None:
             on_block(block)
         del block  # or it would stay until the next one is made
-    writer.finish({REPORT_FILE: {"recipe": recipe.name, "blocks": _describe(errors)}})
+    writer.finish({REPORT_FILE: {"recipe": resolved.recipe.name, "blocks": _describe(errors)}})
 
 
 def _named(name: str) -> Recipe:
@@ -206,7 +208,7 @@ def _describe(errors: Tensor) -> list[dict[str, object]]:
         {
             "block": index,
             "relative_error": None if row[0] != row[0] else row[0],
-            "linear_errors": dict(zip(FUSED, row[1:], strict=True)),
+            "linear_errors": dict(zip(SITES, row[1:], strict=True)),
         }
         for index, row in enumerate(errors.tolist())
     ]

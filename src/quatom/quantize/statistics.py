@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quatom.loading import FUSED
-from quatom.modeling.config import ModelConfig
-from quatom.modeling.llama import DecoderBlock, allocate_pages, full_sequences_context
+from quatom.families.spec import SITES, Attention, SiteName
+from quatom.modeling.block import DecoderBlock
+from quatom.modeling.context import full_sequences_context
+from quatom.modeling.decoder import allocate_pages
+from quatom.modeling.rotary import RotaryTables
 from quatom.ops.activations import MixedTensor
 from quatom.ops.rope_append_kv.reference import rotate_halves
 
@@ -27,35 +29,31 @@ class ChannelScores:
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
 
-    def add(self, place: str, x: Tensor) -> None:  # (T, K)
+    def add(self, site: SiteName, x: Tensor) -> None:  # (T, K)
         """Accumulate the inputs of one batch."""
         x = x.float()
         scores = (x.square() if self.metric == "second_moment" else x.abs()).sum(dim=0)
-        self.sums[place] = scores + self.sums[place] if place in self.sums else scores
+        self.sums[site] = scores + self.sums[site] if site in self.sums else scores
 
 
 class KeyStatistics:
-    """What K's offset and scaling are made of: sums over the outputs of q and k of a float block.
+    """What K's offset and scaling are made of: sums over the q and k of a float block.
 
     Second moments are those of a rotary pair of channels: rotation leaves them as they are.
     """
 
-    def __init__(self, config: ModelConfig, length: int) -> None:
-        self.config, self.length = config, length
+    def __init__(self, attention: Attention, length: int) -> None:
+        self.attention, self.length = attention, length
         self.count = 0
         self.by_position: Tensor | None = None  # (length, KV, D) float32, sum of k
         self.key_squares: Tensor | None = None  # (KV, D / 2)
         self.query_squares: Tensor | None = None  # (KV, D / 2), query heads of a KV head together
 
-    def add(self, place: str, output: Tensor) -> None:  # (T, N), whole sequences
-        """Accumulate the output of one batch; only that of "qkv" is looked at."""
-        if place != "qkv":
-            return
-        config = self.config
-        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        q, k, _ = output.float().unflatten(-1, (-1, config.head_dim)).split(heads, dim=1)
+    def add(self, q: Tensor, k: Tensor) -> None:  # (T, H, D) and (T, KV, D), whole sequences
+        """Accumulate the heads of one batch, before rotary embedding."""
+        q, k = q.float(), k.float()
         squares = [x.square().sum(dim=0).unflatten(-1, (2, -1)).sum(dim=-2) for x in (q, k)]
-        queries = squares[0].unflatten(0, (config.num_kv_heads, -1)).sum(dim=1)
+        queries = squares[0].unflatten(0, (self.attention.num_kv_heads, -1)).sum(dim=1)
         by_position = k.unflatten(0, (-1, self.length)).sum(dim=0)
         if self.by_position is None or self.key_squares is None or self.query_squares is None:
             self.by_position, self.key_squares = by_position, squares[1]
@@ -64,14 +62,14 @@ class KeyStatistics:
             self.by_position += by_position
             self.key_squares += squares[1]
             self.query_squares += queries
-        self.count += len(output)
+        self.count += len(k)
 
-    def finish(self, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def finish(self, rotary: RotaryTables) -> dict[str, Tensor]:
         """Means over all tokens: of K after rotary embedding, and of the squares."""
         assert self.by_position is not None
         assert self.key_squares is not None
         assert self.query_squares is not None
-        cos, sin = (table[: self.length] for table in rope)
+        cos, sin = (table[: self.length] for table in rotary.of(self.attention))
         return {
             "key_mean": rotate_halves(self.by_position, cos, sin).sum(dim=0) / self.count,
             "key_squares": self.key_squares / self.count,
@@ -80,7 +78,7 @@ class KeyStatistics:
 
 
 class SecondMoments:
-    """X^T X of each place's inputs, (K, K) float32.
+    """X^T X of each site's inputs, (K, K) float32.
 
     With `tf32` a GPU's matrix unit rounds the inputs to 11 significant bits, finer than the
     bfloat16 that they were computed in, and sums in float32: still the moments of one X, and so
@@ -91,13 +89,13 @@ class SecondMoments:
         self.sums: dict[str, Tensor] = {}
         self.tf32 = tf32
 
-    def add(self, place: str, x: Tensor) -> None:  # (T, K)
+    def add(self, site: SiteName, x: Tensor) -> None:  # (T, K)
         """Accumulate the inputs of one batch."""
         x = x.float()
-        if place not in self.sums:
-            self.sums[place] = x.new_zeros(x.shape[1], x.shape[1])
+        if site not in self.sums:
+            self.sums[site] = x.new_zeros(x.shape[1], x.shape[1])
         with _tf32_products() if self.tf32 else nullcontext():
-            self.sums[place].addmm_(x.t(), x)
+            self.sums[site].addmm_(x.t(), x)
 
 
 @contextmanager
@@ -111,46 +109,63 @@ def _tf32_products() -> Iterator[None]:
 
 
 class TargetMoments:
-    """Y^T X of each place: the outputs wanted, times the quantized inputs, (N, K) float32."""
+    """Y^T X of each site: the target outputs, times the quantized inputs, (N, K) float32."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, place: str, wanted: Tensor, x: Tensor) -> None:  # (T, N), (T, K)
+    def add(self, site: SiteName, target: Tensor, x: Tensor) -> None:  # (T, N), (T, K)
         """Accumulate one batch."""
-        if place not in self.sums:
-            self.sums[place] = x.new_zeros(wanted.shape[1], x.shape[1], dtype=torch.float32)
-        self.sums[place].addmm_(wanted.float().t(), x.float())
+        if site not in self.sums:
+            self.sums[site] = x.new_zeros(target.shape[1], x.shape[1], dtype=torch.float32)
+        self.sums[site].addmm_(target.float().t(), x.float())
 
 
 @contextmanager
 def observe(
     block: DecoderBlock,
-    see: Callable[[str, Tensor], None],
-    see_output: Callable[[str, Tensor], None] | None = None,
+    see_input: Callable[[SiteName, Tensor], None] | None = None,
+    *,
+    see_output: Callable[[SiteName, Tensor], None] | None = None,
+    see_heads: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """While active, call see(place, input (T, K)) for every linear of the block.
+    """While active, call the given functions with what flows through a block.
 
-    `see_output` is called with (place, output (T, N)) after each.
+    Args:
+        block: the block.
+        see_input: called with (site, input (T, K)) before the linears of every site.
+        see_output: called with (site, output (T, N)) after them.
+        see_heads: called with q (T, H, D) and k (T, KV, D) before rotary embedding.
     """
 
-    def before(place: str) -> Callable[..., None]:
+    def before(site: SiteName) -> Callable[..., None]:
         def hook(_: torch.nn.Module, arguments: tuple[Tensor | MixedTensor]) -> None:
+            assert see_input is not None
             x = arguments[0]
-            see(place, x.dequantize() if isinstance(x, MixedTensor) else x)
+            see_input(site, x.dequantize() if isinstance(x, MixedTensor) else x)
 
         return hook
 
-    def after(place: str) -> Callable[..., None]:
+    def after(site: SiteName) -> Callable[..., None]:
         def hook(_: torch.nn.Module, __: object, output: Tensor) -> None:
             assert see_output is not None
-            see_output(place, output)
+            see_output(site, output)
 
         return hook
 
-    handles = [getattr(block, place).register_forward_pre_hook(before(place)) for place in FUSED]
-    if see_output is not None:
-        handles += [getattr(block, place).register_forward_hook(after(place)) for place in FUSED]
+    def heads(_: torch.nn.Module, __: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        assert see_heads is not None
+        see_heads(*output[:2])
+
+    handles = []
+    for site in SITES:
+        linear = block.linears[site]
+        if see_input is not None:
+            handles.append(linear.register_forward_pre_hook(before(site)))
+        if see_output is not None:
+            handles.append(linear.register_forward_hook(after(site)))
+    if see_heads is not None:
+        handles.append(block.heads.register_forward_hook(heads))
     try:
         yield
     finally:
@@ -169,25 +184,25 @@ def batch_slices(hidden: Tensor) -> Iterator[slice]:
 def run_batch(
     block: DecoderBlock,
     batch: Tensor,  # (sequences, length, hidden)
-    rope: tuple[Tensor, Tensor],
+    rotary: RotaryTables,
 ) -> Tensor:
     """The block's output, residual added, for whole sequences from position 0."""
     count, length, _ = batch.shape
     context = full_sequences_context(count, length, KV_BLOCK_SIZE, batch.device)
     pages = allocate_pages(
-        block.config, block.kv_spec, context.block_tables.numel(), KV_BLOCK_SIZE, like=batch
+        block.plan, context.block_tables.numel(), KV_BLOCK_SIZE, like=batch
     )
-    output, residual = block(batch.flatten(0, 1), None, context, pages, rope)
+    output, residual = block(batch.flatten(0, 1), None, context, pages, rotary)
     return (output + residual).view_as(batch)
 
 
 def run_block(
     block: DecoderBlock,
     hidden: Tensor,  # (sequences, length, hidden)
-    rope: tuple[Tensor, Tensor],
+    rotary: RotaryTables,
 ) -> Tensor:
     """`run_batch` over all sequences."""
     out = torch.empty_like(hidden)
     for rows in batch_slices(hidden):
-        out[rows] = run_batch(block, hidden[rows], rope)
+        out[rows] = run_batch(block, hidden[rows], rotary)
     return out

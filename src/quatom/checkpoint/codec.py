@@ -1,0 +1,132 @@
+"""The weights of a site between two forms: rounded, as operations read them, and stored tensors.
+
+`encode` and `decode` are each other's inverse. They know neither files nor models: what to do is in
+the `SitePlan`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quatom.errors import CheckpointError, ShapeError
+from quatom.modeling.weights import SiteCodes
+from quatom.numerics.formats import get_format
+from quatom.numerics.packing import pack_bits, unpack_bits
+from quatom.numerics.reorder import check_order, inverse_order, sliceable_positions
+from quatom.plan import LayerPlan, SitePlan
+
+
+def encode(layer: LayerPlan, site: SitePlan, codes: SiteCodes) -> dict[str, Tensor]:
+    """The stored tensors of a site, by full name."""
+    normal, outlier = get_format(site.weights.format), get_format(site.outliers.format)
+    layout = site.layout
+    values, scales, bias = codes.values, codes.scales, codes.bias
+    if (rows := stored_rows(layer, site)) is not None:
+        rows = rows.to(values.device)
+        values, scales = values[rows], scales[rows]
+        bias = None if bias is None else bias[rows]
+    tensors: dict[str, Tensor] = {}
+    for linear in site.linears:
+        own = linear.row_range
+        part, part_scales = values[own], scales[own]
+        patterns = normal.encode(part[:, : layout.normal])
+        tensors[f"{linear.name}.weight_packed"] = pack_bits(patterns, normal.bits)
+        tensors[f"{linear.name}.weight_scale"] = part_scales[
+            :: site.weights.rows_per_scale, : layout.num_normal_groups
+        ]
+        if layout.outliers:
+            kept = part[:, layout.normal :]
+            if outlier.is_quantized:
+                tensors[f"{linear.name}.outlier_weight"] = kept.to(torch.int8)
+                tensors[f"{linear.name}.outlier_scale"] = part_scales[:, layout.num_normal_groups :]
+            else:
+                tensors[f"{linear.name}.outlier_weight"] = kept.half()
+        if site.order == "gathered":
+            assert codes.order is not None
+            order = codes.order.cpu()[_sliceable(site)]
+            tensors[f"{linear.name}.order"] = order.int()
+        if linear.bias:
+            assert bias is not None
+            tensors[f"{linear.name}.bias"] = bias[own]
+    return tensors
+
+
+def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> SiteCodes:
+    """The weights of a site from its stored tensors.
+
+    Raises:
+        CheckpointError: linears that share the input carry different orders, or no permutation.
+    """
+    layout, normal = site.layout, get_format(site.weights.format)
+    joined_values, joined_scales, biases = [], [], []
+    for linear in site.linears:
+        packed = tensors[f"{linear.name}.weight_packed"]
+        values = [normal.decode(unpack_bits(packed, normal.bits))]
+        scales = [
+            tensors[f"{linear.name}.weight_scale"].repeat_interleave(
+                site.weights.rows_per_scale, dim=0
+            )[: linear.rows]
+        ]
+        if layout.outliers:
+            values.append(tensors[f"{linear.name}.outlier_weight"].float())
+            groups = (linear.rows, layout.outlier_blocks)
+            scales.append(
+                tensors[f"{linear.name}.outlier_scale"]
+                if get_format(site.outliers.format).is_quantized
+                else torch.ones(groups, dtype=torch.float16)
+            )
+        joined_values.append(torch.cat(values, dim=1))
+        joined_scales.append(torch.cat(scales, dim=1))
+        if site.bias:
+            biases.append(
+                tensors[f"{linear.name}.bias"] if linear.bias else torch.zeros(linear.rows)
+            )
+    values, scales = torch.cat(joined_values), torch.cat(joined_scales)
+    bias = torch.cat(biases) if biases else None
+    if (stored := stored_rows(layer, site)) is not None:
+        rows = inverse_order(stored)
+        values, scales = values[rows], scales[rows]
+        bias = None if bias is None else bias[rows]
+    return SiteCodes(values, scales, bias, _decode_order(site, tensors))
+
+
+def stored_rows(layer: LayerPlan, site: SitePlan) -> Tensor | None:
+    """Row of operations at each stored row, (N,) int64; None where they are the same.
+
+    Rows that make the input of another site are stored in the sliceable form of that input's
+    order; operations have the outliers of all tensor-parallel blocks last.
+    """
+    if site.makes is None or layer.sites[site.makes].order != "folded":
+        return None
+    made = layer.sites[site.makes]
+    return repeat_rows(_sliceable(made), site.rows // made.channels)
+
+
+def repeat_rows(order: Tensor, times: int) -> Tensor:  # (I,) -> (times * I,)
+    """The same order for each of `times` equal parts of the rows: gate and up, or up alone."""
+    return torch.cat([order + part * order.numel() for part in range(times)])
+
+
+def _sliceable(site: SitePlan) -> Tensor:
+    return sliceable_positions(site.channels, site.block_outliers, site.blocks)
+
+
+def _decode_order(site: SitePlan, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Channel order of a site's input as operations read it; None where nothing is gathered."""
+    if site.order != "gathered":
+        return None
+    orders = [tensors[f"{linear.name}.order"] for linear in site.linears]
+    if any(not torch.equal(orders[0], other) for other in orders[1:]):
+        names = tuple(linear.name for linear in site.linears)
+        raise CheckpointError(
+            f"{names} share an input but carry different orders; the checkpoint is damaged: "
+            "quantize again"
+        )
+    try:
+        check_order(orders[0], site.channels)
+    except ShapeError as error:
+        raise CheckpointError(
+            f"{site.linears[0].name}.order is damaged ({error}): quantize again"
+        ) from error
+    return orders[0][inverse_order(_sliceable(site))]

@@ -1,0 +1,156 @@
+"""One decoder block of any family, floating-point and quantized alike.
+
+For T packed tokens of any number of sequences:
+
+    hidden, residual -> norm -> q, k, v -> rotate, append to the KV cache, attend -> o -> norm
+                     -> norm -> gate, up -> activation(gate) * up -> down -> norm
+
+What differs between families is data (`quatom.families.spec.Layer`): which of the norms there are,
+sizes, windows, activations. What differs between recipes is which linear and which `InputQuantizer`
+a block holds, and the format of the KV cache. Nothing here asks for a family or a precision.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from quatom.families.spec import SITES, Attention, NormName, SiteName
+from quatom.modeling.context import ForwardContext
+from quatom.modeling.inputs import InputQuantizer, NormLayer
+from quatom.modeling.linear import FloatLinear, QuantizedLinear
+from quatom.modeling.rotary import RotaryTables
+from quatom.numerics.kv_pages import KVPages
+from quatom.ops.attention import attention
+from quatom.ops.backend import Backend
+from quatom.ops.head_norm import head_norm
+from quatom.ops.rope_append_kv import rope_append_kv
+from quatom.plan import LayerPlan
+
+
+class Heads(nn.Module):
+    """The joined output of q, k and v, cut into heads; q and k normalized where the model does."""
+
+    def __init__(
+        self,
+        spec: Attention,
+        norms: tuple[Tensor, Tensor] | None,  # weights of the norms of q and k
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backend = backend
+        self.norms = None if norms is None else nn.ParameterList(norms).requires_grad_(False)
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, (H + 2 KV) * D) -> q (T, H, D), k (T, KV, D) and v (T, KV, D)."""
+        spec = self.spec
+        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        q, k, v = qkv.unflatten(-1, (-1, spec.head_dim)).split(heads, dim=1)
+        if self.norms is not None:
+            assert spec.qk_norm is not None
+            q, k = head_norm(
+                q, k, *self.norms, norm=spec.qk_norm, axis=spec.qk_norm_axis, backend=self.backend
+            )
+        return q, k, v
+
+
+class DecoderBlock(nn.Module):
+    """Attention and feed-forward layer with their norms. `quatom.modeling.build` makes it."""
+
+    key_offset: Tensor | None
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        *,
+        linears: Mapping[SiteName, FloatLinear | QuantizedLinear],
+        inputs: Mapping[SiteName, InputQuantizer],
+        norms: Mapping[NormName, NormLayer],
+        qk_norm: tuple[Tensor, Tensor] | None = None,
+        key_offset: Tensor | None = None,  # (KV, D) float32
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.spec = plan.spec
+        self.backend = backend
+        self.linears = nn.ModuleDict({site: linears[site] for site in SITES})
+        self.inputs = nn.ModuleDict({site: inputs[site] for site in SITES})
+        self.norms = nn.ModuleDict(dict(norms))
+        self.heads = Heads(plan.spec.attention, qk_norm, backend)
+        self.register_buffer("key_offset", key_offset, persistent=False)
+
+    def forward(
+        self,
+        hidden: Tensor,  # (T, hidden)
+        residual: Tensor | None,  # (T, hidden); None in the first block
+        context: ForwardContext,
+        kv: KVPages,
+        rotary: RotaryTables,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the block's last output, not yet added, and the residual to add it to."""
+        linears = self.linears
+        x, residual = self._input("qkv", "attention", hidden, residual)
+        attended = self._attend(self.heads(linears["qkv"](x)), context, kv, rotary)
+        hidden = linears["o"](self.inputs["o"].plain(attended.flatten(1)))
+        hidden = self._output("attention_output", hidden)
+        x, residual = self._input("gate_up", "feed_forward", hidden, residual)
+        x = self.inputs["down"].activate(linears["gate_up"](x), self.spec.feed_forward)
+        return self._output("feed_forward_output", linears["down"](x)), residual
+
+    def _input(
+        self, site: SiteName, norm: NormName, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The input of a site's linears, and the residual behind it."""
+        layer = self.norms[norm] if norm in self.spec.norms else None
+        return self.inputs[site].norm(hidden, residual, layer)
+
+    def _output(self, norm: NormName, hidden: Tensor) -> Tensor:
+        """What is added to the residual: normalized and scaled where the model does."""
+        if norm in self.spec.norms:
+            hidden, _ = self.norms[norm](hidden)
+        if self.spec.residual_multiplier != 1.0:
+            hidden = hidden * self.spec.residual_multiplier
+        return hidden
+
+    def _attend(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        context: ForwardContext,
+        kv: KVPages,
+        rotary: RotaryTables,
+    ) -> Tensor:  # (T, H, D)
+        spec, cache = self.spec.attention, self.plan.kv_cache
+        tables = rotary.of(spec)
+        rotates_cached = cache.keys == "post_rope"
+        q = rope_append_kv(
+            *heads,
+            *tables,
+            context.positions,
+            context.slot_mapping,
+            kv,
+            rotate_keys_in_cache=rotates_cached,
+            rotate_kv=cache.rotation == "hadamard",
+            clip_ratio=cache.clip_ratio,
+            key_offset=self.key_offset,
+            shared=context.shared,
+            backend=self.backend,
+        )
+        return attention(
+            q,
+            kv,
+            block_tables=context.block_tables,
+            cu_seqlens_q=context.cu_seqlens_q,
+            seq_lens=context.seq_lens,
+            max_seqlen_q=context.max_seqlen_q,
+            max_seq_len=context.max_seq_len,
+            softmax_scale=spec.scale,
+            sliding_window=spec.window,
+            logit_softcap=spec.logit_softcap,
+            rotary=None if rotates_cached else tables,
+            num_decodes=context.num_decodes,
+            total_kv_tokens=context.total_kv_tokens,
+            prefill_cu_seqlens=context.prefill_cu_seqlens,
+            shared=context.shared,
+            backend=self.backend,
+        )

@@ -1,0 +1,68 @@
+"""The one place where a decoder block is assembled from its plan and its weights."""
+
+from quatom.families.spec import SITES
+from quatom.modeling.block import DecoderBlock
+from quatom.modeling.inputs import InputQuantizer, NormLayer
+from quatom.modeling.linear import FloatLinear, QuantizedLinear
+from quatom.modeling.weights import FloatSite, LayerWeights, SiteCodes
+from quatom.ops.backend import Backend
+from quatom.ops.linear import prepare_weights
+from quatom.plan import LayerPlan, SitePlan
+
+
+def build_block(
+    layer: LayerPlan, weights: LayerWeights, backend: Backend | None = None
+) -> DecoderBlock:
+    """A block on the device of its weights.
+
+    Inputs and KV cache are as the plan says. Sites may hold floats or codes: float weights under
+    a plan that quantizes activations are the network that calibration runs.
+
+    Args:
+        layer: what the layer computes, and how it is quantized.
+        weights: floats, or codes as `quatom.checkpoint.codec.decode` gives them.
+        backend: implementation of the operations; None picks by device.
+
+    Raises:
+        BackendError: the backend asked for cannot run these formats on this device.
+    """
+    linears, inputs = {}, {}
+    for site in SITES:
+        plan, held = layer.sites[site], weights.sites[site]
+        linears[site], inputs[site] = _build_site(plan, held, backend)
+    return DecoderBlock(
+        layer,
+        linears=linears,
+        inputs=inputs,
+        norms={
+            name: NormLayer(layer.spec.norms[name], norm, backend)
+            for name, norm in weights.norms.items()
+        },
+        qk_norm=weights.qk_norm,
+        key_offset=weights.key_offset,
+        backend=backend,
+    )
+
+
+def _build_site(
+    plan: SitePlan, held: FloatSite | SiteCodes, backend: Backend | None
+) -> tuple[FloatLinear | QuantizedLinear, InputQuantizer]:
+    """The linear of a site, and the quantizer of its input in the byte layout that it reads."""
+    order = held.order if plan.order == "gathered" else None
+    if isinstance(held, FloatSite):
+        return FloatLinear(held.weight, held.bias), InputQuantizer(plan.input_spec, order, backend)
+    prepared = prepare_weights(
+        held.values,
+        held.scales,
+        plan.layout,
+        bias=held.bias,
+        weight_format=plan.weights.format,
+        activation_format=plan.activation_format,
+        outlier_format=plan.outliers.format,
+        scale_mode=plan.scale_mode,
+        backend=backend,
+    )
+    spec = None if plan.input_spec is None else prepared.input_spec(plan.input_spec)
+    if order is not None:
+        order = order.to(held.values.device)
+    return QuantizedLinear(prepared), InputQuantizer(spec, order, backend)

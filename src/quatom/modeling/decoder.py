@@ -1,0 +1,133 @@
+"""A whole decoder: embedding, blocks, final norm and output head."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quatom.families.spec import ModelConfig
+from quatom.modeling.block import DecoderBlock
+from quatom.modeling.context import ForwardContext
+from quatom.modeling.inputs import NormLayer
+from quatom.modeling.rotary import RotaryTables
+from quatom.modeling.weights import NormWeights
+from quatom.numerics.kv_pages import KVDtype, KVPages
+from quatom.ops.backend import Backend
+from quatom.plan import LayerPlan
+
+
+class Decoder(nn.Module):
+    """A decoder of any family."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        embedding: Tensor,  # (vocab, hidden)
+        blocks: Sequence[DecoderBlock],
+        final_norm: NormWeights,
+        head: Tensor | None,  # (vocab, hidden); None: tied to the embedding
+        positions: Tensor | None = None,  # (rows, hidden), where config.positions
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = TokenEmbedding(config, embedding, positions)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = NormLayer(config.final_norm, final_norm, backend)
+        self.head = None if head is None else nn.Parameter(head, requires_grad=False)
+        self.rotary = RotaryTables(config, config.max_position, embedding.device)
+
+    @property
+    def embedding(self) -> Tensor:
+        """Token embedding, (vocab, hidden)."""
+        return self.embed.table
+
+    def limit_length(self, max_length: int) -> None:
+        """Say how long the longest sequence will be: longrope's frequencies depend on it."""
+        config, device = self.config, self.embedding.device
+        self.rotary = RotaryTables(config, config.max_position, device, max_length=max_length)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (T,) int64
+        context: ForwardContext,
+        kv_cache: Sequence[KVPages],
+    ) -> Tensor:
+        """Hidden states after the final norm, (T, hidden). Appends to the KV cache."""
+        hidden = self.embed(input_ids, context.positions)
+        residual: Tensor | None = None
+        for block, kv in zip(self.blocks, kv_cache, strict=True):
+            hidden, residual = block(hidden, residual, context, kv, self.rotary)
+        return self.final_norm(hidden, residual)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab) float32
+        """Scores of the next token."""
+        head = self.embedding if self.head is None else self.head
+        return scale_logits(self.config, nn.functional.linear(hidden, head).float())
+
+    def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KVPages]:
+        """Empty pages for every layer, in the recipe's format, on the model's device."""
+        return [
+            allocate_pages(block.plan, num_blocks, block_size, like=self.embedding)
+            for block in self.blocks
+        ]
+
+
+class TokenEmbedding(nn.Module):
+    """What enters the first block."""
+
+    positions: Tensor | None
+
+    def __init__(self, config: ModelConfig, table: Tensor, positions: Tensor | None) -> None:
+        super().__init__()
+        self.config = config
+        self.table = nn.Parameter(table, requires_grad=False)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:  # (T,) and (T,) int64
+        """Hidden states, (T, hidden)."""
+        tokens = nn.functional.embedding(input_ids, self.table)
+        return finish_embedding(self.config, tokens, self.positions, positions)
+
+
+def finish_embedding(
+    config: ModelConfig,
+    tokens: Tensor,  # (..., hidden) rows of the embedding matrix
+    table: Tensor | None,  # (rows, hidden) learned embedding of positions, where there is one
+    positions: Tensor,  # (...) int64
+) -> Tensor:
+    """Hidden states from the rows of the embedding matrix: scaled, positions added."""
+    if config.embedding_multiplier != 1.0:
+        # A number, not a tensor: a CUDA graph could not capture its copy to the device.
+        rounded = torch.tensor(config.embedding_multiplier, dtype=tokens.dtype).item()
+        tokens = tokens * rounded
+    if table is not None:
+        assert config.positions is not None
+        tokens = tokens + nn.functional.embedding(positions + config.positions.offset, table)
+    return tokens
+
+
+def scale_logits(config: ModelConfig, logits: Tensor) -> Tensor:  # (M, vocab) float32
+    """Logits divided and soft-capped as the model says; may reuse the memory of `logits`."""
+    if config.logits_divisor != 1.0:
+        logits = logits.div_(config.logits_divisor)
+    if config.logit_softcap is not None:
+        logits = logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
+    return logits
+
+
+def allocate_pages(layer: LayerPlan, num_blocks: int, block_size: int, like: Tensor) -> KVPages:
+    """Empty pages of one layer; an unquantized cache takes the dtype of `like`."""
+    attention, spec = layer.spec.attention, layer.kv_cache
+    dtype: KVDtype = _FLOAT_CACHES[like.dtype] if spec.format == "float16" else spec.format
+    return KVPages.allocate(
+        num_blocks, block_size, attention.num_kv_heads, attention.head_dim, dtype, like.device
+    )
+
+
+_FLOAT_CACHES: dict[torch.dtype, KVDtype] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+}

@@ -1,0 +1,64 @@
+"""The weights of one decoder layer, floating-point or rounded: what `build_block` makes a block of.
+
+Rows of q and k are in rotary order (`quatom.numerics.rotary.head_order`): channels that turn
+together are half a head apart, whatever order the model's files have.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from quatom.families.spec import NormName, SiteName
+
+
+@dataclass(frozen=True, slots=True)
+class FloatSite:
+    """The joined weight of a site in floating point."""
+
+    weight: Tensor  # (N, K), channels in the order that `order` gives them
+    bias: Tensor | None = None  # (N,)
+    order: Tensor | None = None  # (K,) int64, old channel at each position; None: as they come
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCodes:
+    """The joined weight of a site in codes, in the order of rows and channels of operations."""
+
+    values: Tensor  # (N, K) codes of any dtype that holds them, in units of the scales
+    scales: Tensor  # (N, S) float16
+    bias: Tensor | None = None  # (N,)
+    order: Tensor | None = None  # (K,) int64, as above
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        tensors = (self.values, self.scales, self.bias, self.order)
+        return type(self)(*(None if t is None else t.to(device) for t in tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class NormWeights:
+    """Parameters of a norm."""
+
+    weight: Tensor  # (K,)
+    bias: Tensor | None = None  # (K,)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Everything that a decoder layer holds."""
+
+    norms: Mapping[NormName, NormWeights]
+    sites: Mapping[SiteName, FloatSite | SiteCodes]
+    qk_norm: tuple[Tensor, Tensor] | None = None
+    """Weights of the norms of q and k, as `quatom.ops.head_norm` reads them."""
+    key_offset: Tensor | None = None  # (KV, D) float32
+
+
+@dataclass(frozen=True, slots=True)
+class FloatLayer(LayerWeights):
+    """A layer whose weights are all floating-point: what transforms rewrite."""
+
+    sites: Mapping[SiteName, FloatSite]

@@ -1,0 +1,119 @@
+"""Round the joined weight of one site as the recipe says."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from quatom.errors import QuantizationError
+from quatom.numerics.clipping import weight_scales
+from quatom.numerics.formats import get_format
+from quatom.numerics.rounding import (
+    RoundedWeight,
+    RoundingOptions,
+    gptq,
+    round_to_nearest,
+    shift_to_target,
+)
+from quatom.plan import SitePlan
+from quatom.quantize.clip_search_triton import weight_scales_triton
+from quatom.quantize.gptq_triton import choose_round_columns
+from quatom.recipe import Recipe
+
+
+class Rounder(Protocol):
+    """Turns a weight into codes."""
+
+    def __call__(
+        self,
+        site: SitePlan,
+        weight: Tensor,  # (N, K) in reordered position
+        moment: Tensor | None,  # (K, K) second moments of the inputs
+    ) -> RoundedWeight:
+        """Codes and scales.
+
+        Raises:
+            QuantizationError: the moments cannot be used, or the result is not finite.
+        """
+
+
+def rounder_of(recipe: Recipe) -> Rounder:
+    """The rounder that a recipe names."""
+    return _nearest if recipe.weights.rounding == "nearest" else _gptq
+
+
+def _nearest(site: SitePlan, weight: Tensor, moment: Tensor | None) -> RoundedWeight:
+    importance = None if moment is None else moment.diagonal()
+    return round_to_nearest(weight, site.layout, _options(site, weight), importance)
+
+
+def _gptq(site: SitePlan, weight: Tensor, moment: Tensor | None) -> RoundedWeight:
+    if moment is None:
+        return _nearest(site, weight, moment)
+    options, layout = _options(site, weight), site.layout
+    formats = (options.normal, options.outlier) if layout.outliers else (options.normal,)
+    return gptq(weight, layout, options, moment, choose_round_columns(weight.device, formats))
+
+
+def _options(site: SitePlan, weight: Tensor) -> RoundingOptions:
+    spec = site.weights
+    return RoundingOptions(
+        normal=get_format(spec.format),
+        outlier=get_format(site.outliers.format),
+        clip_ratio=spec.clip_ratio,
+        clip_search=spec.clip_search,
+        rows_per_scale=spec.rows_per_scale,
+        damping=spec.damping,
+        column_order=spec.column_order,
+        scale_format=spec.scale_format,
+        find_scales=weight_scales_triton if weight.is_cuda else weight_scales,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedSite:
+    """The joined weight of a site after rounding, and its relative output error."""
+
+    weight: RoundedWeight
+    relative_error: float
+
+
+def round_site(
+    site: SitePlan,
+    weight: Tensor,  # (N, K) in reordered position
+    moment: Tensor | None,  # (K, K)
+    target: Tensor | None,  # (N, K) target outputs times inputs; None: the weight's own output
+    recipe: Recipe,
+) -> RoundedSite:
+    """Round a weight with the recipe's rounder, and measure what that cost.
+
+    Raises:
+        QuantizationError: the second moments cannot be inverted and the recipe says to stop, or
+            the result is not finite.
+    """
+    spec = site.weights
+    try:
+        if target is not None:
+            assert moment is not None
+            weight = shift_to_target(weight, moment, target, spec.damping, spec.target_strength)
+        rounded = rounder_of(recipe)(site, weight, moment)
+    except QuantizationError as error:
+        if recipe.on_singular == "error":
+            raise QuantizationError(
+                f"{site.title}: {error}; give more calibration text, raise weights.damping "
+                f"(now {spec.damping}), or allow on_singular='nearest'"
+            ) from error
+        rounded = _nearest(site, weight, moment)
+    return RoundedSite(rounded, _relative_error(weight, rounded, moment))
+
+
+def _relative_error(weight: Tensor, rounded: RoundedWeight, moment: Tensor | None) -> float:
+    """||(W - Q) X|| / ||W X|| over the calibration inputs, or of the weights alone."""
+    weight = weight.float()
+    error = weight - rounded.dequantize()
+    if moment is None:
+        cost, size = error.square().sum(), weight.square().sum()
+    else:
+        cost, size = ((error @ moment) * error).sum(), ((weight @ moment) * weight).sum()
+    # Inputs or weights that are all zero lose nothing; 0 / 0 would be a NaN in the report.
+    return max((cost / size).item(), 0.0) ** 0.5 if size > 0 else 0.0

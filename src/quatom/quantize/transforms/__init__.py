@@ -1,0 +1,81 @@
+"""Rewrites of a floating-point layer that leave what it computes unchanged.
+
+Each makes the layer easier to quantize: rotated values, balanced keys, ordered channels, rotated
+groups. A recipe's list runs in this order: those of `before`, then the layer is measured on the
+calibration text, then those of `after`, which may use what was measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from quatom.modeling.weights import FloatLayer
+from quatom.plan import LayerPlan
+from quatom.quantize.transforms.groups import rotate_groups_of_inputs
+from quatom.quantize.transforms.keys import balance_keys, offset_keys
+from quatom.quantize.transforms.order import order_channels
+from quatom.quantize.transforms.values import rotate_values
+from quatom.recipe import Recipe
+
+Statistics = Mapping[str, Tensor]
+"""Measured on a layer's calibration inputs: see `quatom.quantize.statistics`."""
+
+
+class Transform(Protocol):
+    """Rewrites one layer. It is called with statistics wherever the recipe's text was read."""
+
+    def __call__(
+        self, layer: LayerPlan, weights: FloatLayer, statistics: Statistics
+    ) -> FloatLayer:
+        """The rewritten weights; nothing is changed in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransformList:
+    """What a recipe does to a layer before its weights are rounded."""
+
+    before: tuple[Transform, ...]
+    """Run before the layer is measured."""
+    after: tuple[Transform, ...]
+    """Run with the statistics of the layer that `before` left."""
+
+    def prepare(self, layer: LayerPlan, weights: FloatLayer) -> FloatLayer:
+        """The layer as it is measured."""
+        return _run(self.before, layer, weights, {})
+
+    def finish(
+        self, layer: LayerPlan, weights: FloatLayer, statistics: Statistics | None
+    ) -> FloatLayer:
+        """The layer as it is rounded, from what `prepare` gave."""
+        return _run(self.after, layer, weights, statistics or {})
+
+
+def _run(
+    transforms: tuple[Transform, ...],
+    layer: LayerPlan,
+    weights: FloatLayer,
+    statistics: Statistics,
+) -> FloatLayer:
+    for transform in transforms:
+        weights = transform(layer, weights, statistics)
+    return weights
+
+
+def transforms_of(recipe: Recipe) -> TransformList:
+    """The transforms that a recipe asks for."""
+    cache = recipe.kv_cache
+    before: list[Transform] = []
+    after: list[Transform] = []
+    if cache.value_rotation == "hadamard":
+        before.append(rotate_values)
+    if cache.key_offset == "mean":
+        after.append(offset_keys)
+    if cache.key_scaling == "balanced":
+        after.append(balance_keys)
+    if recipe.quantizes_weights and recipe.outliers.channels:
+        after.append(order_channels)
+    if recipe.activations.rotation == "hadamard":
+        after.append(rotate_groups_of_inputs)
+    return TransformList(tuple(before), tuple(after))

@@ -1,0 +1,79 @@
+"""Make cached keys easier to round: subtract what all share, and balance them with queries."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quatom.modeling.weights import FloatLayer
+from quatom.plan import LayerPlan
+
+
+def offset_keys(
+    layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
+) -> FloatLayer:
+    """Subtract the mean of K from every cached K, where softmax does not see it."""
+    if not layer.offsets_keys:
+        return weights
+    return replace(weights, key_offset=statistics["key_mean"])
+
+
+def balance_keys(
+    layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
+) -> FloatLayer:
+    """Fold powers of two into k and their inverses into q, and so into K's offset.
+
+    Rounding puts an error of one size on all channels of a (rotated) head, which a score weighs
+    with its query's. Dividing K by l and multiplying q by it leaves scores as they are, and the
+    error is least where l**4 = E[k**2] / E[q**2]. One l serves a rotary pair, whose channels mix;
+    powers of two change no mantissa. Where q and k are normalized, the norms' weights take them.
+    """
+    scale = _balance(layer, weights, statistics)  # (KV, D)
+    attention = layer.spec.attention
+    shared = attention.num_heads // attention.num_kv_heads
+    queries, keys = scale.repeat_interleave(shared, dim=0), 1 / scale
+    offset = weights.key_offset
+    weights = replace(weights, key_offset=None if offset is None else offset / scale)
+    if weights.qk_norm is not None:
+        return _scale_norms(layer, weights, queries, keys)
+    rows = torch.cat((queries, keys, torch.ones_like(scale))).flatten()
+    qkv = weights.sites["qkv"]
+    weight = (qkv.weight * rows.unsqueeze(1)).to(qkv.weight.dtype)
+    bias = None if qkv.bias is None else (qkv.bias * rows).to(qkv.bias.dtype)
+    return replace(
+        weights, sites={**weights.sites, "qkv": replace(qkv, weight=weight, bias=bias)}
+    )
+
+
+def _balance(
+    layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
+) -> Tensor:  # (KV, D) float32
+    """What K is divided by."""
+    keys, queries = statistics["key_squares"], statistics["query_squares"]  # (KV, D / 2)
+    if weights.key_offset is not None:
+        keys = keys - weights.key_offset.square().unflatten(-1, (2, -1)).sum(dim=-2)
+    if weights.qk_norm is not None and layer.spec.attention.qk_norm_axis == "head":
+        # All heads share one weight, and so one balance.
+        keys, queries = (x.sum(dim=0, keepdim=True).expand_as(x) for x in (keys, queries))
+    alive = (keys > 0) & (queries > 0)
+    power = torch.where(alive, (keys / queries).log2() / 4, torch.zeros_like(keys)).round()
+    return power.exp2().repeat(1, 2)
+
+
+def _scale_norms(
+    layer: LayerPlan,
+    weights: FloatLayer,
+    queries: Tensor,  # (H, D)
+    keys: Tensor,  # (KV, D)
+) -> FloatLayer:
+    """Factors of q and k folded into the weights of their norms."""
+    attention = layer.spec.attention
+    assert attention.qk_norm is not None
+    assert weights.qk_norm is not None
+    offset = attention.qk_norm.weight_offset
+    scaled = []
+    for weight, factors in zip(weights.qk_norm, (queries, keys), strict=True):
+        factor = factors[0] if attention.qk_norm_axis == "head" else factors.flatten()
+        scaled.append(((weight.float() + offset) * factor - offset).to(weight.dtype))
+    return replace(weights, qk_norm=(scaled[0], scaled[1]))

@@ -1,0 +1,57 @@
+"""Order the input channels of every site by importance, the outliers last.
+
+Source: Atom (Zhao et al., MLSys 2024).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from quatom.checkpoint.codec import repeat_rows
+from quatom.families.spec import SiteName
+from quatom.modeling.weights import FloatLayer
+from quatom.numerics.reorder import channel_order
+from quatom.plan import LayerPlan
+
+
+def choose_orders(layer: LayerPlan, scores: Mapping[str, Tensor]) -> dict[SiteName, Tensor]:
+    """Channel order of every site that has outliers, (K,) int64 each; scores are (K,) each."""
+    return {
+        name: channel_order(scores[name], site.block_outliers, site.blocks)
+        for name, site in layer.sites.items()
+        if site.order != "none"
+    }
+
+
+def order_channels(
+    layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
+) -> FloatLayer:
+    """Columns of every weight in the order of its input's channels.
+
+    An order that is not gathered is folded into the rows of the linears that make the input.
+    """
+    orders = choose_orders(layer, statistics)
+    sites = {
+        name: replace(held, weight=held.weight[..., orders[name]], order=orders[name])
+        if name in orders
+        else held
+        for name, held in weights.sites.items()
+    }
+    for name in layer.sites:
+        if (rows := made_rows(layer, name, orders)) is not None:
+            held = sites[name]
+            bias = None if held.bias is None else held.bias[rows]
+            sites[name] = replace(held, weight=held.weight[rows], bias=bias)
+    return replace(weights, sites=sites)
+
+
+def made_rows(
+    layer: LayerPlan, name: SiteName, orders: Mapping[SiteName, Tensor]
+) -> Tensor | None:
+    """Old row at each row of a site whose rows are in the order of the input that they make."""
+    made = layer.sites[name].makes
+    if made is None or made not in orders:
+        return None
+    order = orders[made]
+    return repeat_rows(order, layer.sites[name].rows // order.numel())

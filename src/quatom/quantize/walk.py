@@ -1,0 +1,296 @@
+"""Quantize a model block by block: each block is calibrated on the output of the last ones.
+
+Two streams of hidden states walk through the blocks. The float stream is the original network: its
+inputs choose the channel orders. The quantized stream is the network made so far: the second
+moments that GPTQ compensates are those of *its* quantized inputs, so that a block also makes up
+for errors of the blocks before it. Only one block is in memory at a time.
+
+Source: Atom (Zhao et al., MLSys 2024): orders from float statistics, GPTQ on quantized inputs.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quatom.checkpoint.codec import encode
+from quatom.checkpoint.reader import TensorSource
+from quatom.errors import QuantizationError
+from quatom.families.spec import SITES, SiteName
+from quatom.loading import load_float_layer
+from quatom.modeling.block import DecoderBlock
+from quatom.modeling.build import build_block
+from quatom.modeling.decoder import finish_embedding
+from quatom.modeling.rotary import RotaryTables
+from quatom.modeling.weights import FloatLayer, FloatSite, LayerWeights, SiteCodes
+from quatom.ops.backend import Backend
+from quatom.plan import LayerPlan, ModelPlan, plan
+from quatom.quantize.host_memory import return_free_memory
+from quatom.quantize.rounding import round_site
+from quatom.quantize.statistics import (
+    ChannelScores,
+    KeyStatistics,
+    SecondMoments,
+    TargetMoments,
+    batch_slices,
+    observe,
+    run_batch,
+    run_block,
+)
+from quatom.quantize.transforms import Statistics, transforms_of
+from quatom.quantize.transforms.order import made_rows
+from quatom.recipe import PRESETS
+
+Moments = dict[str, Tensor]
+"""A matrix for each site."""
+
+
+@dataclass(slots=True)
+class Streams:
+    """Hidden states that enter the next block, each (sequences, length, hidden)."""
+
+    float_hidden: Tensor | None
+    """None where statistics are known: the float stream is not run then."""
+    quantized_hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedBlock:
+    """What quantizing one block gave."""
+
+    index: int
+    num_blocks: int
+    tensors: dict[str, Tensor]
+    """Stored tensors by full name, on the CPU."""
+    module: DecoderBlock
+    """The block as the checkpoint will run it."""
+    linear_errors: dict[str, float]
+    """Relative output error that rounding caused at each site, on the calibration inputs."""
+    relative_error: float | None
+    """||quantized - float|| / ||float|| of the hidden states after it; None uncalibrated."""
+    seconds: float
+
+
+def embed(source: TensorSource, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Hidden states that enter the first block, (sequences, length, hidden)."""
+    config = source.model_config
+    table = source.load(config.embedding_name, (config.vocab_size, config.hidden_size))
+    rows = torch.nn.functional.embedding(tokens, table).to(device=device, dtype=dtype)
+    learned = None
+    if config.positions is not None:
+        learned = source.load(config.positions.name).to(device=device, dtype=dtype)
+    positions = torch.arange(tokens.shape[1], device=device)
+    return finish_embedding(config, rows, learned, positions)
+
+
+class BlockQuantizer:
+    """Quantizes the blocks of one model in order. `streams` is None for recipes without text."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        resolved: ModelPlan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        streams: Streams | None,
+        statistics: Sequence[Statistics] | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        """Prepare to quantize `source`.
+
+        Args:
+            source: the floating-point model.
+            resolved: how to quantize it.
+            device: where blocks are computed.
+            dtype: of the computation.
+            streams: hidden states of the calibration text; None for recipes that read none.
+            statistics: of every block, from an earlier `collect_statistics`.
+            backend: implementation of the operations.
+        """
+        self.statistics = statistics
+        self.source, self.plan, self.recipe = source, resolved, resolved.recipe
+        self.float_plan = plan(resolved.config, PRESETS["fp16"])
+        self.transforms = transforms_of(resolved.recipe)
+        self.device, self.dtype, self.backend = device, dtype, backend
+        self.streams = streams
+        length = 1 if streams is None else streams.quantized_hidden.shape[1]
+        self.rotary = RotaryTables(resolved.config, length, device)
+
+    def run(self, first: int = 0) -> Iterator[QuantizedBlock]:
+        """Quantize blocks `first` and later; streams hold the next block's input at each yield."""
+        for index in range(first, self.plan.config.num_layers):
+            yield self.quantize(index)
+            return_free_memory()
+
+    def quantize(self, index: int) -> QuantizedBlock:
+        """Quantize block `index` and advance the streams over it."""
+        started = time.perf_counter()
+        layer = self.plan.layers[index]
+        original = self._prepared(layer)
+        entering = None
+        if self.streams is not None and self.recipe.weights.target != "own_input":
+            entering = self.streams.float_hidden  # kept beside the advanced stream
+        statistics = (
+            self._run_float(index, original) if self.statistics is None else self.statistics[index]
+        )
+        arranged = self.transforms.finish(layer, original, statistics)
+        moments, targets = self._moments(layer, arranged, original, entering)
+        floats = dict(arranged.sites)
+        norms, qk_norm, key_offset = arranged.norms, arranged.qk_norm, arranged.key_offset
+        del original, arranged
+        codes, errors = self._round(layer, floats, moments, targets)
+        weights = LayerWeights(norms, codes, qk_norm, key_offset)
+        module = build_block(layer, weights, self.backend)
+        return QuantizedBlock(
+            index=index,
+            num_blocks=self.plan.config.num_layers,
+            tensors=stored_tensors(layer, weights),
+            module=module,
+            linear_errors=errors,
+            relative_error=self._run_quantized(index, module),
+            seconds=time.perf_counter() - started,
+        )
+
+    def collect_statistics(self) -> Iterator[dict[str, Tensor]]:
+        """Statistics of block after block, nothing quantized: shared by several recipes."""
+        for index, layer in enumerate(self.plan.layers):
+            statistics = self._run_float(index, self._prepared(layer))
+            assert statistics is not None
+            yield statistics
+
+    def _prepared(self, layer: LayerPlan) -> FloatLayer:
+        weights = load_float_layer(self.source, layer, self.device, self.dtype)
+        return self.transforms.prepare(layer, weights)
+
+    def _run_float(self, index: int, weights: FloatLayer) -> dict[str, Tensor] | None:
+        """Advance the float stream; scores of its channels, and statistics of its keys."""
+        if self.streams is None or self.streams.float_hidden is None:
+            return None
+        scores = ChannelScores(self.recipe.outliers.metric)
+        layer = self.float_plan.layers[index]
+        module = build_block(layer, weights, self.backend)
+        keys = KeyStatistics(layer.spec.attention, self.streams.float_hidden.shape[1])
+        with observe(module, scores.add, see_heads=keys.add):
+            self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rotary)
+        return scores.sums | keys.finish(self.rotary)
+
+    def _moments(
+        self,
+        layer: LayerPlan,
+        arranged: FloatLayer,
+        original: FloatLayer,
+        entering: Tensor | None,  # float stream in front of this block
+    ) -> tuple[Moments, Moments]:
+        """X^T X of the quantized inputs X of every site, and Y^T X of target outputs Y."""
+        weights = self.recipe.weights
+        if self.streams is None or (
+            weights.rounding == "nearest" and weights.clip_search != "output"
+        ):
+            return {}, {}
+        module = build_block(layer, arranged, self.backend)
+        if weights.target != "own_input":
+            assert entering is not None
+            return self._target_moments(layer, arranged, original, entering, module)
+        moments = SecondMoments(tf32=self.dtype != torch.float32)
+        with observe(module, moments.add):
+            run_block(module, self.streams.quantized_hidden, self.rotary)
+        return moments.sums, {}
+
+    def _target_moments(
+        self,
+        layer: LayerPlan,
+        arranged: FloatLayer,
+        original: FloatLayer,
+        entering: Tensor,
+        module: DecoderBlock,  # float weights, quantized inputs
+    ) -> tuple[Moments, Moments]:
+        """Both moments, the target outputs being those of the floating-point network."""
+        assert self.streams is not None
+        hidden = self.streams.quantized_hidden
+        moments, targets = SecondMoments(tf32=self.dtype != torch.float32), TargetMoments()
+        reference = build_block(self.float_plan.layers[layer.index], original, self.backend)
+        orders = {n: s.order for n, s in arranged.sites.items() if s.order is not None}
+        for batch in batch_slices(hidden):
+            outputs: dict[SiteName, Tensor] = {}
+            inputs: dict[SiteName, Tensor] = {}
+            with observe(reference, see_output=outputs.__setitem__):
+                run_batch(reference, entering[batch], self.rotary)
+            with observe(module, inputs.__setitem__):
+                run_batch(module, hidden[batch], self.rotary)
+            for site, x in inputs.items():
+                output, bias = outputs[site], arranged.sites[site].bias
+                if (rows := made_rows(layer, site, orders)) is not None:
+                    output = output[:, rows]
+                moments.add(site, x)
+                targets.add(site, output if bias is None else output - bias, x)
+        return moments.sums, targets.sums
+
+    def _round(
+        self,
+        layer: LayerPlan,
+        floats: dict[SiteName, FloatSite],
+        moments: Moments,
+        targets: Moments,
+    ) -> tuple[dict[SiteName, SiteCodes], dict[str, float]]:
+        """Codes of every site, and the relative error of each.
+
+        What a site was made from leaves `floats`, `moments` and `targets` as its codes come: at no
+        time is the block in memory several times over.
+        """
+        codes: dict[SiteName, SiteCodes] = {}
+        errors: dict[str, float] = {}
+        for site in SITES:
+            held = floats.pop(site)
+            result = round_site(
+                layer.sites[site],
+                held.weight,
+                moments.pop(site, None),
+                targets.pop(site, None),
+                self.recipe,
+            )
+            weight = result.weight
+            codes[site] = SiteCodes(weight.values, weight.scales, held.bias, held.order)
+            errors[site] = result.relative_error
+        return codes, errors
+
+    def _run_quantized(self, index: int, module: DecoderBlock) -> float | None:
+        """Advance the quantized stream; its distance from the float stream."""
+        if self.streams is None:
+            return None
+        hidden = run_block(module, self.streams.quantized_hidden, self.rotary)
+        if not torch.isfinite(hidden).all():
+            raise QuantizationError(
+                f"block {index} gives values that are not finite after quantization in "
+                f"{self.dtype}: check the source's weights, or quantize in --dtype float32"
+            )
+        self.streams.quantized_hidden = hidden
+        target = self.streams.float_hidden
+        if target is None:
+            return None
+        # In float32 a sequence at a time: whole streams would need another copy of each.
+        error = sum(
+            (q.float() - f.float()).square().sum() for q, f in zip(hidden, target, strict=True)
+        )
+        norm = sum(f.float().square().sum() for f in target)
+        return float((error / norm).sqrt())
+
+
+def stored_tensors(layer: LayerPlan, weights: LayerWeights) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds of a quantized layer, by its full name; on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, norm in weights.norms.items():
+        tensors[f"{layer.norm_name(name)}.weight"] = norm.weight
+        if norm.bias is not None:
+            tensors[f"{layer.norm_name(name)}.bias"] = norm.bias
+    if weights.qk_norm is not None:
+        for prefix, weight in zip(layer.qk_norm_names, weights.qk_norm, strict=True):
+            tensors[f"{prefix}.weight"] = weight
+    if weights.key_offset is not None:
+        tensors[layer.key_offset_name] = weights.key_offset
+    for name, codes in weights.sites.items():
+        assert isinstance(codes, SiteCodes)
+        tensors |= encode(layer, layer.sites[name], codes)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
