@@ -134,14 +134,14 @@ class Keys:
 
     def token(self, name: str) -> int | None:
         """A token number, None where there is none."""
-        tokens = token_ids(self.value(name), name)
+        tokens = eos_tokens(self.value(name), name)
         if len(tokens) > 1:
             raise self._wrong((name,), "one integer or null", self.value(name))
         return tokens[0] if tokens else None
 
     def tokens(self, name: str) -> tuple[int, ...]:
         """Token numbers: an integer, a list of them, or null."""
-        return token_ids(self.value(name), name)
+        return eos_tokens(self.value(name), name)
 
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse `name` if it has a value that is not `allowed`.
@@ -202,7 +202,7 @@ class Keys:
         return ModelError(f"config key {name} must be {kind}, got {_short(value)}")
 
 
-def token_ids(value: Any, name: str = "eos_token_id") -> tuple[int, ...]:
+def eos_tokens(value: Any, name: str = "eos_token_id") -> tuple[int, ...]:
     """The tokens of an entry like eos_token_id: an integer, a list of them, or null.
 
     Raises:
