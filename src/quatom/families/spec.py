@@ -39,7 +39,7 @@ class RopeScaling:
     a factor of its own."""
     factor: float = 1.0
     original_max_position: int | None = None
-    """llama3, yarn and longrope: tokens of a sequence in pre-training."""
+    """All but linear: tokens of a sequence in pre-training."""
     attention_factor: float = 1.0
     """yarn and longrope: multiplies cos and sin, so scores by its square."""
     low_freq_factor: float = 1.0
@@ -204,15 +204,14 @@ class Layer:
     def __post_init__(self) -> None:
         if self.norms.keys() != self.norm_names.keys():
             raise ModelError("every norm of a layer needs a name, and every name a norm")
-        wanted = {
-            "qkv": self.attention.q_size + 2 * self.attention.kv_size,
-            "gate_up": self.feed_forward.size * (2 if self.feed_forward.gated else 1),
-        }
+        qkv = self.attention.q_size + 2 * self.attention.kv_size
+        gate_up = self.feed_forward.size * (2 if self.feed_forward.gated else 1)
+        wanted: dict[SiteName, int] = {"qkv": qkv, "gate_up": gate_up}
         for site, linears in self.linears.items():
             if len({linear.bias for linear in linears}) > 1:
                 raise ModelError(f"some linears of {site} have a bias and some have none")
         for site, rows in wanted.items():
-            found = sum(linear.rows for linear in self.linears[site])  # type: ignore[index]
+            found = sum(linear.rows for linear in self.linears[site])
             if found != rows:
                 raise ModelError(f"the linears of {site} have {found} rows, expected {rows}")
 

@@ -1,0 +1,203 @@
+"""From keys of config.json to layers: what families that resemble Llama share.
+
+A family reads its sizes, windows and rotary embedding, and calls `decoder`; it says in arguments
+what is its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quatom.errors import ModelError
+from quatom.families.keys import Keys
+from quatom.families.rope import Rotary
+from quatom.families.sizes import Sizes
+from quatom.families.spec import (
+    Activation,
+    Attention,
+    FeedForward,
+    Layer,
+    Linear,
+    ModelConfig,
+    Norm,
+    NormName,
+    SiteName,
+)
+
+LINEARS: Mapping[SiteName, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Llama's names. One name alone for qkv or for a gated gate_up means one fused linear."""
+NORMS_BEFORE: Mapping[NormName, str] = {
+    "attention": "input_layernorm",
+    "feed_forward": "post_attention_layernorm",
+}
+"""Llama's names."""
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    # All of these are the tanh approximation; they differ in the digits of sqrt(2 / pi).
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """An entry of the registry."""
+
+    name: str
+    architectures: tuple[str, ...]
+    """Names in `architectures` of config.json."""
+    model_type: str
+    models: str
+    """Released models, for the table in the docs."""
+    read: Callable[[Keys], ModelConfig]
+
+
+def read_feed_forward(
+    keys: Keys, *names: str, default: str = "silu", gated: bool = True
+) -> FeedForward:
+    """Feed-forward layers of `intermediate_size`.
+
+    Args:
+        keys: of config.json.
+        names: Spellings of the key of the activation; none: hidden_act.
+        default: Activation where config.json names none.
+        gated: As in `FeedForward`.
+
+    Raises:
+        ModelError: the activation is not supported.
+    """
+    size = keys.integer("intermediate_size")
+    return FeedForward(size=size, activation=activation(keys, *names, default=default), gated=gated)
+
+
+def activation(keys: Keys, *names: str, default: str) -> Activation:
+    """The activation under `names`, or under hidden_act.
+
+    Raises:
+        ModelError: it is not supported.
+    """
+    names = names or ("hidden_act",)
+    name = keys.text(*names, default=default)
+    if name not in _ACTIVATIONS:
+        raise ModelError(
+            f"config key {names[0]} = {name!r} is not supported; supported: "
+            f"{', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def decoder(
+    keys: Keys,
+    sizes: Sizes,
+    rotary: Rotary,
+    *,
+    family: str,
+    norm: Norm,
+    feed_forward: FeedForward,
+    windows: Sequence[int | None] | None = None,
+    scale: float | None = None,
+    score_softcap: float | None = None,
+    qk_norm: Norm | None = None,
+    qk_norm_axis: Any = "head",
+    attention_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    linears: Mapping[SiteName, tuple[str, ...]] = LINEARS,
+    norms: Mapping[NormName, str] = NORMS_BEFORE,
+    residual_multiplier: float = 1.0,
+    tied: bool = False,
+    **model: Any,
+) -> ModelConfig:
+    """A decoder whose layers differ in window and rotary embedding alone.
+
+    Args:
+        keys: of config.json; all of them must be understood when this returns.
+        sizes: from `read_sizes`.
+        rotary: from `quatom.families.rope`, one entry per layer.
+        family: Name in the registry.
+        norm: Every norm outside attention.
+        feed_forward: of every layer.
+        windows: Window of each layer; None: none has one.
+        scale: Factor of scores; None: head_dim ** -0.5.
+        score_softcap: Soft-cap of attention scores.
+        qk_norm: Norm of q and k.
+        qk_norm_axis: As in `Attention`.
+        attention_bias: q, k and v have a bias.
+        output_bias: o has a bias.
+        mlp_bias: gate, up and down have a bias.
+        linears: Names of the linears of each site.
+        norms: Names of the norms of a layer; those that are missing do not exist.
+        residual_multiplier: As in `Layer`.
+        tied: Default of tie_word_embeddings.
+        model: Other fields of `ModelConfig`.
+
+    Raises:
+        ModelError: sizes do not fit each other.
+    """
+    plain = Attention(
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        scale=sizes.head_dim**-0.5 if scale is None else scale,
+        logit_softcap=score_softcap,
+        qk_norm=qk_norm,
+        qk_norm_axis=qk_norm_axis,
+    )
+    joined = feed_forward.size * (2 if feed_forward.gated and len(linears["gate_up"]) == 1 else 1)
+    rows = {
+        "qkv": (plain.q_size, plain.kv_size, plain.kv_size)
+        if len(linears["qkv"]) == 3
+        else (plain.q_size + 2 * plain.kv_size,),
+        "o": (sizes.hidden,),
+        "gate_up": (joined,) * len(linears["gate_up"]),
+        "down": (sizes.hidden,),
+    }
+    biases = {"qkv": attention_bias, "o": output_bias, "gate_up": mlp_bias, "down": mlp_bias}
+
+    def attention(rope: Any, window: int | None) -> Attention:
+        # A window as long as the longest sequence hides nothing.
+        hides = window is not None and window < rotary.max_position
+        return replace(plain, rope=rope, window=window if hides else None)
+
+    layers = tuple(
+        Layer(
+            attention=attention(rope, window),
+            feed_forward=feed_forward,
+            linears={
+                site: tuple(
+                    Linear(name=name, rows=size, bias=biases[site])
+                    for name, size in zip(names, rows[site], strict=True)
+                )
+                for site, names in linears.items()
+            },
+            norms=dict.fromkeys(norms, norm),
+            norm_names=norms,
+            residual_multiplier=residual_multiplier,
+        )
+        for rope, window in zip(rotary.ropes, windows or (None,) * sizes.layers, strict=True)
+    )
+    return ModelConfig(
+        family=family,
+        vocab_size=keys.integer("vocab_size"),
+        hidden_size=sizes.hidden,
+        layers=layers,
+        final_norm=norm,
+        max_position=rotary.max_position,
+        tie_word_embeddings=keys.flag("tie_word_embeddings", default=tied),
+        bos_token_id=keys.token("bos_token_id"),
+        eos_token_ids=keys.tokens("eos_token_id"),
+        **model,
+    )

@@ -1,0 +1,113 @@
+"""Which family a config.json is of, and what it says."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from quatom.errors import ModelError
+from quatom.families.decoder import Family
+from quatom.families.gemma2 import GEMMA2
+from quatom.families.gemma3 import GEMMA3
+from quatom.families.glm import GLM, GLM4
+from quatom.families.granite import GRANITE
+from quatom.families.keys import Keys
+from quatom.families.llama import LLAMA
+from quatom.families.mistral import MINISTRAL, MISTRAL
+from quatom.families.olmo import OLMO2, OLMO3
+from quatom.families.opt import OPT
+from quatom.families.phi3 import PHI3
+from quatom.families.qwen import QWEN2, QWEN3
+from quatom.families.seed_oss import SEED_OSS
+from quatom.families.smollm3 import SMOLLM3
+from quatom.families.spec import ModelConfig
+from quatom.families.stablelm import STABLELM
+from quatom.families.starcoder2 import STARCODER2
+
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    MINISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    OLMO2,
+    OLMO3,
+    GRANITE,
+    SMOLLM3,
+    SEED_OSS,
+    GLM,
+    GLM4,
+    STARCODER2,
+    STABLELM,
+    OPT,
+)
+"""Every supported family, in the order of the table in the docs."""
+
+_BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
+_BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """What the decoder computes that a config.json of transformers 4 or 5 describes.
+
+    Raises:
+        ModelError: its architecture is not supported, or a key is missing, contradicts another, or
+            changes the mathematics in a way that Quatom does not implement.
+    """
+    keys = Keys(config)
+    family = find_family(config)
+    read = family.read(keys)
+    keys.finish()
+    return read
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family that `architectures` and `model_type` agree on.
+
+    Raises:
+        ModelError: one of them is not supported, or they name different families.
+    """
+    if config.get("text_config") is not None:
+        raise ModelError(
+            f"config.json of {_names(config) or config.get('model_type')} describes in "
+            "text_config the text part of a larger model; save its text model alone with "
+            "transformers, and use that"
+        )
+    model_type = config.get("model_type")
+    names = _names(config)
+    if not names and model_type is None:
+        raise ModelError("config.json has neither architectures nor model_type; add architectures")
+    if model_type is not None and not isinstance(model_type, str):
+        raise ModelError(f"config key model_type must be a string, got {model_type!r}")
+    found = {}
+    for name in names:
+        if name not in _BY_ARCHITECTURE:
+            raise ModelError(f"architecture {name} is not supported; supported: {_supported()}")
+        found[name] = _BY_ARCHITECTURE[name]
+    if model_type is not None:
+        if model_type not in _BY_MODEL_TYPE:
+            raise ModelError(
+                f"model_type {model_type!r} is not supported; supported: "
+                f"{', '.join(_BY_MODEL_TYPE)}"
+            )
+        found[f"model_type {model_type}"] = _BY_MODEL_TYPE[model_type]
+    families = list(found.values())
+    if any(family is not families[0] for family in families):
+        raise ModelError(
+            f"config.json contradicts itself: {', '.join(found)} are different families; keep the "
+            "one whose weights these are"
+        )
+    return families[0]
+
+
+def _names(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    names = [names] if isinstance(names, str) else names or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"config key architectures must be a list of names, got {names!r}")
+    return list(names)
+
+
+def _supported() -> str:
+    return ", ".join(family.architectures[0] for family in FAMILIES)

@@ -1,0 +1,96 @@
+"""Sizes of a decoder, and which of its layers have a sliding window."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quatom.errors import ModelError
+from quatom.families.keys import Keys
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What every config.json has."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_position: int
+    """max_position_embeddings: tokens, before any rotary scaling."""
+
+
+def read_sizes(
+    keys: Keys, *, max_position: int, kv_heads: int | None = None, head_dim: int | None = None
+) -> Sizes:
+    """Sizes of a decoder, with a family's defaults.
+
+    Args:
+        keys: of config.json.
+        max_position: Default of max_position_embeddings.
+        kv_heads: Default of num_key_value_heads; None: as many as query heads.
+        head_dim: Default of head_dim; None: hidden_size / num_attention_heads.
+
+    Raises:
+        ModelError: one is missing or wrong.
+    """
+    hidden = keys.integer("hidden_size")
+    heads = keys.integer("num_attention_heads")
+    head_dim = keys.integer_or_none("head_dim", default=head_dim)
+    if head_dim is None:
+        if hidden % heads:
+            raise ModelError(
+                f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} and "
+                "config.json has no head_dim; add it"
+            )
+        head_dim = hidden // heads
+    return Sizes(
+        hidden=hidden,
+        layers=keys.integer("num_hidden_layers"),
+        heads=heads,
+        kv_heads=keys.integer_or_none("num_key_value_heads", default=kv_heads) or heads,
+        head_dim=head_dim,
+        max_position=keys.integer("max_position_embeddings", default=max_position),
+    )
+
+
+def layer_types(keys: Keys, default: Sequence[str]) -> tuple[str, ...]:
+    """full_attention or sliding_attention, for each layer.
+
+    Raises:
+        ModelError: config.json lists another type, or not as many as there are layers.
+    """
+    found = keys.per_layer("layer_types", len(default), _FULL, _SLIDING, "attention")
+    # "attention" is how early files say full_attention.
+    return tuple(_FULL if kind == "attention" else kind for kind in found or default)
+
+
+def windows(types: Sequence[str], window: int | None) -> tuple[int | None, ...]:
+    """Window of each layer, of its type.
+
+    Raises:
+        ModelError: a layer is of type sliding_attention and the model has no window.
+    """
+    if window is None and _SLIDING in types:
+        raise ModelError(
+            f"layer_types has {types.count(_SLIDING)} layers of sliding_attention, but "
+            "sliding_window is null or switched off; set it, or make them full_attention"
+        )
+    return tuple(window if kind == _SLIDING else None for kind in types)
+
+
+def same_window(keys: Keys, layers: int, window: int | None) -> tuple[int | None, ...]:
+    """`window` in every layer.
+
+    Raises:
+        ModelError: layer_types says something else.
+    """
+    default = (_FULL if window is None else _SLIDING,) * layers
+    if (types := layer_types(keys, default)) != default:
+        raise ModelError(
+            f"layer_types has {types.count(_SLIDING)} of {layers} layers with a sliding window, "
+            f"but this family has sliding_window = {window} in all; remove layer_types"
+        )
+    return (window,) * layers

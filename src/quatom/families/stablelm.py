@@ -1,0 +1,40 @@
+"""StableLM: LayerNorm, a quarter of each head turns."""
+
+from quatom.families.decoder import Family, decoder, read_feed_forward
+from quatom.families.keys import Keys
+from quatom.families.rope import one_rope
+from quatom.families.sizes import read_sizes
+from quatom.families.spec import ModelConfig, Norm
+
+
+def read(keys: Keys) -> ModelConfig:
+    """What a StableLmForCausalLM computes.
+
+    Raises:
+        ModelError: a key is missing or not supported; attention beside the feed-forward layer
+            (use_parallel_residual) and norms with a weight per head (qk_layernorm) are not.
+    """
+    keys.only("use_parallel_residual", False)
+    keys.only("qk_layernorm", False)
+    keys.only("rotary_scaling_factor", 1.0)
+    sizes = read_sizes(keys, max_position=4096, kv_heads=32)
+    keys.only("head_dim", sizes.hidden // sizes.heads)
+    eps = keys.positive("layer_norm_eps", "norm_eps", default=1e-5)
+    return decoder(
+        keys,
+        sizes,
+        one_rope(keys, sizes, partial=0.25),
+        family="stablelm",
+        norm=Norm(kind="layer", eps=eps, bias=True),
+        feed_forward=read_feed_forward(keys),
+        attention_bias=keys.flag("use_qkv_bias"),
+    )
+
+
+STABLELM = Family(
+    name="stablelm",
+    architectures=("StableLmForCausalLM",),
+    model_type="stablelm",
+    models="StableLM-3B-4E1T, StableLM 2 1.6B, StableLM-Zephyr",
+    read=read,
+)

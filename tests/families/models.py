@@ -1,0 +1,229 @@
+"""A tiny random model of every family, from transformers' own classes, made in a moment.
+
+Hidden sizes are multiples of 32, head sizes vary, windows are shorter than 40 tokens, and the
+vocabulary is that of the byte tokenizer of tests/conftest.py.
+"""
+
+from pathlib import Path
+
+import torch
+
+from tests.conftest import write_byte_tokenizer
+
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+def longrope(dim: int, **more) -> dict:
+    """Rotary parameters of a Phi model that turns `dim` channels of a head."""
+    steps = range(dim // 2)
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0 + 0.02 * step for step in steps],
+        "long_factor": [1.0 + 0.25 * step for step in steps],
+        "original_max_position_embeddings": 256,
+        **more,
+    }
+
+
+# name: (prefix of transformers' classes, what differs from COMMON)
+TINY: dict[str, tuple[str, dict]] = {
+    "llama": ("Llama", {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 80}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    "llama-dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"head_dim": 96, "sliding_window": 24}),
+    "ministral": (
+        "Ministral",
+        {
+            "head_dim": 128,
+            "num_hidden_layers": 4,
+            "sliding_window": 20,
+            "layer_types": ALTERNATING,
+        },
+    ),
+    "qwen2": ("Qwen2", {"hidden_size": 192, "num_attention_heads": 3, "tie_word_embeddings": True}),
+    "qwen2-windows": (
+        "Qwen2",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": ("Qwen3", {"hidden_size": 96, "num_key_value_heads": 2, "head_dim": 128}),
+    "qwen3-yarn": (
+        "Qwen3",
+        {"head_dim": 64, "attention_bias": True, "rope_parameters": YARN | {"rope_theta": 1e6}},
+    ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 144,
+            "sliding_window": 32,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 200,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "hidden_size": 160,
+            "num_key_value_heads": 2,
+            "sliding_window": 28,
+            "original_max_position_embeddings": 512,
+        },
+    ),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "hidden_size": 192,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": longrope(96),
+        },
+    ),
+    "phi3-partial": (
+        "Phi3",
+        {
+            "hidden_size": 256,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": longrope(96, partial_rotary_factor=0.75),
+        },
+    ),
+    "olmo2": ("Olmo2", {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "hidden_size": 224,
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "full_attention": YARN | {"rope_theta": 5e5, "attention_factor": 1.2},
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.03,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": (
+        "SmolLM3",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 30,
+        },
+    ),
+    "seed_oss": ("SeedOss", {"hidden_size": 160, "head_dim": 100, "attention_out_bias": True}),
+    "glm": ("Glm", {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "glm4": ("Glm4", {"head_dim": 128, "attention_bias": False}),
+    "starcoder2": ("Starcoder2", {"hidden_size": 192, "sliding_window": 36}),
+    "stablelm": ("StableLm", {"hidden_size": 160, "num_key_value_heads": 2, "use_qkv_bias": True}),
+    "opt": ("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
+}
+ALONE = {"opt": ("intermediate_size", "num_key_value_heads")}
+"""Keys of COMMON that a family does not have."""
+
+
+def tiny_config(name: str):
+    """The config object of transformers."""
+    import transformers
+
+    prefix, own = TINY[name]
+    options = {k: v for k, v in COMMON.items() if k not in ALONE.get(name, ())} | own
+    options["architectures"] = [model_class(prefix).__name__]
+    return getattr(transformers, f"{prefix}Config")(**options)
+
+
+def model_class(prefix: str) -> type:
+    """The class of transformers that has a language head."""
+    import transformers
+
+    return getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
+
+
+def tiny_model(name: str, seed: int = 0):
+    """A random model whose every weight, bias and norm matters, float32, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model_class(TINY[name][0])(tiny_config(name)).eval()
+    offset = name.startswith("gemma")  # it stores norm weights less 1
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if key.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            elif "norm" in key:
+                parameter.copy_((0.0 if offset else 1.0) + 0.2 * noise)
+            else:
+                # Activations and logits of order 1, whatever the width.
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def save_tiny(folder: Path, name: str, *, seed: int = 0, dtype=torch.float32) -> Path:
+    """The model with a byte tokenizer, as transformers saves it."""
+    tiny_model(name, seed).to(dtype).save_pretrained(folder)
+    write_byte_tokenizer(folder)
+    return folder
