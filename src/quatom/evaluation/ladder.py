@@ -17,11 +17,12 @@ from torch import Tensor
 from quatom.checkpoint.reader import TensorSource
 from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import mean_loss
+from quatom.families.spec import Norm
 from quatom.loading import build_float_block, load_float_block
 from quatom.modeling.llama import DecoderBlock
 from quatom.modeling.rope import rotary_table
 from quatom.ops.backend import Backend
-from quatom.ops.rmsnorm import rmsnorm
+from quatom.ops.norm import norm
 from quatom.quantize.block import balance_keys, rotate_values
 from quatom.quantize.statistics import run_block
 from quatom.quantize.stream import BlockQuantizer, Streams, embed
@@ -163,12 +164,12 @@ class LadderRun:
         def outer(name: str) -> Tensor:
             return source.load(name).to(device=self.device, dtype=self.dtype)
 
-        norm = outer("model.norm.weight")
+        weight = outer("model.norm.weight")
         tied = config.tie_word_embeddings
         head = outer("model.embed_tokens.weight" if tied else "lm_head.weight")
         losses = [
             mean_loss(
-                rmsnorm(states, norm, eps=config.rms_norm_eps)[0],
+                norm(states, weight, norm=Norm(eps=config.rms_norm_eps))[0],
                 window.to(self.device),
                 lambda rows: torch.nn.functional.linear(rows, head).float(),
             )

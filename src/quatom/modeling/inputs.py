@@ -2,14 +2,15 @@
 
 from torch import Tensor, nn
 
+from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
+from quatom.ops.gated import gated
+from quatom.ops.gated_quantize import gated_quantize
+from quatom.ops.norm import norm
+from quatom.ops.norm_quantize import norm_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
-from quatom.ops.rmsnorm import rmsnorm
-from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
-from quatom.ops.silu_mul import silu_mul
-from quatom.ops.silu_quantize import silu_quantize
 from quatom.recipe import Recipe
 
 
@@ -67,10 +68,18 @@ class InputQuantizer(nn.Module):
     ) -> tuple[Tensor | MixedTensor, Tensor]:
         """RMSNorm of x + residual. Returns the input of the linear and the new residual."""
         if self.spec is None:
-            normed, total = rmsnorm(x, weight, eps=eps, residual=residual, backend=self.backend)
+            normed, total = norm(
+                x, weight, norm=Norm(eps=eps), residual=residual, backend=self.backend
+            )
             return self._reorder(normed), total
-        return rmsnorm_quantize(
-            x, weight, self.order, self.spec, eps=eps, residual=residual, backend=self.backend
+        return norm_quantize(
+            x,
+            weight,
+            self.order,
+            self.spec,
+            norm=Norm(eps=eps),
+            residual=residual,
+            backend=self.backend,
         )
 
     def plain(self, x: Tensor) -> Tensor | MixedTensor:  # (T, K)
@@ -82,5 +91,5 @@ class InputQuantizer(nn.Module):
     def silu_mul(self, gate_up: Tensor) -> Tensor | MixedTensor:  # (T, 2 K) -> (T, K)
         """silu(gate) * up, in the order that gate's and up's rows already have."""
         if self.spec is None:
-            return self._reorder(silu_mul(gate_up, backend=self.backend))
-        return silu_quantize(gate_up, self.spec, backend=self.backend)
+            return self._reorder(gated(gate_up, "silu", True, backend=self.backend))
+        return gated_quantize(gate_up, self.spec, "silu", True, backend=self.backend)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quatom.families.spec import Norm
 from quatom.modeling.config import ModelConfig
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer
@@ -23,7 +24,7 @@ from quatom.numerics.kv_pages import KVDtype, KVPages
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
 from quatom.ops.cpu_products import MAX_HEAD_ROWS, filled_linear, head_product
-from quatom.ops.rmsnorm import rmsnorm
+from quatom.ops.norm import norm
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.recipe import KVSpec
 
@@ -160,8 +161,10 @@ class Decoder(nn.Module):
         residual: Tensor | None = None
         for block, kv in zip(self.blocks, kv_cache, strict=True):
             hidden, residual = block(hidden, residual, context, kv, (self.cos, self.sin))
-        eps = self.config.rms_norm_eps
-        return rmsnorm(hidden, self.final_norm, eps=eps, residual=residual, backend=self.backend)[0]
+        options = Norm(eps=self.config.rms_norm_eps)
+        return norm(hidden, self.final_norm, norm=options, residual=residual, backend=self.backend)[
+            0
+        ]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab) float32
         """Scores of the next token. On a CPU a row's bits are the same for 1 to 64 rows."""

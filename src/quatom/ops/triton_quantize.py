@@ -16,7 +16,7 @@ from torch import Tensor
 from quatom.errors import BackendError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import MIN_SCALE, GroupLayout
-from quatom.numerics.hadamard import rotation_block
+from quatom.numerics.hadamard import hadamard_block
 from quatom.ops.activations import (
     MixedTensor,
     QuantizeSpec,
@@ -217,7 +217,7 @@ def group_width(spec: QuantizeSpec) -> int:
 def _rotation_stages(layout: GroupLayout) -> int:
     """Butterfly stages of the widest rotation: log2 of its block."""
     sizes = layout.group_sizes[: layout.num_normal_groups]
-    return max(rotation_block(size) for size in sizes).bit_length() - 1
+    return max(hadamard_block(size) for size in sizes).bit_length() - 1
 
 
 def quantize_options(spec: QuantizeSpec) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from quatom.loading import FUSED, FloatBlock
 from quatom.modeling.config import ModelConfig
 from quatom.numerics.clipping import weight_scales
 from quatom.numerics.formats import get_format
-from quatom.numerics.hadamard import rotate_groups, rotate_last_axis
+from quatom.numerics.hadamard import hadamard_block, rotate_groups, rotate_last_axis
 from quatom.numerics.packing import pack_bits
 from quatom.numerics.reorder import channel_order, sliceable_positions
 from quatom.numerics.rounding import (
@@ -56,15 +56,15 @@ def rotate_values(block: FloatBlock, recipe: Recipe, config: ModelConfig) -> Flo
     """
     if recipe.kv_cache.value_rotation == "none":
         return block
-    head_dim = config.head_dim
-    first = (config.num_heads + config.num_kv_heads) * head_dim  # q and k come before v
+    mixed = hadamard_block(config.head_dim)
+    first = (config.num_heads + config.num_kv_heads) * config.head_dim  # q and k come before v
     weights, biases = dict(block.weights), dict(block.biases)
     qkv = weights["qkv"].clone()
-    qkv[first:] = rotate_last_axis(qkv[first:].t(), head_dim).t().to(qkv.dtype)
+    qkv[first:] = rotate_last_axis(qkv[first:].t(), mixed).t().to(qkv.dtype)
     weights["qkv"] = qkv
-    weights["o"] = rotate_last_axis(weights["o"], head_dim).to(qkv.dtype)
+    weights["o"] = rotate_last_axis(weights["o"], mixed).to(qkv.dtype)
     if (bias := biases["qkv"]) is not None:
-        biases["qkv"] = torch.cat((bias[:first], rotate_last_axis(bias[first:], head_dim))).to(
+        biases["qkv"] = torch.cat((bias[:first], rotate_last_axis(bias[first:], mixed))).to(
             bias.dtype
         )
     return replace(block, weights=weights, biases=biases)
