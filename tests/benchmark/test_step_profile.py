@@ -33,7 +33,7 @@ def test_a_kernel_that_waits_for_its_predecessor_is_charged_from_its_end():
     ("kernel", "part"),
     [
         ("linear_hopper", "linears"),
-        ("_rmsnorm_quantize_kernel", "norm, reorder, quantize"),
+        ("_norm_quantize_kernel", "norm, reorder, quantize"),
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
         ("nvjet_sm90_hsh_256x64_64x5_2x1_v_bz_TNT", "matrix products of cuBLAS"),
         ("void at::native::reduce_kernel<512, 1, ...ArgMaxOps", REST),

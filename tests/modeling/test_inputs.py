@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from quatom.families.spec import Norm
 from quatom.modeling.inputs import InputQuantizer, activation_spec
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor, QuantizeSpec
-from quatom.ops.rmsnorm import rmsnorm
+from quatom.ops.norm import norm
 from quatom.recipe import PRESETS
 
 LAYOUT = GroupLayout(normal=96, group_size=64, outliers=32)
@@ -32,10 +33,10 @@ def test_norm_adds_the_residual_and_returns_the_sum():
     x, residual, weight = tokens(), tokens(1), 1 + 0.1 * tokens(2)[0]
     made, total = InputQuantizer(None, order()).norm(x, residual, weight, 1e-5)
     assert torch.equal(total, x + residual)
-    assert torch.equal(made, rmsnorm(x + residual, weight, eps=1e-5)[0][:, order()])
+    assert torch.equal(made, norm(x + residual, weight, norm=Norm(eps=1e-5))[0][:, order()])
     made, total = InputQuantizer(None).norm(x, None, weight, 1e-5)
     assert torch.equal(total, x)
-    assert torch.equal(made, rmsnorm(x, weight, eps=1e-5)[0])
+    assert torch.equal(made, norm(x, weight, norm=Norm(eps=1e-5))[0])
 
 
 @pytest.mark.parametrize("method", ["norm", "plain", "silu_mul"])

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout
-from quatom.numerics.hadamard import hadamard, rotate_groups, rotate_last_axis, hadamard_block
+from quatom.numerics.hadamard import (
+    hadamard,
+    hadamard_block,
+    rotate_groups,
+    rotate_heads,
+    rotate_last_axis,
+)
 
 LAYOUTS = [
     GroupLayout(normal=256, group_size=128, outliers=64),
@@ -42,6 +48,23 @@ def test_other_sizes_are_refused(size):
 @pytest.mark.parametrize(("group", "block"), [(128, 128), (96, 32), (32, 32), (160, 32)])
 def test_a_block_is_the_largest_power_of_two_in_a_group(group, block):
     assert hadamard_block(group) == block
+
+
+@pytest.mark.parametrize("size", [2, 8, 64, 128])
+def test_heads_of_a_power_of_two_are_rotated_by_the_whole_matrix(size):
+    torch.testing.assert_close(rotate_heads(torch.eye(size)), hadamard(size))
+
+
+@pytest.mark.parametrize(("size", "block"), [(80, 16), (96, 32), (100, 4), (112, 16), (192, 64)])
+def test_heads_of_other_sizes_are_rotated_block_by_block(size, block):
+    matrix = rotate_heads(torch.eye(size))
+    torch.testing.assert_close(matrix @ matrix.t(), torch.eye(size), atol=1e-6, rtol=0)
+    assert torch.equal(matrix, matrix.t())
+    assert ((matrix != 0).sum(dim=1) == block).all()
+    assert torch.equal(matrix.abs().amax(dim=1), torch.full((size,), 1.0) * block**-0.5)
+    # Neighbours of the first half and their partners in the other.
+    first = torch.arange(block // 2)
+    assert matrix[0].nonzero().flatten().tolist() == [*first, *(first + size // 2)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,16 +12,21 @@ from quatom.numerics.kv_codes import (
     pack_halves,
     unpack_halves,
 )
-from quatom.numerics.kv_pages import KVPages
+from quatom.numerics.kv_pages import HEAD_DIMS, KVPages
 
 DTYPES = ["int4", "int8", "float16", "bfloat16", "float32"]
+
+
+HEAD_DIM_FORMATS = [
+    (d, dtype) for d in (80, 100, 112, 192) for dtype in ("int4", "int8", "float16")
+]
 
 
 def make_pages(dtype="int4", blocks=6, block_size=16, heads=2, head_dim=64):
     return KVPages.allocate(blocks, block_size, heads, head_dim, dtype, "cpu")
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_an_int4_token_head_is_half_a_byte_a_channel_and_four_bytes(head_dim):
     pages = make_pages(heads=3, head_dim=head_dim)
     assert pages.bytes_per_token == 3 * 2 * (head_dim // 2 + 4)
@@ -84,6 +89,25 @@ def test_channel_j_shares_a_byte_with_channel_j_plus_half():
     assert torch.equal(unpack_halves(pack_halves(codes)), codes)
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), HEAD_DIM_FORMATS)
+def test_heads_of_other_sizes_come_back_too(head_dim, dtype):
+    """100 channels take 50 bytes of INT4 codes, which are no whole 4-byte words."""
+    rng = torch.Generator().manual_seed(head_dim)
+    pages = make_pages(dtype, head_dim=head_dim)
+    pages.storage.fill_(0xA5)
+    k, v = torch.randn(2, 21, 2, head_dim, generator=rng).unbind()
+    table = torch.tensor([4, 1])
+    position = torch.arange(21)
+    pages.append(k, v, table[position // 16] * 16 + position % 16)
+    for want, got in zip((k, v), pages.gather(table, 21), strict=True):
+        if pages.quantized:
+            scale, minimum = asymmetric_range(want, pages.bits)
+            want = asymmetric_codes(want, scale, minimum, pages.bits) * scale.float() + minimum
+        assert torch.equal(got, want.half().float() if dtype == "float16" else want)
+    others = torch.ones(6, dtype=torch.bool).index_fill(0, table, False)
+    assert (pages.storage[others] == 0xA5).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**16), offset=st.floats(-50, 50), gain=st.floats(0.01, 100))
@@ -136,7 +160,7 @@ def test_copy_blocks_copies_whole_blocks():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((4, 16, 2, 80, "int4"), "head_dim 80"),
+        ((4, 16, 2, 72, "int4"), "head_dim 72 is not supported.* 64, 80, 96, 100, 112"),
         ((4, 24, 2, 64, "int4"), "block_size 24 is not a positive multiple of 16"),
         ((4, 16, 2, 64, "int3"), "got 'int3'"),
         ((0, 16, 2, 64, "int4"), "0 blocks"),

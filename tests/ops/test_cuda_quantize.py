@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from quatom.errors import BackendError
+from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout
 from quatom.ops import cuda_quantize
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
 from quatom.ops.cuda_quantize import Variant, can_quantize, choose_variant, quantize_cuda
+from quatom.ops.gated_quantize import gated_quantize
+from quatom.ops.norm_quantize import norm_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
-from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
-from quatom.ops.silu_quantize import silu_quantize
 
 LAYOUTS = {
     "SmolLM2": GroupLayout(512, 128, 64),
@@ -100,18 +101,18 @@ def test_every_variant_normalizes_as_the_reference_does(layout, scale_mode, pois
             layout=layout, clip_ratio=0.9, scale_mode=scale_mode, byte_layout="groups"
         )
         for add, used in ((residual, order), (None, None)):
-            want, want_total = rmsnorm_quantize(
-                x, weight, used, spec, eps=1e-5, residual=add, backend=Backend.REFERENCE
+            want, want_total = norm_quantize(
+                x, weight, used, spec, norm=Norm(eps=1e-5), residual=add, backend=Backend.REFERENCE
             )
             for variant in variants(layout):
                 got, total = quantize_cuda(
-                    "rmsnorm",
+                    "norm",
                     x.cuda(),
                     spec,
                     order=None if used is None else used.cuda(),
                     weight=weight.cuda(),
                     residual=None if add is None else add.cuda(),
-                    eps=1e-5,
+                    norm=Norm(eps=1e-5),
                     variant=variant,
                 )
                 assert torch.equal(total.cpu(), want_total), variant
@@ -131,11 +132,11 @@ def test_silu_with_a_whole_token_takes_whole_tokens(layout, poisoned):
     x, other, _, _ = make_inputs(5, layout.channels, torch.float16)
     gate_up = torch.cat((x, other), dim=1)
     spec = QuantizeSpec(layout=layout, normal="int8", scale_mode="row", byte_layout="groups")
-    want = silu_quantize(gate_up, spec, backend=Backend.REFERENCE).canonical()
+    want = gated_quantize(gate_up, spec, "silu", True, backend=Backend.REFERENCE).canonical()
     eighth = -(-layout.num_scales // 8)
-    chosen = {choose_variant("silu", tokens, layout, True) for tokens in (5, 64)}
+    chosen = {choose_variant("gated", tokens, layout, True) for tokens in (5, 64)}
     for variant in chosen | {Variant(128, 1, eighth), Variant(64, 1, 3), Variant(512, 1, 2)}:
-        got = quantize_cuda("silu", gate_up.cuda(), spec, variant=variant)[0].canonical()
+        got = quantize_cuda("gated", gate_up.cuda(), spec, variant=variant)[0].canonical()
         # exp differs by ulps: a scale by one float16 step, and codes next to a tie by one.
         torch.testing.assert_close(got[1].cpu(), want[1], rtol=2**-10, atol=0)
         difference = (got[0].cpu() - want[0]).abs()
@@ -156,8 +157,8 @@ def test_a_chain_in_a_graph_equals_the_same_calls_one_by_one(tokens):
     def chain(wait):
         total, codes = residual, []
         for step in range(12):
-            quantized, total = rmsnorm_quantize(
-                x, weight, order, spec, eps=1e-5, residual=total, backend=Backend.CUDA
+            quantized, total = norm_quantize(
+                x, weight, order, spec, norm=Norm(eps=1e-5), residual=total, backend=Backend.CUDA
             )
             codes += [quantized.codes[:, :tokens].clone()] if step % 4 == 3 else []
             codes += [reorder_quantize(total, order, spec, backend=Backend.CUDA).codes]
@@ -180,9 +181,9 @@ def test_a_wide_row_of_two_tokens_fits_shared_memory():
     layout = GroupLayout(16384 - 128, 128, 128)  # Llama-3-405B
     x, residual, weight, order = (t.cuda() for t in make_inputs(600, 16384, torch.bfloat16))
     spec = QuantizeSpec(layout=layout, byte_layout="groups")
-    options = {"eps": 1e-5, "residual": residual}
-    got, _ = rmsnorm_quantize(x, weight, order, spec, **options, backend=Backend.CUDA)
-    want, _ = rmsnorm_quantize(x, weight, order, spec, **options, backend=Backend.TRITON)
+    options = {"norm": Norm(eps=1e-5), "residual": residual}
+    got, _ = norm_quantize(x, weight, order, spec, **options, backend=Backend.CUDA)
+    want, _ = norm_quantize(x, weight, order, spec, **options, backend=Backend.TRITON)
     assert (got.canonical()[0] != want.canonical()[0]).float().mean() <= 1e-3
 
 
@@ -200,12 +201,12 @@ def test_an_infinite_channel_shows():
 
 def test_variants_cover_a_row():
     for layout in LAYOUTS.values():
-        for operation in ("reorder", "rmsnorm", "silu"):
+        for operation in ("reorder", "norm", "gated"):
             for tokens, whole_token in product((1, 64, 4096), (False, True)):
                 variant = choose_variant(operation, tokens, layout, whole_token)
                 assert variant.threads % 32 == 0
                 assert 32 <= variant.threads <= 1024
-                assert variant.tokens in ((1,) if operation == "silu" else (1, 2))
+                assert variant.tokens in ((1,) if operation == "gated" else (1, 2))
                 assert variant.ctas <= 8 or not whole_token  # a cluster
 
 
@@ -240,7 +241,7 @@ def test_a_weight_of_another_dtype_is_not_rounded():
     spec = QuantizeSpec(layout=LAYOUTS["no outliers"], byte_layout="groups")
     wide = weight.float() * (1 + 2**-10)
     with pytest.raises(BackendError, match=r"weight torch.float32 .* x torch.bfloat16"):
-        rmsnorm_quantize(x, wide, order, spec, eps=1e-5, backend=Backend.CUDA)
-    got, _ = rmsnorm_quantize(x, wide, order, spec, eps=1e-5)
-    want, _ = rmsnorm_quantize(x, wide, order, spec, eps=1e-5, backend=Backend.TRITON)
+        norm_quantize(x, wide, order, spec, norm=Norm(eps=1e-5), backend=Backend.CUDA)
+    got, _ = norm_quantize(x, wide, order, spec, norm=Norm(eps=1e-5))
+    want, _ = norm_quantize(x, wide, order, spec, norm=Norm(eps=1e-5), backend=Backend.TRITON)
     assert torch.equal(got.canonical()[0], want.canonical()[0])

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
 from quatom.ops.cuda_quantize import Variant, quantize_cuda
+from quatom.ops.gated_quantize import gated_quantize
+from quatom.ops.norm_quantize import norm_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
-from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
-from quatom.ops.silu_quantize import silu_quantize
 
 LAYOUTS = [
     GroupLayout(normal=512, group_size=128, outliers=64),  # SmolLM2's hidden size
@@ -20,10 +21,10 @@ LAYOUTS = [
 def quantize(op, x, order, spec, backend):
     if op == "reorder":
         return reorder_quantize(x, order, spec, backend=backend)
-    if op == "silu":
-        return silu_quantize(torch.cat((x, x.flip(0)), dim=1), spec, backend=backend)
+    if op == "gated":
+        return gated_quantize(torch.cat((x, x.flip(0)), dim=1), spec, "silu", True, backend=backend)
     weight = torch.linspace(0.5, 2.0, x.shape[1], device=x.device).to(x.dtype)
-    return rmsnorm_quantize(x, weight, order, spec, eps=1e-5, backend=backend)[0]
+    return norm_quantize(x, weight, order, spec, norm=Norm(eps=1e-5), backend=backend)[0]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def quantize(op, x, order, spec, backend):
     [("int4", "group"), ("int4", "multiples"), ("e4m3", "row"), ("int8", "row")],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", ["reorder", "rmsnorm", "silu"])
+@pytest.mark.parametrize("op", ["reorder", "norm", "gated"])
 def test_kernel_matches_reference(op, layout, normal, scale_mode, backend, byte_layout, device):
     rng = torch.Generator().manual_seed(3)
     gain = torch.rand(layout.channels, generator=rng).exp() ** 2

@@ -29,13 +29,14 @@ from quatom.benchmark.kernel_operands import (
 from quatom.benchmark.kernel_peers import PEERS, Peer
 from quatom.benchmark.timing import Timing, copies_to_rotate, time_graph, time_graphs
 from quatom.errors import BackendError, RecipeError
+from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
+from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.linear import linear, prepare_weights
+from quatom.ops.norm_quantize import norm_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
-from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
-from quatom.ops.silu_quantize import silu_quantize
 
 SHAPES = ((12288, 4096), (22016, 4096), (4096, 11008), (4096, 4096))
 """(N, K) of Llama-2-7B: fused QKV, fused gate and up, down, output projection."""
@@ -178,6 +179,7 @@ def _quantize(copy_tb_s: float, scheme: str, **options: Any) -> Iterator[dict[st
         spec = QuantizeSpec(layout=layout, byte_layout="groups", **options)
         order = torch.randperm(k, device="cuda").int()
         weight = torch.rand(k, device="cuda").half()
+        norm = Norm(eps=1e-5)
         for tokens in QUANTIZE_TOKENS:
             out_bytes = tokens * layout.num_scales * (128 + 8)
             copies = copies_to_rotate(tokens * k * 4, most=16)
@@ -187,19 +189,19 @@ def _quantize(copy_tb_s: float, scheme: str, **options: Any) -> Iterator[dict[st
 
             calls: dict[str, tuple[int, list[Callable[[], object]]]] = {}
             if is_inner:
-                calls["silu_quantize"] = (
+                calls["gated_quantize"] = (
                     tokens * k * 4 + out_bytes,
-                    [partial(silu_quantize, x, spec) for x in rows(2 * k)],
+                    [partial(gated_quantize, x, spec, "silu", True) for x in rows(2 * k)],
                 )
             else:
                 calls["reorder_quantize"] = (
                     tokens * k * 2 + out_bytes,
                     [partial(reorder_quantize, x, order, spec) for x in rows(k)],
                 )
-                calls["rmsnorm_quantize"] = (
+                calls["norm_quantize"] = (
                     tokens * k * 6 + out_bytes,
                     [
-                        partial(rmsnorm_quantize, x, weight, order, spec, eps=1e-5, residual=r)
+                        partial(norm_quantize, x, weight, order, spec, norm=norm, residual=r)
                         for x, r in zip(rows(k), rows(k), strict=True)
                     ],
                 )

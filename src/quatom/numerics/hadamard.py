@@ -36,15 +36,36 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
     return _sylvester(size).to(device)
 
 
-def hadamard_block(group: int) -> int:
-    """Largest power of two that divides a group's size: its rotation is block-diagonal."""
-    return group & -group
+def hadamard_block(size: int) -> int:
+    """Channels that a rotation of `size` channels mixes: the largest power of two in it.
+
+    Groups, heads of q and k and heads of v alike: sizes that are no power of two are rotated by a
+    block-diagonal matrix.
+    """
+    return size & -size
 
 
 def rotate_last_axis(x: Tensor, block: int) -> Tensor:
     """Multiply every `block` consecutive values of the last axis by a Hadamard matrix; float32."""
     blocks = x.float().unflatten(-1, (-1, block))
     return (blocks @ hadamard(block, x.device)).flatten(-2)
+
+
+def rotate_heads(x: Tensor) -> Tensor:
+    """Rotate each head of q or k, (..., D) of even D; float32.
+
+    A block is as many neighbouring channels of the first half of the head and their partners, D / 2
+    further, so that kernels, which hold a head as two halves, never move a channel from one to the
+    other. Where D is a power of two this is the Hadamard matrix of D.
+    """
+    block, bit = hadamard_block(x.shape[-1]), 1
+    x = x.float()
+    while 2 * bit < block:
+        a, b = x.unflatten(-1, (-1, 2, bit)).unbind(dim=-2)
+        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        bit *= 2
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low + high, low - high), dim=-1) * block**-0.5
 
 
 def rotate_groups(

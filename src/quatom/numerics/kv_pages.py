@@ -37,7 +37,7 @@ from quatom.numerics.kv_codes import (
 from quatom.numerics.kv_plans import AppendPlan, GatherPlan
 
 KVDtype = Literal["int4", "int8", "float16", "bfloat16", "float32"]
-HEAD_DIMS = (64, 96, 128, 256)
+HEAD_DIMS = (64, 80, 96, 100, 112, 128, 192, 256)
 BLOCK_MULTIPLE = 16
 """Tokens a block must be a multiple of this: the rows of a tensor-core tile."""
 
@@ -184,7 +184,7 @@ class KVPages:
             tokens = kept.nonzero().squeeze(1)
             slot_mapping = slot_mapping.index_select(0, tokens)
         device = slot_mapping.device
-        row, pair = self._row_bytes() // self._word.itemsize, int(self.quantized)
+        row, pair = (x // self._word.itemsize for x in (self._row_bytes(), self._pair_bytes))
         record = 2 * self.block_size * (row + pair)
         head = torch.arange(self.num_kv_heads, device=device)[:, None, None]  # (KV, 1, 1)
         kind = torch.arange(2, device=device)[:, None]  # (2, 1): K, V
@@ -196,7 +196,8 @@ class KVPages:
         line = kind * self.block_size + offset  # of 2 S rows, and of 2 S pairs
         words = first + line * row + torch.arange(row, device=device)
         if pair:
-            words = torch.cat((words, first + 2 * self.block_size * row + line), dim=-1)
+            pairs = first + 2 * self.block_size * row + line * pair
+            words = torch.cat((words, pairs + torch.arange(pair, device=device)), dim=-1)
         return AppendPlan(tokens, words.flatten())
 
     def append_planned(
@@ -236,18 +237,22 @@ class KVPages:
     ) -> GatherPlan:
         """Where `gather_planned` finds the tokens of these blocks."""
         device = block_tables.device
-        pieces = self._row_bytes() * self.block_size // self._piece_bytes  # of K codes, of V codes
-        each = 2 * (pieces + int(self.quantized))  # of a record
+        # Of the codes of K or V, of their pairs, and of a record.
+        pieces, pair = (
+            x * self.block_size // self._piece_bytes for x in (self._row_bytes(), self._pair_bytes)
+        )
+        each = 2 * (pieces + pair)
         heads = torch.arange(self.num_kv_heads, device=device)[:, None]
         first = (block_tables.long()[:, None] * self.num_kv_heads + heads) * each  # (B, KV, n)
         kind = torch.arange(2, device=device).view(2, 1, 1, 1)
         rows = (first + kind * pieces).unsqueeze(-1) + torch.arange(pieces, device=device)
+        pairs = (first + 2 * pieces + kind * pair).unsqueeze(-1) + torch.arange(pair, device=device)
         batch, blocks = block_tables.shape
         token = torch.arange(blocks * self.block_size, device=device)
         return GatherPlan(
             shape=(2, batch, self.num_kv_heads, blocks * self.block_size),
             rows=rows.flatten(),
-            pairs=(first + 2 * pieces + kind).flatten() if self.quantized else None,
+            pairs=pairs.flatten() if pair else None,
             written=-(token < seq_lens[:, None]).int().unsqueeze(1),
         )
 
@@ -269,14 +274,20 @@ class KVPages:
         return codes.float().mul_(scale).add_(minimum)  # the product is exact: one rounding
 
     @property
+    def _pair_bytes(self) -> int:
+        return 4 if self.quantized else 0
+
+    @property
     def _word(self) -> torch.dtype:
-        """What `append` writes at once: the dtype of a value, or 4 bytes of codes, or a pair."""
-        return torch.int32 if self.quantized else getattr(torch, self.dtype)
+        """What `append` writes at once: a value, or 4 bytes of a quantized row or pair, or 2."""
+        if not self.quantized:
+            return getattr(torch, self.dtype)
+        return torch.int16 if self._row_bytes() % 4 else torch.int32
 
     @property
     def _piece_bytes(self) -> int:
-        """What `gather` reads at once: K's pairs of a block, of which its codes are a multiple."""
-        return self.block_size * (4 if self.quantized else self._row_bytes())
+        """What `gather` reads at once: a part of a block that divides its codes and its pairs."""
+        return self.block_size * (self._word.itemsize if self.quantized else self._row_bytes())
 
     def copy_blocks(
         self,

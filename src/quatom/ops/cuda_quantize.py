@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quatom.errors import BackendError
+from quatom.families.spec import Activation, Norm
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor, QuantizeSpec, allocate_groups
@@ -21,8 +22,9 @@ from quatom.ops.cuda_build import (
     read_source,
 )
 
-Operation = Literal["reorder", "rmsnorm", "silu"]
-_OPERATIONS = {"reorder": 0, "rmsnorm": 1, "silu": 2}
+Operation = Literal["reorder", "norm", "gated"]
+_OPERATIONS = {"reorder": 0, "norm": 1, "gated": 2}
+_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _CLUSTERS = ((16, 8, 1), (64, 5, 2), (128, 2, 1))
 """Tokens of a batch up to which so many CTAs share a token whose groups share a scale, each in so
 many rounds; 8 is the largest cluster that any Hopper GPU can hold."""
@@ -38,7 +40,7 @@ class Variant:
     tokens: int
     """Tokens of a CTA: 1 or 2."""
     ctas: int = 1
-    """CTAs of a token: several only for silu, which gathers nothing from all over a row."""
+    """CTAs of a token: several only for gated, which gathers nothing from all over a row."""
 
 
 class _Arguments(KernelArguments):
@@ -65,6 +67,7 @@ class _Arguments(KernelArguments):
         ("num_scales", ctypes.c_int),
         ("clip_ratio", ctypes.c_float),
         ("largest", ctypes.c_int),
+        ("bias", ctypes.c_void_p),  # the driver takes it where the kernel was compiled with one
     )
 
 
@@ -83,14 +86,14 @@ def choose_variant(
 ) -> Variant:
     """The fastest variant measured, see docs/kernels-linear.md."""
     pairs = -(-layout.num_scales // 2)  # a warp takes two groups
-    if operation == "silu" and not whole_token:
+    if operation == "gated" and not whole_token:
         return Variant(128, 1, -(-pairs // 4))
-    if operation == "silu":
+    if operation == "gated":
         for most_tokens, ctas, cta_rounds in _CLUSTERS:
             if tokens <= most_tokens:
                 warps = min(32, max(4, -(-pairs // (ctas * cta_rounds))))
                 return Variant(warps * 32, 1, min(ctas, -(-pairs // warps)))
-    two_tokens = tokens >= _TWO_TOKENS_FROM and operation != "silu"
+    two_tokens = tokens >= _TWO_TOKENS_FROM and operation != "gated"
     # Two wide rows fill registers: large CTAs, few of which fit, would all wait at the same time.
     most = 10 if two_tokens and operation == "reorder" and pairs > 16 else 16
     rounds = -(-pairs // most)
@@ -100,7 +103,13 @@ def choose_variant(
 
 
 def defines(
-    operation: Operation, variant: Variant, spec: QuantizeSpec, dtype: torch.dtype
+    operation: Operation,
+    variant: Variant,
+    spec: QuantizeSpec,
+    dtype: torch.dtype,
+    norm: Norm | None = None,
+    activation: Activation = "silu",
+    gated: bool = True,
 ) -> dict[str, int]:
     """The constants that quantize.cu is compiled with."""
     return {
@@ -116,24 +125,38 @@ def defines(
         "WHOLE_TOKEN": int(spec.scale_mode != "group"),
         "MULTIPLES": int(spec.scale_mode == "multiples"),
         "CLUSTER": variant.ctas if spec.scale_mode != "group" else 1,
+        "LAYER": int(norm is not None and norm.kind == "layer"),
+        "WEIGHT_OFFSET": int(norm.weight_offset) if norm is not None else 0,
+        "BIAS": int(norm is not None and norm.bias),
+        "ACTIVATION": _ACTIVATIONS[activation],
+        "GATED": int(gated),
     }
 
 
-def _shared_bytes(operation: Operation, variant: Variant, channels: int) -> int:
-    """Rows of 16-bit numbers, the norm's weight beside them, and a partial sum of each warp."""
-    if operation == "silu":
+def _shared_bytes(operation: Operation, variant: Variant, channels: int, norm: Norm | None) -> int:
+    """Rows of 16-bit numbers, weight and bias of a norm beside them, partial sums of each warp."""
+    if operation == "gated":
         return 0
-    if operation == "reorder":
+    if norm is None:
         return channels * 2 * variant.tokens
-    return channels * 2 * (variant.tokens + 1) + variant.tokens * variant.threads // 32 * 4
+    sums = 2 if norm.kind == "layer" else 1
+    rows = channels * 2 * (variant.tokens + 1 + norm.bias)
+    return rows + sums * variant.tokens * variant.threads // 32 * 4
 
 
 @cache
 def _plan(
-    operation: Operation, variant: Variant, spec: QuantizeSpec, dtype: torch.dtype, device: int
+    operation: Operation,
+    variant: Variant,
+    spec: QuantizeSpec,
+    dtype: torch.dtype,
+    device: int,
+    norm: Norm | None,
+    activation: Activation,
+    gated: bool,
 ) -> _Plan:
     source = read_source("quatom.ops", "quantize.cu")
-    constants = defines(operation, variant, spec, dtype)
+    constants = defines(operation, variant, spec, dtype, norm, activation, gated)
     cubin = compile_cubin(source, "sm_90a", constants)
     layout = spec.layout
     with torch.cuda.device(device):
@@ -141,7 +164,7 @@ def _plan(
             cubin,
             "quantize_groups",
             threads=variant.threads,
-            shared_bytes=_shared_bytes(operation, variant, layout.channels),
+            shared_bytes=_shared_bytes(operation, variant, layout.channels, norm),
             cluster=constants["CLUSTER"],
         )
     return _Plan(
@@ -158,15 +181,28 @@ def _plan(
     )
 
 
-def can_quantize(x: Tensor, spec: QuantizeSpec) -> bool:
+def can_quantize(
+    x: Tensor,
+    spec: QuantizeSpec,
+    norm: Norm | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> bool:
     """Whether quantize.cu handles this: Hopper, half precision, layout `groups`, groups of 8 n."""
-    return _obstacle(x, spec) is None
+    return _obstacle(x, spec, norm, weight, bias) is None
 
 
-def _obstacle(x: Tensor, spec: QuantizeSpec) -> str | None:
+def _obstacle(
+    x: Tensor, spec: QuantizeSpec, norm: Norm | None, weight: Tensor | None, bias: Tensor | None
+) -> str | None:
     """Why quantize.cu cannot run this, or None if it can."""
     if x.device.type != "cuda":
         return f"the input is on {x.device}"
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype is not x.dtype:
+            return f"{name} {parameter.dtype} has another dtype than x {x.dtype}"
+    if norm is not None and norm.weight_offset not in (0.0, 1.0):
+        return f"it adds 0 or 1 to a norm's weight, not {norm.weight_offset}"
     return _spec_obstacle(spec, x.dtype, device_capability(x.device.index))
 
 
@@ -195,19 +231,19 @@ def quantize_cuda(
     *,
     order: Tensor | None = None,
     weight: Tensor | None = None,
+    norm: Norm | None = None,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
-    eps: float = 0.0,
+    activation: Activation = "silu",
+    gated: bool = True,
     variant: Variant | None = None,
 ) -> tuple[MixedTensor, Tensor]:
     """Run one operation; the second result is the sum of x and residual, or x without one.
 
     Raises:
-        BackendError: the input is none that `can_quantize`, or weight has another dtype.
+        BackendError: the input is none that `can_quantize`.
     """
-    obstacle = _obstacle(x, spec)
-    if weight is not None and weight.dtype is not x.dtype:
-        obstacle = obstacle or f"weight {weight.dtype} has another dtype than x {x.dtype}"
-    if obstacle:
+    if obstacle := _obstacle(x, spec, norm, weight, bias):
         raise BackendError(
             f"the CUDA quantize kernel cannot run this: {obstacle}; use backend 'triton' or "
             "'reference'"
@@ -220,11 +256,12 @@ def quantize_cuda(
     residual = None if residual is None else _aligned(residual)
     if not tokens:
         return out, total
-    given = (weight, order)
+    given = (weight, bias, order)
     weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     order = None if order is None else order.to(torch.int32).contiguous()
     variant = variant or choose_variant(operation, tokens, layout, spec.scale_mode != "group")
-    plan = _plan(operation, variant, spec, x.dtype, x.device.index)
+    plan = _plan(operation, variant, spec, x.dtype, x.device.index, norm, activation, gated)
     plan.kernel.launch(
         -(-tokens // variant.tokens) * variant.ctas,
         _Arguments(
@@ -242,12 +279,13 @@ def quantize_cuda(
             0 if residual is None else residual.stride(0),
             variant.ctas,
             1.0 / channels,
-            eps,
+            0.0 if norm is None else norm.eps,
             *plan.layout,
+            None if bias is None else bias.data_ptr(),
         ),
-        # The kernel reads weight and order while the kernel before it still runs: they must not be
-        # that one's results.
-        overlap=given[0] is weight and given[1] is order,
+        # The kernel reads weight, bias and order while the kernel before it still runs: they must
+        # not be that one's results.
+        overlap=given[0] is weight and given[1] is bias and given[2] is order,
     )
     return out, total
 

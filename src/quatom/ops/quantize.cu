@@ -1,6 +1,6 @@
 // Quantize tokens into the byte layout `groups` of quatom.ops.groups_layout (sm_90). Three operations share
-// this source: OPERATION 0 reorders, 1 adds a residual, normalizes and reorders, 2 multiplies silu(gate)
-// by up. Each is one pass over device memory.
+// this source: OPERATION 0 reorders, 1 adds a residual, normalizes and reorders, 2 multiplies
+// activation(gate) by up. Each is one pass over device memory.
 //
 // A half-warp owns one group: 16 lanes of 8 channels, so that codes leave as 8-byte pieces of one
 // 128-byte line. Operations 0 and 1 bring their rows into shared memory first, as the 16-bit numbers
@@ -17,6 +17,8 @@
 //                for its maximum. The scales are one, or with
 //   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
 //   CLUSTER      CTAs of a token that tell each other their maxima; 1 where one CTA has it or none asks
+//   LAYER, WEIGHT_OFFSET, BIAS  of operation 1: the mean is subtracted, 1 is added to the weight, a bias at the end
+//   ACTIVATION, GATED           of operation 2: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu; x holds gates before ups
 
 constexpr u32 ALL = ~0u;                       // every lane takes part in a shuffle
 constexpr float MIN_SCALE = 6.103515625e-05f;  // 2**-14, see quatom.numerics.groups
@@ -85,6 +87,21 @@ __device__ __forceinline__ float inverse_root(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(x));
   return fmaf(0.5f * guess, fmaf(-x * guess, guess, 1.0f), guess);
 }
+
+#if OPERATION == 2
+__device__ __forceinline__ float activate(float x) {
+#if ACTIVATION == 0
+  return __fdividef(x, 1.0f + __expf(-x));
+#elif ACTIVATION == 1
+  return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+#elif ACTIVATION == 2
+  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), with u = sqrt(2 / pi) (x + 0.044715 x**3).
+  return __fdividef(x, 1.0f + __expf(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
+#else
+  return x < 0.0f ? 0.0f : x;  // NaN stays NaN
+#endif
+}
+#endif
 
 struct Layout {
   int normal, group_size, outlier_size, num_normal, num_scales;
@@ -352,7 +369,7 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [tokens][2 channels] of gate, up
+quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [tokens][2 channels] where GATED
                 const u16* __restrict__ residual,  // [tokens][channels] or null
                 const u16* __restrict__ weight,    // [channels], operation 1
                 const int* __restrict__ order,     // [channels] or null
@@ -362,7 +379,11 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
                 int tokens, int tokens_padded, int channels, int x_stride, int residual_stride, int ctas,
                 float mean_factor /* 1 / channels */, float eps,
                 int normal, int group_size, int outlier_size, int num_normal, int num_scales, float clip_ratio,
-                int largest) {
+                int largest
+#if BIAS
+                , const u16* __restrict__ bias  // [channels]
+#endif
+                ) {
   const Layout layout{normal, group_size, outlier_size, num_normal, num_scales, clip_ratio, largest};
   const int half_warp = threadIdx.x / 16;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -377,25 +398,42 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
 #if OPERATION == 2
   const u64 token = blockIdx.x / ctas;
   const int first_group = blockIdx.x % ctas * (ROUNDS * THREADS / 16) + half_warp;
+#if GATED
   uint4 read_gates[ROUNDS] = {}, read_ups[ROUNDS] = {};
+#else
+  uint4 read_ups[ROUNDS] = {};
+#endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const Place place(layout, first_group + round * (THREADS / 16));
     if (!place.inside) continue;
     const u16* row = x + token * x_stride + place.channel();
+#if GATED
     read_gates[round] = *reinterpret_cast<const uint4*>(row);
     read_ups[round] = *reinterpret_cast<const uint4*>(row + channels);
+#else
+    read_ups[round] = *reinterpret_cast<const uint4*>(row);
+#endif
   }
   auto bring = [&](int round, const Place&, float (&values)[TOKENS][8]) {
+#if GATED
     const uint4 a = read_gates[round], b = read_ups[round];
     const u32 gates[4] = {a.x, a.y, a.z, a.w}, ups[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float low = low_half(gates[i]), high = high_half(gates[i]);
-      values[0][2 * i] = __fdividef(low, 1.0f + __expf(-low)) * low_half(ups[i]);
-      values[0][2 * i + 1] = __fdividef(high, 1.0f + __expf(-high)) * high_half(ups[i]);
+      values[0][2 * i] = activate(low_half(gates[i])) * low_half(ups[i]);
+      values[0][2 * i + 1] = activate(high_half(gates[i])) * high_half(ups[i]);
     }
+#else
+    const uint4 b = read_ups[round];
+    const u32 ups[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[0][2 * i] = activate(low_half(ups[i]));
+      values[0][2 * i + 1] = activate(high_half(ups[i]));
+    }
+#endif
   };
 #else
   const int first_group = half_warp;
@@ -416,7 +454,12 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
   load_order(0);
 #if OPERATION == 1
   u16* const weights = halves + 2 * channels;  // where two tokens fill the words
+#if BIAS
+  u16* const biases = weights + (TOKENS == 2 ? channels : 0);
+  float* const partial = reinterpret_cast<float*>(biases + channels);
+#else
   float* const partial = reinterpret_cast<float*>(weights + (TOKENS == 2 ? channels : 0));
+#endif
   uint2 norm_weight[VECTORS];
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
@@ -424,6 +467,9 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
     if (k >= channels) continue;
     norm_weight[v] = *reinterpret_cast<const uint2*>(weight + k);
     if (TOKENS == 2) *reinterpret_cast<uint2*>(weights + k) = norm_weight[v];
+#if BIAS
+    *reinterpret_cast<uint2*>(biases + k) = *reinterpret_cast<const uint2*>(bias + k);
+#endif
   }
 #endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -477,6 +523,29 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
     *reinterpret_cast<uint2*>(halves + k) = a;
 #endif
   }
+#if LAYER
+  float mean[TOKENS];  // of each token, known to all threads
+  float* const sums = partial + TOKENS * (THREADS / 32);
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+      sum += (low_half(loaded[t][v].x) + high_half(loaded[t][v].x)) +
+             (low_half(loaded[t][v].y) + high_half(loaded[t][v].y));
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(ALL, sum, d);
+    if (threadIdx.x % 32 == 0) sums[t * (THREADS / 32) + threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; ++w) sum += sums[t * (THREADS / 32) + w];
+    mean[t] = sum * mean_factor;
+  }
+#endif
 #if OPERATION == 1
 #pragma unroll
   for (int t = 0; t < TOKENS; ++t) {
@@ -484,10 +553,19 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       const u32 pairs[2] = {loaded[t][v].x, loaded[t][v].y};
+#if LAYER
+      if ((v * THREADS + threadIdx.x) * 4 >= channels) continue;
+#endif
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+#if LAYER
+        const float low = low_half(pairs[i]) - mean[t], high = high_half(pairs[i]) - mean[t];
+        squares = fmaf(low, low, squares);
+        squares = fmaf(high, high, squares);
+#else
         squares = fmaf(low_half(pairs[i]), low_half(pairs[i]), squares);
         squares = fmaf(high_half(pairs[i]), high_half(pairs[i]), squares);
+#endif
       }
     }
 #pragma unroll
@@ -518,6 +596,9 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
 #if OPERATION == 1 && TOKENS == 2
     u32 factors[8] = {};
 #endif
+#if BIAS
+    u32 added[8] = {};
+#endif
     if (place.inside) {
       if (order == nullptr) {
         read_neighbours(gathered, words, halves, place.channel());
@@ -529,6 +610,10 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
 #pragma unroll
       for (int i = 0; i < 8; ++i) factors[i] = weights[order == nullptr ? place.channel() + i : indices[i]];
 #endif
+#if BIAS
+#pragma unroll
+      for (int i = 0; i < 8; ++i) added[i] = biases[order == nullptr ? place.channel() + i : indices[i]];
+#endif
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -536,12 +621,26 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
       if (TOKENS == 2) values[TOKENS - 1][i] = high_half(gathered[i]);
 #if OPERATION == 1
 #if TOKENS == 2
-      const float factor = low_half(factors[i]);
+      float factor = low_half(factors[i]);
 #else
-      const float factor = high_half(gathered[i]);
+      float factor = high_half(gathered[i]);
+#endif
+#if WEIGHT_OFFSET
+      factor += 1.0f;
+#endif
+#if LAYER || BIAS
+      if (!place.inside) continue;
+#endif
+#if LAYER
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) values[t][i] -= mean[t];
 #endif
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t) values[t][i] = values[t][i] * inverse[t] * factor;
+#if BIAS
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) values[t][i] += low_half(added[i]);
+#endif
 #endif
     }
   };

@@ -44,7 +44,8 @@ def rope_append_kv(
         rotate_keys_in_cache: True stores K after rotary embedding, which `attention` reads fastest.
             False stores K as it comes, as the original Atom does: pass `rotary` to `attention`.
         rotate_kv: multiply q and k of each head, after rotary embedding, by the Hadamard matrix
-            H / sqrt(D). Scores stay the same, K's outlier channels spread over the head.
+            H / sqrt(D), or by its block form (`quatom.numerics.hadamard.rotate_heads`) where D is
+            no power of two. Scores stay the same, K's outlier channels spread over the head.
         clip_ratio: fraction of a token's range that the codes cover.
         key_offset: subtracted from K after rotary embedding, before `rotate_kv`. It takes the same
             from every score of a query, which softmax does not see.
@@ -55,8 +56,7 @@ def rope_append_kv(
         Rotated q, (T, H, D) contiguous, in q's dtype.
 
     Raises:
-        ShapeError: shapes disagree, or `rotate_kv` is asked for unrotated keys or a head_dim that
-            is not a power of two.
+        ShapeError: shapes disagree, or `rotate_kv` is asked for unrotated keys.
         BackendError: the backend asked for cannot run this call.
 
     Source: Atom (Zhao et al., MLSys 2024), KV-cache quantization; QuaRot (Ashkboos et al., NeurIPS
@@ -81,8 +81,6 @@ def rope_append_kv(
         )
     if rotate_kv and not rotate_keys_in_cache:
         raise ShapeError("rotate_kv turns K after rotary embedding: it needs rotate_keys_in_cache")
-    if rotate_kv and head_dim & (head_dim - 1):
-        raise ShapeError(f"rotate_kv needs a power-of-two head_dim, got {head_dim}")
     if key_offset is not None:
         if not rotate_keys_in_cache:
             raise ShapeError("key_offset is taken from rotated K: it needs rotate_keys_in_cache")

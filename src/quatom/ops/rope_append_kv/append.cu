@@ -6,10 +6,12 @@
 //
 // Compiled by NVRTC with N (4 or 8), HEAD_DIM, BLOCK_SIZE (tokens of a page), BITS (of a cached number: 4, 8 or 16),
 // INPUT_BF16, CACHE_BF16, ROTATE_KEYS (K is stored after rotary embedding) and HADAMARD (q and k of a
-// head are multiplied by a Hadamard matrix) defined.
+// head are multiplied by a Hadamard matrix, or by its block form) defined.
 
 constexpr int HALF = HEAD_DIM / 2;
 constexpr int ACTIVE = HALF / N;  // lanes that hold channels
+constexpr int MIXED = HALF & -HALF;  // channels of a half that HADAMARD mixes
+static_assert(HALF % N == 0, "a lane holds N whole channels of each half");
 constexpr int LANES = ACTIVE <= 4 ? 4 : ACTIVE <= 8 ? 8 : ACTIVE <= 16 ? 16 : 32;
 constexpr int THREADS = 128;
 constexpr int ROW = HEAD_DIM * BITS / 8;                            // bytes of a cached row
@@ -31,7 +33,7 @@ struct Parameters {
   int q_head_stride, k_head_stride, v_head_stride;
   int tokens, heads, kv_heads;
   float margin;  // half of what clipping takes from a row's range
-  float norm;    // 1 / sqrt(D)
+  float norm;    // 1 / sqrt(2 MIXED)
 };
 
 template <bool BF16>
@@ -93,14 +95,15 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[N]) {
   }
 }
 
-// H / sqrt(D) times a head: channels whose numbers differ in one bit meet, bit after bit.
+// H / sqrt(block) times each block of a head, of MIXED neighbouring channels and their partners: channels whose
+// numbers differ in one bit meet, bit after bit.
 __device__ __forceinline__ void hadamard(float (&low)[N], float (&high)[N], float norm) {
   float* const parts[2] = {low, high};
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     float* x = parts[part];
 #pragma unroll
-    for (int bit = 1; bit < N; bit *= 2)
+    for (int bit = 1; bit < (N < MIXED ? N : MIXED); bit *= 2)
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (i & bit) continue;
@@ -109,7 +112,7 @@ __device__ __forceinline__ void hadamard(float (&low)[N], float (&high)[N], floa
         x[i + bit] = a - b;
       }
 #pragma unroll
-    for (int bit = 1; bit < ACTIVE; bit *= 2) {
+    for (int bit = 1; bit < MIXED / N; bit *= 2) {
       const float sign = threadIdx.x & bit ? -1.0f : 1.0f;
 #pragma unroll
       for (int i = 0; i < N; ++i) x[i] = fmaf(x[i], sign, __shfl_xor_sync(ALL, x[i], bit));

@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quatom.numerics.hadamard import hadamard_block
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.cuda_build import (
     CudaKernel,
@@ -64,6 +65,8 @@ def cuda_obstacle(
         return f"it reads float16 and bfloat16, not {q.dtype}"
     if pages.dtype == "float32":
         return "it writes int4, int8, float16 and bfloat16 caches, not float32"
+    if pages.head_dim % 16:
+        return f"a lane takes 8 channels of half a head, these heads have {pages.head_dim}"
     if (capability := device_capability(q.device.index))[0] != 9:
         return f"it needs compute capability 9.x, this device has {capability}"
     if cos.dtype is not torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
@@ -147,7 +150,7 @@ def rope_append_kv_cuda(
         heads=heads,
         kv_heads=kv_heads,
         margin=0.5 * (1.0 - clip_ratio),
-        norm=head_dim**-0.5,
+        norm=hadamard_block(head_dim) ** -0.5,
     )
     lanes = 1 << (head_dim // (2 * width) - 1).bit_length()
     ctas = -(-tokens * (heads + 2 * kv_heads) * lanes // _THREADS)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from quatom.numerics.hadamard import rotate_heads
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.shared import Shared, remember
 
@@ -28,17 +29,6 @@ def rotate_halves(
 ) -> Tensor:
     """Rotary embedding of each token's heads, (T, heads, D) float32."""
     return rotate_pairs(x.float(), rotary_factors(cos.unsqueeze(1), sin.unsqueeze(1)))
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """Multiply the last axis, of D = 2**n channels, by H / sqrt(D) in Sylvester order; float32."""
-    dim = x.shape[-1]
-    x, half = x.float(), 1
-    while half < dim:
-        a, b = x.unflatten(-1, (-1, 2, half)).unbind(dim=-2)
-        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        half *= 2
-    return x * dim**-0.5
 
 
 def rope_append_kv_reference(
@@ -72,7 +62,7 @@ def rope_append_kv_reference(
     if key_offset is not None:
         k = k - key_offset
     if rotate_kv:
-        new_q, k = hadamard(new_q), hadamard(k)
+        new_q, k = rotate_heads(new_q), rotate_heads(k)
     rotated.copy_(new_q)
     plan = remember(shared, "append plan", lambda: pages.plan_append(slot_mapping))
     pages.append_planned(k, v, plan, clip_ratio)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quatom.numerics.groups import MIN_SCALE
+from quatom.numerics.hadamard import hadamard_block
 from quatom.numerics.kv_pages import KVPages
 
 
@@ -34,11 +35,20 @@ def _hadamard(x, HEADS: tl.constexpr, DIM: tl.constexpr, LOG2_DIM: tl.constexpr)
 
 
 @triton.jit
-def _hadamard_halves(low, high, HEADS: tl.constexpr, HALF: tl.constexpr, LOG2_HALF: tl.constexpr):
+def _hadamard_halves(
+    low,  # (HEADS, HALF_PAD)
+    high,
+    HEADS: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,  # channels of a half that mix, a power of two that divides HALF_PAD
+    LOG2_BLOCK: tl.constexpr,
+):
     # H of twice the size is [[H, H], [H, -H]]: the halves of the head never mix inside.
-    norm: tl.constexpr = (2 * HALF) ** -0.5
-    a = _hadamard(low, HEADS, HALF, LOG2_HALF)
-    b = _hadamard(high, HEADS, HALF, LOG2_HALF)
+    norm: tl.constexpr = (2 * BLOCK) ** -0.5
+    ROWS: tl.constexpr = HEADS * HALF_PAD // BLOCK
+    a = _hadamard(tl.reshape(low, (ROWS, BLOCK)), ROWS, BLOCK, LOG2_BLOCK)
+    b = _hadamard(tl.reshape(high, (ROWS, BLOCK)), ROWS, BLOCK, LOG2_BLOCK)
+    a, b = tl.reshape(a, (HEADS, HALF_PAD)), tl.reshape(b, (HEADS, HALF_PAD))
     return (a + b) * norm, (a - b) * norm
 
 
@@ -115,7 +125,8 @@ def _rope_append_kv_kernel(
     KV: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,  # D / 2 rounded up to a power of two
-    LOG2_HALF: tl.constexpr,
+    MIXED: tl.constexpr,  # channels of a half that HADAMARD mixes
+    LOG2_MIXED: tl.constexpr,
     S: tl.constexpr,
     ROW: tl.constexpr,  # elements of a cached row, in the units of rows_ptr
     RECORD: tl.constexpr,  # bytes of a block's record of one KV head
@@ -144,7 +155,9 @@ def _rope_append_kv_kernel(
         high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
         new_low, new_high = low * cos - high * sin, high * cos + low * sin
         if HADAMARD:
-            new_low, new_high = _hadamard_halves(new_low, new_high, BLOCK_H, HALF, LOG2_HALF)
+            new_low, new_high = _hadamard_halves(
+                new_low, new_high, BLOCK_H, HALF_PAD, MIXED, LOG2_MIXED
+            )
         out = rotated_ptr + (token * H + head[:, None]) * (2 * HALF) + half[None, :]
         tl.store(out, new_low.to(rotated_ptr.dtype.element_ty), mask=mask)
         tl.store(out + HALF, new_high.to(rotated_ptr.dtype.element_ty), mask=mask)
@@ -170,7 +183,7 @@ def _rope_append_kv_kernel(
                 low -= tl.load(offset_at, mask=mask, other=0.0)
                 high -= tl.load(offset_at + HALF, mask=mask, other=0.0)
             if HADAMARD:
-                low, high = _hadamard_halves(low, high, BLOCK_H, HALF, LOG2_HALF)
+                low, high = _hadamard_halves(low, high, BLOCK_H, HALF_PAD, MIXED, LOG2_MIXED)
             _store_row(low, high, rows, pairs, heads_mask, half, clip_ratio, HALF, BITS, MIN_SCALE)
 
             at = v_ptr + token * v_token_stride + head[:, None] * v_head_stride + half[None, :]
@@ -201,6 +214,7 @@ def rope_append_kv_triton(
     if not tokens:
         return
     num_kv_heads, half = pages.num_kv_heads, head_dim // 2
+    mixed = hadamard_block(head_dim) // 2
     rows = pages.storage if pages.quantized else pages.storage.view(getattr(torch, pages.dtype))
     block_h = 8
     grid = (tokens, triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h))
@@ -227,7 +241,8 @@ def rope_append_kv_triton(
         KV=num_kv_heads,
         HALF=half,
         HALF_PAD=triton.next_power_of_2(half),
-        LOG2_HALF=half.bit_length() - 1,
+        MIXED=mixed,
+        LOG2_MIXED=mixed.bit_length() - 1,
         S=pages.block_size,
         ROW=head_dim * pages.bits // 8 // rows.element_size(),
         RECORD=pages.storage.shape[2],

@@ -1,10 +1,12 @@
-"""Triton kernel for `silu_quantize`: a program quantizes some groups of one token."""
+"""Triton kernel for `gated_quantize`: a program quantizes some groups of one token."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quatom.families.spec import Activation
 from quatom.ops.activations import MixedTensor, QuantizeSpec
+from quatom.ops.triton_activations import KINDS, activate
 from quatom.ops.triton_quantize import (
     allocate,
     group_bounds,
@@ -18,8 +20,8 @@ _TILE = 2048
 
 
 @triton.jit
-def _silu_quantize_kernel(
-    gate_up_ptr,  # (T, 2 I)
+def _gated_quantize_kernel(
+    gate_up_ptr,  # (T, 2 I), or (T, I) unless GATED
     codes_ptr,
     scales_ptr,
     row_stride,
@@ -38,6 +40,8 @@ def _silu_quantize_kernel(
     GROUPS_LAYOUT: tl.constexpr,
     ROTATE_STAGES: tl.constexpr,
     SCALE_MODE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     SB: tl.constexpr,  # groups of a program
     WIDTH: tl.constexpr,
 ):
@@ -48,10 +52,11 @@ def _silu_quantize_kernel(
     channel = first[:, None] + column[None, :]
     mask = (channel < end[:, None]) & (s < NUM_SCALES)[:, None]
     gate_ptr = gate_up_ptr + token * row_stride + channel
-    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + NORMAL + OUTLIERS, mask=mask, other=0.0).to(tl.float32)
+    x = activate(tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    if GATED:
+        x *= tl.load(gate_ptr + NORMAL + OUTLIERS, mask=mask, other=0.0).to(tl.float32)
     store_groups(
-        gate / (1.0 + tl.exp(-gate)) * up,
+        x,
         s,
         column,
         token,
@@ -75,8 +80,10 @@ def _silu_quantize_kernel(
     )
 
 
-def silu_quantize_triton(gate_up: Tensor, spec: QuantizeSpec) -> MixedTensor:
-    """See `silu_quantize`. CUDA, or the CPU under TRITON_INTERPRET=1."""
+def gated_quantize_triton(
+    gate_up: Tensor, spec: QuantizeSpec, activation: Activation, gated: bool
+) -> MixedTensor:
+    """See `gated_quantize`. CUDA, or the CPU under TRITON_INTERPRET=1."""
     tokens = gate_up.shape[0]
     out = allocate(gate_up, tokens, spec)
     if not tokens:
@@ -85,12 +92,14 @@ def silu_quantize_triton(gate_up: Tensor, spec: QuantizeSpec) -> MixedTensor:
     groups = triton.next_power_of_2(spec.layout.num_scales)
     if spec.scale_mode == "group":
         groups = min(groups, max(1, _TILE // width))
-    _silu_quantize_kernel[(tokens, triton.cdiv(spec.layout.num_scales, groups))](
+    _gated_quantize_kernel[(tokens, triton.cdiv(spec.layout.num_scales, groups))](
         gate_up,
         out.codes,
         out.scales,
         gate_up.stride(0),
         out.codes.shape[1],
+        ACTIVATION=KINDS[activation],
+        GATED=gated,
         SB=groups,
         WIDTH=width,
         num_warps=4 if groups * width <= _TILE else 8 if groups * width <= 4 * _TILE else 16,

@@ -1,11 +1,12 @@
-"""rmsnorm: the reference against transformers, the kernel against the reference."""
+"""norm: the reference against transformers, the kernel against the reference."""
 
 import pytest
 import torch
 
 from quatom.errors import ShapeError
+from quatom.families.spec import Norm
 from quatom.ops.backend import Backend
-from quatom.ops.rmsnorm import rmsnorm
+from quatom.ops.norm import norm
 
 
 def make(tokens, channels, dtype, seed=0):
@@ -22,7 +23,7 @@ def test_the_reference_is_that_of_transformers(dtype):
     x, _, weight = make(9, 128, dtype)
     theirs = LlamaRMSNorm(128, eps=1e-5)
     theirs.weight.data = weight
-    assert torch.equal(rmsnorm(x, weight, eps=1e-5)[0], theirs(x))
+    assert torch.equal(norm(x, weight, norm=Norm(eps=1e-5))[0], theirs(x))
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
@@ -31,13 +32,15 @@ def test_the_reference_is_that_of_transformers(dtype):
 def test_the_kernel_matches_the_reference(tokens, channels, dtype, has_residual, device):
     x, residual, weight = make(tokens, channels, dtype)
     residual = residual if has_residual else None
-    want, want_total = rmsnorm(x, weight, eps=1e-5, residual=residual, backend=Backend.REFERENCE)
+    want, want_total = norm(
+        x, weight, norm=Norm(eps=1e-5), residual=residual, backend=Backend.REFERENCE
+    )
     wide = torch.full((tokens, channels + 8), torch.nan, dtype=dtype)  # rows of a larger tensor
     wide[:, :channels] = x
-    got, total = rmsnorm(
+    got, total = norm(
         wide.to(device)[:, :channels],
         weight.to(device),
-        eps=1e-5,
+        norm=Norm(eps=1e-5),
         residual=None if residual is None else residual.to(device),
         backend=Backend.TRITON,
     )
@@ -50,6 +53,6 @@ def test_the_kernel_matches_the_reference(tokens, channels, dtype, has_residual,
 
 def test_errors_name_the_shapes():
     with pytest.raises(ShapeError, match=r"got \(2, 64\) and \(32,\)"):
-        rmsnorm(torch.zeros(2, 64), torch.ones(32), eps=1e-5)
+        norm(torch.zeros(2, 64), torch.ones(32), norm=Norm(eps=1e-5))
     with pytest.raises(ShapeError, match=r"\(2, 64\) torch.float32 like x; got \(1, 64\)"):
-        rmsnorm(torch.zeros(2, 64), torch.ones(64), eps=1e-5, residual=torch.zeros(1, 64))
+        norm(torch.zeros(2, 64), torch.ones(64), norm=Norm(eps=1e-5), residual=torch.zeros(1, 64))

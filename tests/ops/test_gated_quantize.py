@@ -1,4 +1,4 @@
-"""silu_quantize: kernels against the reference, the reference against float64."""
+"""gated_quantize: kernels against the reference, the reference against float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
-from quatom.ops.silu_quantize import silu_quantize
+from quatom.ops.gated_quantize import gated_quantize
 
 BACKENDS = [Backend.REFERENCE, Backend.TRITON]
 KERNELS = [
@@ -48,8 +48,8 @@ def test_kernels_match_the_reference(
         scale_mode=scale_mode,
         byte_layout=byte_layout,
     )
-    got = silu_quantize(gate_up.to(device), spec, backend=backend)
-    want = silu_quantize(gate_up, spec, backend=Backend.REFERENCE)
+    got = gated_quantize(gate_up.to(device), spec, "silu", True, backend=backend)
+    want = gated_quantize(gate_up, spec, "silu", True, backend=Backend.REFERENCE)
     (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
     # exp differs by ulps of float32: a scale by one float16 step, and codes next to a tie by one.
     torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
@@ -68,7 +68,9 @@ def test_the_reference_is_silu_times_up():
     gate_up = make_gate_up(4, 128)
     gate, up = gate_up.double().chunk(2, dim=-1)
     want = gate / (1 + (-gate).exp()) * up
-    got = silu_quantize(gate_up, QuantizeSpec(layout=layout, normal="int8")).dequantize()
+    got = gated_quantize(
+        gate_up, QuantizeSpec(layout=layout, normal="int8"), "silu", True
+    ).dequantize()
     step = want.abs().amax(dim=1, keepdim=True) / 127
     assert ((got - want).abs() <= step * (0.5 + 127 * 2**-11)).all()
 
@@ -77,10 +79,10 @@ def test_the_reference_is_silu_times_up():
 def test_large_negative_gates_vanish_without_nan(backend, device):
     gate_up = torch.full((1, 128), -60000.0, dtype=torch.float16, device=device)
     spec = QuantizeSpec(layout=GroupLayout(64, 64))
-    assert not silu_quantize(gate_up, spec, backend=backend).dequantize().any()
+    assert not gated_quantize(gate_up, spec, "silu", True, backend=backend).dequantize().any()
 
 
 def test_the_error_names_the_numbers():
     spec = QuantizeSpec(layout=GroupLayout(64, 64))
     with pytest.raises(ShapeError, match=r"\(T, 128\), twice the layout's 64.*got \(2, 64\)"):
-        silu_quantize(torch.zeros(2, 64), spec)
+        gated_quantize(torch.zeros(2, 64), spec, "silu", True)

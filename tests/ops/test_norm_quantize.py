@@ -1,4 +1,4 @@
-"""rmsnorm_quantize: kernels against the reference, the reference against its properties."""
+"""norm_quantize: kernels against the reference, the reference against its properties."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quatom.errors import ShapeError
+from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
-from quatom.ops.rmsnorm_quantize import rmsnorm_quantize
+from quatom.ops.norm_quantize import norm_quantize
 
 BACKENDS = [Backend.REFERENCE, Backend.TRITON]
 KERNELS = [
@@ -60,9 +61,11 @@ def test_kernels_match_the_reference(
     )
     for reorder, add in ((order, residual), (None, None)):
         on = [None if t is None else t.to(device) for t in (x, weight, reorder, add)]
-        got, total = rmsnorm_quantize(*on[:3], spec, eps=1e-5, residual=on[3], backend=backend)
-        want, want_total = rmsnorm_quantize(
-            x, weight, reorder, spec, eps=1e-5, residual=add, backend=Backend.REFERENCE
+        got, total = norm_quantize(
+            *on[:3], spec, norm=Norm(eps=1e-5), residual=on[3], backend=backend
+        )
+        want, want_total = norm_quantize(
+            x, weight, reorder, spec, norm=Norm(eps=1e-5), residual=add, backend=Backend.REFERENCE
         )
         assert torch.equal(total.cpu(), want_total)
         (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
@@ -84,8 +87,8 @@ def test_kernels_match_the_reference(
 def test_the_error_is_at_most_half_a_step_without_clipping(seed, tokens):
     layout = GroupLayout(384, 128, 128)
     x, weight, order, residual = make_inputs(tokens, 512, seed=seed)
-    quantized, total = rmsnorm_quantize(
-        x, weight, order, QuantizeSpec(layout=layout), eps=1e-6, residual=residual
+    quantized, total = norm_quantize(
+        x, weight, order, QuantizeSpec(layout=layout), norm=Norm(eps=1e-6), residual=residual
     )
     assert torch.equal(total, x + residual)
     real = total.double()
@@ -102,8 +105,8 @@ def test_scaling_a_token_by_a_power_of_two_changes_nothing(exponent):
     layout = GroupLayout(384, 128, 128)
     x, weight, order, _ = make_inputs(2, 512)
     spec = QuantizeSpec(layout=layout)
-    base, _ = rmsnorm_quantize(x, weight, order, spec, eps=0.0)
-    scaled, _ = rmsnorm_quantize(x * 2.0**exponent, weight, order, spec, eps=0.0)
+    base, _ = norm_quantize(x, weight, order, spec, norm=Norm(eps=1e-30))
+    scaled, _ = norm_quantize(x * 2.0**exponent, weight, order, spec, norm=Norm(eps=1e-30))
     assert torch.equal(base.codes, scaled.codes)
 
 
@@ -115,7 +118,7 @@ def test_eps_is_inside_the_root(backend, device):
     eps = 64.0 - x.float().square().mean().item()
     weight = torch.full((128,), 8.0, dtype=torch.float16, device=device)
     spec = QuantizeSpec(layout=GroupLayout(128, 128))
-    got, total = rmsnorm_quantize(x, weight, None, spec, eps=eps, backend=backend)
+    got, total = norm_quantize(x, weight, None, spec, norm=Norm(eps=eps), backend=backend)
     assert got.codes[0, :7].tolist() == [7, 0, 2, 2, 0, -2, -2]
     assert total is x
 
@@ -123,7 +126,9 @@ def test_eps_is_inside_the_root(backend, device):
 def test_a_zero_token_stays_zero_and_finite():
     _, weight, order, _ = make_inputs(2, 256)
     spec = QuantizeSpec(layout=GroupLayout(128, 128, 128))
-    quantized, _ = rmsnorm_quantize(torch.zeros(2, 256), weight.float(), order, spec, eps=1e-6)
+    quantized, _ = norm_quantize(
+        torch.zeros(2, 256), weight.float(), order, spec, norm=Norm(eps=1e-6)
+    )
     assert not quantized.dequantize().any()
     assert quantized.scales.isfinite().all()
 
@@ -132,8 +137,8 @@ def test_errors_name_the_numbers():
     x, weight, order, residual = make_inputs(2, 256)
     spec = QuantizeSpec(layout=GroupLayout(128, 128, 128))
     with pytest.raises(ShapeError, match=r"weight \(256,\).*got \(2, 256\) and \(255,\)"):
-        rmsnorm_quantize(x, weight[:255], order, spec, eps=1e-6)
+        norm_quantize(x, weight[:255], order, spec, norm=Norm(eps=1e-6))
     with pytest.raises(ShapeError, match=r"order \(256,\); got \(3,\)"):
-        rmsnorm_quantize(x, weight, order[:3], spec, eps=1e-6)
+        norm_quantize(x, weight, order[:3], spec, norm=Norm(eps=1e-6))
     with pytest.raises(ShapeError, match=r"residual \(2, 256\) torch.float16.*torch.float32"):
-        rmsnorm_quantize(x, weight, order, spec, eps=1e-6, residual=residual.float())
+        norm_quantize(x, weight, order, spec, norm=Norm(eps=1e-6), residual=residual.float())

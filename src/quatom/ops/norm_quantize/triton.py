@@ -1,4 +1,4 @@
-"""Triton kernel for `rmsnorm_quantize`: one program normalizes and quantizes one token.
+"""Triton kernel for `norm_quantize`: one program normalizes and quantizes one token.
 
 The row, its residual and the norm's weight are read once, in order; the permutation happens in
 shared memory (`tl.gather`).
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quatom.families.spec import Norm
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.triton_quantize import (
     allocate,
@@ -20,10 +21,11 @@ from quatom.ops.triton_quantize import (
 
 
 @triton.jit
-def _rmsnorm_quantize_kernel(
+def _norm_quantize_kernel(
     x_ptr,  # (T, K)
     residual_ptr,  # (T, K), or x_ptr where there is none
     weight_ptr,  # (K,)
+    bias_ptr,  # (K,), or x_ptr where there is none
     order_ptr,  # (K,) int32, or x_ptr where there is no order
     total_ptr,  # (T, K), or x_ptr where there is no residual
     codes_ptr,
@@ -46,6 +48,9 @@ def _rmsnorm_quantize_kernel(
     GROUPS_LAYOUT: tl.constexpr,
     ROTATE_STAGES: tl.constexpr,
     SCALE_MODE: tl.constexpr,
+    LAYER: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_K: tl.constexpr,  # K rounded up to a power of two
@@ -62,8 +67,15 @@ def _rmsnorm_quantize_kernel(
         rounded = (row + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + token * K + k, rounded, mask=inside)
         row = rounded.to(tl.float32)
-    inv_rms = 1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / K + eps)
-    normed = row * inv_rms * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if LAYER:
+        row = tl.where(inside, row - tl.sum(row, axis=0) / K, 0.0)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / K + eps)
+    weight = tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if WEIGHT_OFFSET != 0.0:
+        weight += WEIGHT_OFFSET
+    normed = row * inverse * weight
+    if HAS_BIAS:
+        normed += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
 
     s = tl.arange(0, SB)
     column = tl.arange(0, WIDTH)
@@ -101,24 +113,26 @@ def _rmsnorm_quantize_kernel(
     )
 
 
-def rmsnorm_quantize_triton(
+def norm_quantize_triton(
     x: Tensor,
     weight: Tensor,
     order: Tensor | None,
     spec: QuantizeSpec,
-    eps: float,
+    norm: Norm,
+    bias: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[MixedTensor, Tensor]:
-    """See `rmsnorm_quantize`. CUDA, or the CPU under TRITON_INTERPRET=1."""
+    """See `norm_quantize`. CUDA, or the CPU under TRITON_INTERPRET=1."""
     tokens, channels = x.shape
     out = allocate(x, tokens, spec)
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if not tokens:
         return out, total
-    _rmsnorm_quantize_kernel[(tokens,)](
+    _norm_quantize_kernel[(tokens,)](
         x,
         x if residual is None else residual,
         weight,
+        x if bias is None else bias,
         x if order is None else order.to(torch.int32),
         total,
         out.codes,
@@ -126,7 +140,10 @@ def rmsnorm_quantize_triton(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         out.codes.shape[1],
-        eps,
+        norm.eps,
+        LAYER=norm.kind == "layer",
+        WEIGHT_OFFSET=norm.weight_offset,
+        HAS_BIAS=bias is not None,
         HAS_ORDER=order is not None,
         HAS_RESIDUAL=residual is not None,
         BLOCK_K=triton.next_power_of_2(channels),

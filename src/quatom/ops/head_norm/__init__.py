@@ -1,0 +1,60 @@
+"""Norm of q and k before rotary embedding, both in one launch."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from quatom.errors import ShapeError
+from quatom.families.spec import Norm
+from quatom.ops.backend import Backend, choose_backend
+
+BACKENDS = (Backend.REFERENCE, Backend.TRITON)
+Axis = Literal["head", "all"]
+
+
+def head_norm(
+    q: Tensor,  # (T, H, D) last axis contiguous; usually a view of the fused qkv output
+    k: Tensor,  # (T, KV, D) same dtype as q, last axis contiguous
+    q_weight: Tensor,  # (D,) for axis "head", (H * D,) for axis "all"
+    k_weight: Tensor,  # (D,) for axis "head", (KV * D,) for axis "all"
+    *,
+    norm: Norm,
+    axis: Axis,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalize q and k, over the channels of each head or over those of all heads of a token.
+
+    The arithmetic and its rounding are those of `quatom.ops.norm`, without a bias.
+
+    Args:
+        norm: kind, eps and offset.
+        axis: "head": each head by itself, all with one weight; "all": a token's heads together.
+        backend: implementation to run; None picks the fastest one for q's device.
+
+    Returns:
+        q (T, H, D) and k (T, KV, D) in their own dtype: views of one new tensor (T, H + KV, D).
+
+    Raises:
+        ShapeError: shapes or dtypes disagree, or the norm has a bias.
+
+    Source: Dehghani et al., ICML 2023, for norms of queries and keys.
+    """
+    if q.ndim != 3 or k.ndim != 3 or k.shape[::2] != q.shape[::2] or k.dtype != q.dtype:
+        raise ShapeError(
+            f"expected q (T, H, D) and k (T, KV, D) of one dtype, got {tuple(q.shape)} {q.dtype} "
+            f"and {tuple(k.shape)} {k.dtype}"
+        )
+    if norm.bias:
+        raise ShapeError("the norm of q and k has a bias, which head_norm does not add")
+    for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
+        expected = x.shape[2] if axis == "head" else x.shape[1] * x.shape[2]
+        if weight.shape != (expected,):
+            raise ShapeError(
+                f"axis {axis!r} needs a weight ({expected},) for {name} {tuple(x.shape)}, got "
+                f"{tuple(weight.shape)}"
+            )
+    if choose_backend("head_norm", BACKENDS, q.device, backend) is Backend.TRITON:
+        from quatom.ops.head_norm.triton import head_norm_triton as run
+    else:
+        from quatom.ops.head_norm.reference import head_norm_reference as run
+    return run(q, k, q_weight, k_weight, norm, axis)

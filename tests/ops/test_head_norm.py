@@ -1,0 +1,97 @@
+"""head_norm: the reference against transformers and float64, the kernel against the reference."""
+
+import pytest
+import torch
+
+from quatom.errors import ShapeError
+from quatom.families.spec import Norm
+from quatom.ops.backend import Backend
+from quatom.ops.head_norm import head_norm
+
+NORMS = {
+    "rms": Norm(eps=1e-5),
+    "rms of 1 + w": Norm(eps=1e-5, weight_offset=1.0),
+    "layer": Norm(eps=1e-5, kind="layer"),
+}
+
+
+def make(tokens, heads, kv_heads, head_dim, dtype=torch.float32, axis="head", device="cpu"):
+    """q and k as views of a fused output whose other channels are NaN, and their weights."""
+    rng = torch.Generator().manual_seed(tokens + head_dim)
+    fused = torch.full((tokens, heads + 2 * kv_heads, head_dim), torch.nan)
+    fused[:, : heads + kv_heads] = 3 * torch.randn(
+        tokens, heads + kv_heads, head_dim, generator=rng
+    )
+    q, k, _ = fused.to(device, dtype).split((heads, kv_heads, kv_heads), dim=1)
+    sizes = [head_dim * (1 if axis == "head" else n) for n in (heads, kv_heads)]
+    weights = [(1 + 0.3 * torch.randn(n, generator=rng)).to(device, dtype) for n in sizes]
+    return q, k, *weights
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("axis", ["head", "all"])
+def test_the_reference_is_the_formula_in_float64(axis, norm):
+    q, k, *weights = make(3, 4, 2, 96, axis=axis)
+    got = head_norm(q, k, *weights, norm=norm, axis=axis)
+    for x, weight, out in zip((q, k), weights, got, strict=True):
+        rows = (x if axis == "head" else x.flatten(1)).double()
+        if norm.kind == "layer":
+            rows = rows - rows.mean(-1, keepdim=True)
+        want = rows / (rows.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        want = want * (weight.double() + norm.weight_offset)
+        # A few roundings of float32 numbers up to 6 or so.
+        torch.testing.assert_close(out.double(), want.view(x.shape), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_rounds_as_transformers_does(dtype):
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    q, k, q_weight, k_weight = make(5, 4, 2, 64, dtype)
+    for theirs, norm in ((Qwen3RMSNorm, NORMS["rms"]), (Gemma3RMSNorm, NORMS["rms of 1 + w"])):
+        module = theirs(64, eps=1e-5)
+        got = head_norm(q, k, q_weight, k_weight, norm=norm, axis="head")
+        for x, weight, out in zip((q, k), (q_weight, k_weight), got, strict=True):
+            module.weight.data = weight
+            assert torch.equal(out, module(x))
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("axis", ["head", "all"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 64), (9, 3, 100), (16, 2, 128), (4, 1, 256)]
+)
+def test_the_kernel_matches_the_reference(heads, kv_heads, head_dim, dtype, axis, norm, device):
+    arguments = make(5, heads, kv_heads, head_dim, dtype, axis, device)
+    got = head_norm(*arguments, norm=norm, axis=axis, backend=Backend.TRITON)
+    want = head_norm(*arguments, norm=norm, axis=axis, backend=Backend.REFERENCE)
+    # Sums add up in another order: some ulps of float32, which may move the rounding of a float16
+    # value and, through it, that of the product, by one step each. A difference from the mean may
+    # cancel, so its ulps are those of numbers around 8.
+    rtol = 2.0 * torch.finfo(dtype).eps if dtype is torch.float16 else 2e-6
+    atol = 2e-6 if norm.kind == "layer" else 0.0
+    for out, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
+def test_no_tokens_are_no_work(backend, device):
+    q, k = head_norm(
+        *make(0, 4, 2, 64, device=device), norm=NORMS["rms"], axis="head", backend=backend
+    )
+    assert q.shape == (0, 4, 64)
+    assert k.shape == (0, 2, 64)
+
+
+def test_errors_name_the_shapes():
+    q, k, q_weight, k_weight = make(2, 4, 2, 64)
+    norm = NORMS["rms"]
+    with pytest.raises(ShapeError, match=r"k \(T, KV, D\) of one dtype, got .*\(2, 2, 32\)"):
+        head_norm(q, k[..., :32], q_weight, k_weight, norm=norm, axis="head")
+    with pytest.raises(ShapeError, match=r"a weight \(256,\) for q \(2, 4, 64\), got \(64,\)"):
+        head_norm(q, k, q_weight, k_weight, norm=norm, axis="all")
+    biased = Norm(eps=1e-5, kind="layer", bias=True)
+    with pytest.raises(ShapeError, match="has a bias"):
+        head_norm(q, k, q_weight, k_weight, norm=biased, axis="head")
