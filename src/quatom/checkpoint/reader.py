@@ -25,7 +25,7 @@ from quatom.checkpoint.validation import (
     read_json,
 )
 from quatom.errors import CheckpointError, ModelError
-from quatom.families.keys import token_ids
+from quatom.families.keys import eos_tokens
 from quatom.families.registry import read_config
 from quatom.families.spec import ModelConfig
 from quatom.plan import plan
@@ -197,7 +197,7 @@ def _open_safetensors(folder: Path) -> TensorSource:
     model_config = _model_config(folder / "config.json", config)
     generation = folder / "generation_config.json"
     if generation.exists():
-        extra = token_ids(read_json(generation).get("eos_token_id"))
+        extra = eos_tokens(read_json(generation).get("eos_token_id"))
         # Chat models list the end of a turn there only.
         tokens = tuple(dict.fromkeys(model_config.eos_token_ids + extra))
         model_config = replace(model_config, eos_token_ids=tokens)
