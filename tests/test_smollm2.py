@@ -12,8 +12,9 @@ import torch
 
 from quatom.checkpoint.reader import open_source
 from quatom.checkpoint.schema import bits_per_weight
+from quatom.families.registry import read_config
 from quatom.loading import load
-from quatom.modeling.config import ModelConfig
+from quatom.plan import plan
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.recipe import PRESETS, CalibrationSpec
 from tests.checkpoint.models import SMOLLM2
@@ -35,8 +36,8 @@ def test_its_weights_take_at_most_four_and_a_half_bits():
     shapes |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
     bits = sum(count_bits(*shape, stores_order=n != "down") for n, shape in shapes.items())
     weights = sum(rows * channels for rows, channels in shapes.values())
-    recipe, config = PRESETS["atom-w4a4kv4"], ModelConfig.from_hf(SMOLLM2)
-    assert bits_per_weight(recipe, config) == pytest.approx(bits / weights, rel=1e-12)
+    resolved = plan(read_config(SMOLLM2), PRESETS["atom-w4a4kv4"])
+    assert bits_per_weight(resolved) == pytest.approx(bits / weights, rel=1e-12)
     assert bits / weights <= 4.5
 
 

@@ -103,9 +103,7 @@ def load_quantized_layer(
     read = _reader(source, device, dtype)
     sites = {}
     for name, site in layer.sites.items():
-        specs = {
-            n: spec for lin in site.linears for n, spec in linear_tensors(site, lin).items()
-        }
+        specs = {n: spec for lin in site.linears for n, spec in linear_tensors(site, lin).items()}
         tensors = {n: source.load(n, spec.shape) for n, spec in specs.items()}
         tensors |= {n: t.to(dtype) for n, t in tensors.items() if n.endswith(".bias")}
         try:
@@ -168,7 +166,9 @@ def _qk_norm(read: Read, layer: LayerPlan) -> tuple[Tensor, Tensor] | None:
     if attention.qk_norm is None:
         return None
     q, k = (
-        read(f"{prefix}.weight", (attention.head_dim if attention.qk_norm_axis == "head" else size,))
+        read(
+            f"{prefix}.weight", (attention.head_dim if attention.qk_norm_axis == "head" else size,)
+        )
         for prefix, size in zip(
             layer.qk_norm_names, (attention.q_size, attention.kv_size), strict=True
         )

@@ -1,6 +1,7 @@
 """Random models: the public sizes, every preset runs, and weights take the bytes they should."""
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -12,26 +13,25 @@ from quatom.benchmark.random_weights import (
     root_mean_square,
     weight_bytes,
 )
-from quatom.checkpoint.schema import linear_names, linear_shape
+from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.engine.config import EngineConfig
 from quatom.engine.llm import LLM, Engine, SamplingParams
 from quatom.errors import ModelError, RecipeError
-from quatom.loading import FUSED, place_layouts
-from quatom.modeling.llama import full_sequences_context
+from quatom.families.registry import read_config
+from quatom.families.spec import SITES
+from quatom.modeling.context import full_sequences_context
 from quatom.numerics.formats import get_format
 from quatom.ops.backend import Backend
+from quatom.plan import plan
 from quatom.recipe import PRESETS, OutlierSpec
 
-TINY = SHAPES["tiny"]
-LINEAR_WEIGHTS = sum(
-    rows * columns for rows, columns in (linear_shape(TINY, name) for name in linear_names(TINY))
-)
+TINY = find_shape("tiny")
+FLOAT = PRESETS["fp16"]
+LINEAR_WEIGHTS = plan(TINY, FLOAT).num_weights
 
 
 def parameters(config):
-    linears = sum(n * k for n, k in (linear_shape(config, name) for name in linear_names(config)))
-    norms = (2 * config.num_layers + 1) * config.hidden_size
-    return linears + norms + 2 * config.vocab_size * config.hidden_size
+    return sum(prod(spec.shape) for spec in checkpoint_tensors(plan(config, FLOAT)).values())
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def parameters(config):
     ],
 )
 def test_shapes_have_the_public_number_of_parameters(name, count):
-    assert parameters(SHAPES[name]) == count
+    assert parameters(find_shape(name)) == count
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -70,8 +70,8 @@ def test_every_preset_runs_and_generates(name):
 def test_weights_have_the_standard_deviation_of_llama(name):
     loaded = random_model("tiny", PRESETS[name], device="cpu", backend=Backend.REFERENCE)
     for block in loaded.model.blocks:
-        for place in FUSED:
-            (weight,) = getattr(block, place).prepared.tensors
+        for site in SITES:
+            (weight,) = block.linears[site].prepared.tensors
             assert weight.std().item() == pytest.approx(STD, rel=0.05)
             assert abs(weight.mean().item()) < STD / 50
 
@@ -85,8 +85,8 @@ def test_packed_weights_take_the_bytes_of_their_codes(name, bits):
     recipe = PRESETS[name]
     loaded = random_model("tiny", recipe, device="cpu", backend=Backend.TRITON)
     expected = 0
-    for place, layout in place_layouts(recipe, TINY).items():
-        rows = sum(linear_shape(TINY, n)[0] for n in FUSED[place])
+    for site in plan(TINY, recipe).layers[0].sites.values():
+        layout, rows = site.layout, site.rows
         blocks = layout.num_normal_groups * -(-layout.group_size // 128) * 128
         channels = blocks if bits == 4 else layout.normal
         expected += rows * (channels * bits // 8 + layout.outliers + 4 * layout.num_scales)
@@ -106,36 +106,40 @@ def test_float_weights_take_two_bytes_each_in_half_precision():
 def test_layers_share_neither_memory_nor_numbers_nor_orders():
     loaded = random_model("tiny", PRESETS["atom-w4a4kv4"], device="cpu", backend=Backend.TRITON)
     first, second = loaded.model.blocks
-    for place in FUSED:
-        one, two = (getattr(b, place).prepared.tensors[0] for b in (first, second))
+    for site in SITES:
+        one, two = (b.linears[site].prepared.tensors[0] for b in (first, second))
         assert one.data_ptr() != two.data_ptr()
         assert not torch.equal(one, two)
-    orders = [first.qkv_input.order, first.gate_up_input.order, second.qkv_input.order]
+    orders = [
+        block.inputs[site].order
+        for block, site in ((first, "qkv"), (first, "gate_up"), (second, "qkv"))
+    ]
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(256, dtype=torch.int32))
     assert not torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
-    assert first.down_input.order is None
+    assert first.inputs["down"].order is None
 
 
 def test_one_seed_gives_one_model():
     models = [
         random_model("tiny", PRESETS["w8a8"], device="cpu", seed=seed).model for seed in (3, 3, 4)
     ]
-    weights = [model.blocks[1].down.prepared.tensors[1] for model in models]  # their scales
+    weights = [model.blocks[1].linears["down"].prepared.tensors[0] for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
 def test_biases_float_outliers_and_fewer_layers():
-    config = replace(TINY, qkv_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    biases = {"attention_bias": True, "mlp_bias": True}
+    config = read_config(SHAPES["tiny"] | biases | {"tie_word_embeddings": True})
     recipe = replace(PRESETS["atom-w4a4kv4"], outliers=OutlierSpec(format="float16"))
     loaded = random_model(config, recipe, device="cpu", num_layers=1)
     (block,) = loaded.model.blocks
-    assert block.qkv.prepared.bias.shape == (512,)
-    assert block.o.prepared.bias is None
-    assert block.gate_up.prepared.bias.shape == (768,)
-    weight = block.qkv.prepared.tensors[0]
+    assert block.linears["qkv"].prepared.bias.shape == (512,)
+    assert block.linears["o"].prepared.bias.shape == (256,)
+    assert block.linears["gate_up"].prepared.bias.shape == (768,)
+    weight = block.linears["qkv"].prepared.tensors[0]
     assert weight[:, -32:].std().item() == pytest.approx(STD, rel=0.05)
     assert loaded.model.head is None
 

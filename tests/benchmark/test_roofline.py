@@ -2,17 +2,18 @@
 
 import pytest
 
-from quatom.benchmark.model_shapes import SHAPES
+from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.roofline import Ceilings, Roofline, Work
+from quatom.plan import plan
 from quatom.recipe import PRESETS
 
 SPEC = Ceilings(copy_tb_s=3.35, bf16_tflops=989.0, low_bit_tflops=1979.0)
-LLAMA = SHAPES["llama-2-7b"]
+LLAMA = find_shape("llama-2-7b")
 LINEARS = 6_476_005_376  # 32 * (4 * 4096**2 + 3 * 4096 * 11008)
 
 
 def roofline(recipe, config=LLAMA, ceilings=SPEC):
-    return Roofline.of(config, PRESETS[recipe], ceilings)
+    return Roofline.of(plan(config, PRESETS[recipe]), ceilings)
 
 
 def test_what_a_model_moves():
@@ -30,7 +31,7 @@ def test_what_a_model_moves():
     assert 4.1 < atom.linear_bytes * 8 / LINEARS < 4.3
     assert roofline("w4a16").linear_tflops == 989.0
     assert roofline("w8a8").linear_tflops == 1979.0
-    assert roofline("fp16", SHAPES["llama-3-8b"]).kv_bytes == 128 * 1024
+    assert roofline("fp16", find_shape("llama-3-8b")).kv_bytes == 128 * 1024
 
 
 @pytest.mark.parametrize(

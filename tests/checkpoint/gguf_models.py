@@ -8,8 +8,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from quatom.checkpoint.gguf_model import hf_name
-from quatom.checkpoint.schema import float_tensors
-from quatom.modeling.config import ModelConfig
+from quatom.checkpoint.schema import checkpoint_tensors
+from quatom.families.registry import read_config
+from quatom.plan import plan
+from quatom.recipe import PRESETS
 from tests.checkpoint.models import CONFIG, random_tensor
 
 BASE = {
@@ -53,7 +55,7 @@ def write_gguf(
     """Write the file; returns what reading must give, by Hugging Face name."""
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
     hf = CONFIG | {"model_type": architecture, "architectures": [names[architecture]]}
-    specs = float_tensors(ModelConfig.from_hf(hf | {"vocab_size": len(WORDS)}))
+    specs = checkpoint_tensors(plan(read_config(hf | {"vocab_size": len(WORDS)}), PRESETS["fp16"]))
     writer = GGUFWriter(path, architecture)
     for key, value in (BASE | (change or {})).items():
         if value is None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 
 from quatom.checkpoint.safetensors_file import write_tensors
-from quatom.checkpoint.schema import TensorSpec, expected_tensors, float_tensors
-from quatom.modeling.config import ModelConfig
+from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
+from quatom.families.registry import read_config
+from quatom.plan import plan
+from quatom.recipe import PRESETS
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,8 +65,7 @@ def write_model(
     """A folder as transformers writes it (without tokenizer): one file, or an index and shards."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    model_config = ModelConfig.from_hf(config)
-    specs = expected_tensors(recipe, model_config) if recipe else float_tensors(model_config)
+    specs = checkpoint_tensors(plan(read_config(config), recipe or PRESETS["fp16"]))
     names = list(specs)
     weight_map = {}
     for shard in range(shards):

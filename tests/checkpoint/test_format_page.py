@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from quatom.checkpoint.reader import open_source
-from quatom.checkpoint.schema import LINEARS, bits_per_weight, linear_layout, linear_tensors
-from quatom.modeling.config import ModelConfig
+from quatom.checkpoint.schema import bits_per_weight, linear_tensors
+from quatom.families.registry import read_config
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import dequantize_groups
 from quatom.numerics.packing import unpack_bits
+from quatom.plan import plan
 from quatom.recipe import PRESETS
 from tests.checkpoint.models import CONFIG, SMOLLM2, write_model
 from tests.checkpoint.test_writer import write
@@ -32,7 +33,7 @@ def test_the_code_of_the_page_dequantizes_a_linear(tmp_path, monkeypatch):
     values = torch.cat((codes, source.load(f"{p}.outlier_weight").float()), dim=1)
     scales = source.load(f"{p}.weight_scale").repeat_interleave(2, dim=0)
     scales = torch.cat((scales, source.load(f"{p}.outlier_scale")), dim=1)
-    layout = linear_layout(ATOM, source.model_config, p)
+    layout = plan(source.model_config, ATOM).layers[0].sites["qkv"].layout
     assert layout.group_sizes == (128, 128, 96, 32)
     stored = dequantize_groups(values, scales, layout)
     order = source.load(f"{p}.order").long()
@@ -40,14 +41,15 @@ def test_the_code_of_the_page_dequantizes_a_linear(tmp_path, monkeypatch):
 
 
 def test_the_sizes_of_the_page():
-    model = ModelConfig.from_hf(SMOLLM2)
+    resolved = plan(read_config(SMOLLM2), ATOM)
     block = 0
-    for linear in LINEARS:
-        tensors = linear_tensors(ATOM, model, f"model.layers.0.{linear}")
+    first = resolved.layers[0].sites.values()
+    for site, linear in [(site, linear) for site in first for linear in site.linears]:
+        tensors = linear_tensors(site, linear)
         sizes = [spec.bits(torch.float16) // 8 for spec in tensors.values()]
         block += sum(sizes)
-        kind = linear.partition(".")[2]
+        kind = linear.kind
         row = next(x for x in PAGE.splitlines() if x[0:1] == "|" and kind in x[:24])
         assert [int(n) for n in re.findall(r"\| (\d+) (?=\|)", row)] == sizes
     assert f"{block:,} bytes" in PAGE
-    assert f"{bits_per_weight(ATOM, model):.3f} bits a weight" in PAGE
+    assert f"{bits_per_weight(resolved):.3f} bits a weight" in PAGE

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 from quatom.checkpoint.gguf_file import read_gguf
 from quatom.checkpoint.reader import open_source
 from quatom.errors import CheckpointError, ModelError
+from quatom.families.spec import Rope
 from tests.checkpoint.gguf_models import write_gguf
 
 
@@ -32,14 +33,16 @@ def test_tensors_come_back_in_hugging_face_order(tmp_path, architecture, kind):
 def test_the_configuration(tmp_path, tied):
     write_gguf(tmp_path / "model.gguf", tied=tied)
     config = open_source(tmp_path).model_config
-    assert (config.architecture, config.num_layers, config.vocab_size) == ("llama", 2, 24)
-    assert (config.hidden_size, config.intermediate_size, config.max_position) == (128, 160, 128)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 32)
-    assert (config.rope_theta, config.rope_scaling) == (50000.0, None)
-    assert config.rms_norm_eps == pytest.approx(1e-5, rel=1e-6)
+    layer = config.layers[0]
+    attention = layer.attention
+    assert (config.family, config.num_layers, config.vocab_size) == ("llama", 2, 24)
+    assert (config.hidden_size, layer.feed_forward.size, config.max_position) == (128, 160, 128)
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, 2, 32)
+    assert attention.rope == Rope(theta=50000.0, dim=32)
+    assert config.final_norm.eps == pytest.approx(1e-5, rel=1e-6)
     assert (config.bos_token_id, config.eos_token_ids) == (0, (1,))
     assert config.tie_word_embeddings == tied
-    assert not config.qkv_bias
+    assert not any(linear.bias for linear in layer.linears["qkv"])
 
 
 def test_metadata_that_is_read(tmp_path):
@@ -47,7 +50,7 @@ def test_metadata_that_is_read(tmp_path):
     scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
     write_gguf(path, change=scaling | {"tokenizer.ggml.eot_token_id": 7})
     config = open_source(path).model_config
-    assert config.rope_scaling.factor == 2.0
+    assert config.layers[0].attention.rope.scaling.factor == 2.0
     assert config.eos_token_ids == (1, 7)
 
 

@@ -19,11 +19,12 @@ COPY = """
 import sys
 from quatom.checkpoint.reader import open_source
 from quatom.checkpoint.writer import CheckpointWriter
+from quatom.plan import plan
 from quatom.quantize.host_memory import return_free_memory
 from quatom.recipe import PRESETS
 
 source = open_source(sys.argv[1])
-writer = CheckpointWriter(sys.argv[2], source, PRESETS["fp16"])
+writer = CheckpointWriter(sys.argv[2], source, plan(source.model_config, PRESETS["fp16"]))
 for index in range(source.model_config.num_layers):
     prefix = f"model.layers.{index}."
     names = [name for name in source.names() if name.startswith(prefix)]

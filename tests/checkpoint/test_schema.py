@@ -8,37 +8,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quatom.checkpoint.schema import (
-    LINEARS,
-    ROW_PARALLEL,
+    bits_by_linear,
     bits_per_activation,
     bits_per_kv,
     bits_per_weight,
-    check_recipe,
-    expected_tensors,
-    float_tensors,
-    layer_bits_per_weight,
-    linear_layout,
+    checkpoint_tensors,
     linear_tensors,
-    num_outliers,
 )
 from quatom.errors import RecipeError
-from quatom.modeling.config import ModelConfig
+from quatom.families.registry import read_config
 from quatom.numerics.groups import GroupLayout
+from quatom.plan import num_outliers, plan
 from quatom.recipe import PRESETS, ActivationSpec, OutlierSpec, Recipe, WeightSpec
 from tests.checkpoint.models import CONFIG, LLAMA_7B, SMOLLM2
 
 ATOM = PRESETS["atom-w4a4kv4"]
-SMOL = ModelConfig.from_hf(SMOLLM2)
-LLAMA = ModelConfig.from_hf(LLAMA_7B)
-TINY = ModelConfig.from_hf(CONFIG)
+SMOL = read_config(SMOLLM2)
+LLAMA = read_config(LLAMA_7B)
 DOWN = "model.layers.0.mlp.down_proj"
 QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def stored(recipe, config, name):
+    """The tensors of one linear."""
+    for site in plan(config, recipe).sites():
+        for linear in site.linears:
+            if linear.name == name:
+                return linear_tensors(site, linear)
+    raise KeyError(name)
+
+
+def layout_of(recipe, config, name):
+    sites = plan(config, recipe).sites()
+    return next(s.layout for s in sites if name in [linear.name for linear in s.linears])
 
 
 def test_the_stored_tensors_of_smollm2_worked_out_by_hand():
     # K = 576 = 4 groups of 128 + 64 outliers; two rows share a scale.
     assert {n.rpartition(".")[2]: (s.shape, s.dtype) for n, s in
-            linear_tensors(ATOM, SMOL, QUERY).items()} == {
+            stored(ATOM, SMOL, QUERY).items()} == {
         "weight_packed": ((576, 256), torch.uint8),
         "weight_scale": ((288, 4), torch.float16),
         "outlier_weight": ((576, 64), torch.int8),
@@ -47,7 +55,7 @@ def test_the_stored_tensors_of_smollm2_worked_out_by_hand():
     }  # fmt: skip
     # K = 1536: 1472 = 11 groups of 128 and one of 64; its order lies in gate's and up's rows.
     assert {n.rpartition(".")[2]: s.shape for n, s in
-            linear_tensors(ATOM, SMOL, DOWN).items()} == {
+            stored(ATOM, SMOL, DOWN).items()} == {
         "weight_packed": (576, 736),
         "weight_scale": (288, 12),
         "outlier_weight": (576, 64),
@@ -60,15 +68,17 @@ def test_smollm2_takes_at_most_four_and_a_half_bits():
     rows = 576 + 192 + 192 + 576 + 2 * 1536  # q k v o gate up, 576 channels each
     bits = rows * (512 * 4 + 64 * 8 + 4 * 16 / 2 + 16) + 6 * 576 * 32
     bits += 576 * (1472 * 4 + 64 * 8 + 12 * 16 / 2 + 16)
-    assert bits_per_weight(ATOM, SMOL) == pytest.approx(bits / (rows * 576 + 576 * 1536), rel=1e-12)
-    assert bits_per_weight(ATOM, SMOL) == pytest.approx(4.486979, abs=1e-6)
-    assert bits_per_weight(ATOM, SMOL) <= 4.5
+    assert bits_per_weight(plan(SMOL, ATOM)) == pytest.approx(
+        bits / (rows * 576 + 576 * 1536), rel=1e-12
+    )
+    assert bits_per_weight(plan(SMOL, ATOM)) == pytest.approx(4.486979, abs=1e-6)
+    assert bits_per_weight(plan(SMOL, ATOM)) <= 4.5
 
 
 def test_bits_are_the_bytes_in_the_files():
-    tensors = linear_tensors(ATOM, SMOL, DOWN)
-    stored = sum(torch.empty(s.shape, dtype=s.dtype).nbytes for s in tensors.values())
-    assert layer_bits_per_weight(ATOM, SMOL)[DOWN] == stored * 8 / (576 * 1536)
+    tensors = stored(ATOM, SMOL, DOWN)
+    taken = sum(torch.empty(s.shape, dtype=s.dtype).nbytes for s in tensors.values())
+    assert bits_by_linear(plan(SMOL, ATOM))[DOWN] == taken * 8 / (576 * 1536)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +97,13 @@ def test_bits_are_the_bytes_in_the_files():
 )
 def test_bits_of_llama_7b(preset, weights, activations, cache):
     recipe = PRESETS[preset]
-    assert bits_per_weight(recipe, LLAMA) == pytest.approx(weights, abs=1e-5)
-    assert bits_per_activation(recipe, LLAMA) == pytest.approx(activations, abs=1e-5)
-    assert bits_per_kv(recipe, LLAMA) == cache
+    assert bits_per_weight(plan(LLAMA, recipe)) == pytest.approx(weights, abs=1e-5)
+    assert bits_per_activation(plan(LLAMA, recipe)) == pytest.approx(activations, abs=1e-5)
+    assert bits_per_kv(plan(LLAMA, recipe)) == cache
 
 
 def test_float_weights_count_the_bits_of_their_dtype():
-    assert bits_per_weight(PRESETS["fp16"], LLAMA, torch.float32) == 32.0
+    assert bits_per_weight(plan(LLAMA, PRESETS["fp16"]), torch.float32) == 32.0
 
 
 @pytest.mark.parametrize(
@@ -111,33 +121,28 @@ def test_float_weights_count_the_bits_of_their_dtype():
 )
 def test_outliers_are_capped_by_the_hidden_size(hidden, channels, fraction, outliers):
     recipe = Recipe(outliers=OutlierSpec(channels=channels, max_fraction=fraction))
-    assert num_outliers(recipe, replace(TINY, hidden_size=hidden)) == outliers
+    assert num_outliers(recipe, hidden) == outliers
 
 
 def test_groups_of_every_linear_of_llama_7b():
-    for linear in LINEARS:
-        layout = linear_layout(ATOM, LLAMA, linear)
+    for site in plan(LLAMA, ATOM).sites():
+        layout = site.layout
         assert layout.group_sizes == (128,) * (layout.channels // 128)
         assert layout.outliers == 128
 
 
-def test_rows_left_over_have_a_scale():
-    recipe = replace(ATOM, weights=replace(ATOM.weights, rows_per_scale=5))
-    assert linear_tensors(recipe, SMOL, QUERY)[f"{QUERY}.weight_scale"].shape == (116, 4)
-
-
 def test_whole_rows_are_one_group():
-    assert linear_layout(PRESETS["w8a8"], SMOL, DOWN) == GroupLayout(normal=1536, group_size=1536)
-    assert linear_layout(PRESETS["fp16"], SMOL, DOWN) == GroupLayout(normal=1536, group_size=1536)
+    assert layout_of(PRESETS["w8a8"], SMOL, DOWN) == GroupLayout(normal=1536, group_size=1536)
+    assert layout_of(PRESETS["fp16"], SMOL, DOWN) == GroupLayout(normal=1536, group_size=1536)
 
 
 def test_row_parallel_layers_have_outliers_in_every_block():
     recipe = replace(ATOM, tensor_parallel=2)
-    config = replace(LLAMA, intermediate_size=8192)
-    down = linear_layout(recipe, config, DOWN)
+    config = read_config(LLAMA_7B | {"intermediate_size": 8192})
+    down = layout_of(recipe, config, DOWN)
     assert down == GroupLayout(normal=7936, group_size=128, outliers=256, outlier_blocks=2)
-    assert linear_layout(recipe, config, QUERY) == linear_layout(ATOM, config, QUERY)
-    tensors = linear_tensors(recipe, config, "model.layers.0.self_attn.o_proj")
+    assert layout_of(recipe, config, QUERY) == layout_of(ATOM, config, QUERY)
+    tensors = stored(recipe, config, "model.layers.0.self_attn.o_proj")
     shapes = {name.rpartition(".")[2]: spec.shape for name, spec in tensors.items()}
     assert shapes["outlier_weight"] == (4096, 256)
     assert shapes["outlier_scale"] == (4096, 2)
@@ -148,7 +153,7 @@ def test_row_parallel_layers_have_outliers_in_every_block():
 
 def test_whole_rows_of_tensor_parallel_blocks_are_one_group_a_block():
     recipe = replace(PRESETS["w8a8"], tensor_parallel=2)
-    assert linear_layout(recipe, LLAMA, DOWN) == GroupLayout(normal=11008, group_size=5504)
+    assert layout_of(recipe, LLAMA, DOWN) == GroupLayout(normal=11008, group_size=5504)
 
 
 MISFITS = {
@@ -203,7 +208,7 @@ def test_a_recipe_that_does_not_fit_is_refused_with_the_numbers(reason):
             activations=replace(recipe.activations, group_size=group_size),
         )
     with pytest.raises(RecipeError, match=message):
-        check_recipe(recipe, replace(LLAMA, **config_change))
+        plan(read_config(LLAMA_7B | config_change), recipe)
 
 
 RECIPES = st.builds(
@@ -225,33 +230,36 @@ RECIPES = st.builds(
 @settings(deadline=None, max_examples=100)
 @given(recipe=RECIPES, tied=st.booleans(), bias=st.booleans(), hidden=st.integers(4, 40))
 def test_every_recipe_gives_a_whole_checkpoint_or_an_error(recipe, tied, bias, hidden):
-    config = replace(
-        TINY, hidden_size=32 * hidden, head_dim=8 * hidden, tie_word_embeddings=tied, qkv_bias=bias
-    )
+    sizes = {"hidden_size": 32 * hidden, "head_dim": 8 * hidden}
+    flags = {"tie_word_embeddings": tied, "attention_bias": bias}
+    config = read_config(CONFIG | sizes | flags)
     try:
-        check_recipe(recipe, config)
+        resolved = plan(config, recipe)
     except RecipeError:
         return
-    tensors = expected_tensors(recipe, config)
-    for name in (f"model.layers.1.{linear}" for linear in LINEARS):
-        layout = linear_layout(recipe, config, name)
+    tensors = checkpoint_tensors(resolved)
+    for name, site in resolved.layers[1].sites.items():
+        layout = site.layout
         assert sum(layout.group_sizes) == layout.channels
         assert len(layout.group_sizes) == layout.num_scales
         assert all(size % 32 == 0 for size in layout.group_sizes)
-        packed = tensors[f"{name}.weight_packed"]
-        assert packed.shape[1] * 8 == layout.normal * recipe.weights.bits
-        assert (f"{name}.order" in tensors) == (layout.outliers > 0 and "down" not in name)
-        assert f"{name}.weight" not in tensors
         # A slice for one of B ranks holds whole groups.
-        blocks = recipe.tensor_parallel if name.endswith(ROW_PARALLEL) else 1
+        blocks = recipe.tensor_parallel if name in ("o", "down") else 1
         assert layout.num_normal_groups % blocks == 0
-        scale = tensors[f"{name}.weight_scale"]
-        assert scale.shape[1] == layout.num_normal_groups
-    others = {n: s for n, s in float_tensors(config).items() if not n.endswith("_proj.weight")}
+        for linear in site.linears:
+            packed = tensors[f"{linear.name}.weight_packed"]
+            assert packed.shape[1] * 8 == layout.normal * recipe.weights.bits
+            gathered = layout.outliers > 0 and name != "down"
+            assert (f"{linear.name}.order" in tensors) == gathered
+            assert f"{linear.name}.weight" not in tensors
+            scale = tensors[f"{linear.name}.weight_scale"]
+            assert scale.shape[1] == layout.num_normal_groups
+    floats = checkpoint_tensors(plan(config, PRESETS["fp16"]))
+    others = {n: s for n, s in floats.items() if not n.endswith("_proj.weight")}
     assert others.items() <= tensors.items()
 
 
 def test_names_stay_clear_of_what_vllm_drops_or_remaps():
     recipe = replace(ATOM, tensor_parallel=2)
-    for name in expected_tensors(recipe, replace(LLAMA, num_layers=1)):
+    for name in checkpoint_tensors(plan(LLAMA.with_layers(1), recipe)):
         assert not name.endswith(("g_idx", ".k_scale", ".v_scale", ".kv_scale", ".scales"))

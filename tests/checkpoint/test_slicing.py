@@ -5,16 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quatom.checkpoint.schema import linear_layout, linear_shape, linear_tensors
-from quatom.modeling.config import ModelConfig
+from quatom.checkpoint.schema import linear_tensors
+from quatom.families.registry import read_config
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout, dequantize_groups
 from quatom.numerics.packing import unpack_bits
 from quatom.numerics.reorder import channel_order, inverse_order, sliceable_positions
+from quatom.plan import plan
 from quatom.recipe import PRESETS, ActivationSpec, WeightSpec
 from tests.checkpoint.models import CONFIG, random_tensor
 
-MODEL = ModelConfig.from_hf(CONFIG | {"hidden_size": 256, "intermediate_size": 512})
+MODEL = read_config(CONFIG | {"hidden_size": 256, "intermediate_size": 512})
 O_PROJ = "model.layers.0.self_attn.o_proj"
 
 
@@ -34,13 +35,13 @@ def test_the_parts_of_a_row_parallel_linear_add_up(blocks, ranks):
         weights=WeightSpec(group_size=32, rows_per_scale=2),
         activations=ActivationSpec(group_size=32),
     )
-    whole = linear_layout(recipe, MODEL, O_PROJ)
-    channels = linear_shape(MODEL, O_PROJ)[1]
+    site = plan(MODEL, recipe).layers[0].sites["o"]
+    whole, channels = site.layout, site.channels
     width = channels // blocks
     outliers = whole.outliers // blocks
     tensors = {
         name.removeprefix(f"{O_PROJ}."): random_tensor(name, spec)
-        for name, spec in linear_tensors(recipe, MODEL, O_PROJ).items()
+        for name, spec in linear_tensors(site, site.linears[0]).items()
     }
     scores = torch.rand(channels, generator=torch.Generator().manual_seed(0))
     order = channel_order(scores, outliers, blocks)

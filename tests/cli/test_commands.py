@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from quatom.checkpoint.schema import bits_per_weight
+from quatom.families.registry import read_config
 from quatom.loading import load
-from quatom.modeling.config import ModelConfig
+from quatom.plan import plan
 from quatom.recipe import PRESETS, Recipe
 from tests.cli.commands import SMALL
 
@@ -25,7 +26,7 @@ def test_quantize_writes_a_checkpoint_and_its_bits(small_dir, text_file, shell, 
     assert recipe.name == "atom-w4a8kv4"
     assert (recipe.calibration.num_samples, recipe.calibration.sequence_length) == (2, 24)
     assert recipe.calibration.seed == 3
-    assert f"{bits_per_weight(recipe, ModelConfig.from_hf(SMALL)):.3f}" in done.out
+    assert f"{bits_per_weight(plan(read_config(SMALL), recipe)):.3f}" in done.out
     assert "2/2" in done.out  # the progress bar ended
     assert load(tmp_path / "q").recipe == recipe
 
@@ -84,7 +85,7 @@ def test_inspect_a_checkpoint(layer, small_checkpoint, shell, tmp_path):
     assert done.status == 0, done.err
     found = json.loads(out.read_text())
     recipe = Recipe.from_dict(found["recipe"])
-    assert found["bits_per_weight"] == bits_per_weight(recipe, ModelConfig.from_hf(SMALL))
+    assert found["bits_per_weight"] == bits_per_weight(plan(read_config(SMALL), recipe))
     assert found["checkpoint_bytes"] == sum(found["files"].values())
     assert found["checkpoint_bytes"] == sum(
         file.stat().st_size for file in small_checkpoint.glob("*.safetensors")

@@ -62,6 +62,7 @@ def test_a_quantized_cache_counts(tiny_llama_dir, tokens):
     from dataclasses import replace
 
     from quatom.modeling.llama import Decoder
+
     from quatom.recipe import KVSpec
 
     loaded = load(tiny_llama_dir)

@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from quatom.families.spec import Norm
-from quatom.modeling.inputs import InputQuantizer, activation_spec
+from quatom.families.registry import read_config
+from quatom.families.spec import FeedForward, Norm
+from quatom.modeling.inputs import InputQuantizer, NormLayer
+from quatom.modeling.weights import NormWeights
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.norm import norm
+from quatom.plan import plan
 from quatom.recipe import PRESETS
+from tests.conftest import LLAMA
 
 LAYOUT = GroupLayout(normal=96, group_size=64, outliers=32)
 # e4m3 with whole float range and int8 outliers lose little: 2**-4 of a value at most.
@@ -29,26 +33,31 @@ def test_plain_inputs_are_reordered_and_no_more():
     assert torch.equal(InputQuantizer(None).plain(x), x)
 
 
+NORM = Norm(eps=1e-5)
+SWIGLU = FeedForward(size=128)
+
+
 def test_norm_adds_the_residual_and_returns_the_sum():
     x, residual, weight = tokens(), tokens(1), 1 + 0.1 * tokens(2)[0]
-    made, total = InputQuantizer(None, order()).norm(x, residual, weight, 1e-5)
+    layer = NormLayer(NORM, NormWeights(weight))
+    made, total = InputQuantizer(None, order()).norm(x, residual, layer)
     assert torch.equal(total, x + residual)
     assert torch.equal(made, norm(x + residual, weight, norm=Norm(eps=1e-5))[0][:, order()])
-    made, total = InputQuantizer(None).norm(x, None, weight, 1e-5)
+    made, total = InputQuantizer(None).norm(x, None, layer)
     assert torch.equal(total, x)
     assert torch.equal(made, norm(x, weight, norm=Norm(eps=1e-5))[0])
 
 
-@pytest.mark.parametrize("method", ["norm", "plain", "silu_mul"])
+@pytest.mark.parametrize("method", ["norm", "plain", "activate"])
 def test_quantized_inputs_are_the_plain_ones_up_to_their_steps(method):
     """Each of the three ways, judged by the real numbers that its codes stand for."""
     arguments = {
-        "norm": (tokens(), tokens(1), 1 + 0.1 * tokens(2)[0], 1e-5),
+        "norm": (tokens(), tokens(1), NormLayer(NORM, NormWeights(1 + 0.1 * tokens(2)[0]))),
         "plain": (tokens(),),
-        "silu_mul": (tokens(channels=256),),
+        "activate": (tokens(channels=256), SWIGLU),
     }[method]
     # silu(gate) * up arrives in order: gate's and up's rows are permuted.
-    orders = None if method == "silu_mul" else order()
+    orders = None if method == "activate" else order()
     plain = getattr(InputQuantizer(None, orders), method)(*arguments)
     codes = getattr(InputQuantizer(SPEC, orders), method)(*arguments)
     if method == "norm":
@@ -64,12 +73,25 @@ def test_quantized_inputs_are_the_plain_ones_up_to_their_steps(method):
     assert (error[:, 96:] <= largest / 127 * 0.5 + largest * 2.0**-11).all()
 
 
-def test_the_recipe_says_how_inputs_are_quantized():
-    assert activation_spec(PRESETS["w4a16"], LAYOUT) is None
-    spec = activation_spec(PRESETS["atom-w4a4kv4"], LAYOUT)
-    assert (spec.normal, spec.outlier, spec.clip_ratio, spec.rotate) == ("int4", "int8", 0.9, False)
-    assert spec.layout == LAYOUT
-    assert activation_spec(PRESETS["quatom-w4a4kv4"], LAYOUT).rotate
+def test_inputs_without_a_norm_are_the_sum():
+    x, residual = tokens(), tokens(1)
+    made, total = InputQuantizer(None, order()).norm(x, residual, None)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(made, total[:, order()])
+    codes, total = InputQuantizer(SPEC, order()).norm(x, residual, None)
+    assert isinstance(codes, MixedTensor)
+    assert torch.equal(codes.codes, InputQuantizer(SPEC, order()).plain(x + residual).codes)
+
+
+def test_the_plan_says_how_inputs_are_quantized():
+    def spec(preset):
+        return plan(read_config(LLAMA), PRESETS[preset]).layers[0].sites["qkv"].input_spec
+
+    assert spec("w4a16") is None
+    atom = spec("atom-w4a4kv4")
+    assert (atom.normal, atom.outlier, atom.clip_ratio, atom.rotate) == ("int4", "int8", 0.9, False)
+    assert (atom.layout.normal, atom.layout.outliers) == (224, 32)
+    assert spec("quatom-w4a4kv4").rotate
 
 
 def test_the_order_follows_the_module_to_its_device():

@@ -243,7 +243,7 @@ class Simulation:
 @torch.no_grad()
 def run_and_record(loaded, tokens: torch.Tensor) -> tuple[torch.Tensor, dict]:
     """Logits (tokens, vocab) of a loaded model, and its quantized inputs, keys and values."""
-    from quatom.modeling.llama import full_sequences_context
+    from quatom.modeling.context import full_sequences_context
     from quatom.quantize.statistics import observe
 
     context = full_sequences_context(1, len(tokens), 16, torch.device("cpu"))

@@ -7,15 +7,17 @@ import torch
 
 from quatom.checkpoint.reader import open_source
 from quatom.errors import RecipeError, ShapeError
-from quatom.loading import build_float_block, load, load_float_block
-from quatom.modeling.rope import rotary_table
+from quatom.loading import load, load_float_layer
+from quatom.modeling.build import build_block
+from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.ops.rope_append_kv.reference import rotate_halves
-from quatom.quantize.block import balance_keys
+from quatom.plan import plan
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.statistics import KeyStatistics, observe, run_block
-from quatom.quantize.stream import embed
+from quatom.quantize.transforms import transforms_of
+from quatom.quantize.walk import embed
 from quatom.recipe import PRESETS, CalibrationSpec, KVSpec
 from tests.checkpoint.models import CONFIG, write_model
 from tests.conftest import write_byte_tokenizer
@@ -39,36 +41,47 @@ def qwen_dir(tmp_path_factory):
     return folder
 
 
+CPU = torch.device("cpu")
+
+
+def layer_of(source, recipe=PRESETS["fp16"]):
+    return plan(source.model_config, recipe).layers[0]
+
+
 @pytest.fixture(scope="module")
 def measured(qwen_dir):
-    """Source, first block with biased keys, its input, rope, and statistics of its keys."""
+    """Source, first block with biased keys, its input, rotary, and statistics of its keys."""
     source = open_source(qwen_dir)
-    config = source.model_config
     tokens = torch.randint(0, 260, (3, 24), generator=torch.Generator().manual_seed(0))
-    hidden = embed(source, tokens, torch.device("cpu"), torch.float32)
-    rope = rotary_table(config, 24, torch.device("cpu"))
-    block = load_float_block(source, 0, torch.device("cpu"), torch.float32)
-    first = config.num_heads * config.head_dim
+    hidden = embed(source, tokens, CPU, torch.float32)
+    rotary = RotaryTables(source.model_config, 24)
+    layer = layer_of(source)
+    weights = load_float_layer(source, layer, CPU, torch.float32)
+    qkv, first = weights.sites["qkv"], layer.spec.attention.q_size
     # A bias thirty times what tokens differ by, on a channel that rotates slowly.
-    spread = block.weights["qkv"][first : first + 128].norm(dim=1).mean()
-    block.biases["qkv"][[first + 30, first + 94]] += 30.0 * spread
-    block.weights["qkv"][[first + 5, first + 37]] *= 8.0  # a rotary pair of channels
-    module = build_float_block(config, PRESETS["fp16"], block)
-    outputs, statistics = [], KeyStatistics(config, 24)
+    spread = qkv.weight[first : first + 128].norm(dim=1).mean()
+    qkv.bias[[first + 30, first + 94]] += 30.0 * spread
+    qkv.weight[[first + 5, first + 37]] *= 8.0  # a rotary pair of channels
+    module = build_block(layer, weights)
+    heads, statistics = [], KeyStatistics(layer.spec.attention, 24)
 
-    def see(place, output):
-        statistics.add(place, output)
-        if place == "qkv":
-            outputs.append(output)
+    def see(q, k):
+        statistics.add(q, k)
+        heads.append((q, k))
 
-    with observe(module, lambda *_: None, see):
-        run_block(module, hidden, rope)
-    q, k, _ = torch.cat(outputs).view(3, 24, -1, config.head_dim).split((4, 2, 2), dim=2)
-    return source, block, hidden, rope, statistics.finish(rope), q, k
+    with observe(module, see_heads=see):
+        run_block(module, hidden, rotary)
+    q, k = (torch.cat(x).unflatten(0, (3, 24)) for x in zip(*heads, strict=True))
+    return source, weights, hidden, rotary, statistics.finish(rotary), q, k
+
+
+def tables(source, rotary):
+    return rotary.of(source.model_config.layers[0].attention)
 
 
 def test_statistics_are_the_means_over_all_tokens(measured):
-    *_, rope, statistics, q, k = measured
+    source, *_, rotary, statistics, q, k = measured
+    rope = tables(source, rotary)
     rotated = torch.stack([rotate_halves(x, *rope) for x in k])
     torch.testing.assert_close(
         statistics["key_mean"], rotated.mean(dim=(0, 1)), rtol=1e-4, atol=1e-4
@@ -84,27 +97,28 @@ def test_statistics_are_the_means_over_all_tokens(measured):
 @pytest.mark.parametrize("key_scaling", ["none", "balanced"])
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 def test_the_block_computes_the_same(measured, key_offset, key_scaling, rotation):
-    source, block, hidden, rope, statistics, *_ = measured
-    config = source.model_config
+    source, weights, hidden, rotary, statistics, *_ = measured
     spec = replace(KEYS, key_offset=key_offset, key_scaling=key_scaling, rotation=rotation)
     recipe = replace(PRESETS["fp16"], kv_cache=spec)
-    balanced, offset = balance_keys(block, statistics, recipe, config)
-    assert (offset is None) == (key_offset == "none")
-    changed = not torch.equal(balanced.weights["qkv"], block.weights["qkv"])
+    layer = layer_of(source, recipe)
+    balanced = transforms_of(recipe).finish(layer, weights, statistics)
+    assert (balanced.key_offset is None) == (key_offset == "none")
+    changed = not torch.equal(balanced.sites["qkv"].weight, weights.sites["qkv"].weight)
     assert changed == (key_scaling == "balanced")
-    want = run_block(build_float_block(config, PRESETS["fp16"], block), hidden, rope)
-    got = run_block(build_float_block(config, recipe, balanced, key_offset=offset), hidden, rope)
+    want = run_block(build_block(layer_of(source), weights), hidden, rotary)
+    got = run_block(build_block(layer, balanced), hidden, rotary)
     # Scores of this model reach hundreds: float32 keeps them to about 1e-5, a softmax between two
     # near equals magnifies that.
     assert (got - want).norm() < 1e-3 * want.norm()
 
 
 def test_scaling_is_by_powers_of_two_and_evens_out_what_errors_weigh(measured):
-    source, block, _, _, statistics, *_ = measured
+    source, weights, _, _, statistics, *_ = measured
     recipe = replace(PRESETS["fp16"], kv_cache=KEYS)
-    balanced, _ = balance_keys(block, statistics, recipe, source.model_config)
-    first = source.model_config.num_heads * source.model_config.head_dim
-    ratio = balanced.weights["qkv"][first:] / block.weights["qkv"][first:]
+    layer = layer_of(source, recipe)
+    balanced = transforms_of(recipe).finish(layer, weights, statistics)
+    first = layer.spec.attention.q_size
+    ratio = balanced.sites["qkv"].weight[first:] / weights.sites["qkv"].weight[first:]
     assert torch.equal(ratio.log2(), ratio.log2().round())
     keys = statistics["key_squares"]
     keys = keys - statistics["key_mean"].square().unflatten(-1, (2, -1)).sum(dim=1)
@@ -115,12 +129,13 @@ def test_scaling_is_by_powers_of_two_and_evens_out_what_errors_weigh(measured):
 
 
 def test_an_int4_cache_loses_less_of_biased_keys(measured):
-    source, *_, rope, statistics, q, k = measured
+    source, *_, rotary, statistics, q, k = measured
+    rope = tables(source, rotary)
     errors = {}
     for name, offset in (("none", None), ("mean", statistics["key_mean"])):
         read = {}
         for dtype in ("float32", "int4"):
-            pages = KVPages.allocate(2, 16, 2, source.model_config.head_dim, dtype, k.device)
+            pages = KVPages.allocate(2, 16, 2, 64, dtype, k.device)
             token = torch.arange(24)
             rope_append_kv(
                 q[0], k[0], k[0], *rope, token, token, pages, rotate_kv=True, key_offset=offset

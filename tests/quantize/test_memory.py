@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from quatom.modeling.config import ModelConfig
+from quatom.families.registry import read_config
+from quatom.plan import plan
 from tests.checkpoint.models import CONFIG, random_tensor, write_file
 from tests.checkpoint.rss import peak_rss_bytes
 from tests.conftest import write_byte_tokenizer
@@ -42,13 +43,13 @@ def write_equal_blocks(folder, layers: int):
     """Every block has the same weights, one shard a block; written a block at a time."""
     import torch
 
-    from quatom.checkpoint.schema import float_tensors
+    from quatom.checkpoint.schema import checkpoint_tensors
 
     config = WIDE | {"num_hidden_layers": layers}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     write_byte_tokenizer(folder)
-    specs = float_tensors(ModelConfig.from_hf(config))
+    specs = checkpoint_tensors(plan(read_config(config), PRESETS["fp16"]))
     weight_map = {}
     first = {}
     for layer in [*range(layers), None]:

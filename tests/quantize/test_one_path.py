@@ -120,7 +120,7 @@ def test_the_streamed_block_is_the_loaded_block(
     tensor_parallel, kv_format, tiny_llama_dir, text_file, tmp_path
 ):
     """Bit by bit: calibration of the next block runs what the checkpoint will run."""
-    from quatom.modeling.rope import rotary_table
+    from quatom.modeling.rotary import RotaryTables
     from quatom.quantize.statistics import run_block
 
     recipe = Recipe(
@@ -139,10 +139,10 @@ def test_the_streamed_block_is_the_loaded_block(
     )
     loaded = load(tmp_path / "q")
     hidden = torch.randn(2, 16, 256, generator=torch.Generator().manual_seed(0))
-    rope = rotary_table(loaded.config, 16)
+    rotary = RotaryTables(loaded.config, 16)
     for ours, theirs in zip(streamed, loaded.model.blocks, strict=True):
-        want = run_block(ours, hidden, rope)
-        assert torch.equal(run_block(theirs, hidden, rope), want)
+        want = run_block(ours, hidden, rotary)
+        assert torch.equal(run_block(theirs, hidden, rotary), want)
         hidden = want
 
 

@@ -89,7 +89,9 @@ class _Maker:
         norm = norm_tensors(config.final_norm, config.final_norm_name, config.hidden_size)
 
         def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-            return self._norm(config.final_norm, name, shape) if name in norm else self.normal(shape)
+            return (
+                self._norm(config.final_norm, name, shape) if name in norm else self.normal(shape)
+            )
 
         return draw
 

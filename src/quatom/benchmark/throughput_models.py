@@ -10,8 +10,8 @@ from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.random_weights import random_model
 from quatom.checkpoint.schema import bits_per_weight
 from quatom.errors import EngineError, ModelError
-from quatom.loading import LoadedModel, load
 from quatom.families.spec import ModelConfig
+from quatom.loading import LoadedModel, load
 from quatom.plan import plan
 from quatom.recipe import PRESETS, Recipe
 

@@ -135,9 +135,7 @@ def checkpoint_tensors(plan: ModelPlan) -> dict[str, TensorSpec]:
     return tensors | outer_tensors(plan.config)
 
 
-def bits_by_linear(
-    plan: ModelPlan, source_dtype: torch.dtype = torch.float16
-) -> dict[str, float]:
+def bits_by_linear(plan: ModelPlan, source_dtype: torch.dtype = torch.float16) -> dict[str, float]:
     """Stored bits per weight of every decoder linear: codes, scales, outliers and order.
 
     Biases are not counted: they are no weights of the matrix and keep the source's dtype.

@@ -102,9 +102,7 @@ def check_names(
     return {name: stored[name] for name in expected}
 
 
-def check_tied(
-    headers: Mapping[str, StoredTensor], head_name: str, embedding_name: str
-) -> None:
+def check_tied(headers: Mapping[str, StoredTensor], head_name: str, embedding_name: str) -> None:
     """Raise CheckpointError if a stored head differs from the embedding it is tied to."""
     head, embedding = headers[head_name], headers.get(embedding_name)
     if embedding is None:

@@ -42,10 +42,10 @@ def inspect(
 
 def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, Any]:
     from quatom.checkpoint.schema import (
+        bits_by_linear,
         bits_per_activation,
         bits_per_kv,
         bits_per_weight,
-        bits_by_linear,
     )
     from quatom.cli.common import print_table
     from quatom.errors import ModelError

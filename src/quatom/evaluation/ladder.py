@@ -6,7 +6,7 @@ channel scores, which rungs share, are measured once and kept beside the result 
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,9 +175,7 @@ class LadderRun:
             mean_loss(
                 norm(states)[0],
                 window.to(self.device),
-                lambda rows: scale_logits(
-                    config, torch.nn.functional.linear(rows, head).float()
-                ),
+                lambda rows: scale_logits(config, torch.nn.functional.linear(rows, head).float()),
             )
             for states, window in zip(hidden, self.windows, strict=True)
         ]

@@ -70,7 +70,7 @@ class InputQuantizer(nn.Module):
         residual: Tensor | None,  # (T, K)
         layer: NormLayer | None,
     ) -> tuple[Tensor | MixedTensor, Tensor]:
-        """x + residual, normalized where there is a norm. Returns the linears' input and the sum.
+        """X + residual, normalized where there is a norm. Returns the linears' input and the sum.
 
         The sum is the residual of what comes next.
         """

@@ -189,9 +189,7 @@ def run_batch(
     """The block's output, residual added, for whole sequences from position 0."""
     count, length, _ = batch.shape
     context = full_sequences_context(count, length, KV_BLOCK_SIZE, batch.device)
-    pages = allocate_pages(
-        block.plan, context.block_tables.numel(), KV_BLOCK_SIZE, like=batch
-    )
+    pages = allocate_pages(block.plan, context.block_tables.numel(), KV_BLOCK_SIZE, like=batch)
     output, residual = block(batch.flatten(0, 1), None, context, pages, rotary)
     return (output + residual).view_as(batch)
 

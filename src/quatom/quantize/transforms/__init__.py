@@ -26,9 +26,7 @@ Statistics = Mapping[str, Tensor]
 class Transform(Protocol):
     """Rewrites one layer. It is called with statistics wherever the recipe's text was read."""
 
-    def __call__(
-        self, layer: LayerPlan, weights: FloatLayer, statistics: Statistics
-    ) -> FloatLayer:
+    def __call__(self, layer: LayerPlan, weights: FloatLayer, statistics: Statistics) -> FloatLayer:
         """The rewritten weights; nothing is changed in place."""
 
 

@@ -41,9 +41,7 @@ def balance_keys(
     qkv = weights.sites["qkv"]
     weight = (qkv.weight * rows.unsqueeze(1)).to(qkv.weight.dtype)
     bias = None if qkv.bias is None else (qkv.bias * rows).to(qkv.bias.dtype)
-    return replace(
-        weights, sites={**weights.sites, "qkv": replace(qkv, weight=weight, bias=bias)}
-    )
+    return replace(weights, sites={**weights.sites, "qkv": replace(qkv, weight=weight, bias=bias)})
 
 
 def _balance(

@@ -46,9 +46,7 @@ def order_channels(
     return replace(weights, sites=sites)
 
 
-def made_rows(
-    layer: LayerPlan, name: SiteName, orders: Mapping[SiteName, Tensor]
-) -> Tensor | None:
+def made_rows(layer: LayerPlan, name: SiteName, orders: Mapping[SiteName, Tensor]) -> Tensor | None:
     """Old row at each row of a site whose rows are in the order of the input that they make."""
     made = layer.sites[name].makes
     if made is None or made not in orders:

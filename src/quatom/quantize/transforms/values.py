@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quatom.modeling.weights import FloatLayer
-from quatom.numerics.hadamard import rotate_last_axis, hadamard_block
+from quatom.numerics.hadamard import hadamard_block, rotate_last_axis
 from quatom.plan import LayerPlan
 
 

@@ -5,8 +5,7 @@ import torch
 
 from quatom.errors import CheckpointError
 from quatom.loading import load
-from quatom.modeling.context import ForwardContext
-from quatom.modeling.llama import full_sequences_context
+from quatom.modeling.context import ForwardContext, full_sequences_context
 from tests.conftest import LLAMA, LLAMA3_SCALING, QWEN2, make_model
 
 KV_BLOCK = 16
