@@ -41,6 +41,7 @@ _TOKENS = """
 """
 # Generation settings, which old files keep here.
 _GENERATION = """
+    assistant_ensemble_weight max_cache_len speculation_type use_mtp
     assistant_confidence_threshold assistant_early_exit assistant_lookbehind
     assistant_temperature bad_words_ids begin_suppress_tokens constraints
     continuous_batching_config disable_compile diversity_penalty do_sample dola_layers

@@ -8,7 +8,7 @@ classes cannot say is not supported; a new field here is a new ability of the on
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from quatom.errors import ModelError
 
@@ -16,16 +16,11 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 """Of a feed-forward layer. gelu is exact (erf), gelu_tanh its tanh approximation."""
 SiteName = Literal["qkv", "o", "gate_up", "down"]
 """A place in a layer where one activation is made and read by one or several linears."""
-SITES: tuple[SiteName, ...] = ("qkv", "o", "gate_up", "down")
+SITES: tuple[SiteName, ...] = get_args(SiteName)
 """All sites of a layer, in the order of the network."""
 NormName = Literal["attention", "attention_output", "feed_forward", "feed_forward_output"]
 """A norm of a layer: before attention, after it, before the feed-forward layer, after it."""
-NORMS: tuple[NormName, ...] = (
-    "attention",
-    "attention_output",
-    "feed_forward",
-    "feed_forward_output",
-)
+NORMS: tuple[NormName, ...] = get_args(NormName)
 """All places of a norm in a layer, in the order of the network."""
 
 

@@ -1,0 +1,298 @@
+"""Which family a config.json is of; released files; what is refused, by name."""
+
+import pytest
+
+from quatom.errors import ModelError
+from quatom.families.registry import FAMILIES, find_family, read_config
+from tests.families.models import TINY, tiny_config
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def named(name: str) -> dict:
+    """A small config of an architecture, without its own keys."""
+    return LLAMA | {"architectures": [name], "model_type": None}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_architecture_or_model_type_alone_is_enough(name):
+    written = tiny_config(name).to_dict()
+    family = read_config(written).family
+    assert find_family(written | {"architectures": None}).name == family
+    assert find_family(written | {"architectures": []}).name == family
+    assert find_family(written | {"model_type": None}).name == family
+    assert find_family(written | {"architectures": written["architectures"] * 2}).name == family
+
+
+def test_every_name_is_of_one_family():
+    names = [name for family in FAMILIES for name in (*family.architectures, family.name)]
+    assert len(names) == len(set(names))
+    assert len({family.model_type for family in FAMILIES}) == len(FAMILIES)
+
+
+NO_FAMILY = {
+    "another architecture": ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supp"),
+    "no language model": ({"architectures": ["LlamaModel"]}, "LlamaModel.*supported: LlamaForCau"),
+    "one of two": ({"architectures": ["LlamaForCausalLM", "FooLM"]}, "FooLM is not supported"),
+    "two families": (
+        {"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]},
+        "contradicts itself: LlamaForCausalLM, MistralForCausalLM, model_type llama are different",
+    ),
+    "contradicting type": (
+        {"model_type": "qwen2"},
+        "contradicts itself: LlamaForCausalLM, model_type qwen2",
+    ),
+    "unknown type": ({"architectures": None, "model_type": "gpt2"}, "'gpt2' is not supported"),
+    "nothing": ({"architectures": None, "model_type": None}, "neither architectures nor model_ty"),
+    "type as list": ({"model_type": ["llama"]}, "model_type must be a string"),
+    "names as number": ({"architectures": 3}, "architectures must be a list of names, got 3"),
+    "images": (
+        {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}},
+        "Gemma3ForConditionalGeneration.*text_config.*save its text model alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", NO_FAMILY)
+def test_no_family_is_found(reason):
+    change, message = NO_FAMILY[reason]
+    with pytest.raises(ModelError, match=message) as caught:
+        read_config(LLAMA | change)
+    assert "\n" not in str(caught.value)
+
+
+# Keys of released files that a reader may stumble over, beside the sizes that every file has.
+RELEASED = {
+    "Llama 1": ("LlamaForCausalLM", {"max_sequence_length": 2048, "pad_token_id": 0}),
+    "Llama 1, first name": ("LLaMAForCausalLM", {"max_sequence_length": 2048}),
+    "Llama 2": ("LlamaForCausalLM", {"pretraining_tp": 2, "rope_scaling": None}),
+    "Vicuna": (
+        "LlamaForCausalLM",
+        {"max_sequence_length": 16384, "rope_scaling": {"factor": 4.0, "type": "linear"}},
+    ),
+    "SmolLM2": (
+        "LlamaForCausalLM",
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": 1}},
+    ),
+    "fine-tune by unsloth": (
+        "LlamaForCausalLM",
+        {"unsloth_fixed": True, "unsloth_version": "2025.1", "_name_or_path": "x"},
+    ),
+    "fine-tune with noise": ("MistralForCausalLM", {"neftune_noise_alpha": 5}),
+    "Mistral 7B v0.2": ("MistralForCausalLM", {"sliding_window": None, "rope_theta": 1e6}),
+    "Qwen2.5": (
+        "Qwen2ForCausalLM",
+        {
+            "use_sliding_window": False,
+            "sliding_window": 131072,
+            "max_window_layers": 2,
+            "use_mrope": False,
+            "attention_bias": True,
+            "is_causal": True,
+        },
+    ),
+    "Qwen3": ("Qwen3ForCausalLM", {"attention_bias": False, "max_window_layers": 36}),
+    "Gemma 2": (
+        "Gemma2ForCausalLM",
+        {
+            "cache_implementation": "hybrid",
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 144,
+            "sliding_window": 4096,
+            "sliding_window_size": 4096,
+        },
+    ),
+    "Gemma 3": (
+        "Gemma3ForCausalLM",
+        {
+            "cache_implementation": "hybrid",
+            "rope_local_base_freq": 10000,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window_pattern": 6,
+            "_sliding_window_pattern": 6,
+            "use_bidirectional_attention": False,
+        },
+    ),
+    "Phi-3-mini": (
+        "Phi3ForCausalLM",
+        {
+            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+            "embd_pdrop": 0.0,
+            "original_max_position_embeddings": 4096,
+            "resid_pdrop": 0.0,
+            "sliding_window": 2047,
+        },
+    ),
+    "Phi-4-mini": (
+        "Phi3ForCausalLM",
+        {
+            "attention_bias": False,
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
+            "lm_head_bias": False,
+            "mlp_bias": False,
+            "partial_rotary_factor": 0.75,
+            "sliding_window": 262144,
+        },
+    ),
+    "OLMo-3": (
+        "Olmo3ForCausalLM",
+        {
+            "rope_theta": 500000,
+            "rope_scaling": {
+                "attention_factor": 1.2079441541679836,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "yarn",
+            },
+        },
+    ),
+    "StarCoder2": (
+        "Starcoder2ForCausalLM",
+        {
+            "activation_function": "gelu",
+            "attention_softmax_in_fp32": True,
+            "embedding_dropout": 0.1,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_epsilon": 1e-05,
+            "mlp_type": "default",
+            "norm_epsilon": 1e-05,
+            "norm_type": "layer_norm",
+            "residual_dropout": 0.1,
+            "rope_theta": 999999.4420358813,
+            "scale_attention_softmax_in_fp32": True,
+            "scale_attn_weights": True,
+        },
+    ),
+    "StableLM, early": (
+        "StableLmForCausalLM",
+        {"num_key_value_heads": 4, "rope_pct": 0.25, "norm_eps": 1e-5, "use_qkv_bias": False},
+    ),
+    "OPT": (
+        "OPTForCausalLM",
+        {
+            "_remove_final_layer_norm": False,
+            "activation_dropout": 0.0,
+            "do_layer_norm_before": True,
+            "ffn_dim": 96,
+            "init_std": 0.02,
+            "intermediate_size": None,
+            "layerdrop": 0.0,
+            "num_key_value_heads": None,
+            "prefix": "</s>",
+            "word_embed_proj_dim": 64,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("model", RELEASED)
+def test_keys_of_released_files(model):
+    name, keys = RELEASED[model]
+    read_config(named(name) | keys)
+
+
+def test_harmless_keys_change_nothing():
+    for model in ("Llama 1", "Llama 2", "SmolLM2", "fine-tune by unsloth"):
+        assert read_config(LLAMA | RELEASED[model][1]) == read_config(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("names", "activation"),
+    [
+        (("silu", "swish"), "silu"),
+        (("gelu", "gelu_python"), "gelu"),
+        (("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
+        (("relu",), "relu"),
+    ],
+)
+def test_activations_compute_what_transformers_does(names, activation):
+    import torch
+    from transformers.activations import ACT2FN
+
+    ours = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "relu": torch.relu,
+    }
+    x = torch.linspace(-6, 6, 1001)
+    for name in names:
+        layer = read_config(LLAMA | {"hidden_act": name}).layers[0]
+        assert layer.feed_forward.activation == activation
+        # The variants differ in the tenth digit of a constant: a few ulps of values up to 6.
+        torch.testing.assert_close(ACT2FN[name](x), ours[activation](x), rtol=1e-5, atol=1e-6)
+
+
+REFUSED = {
+    "another activation": ("Llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2'.*supported: s"),
+    "unknown key": ("Llama", {"attn_temperature": 2.0}, "attn_temperature = 2.0 is unknown"),
+    "unknown false flag": ("Llama", {"use_rope": False}, "use_rope = False is unknown"),
+    "soft-cap of Llama": ("Llama", {"attn_logit_softcapping": 30.0}, "softcapping = 30.0"),
+    "window of Llama": ("Llama", {"sliding_window": 64}, "sliding_window = 64 is unknown"),
+    "partial rotary": ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    "interleaved rotary": ("Llama", {"rope_interleaved": True}, "rope_interleaved = True"),
+    "unequal heads": ("Llama", {"num_key_value_heads": 3}, "4 is not a multiple .* 3"),
+    "odd head": ("Llama", {"head_dim": 15}, "15"),
+    "no head_dim": ("Llama", {"hidden_size": 66}, "66 is not a multiple of num_attention_heads 4"),
+    "missing size": ("Llama", {"intermediate_size": None}, "intermediate_size must be a positive"),
+    "size as text": ("Llama", {"vocab_size": "128"}, "vocab_size must be a positive .* '128'"),
+    "size as float": ("Llama", {"vocab_size": 128.0}, "vocab_size must be a positive .* 128.0"),
+    "eps": ("Llama", {"rms_norm_eps": 0.0}, "rms_norm_eps must be a positive number, got 0.0"),
+    "flag as text": ("Llama", {"tie_word_embeddings": "yes"}, "must be true or false, got 'yes'"),
+    "eos as text": ("Llama", {"eos_token_id": "2"}, "eos_token_id must be an integer"),
+    "layer types": ("Mistral", {"layer_types": ["full_attention"] * 2}, "in all; remove layer_t"),
+    "mistral bias": ("Mistral", {"attention_bias": True}, "attention_bias = True"),
+    "no window": (
+        "Qwen2",
+        {"layer_types": ["sliding_attention"] * 2},
+        "2 layers of sliding_attention, but sliding_window is null or switched off",
+    ),
+    "chunks": (
+        "Ministral",
+        {"layer_types": ["chunked_attention"] * 2},
+        "layer_types has the entry 'chunked_attention'",
+    ),
+    "too few types": ("Ministral", {"layer_types": ["full_attention"]}, "a list of 2 entries"),
+    "qwen2 bias": ("Qwen2", {"attention_bias": False}, "attention_bias = False.*only True is"),
+    "both ways": ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "soft-cap of Gemma 3": ("Gemma3", {"attn_logit_softcapping": 50.0}, "only null is"),
+    "Gemma's window, twice": ("Gemma2", {"sliding_window_size": 99}, "sliding_window_size = 99"),
+    "Phi-4 variant": ("Phi3", {"full_attn_mod": 2}, "full_attn_mod = 2.*only 1 is"),
+    "head bias": ("Phi3", {"lm_head_bias": True}, "lm_head_bias = True"),
+    "theta of OLMo-3": ("Olmo3", {"rope_theta": 1e4}, "rope_theta = 10000.0: releases of transf"),
+    "rotary layers": ("SmolLM3", {"no_rope_layers": [1]}, "a list of 2 entries"),
+    "parallel": ("StableLm", {"use_parallel_residual": True}, "use_parallel_residual = True"),
+    "norm per head": ("StableLm", {"qk_layernorm": True}, "qk_layernorm = True"),
+    "norm after": ("OPT", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
+    "projected embeddings": ("OPT", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
+    "no final norm": ("OPT", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+    "norm type": ("Starcoder2", {"norm_type": "rms_norm"}, "norm_type = 'rms_norm'"),
+}
+OWN = {
+    "OPT": {"intermediate_size": None, "num_key_value_heads": None, "ffn_dim": 96},
+    "StableLm": {"num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_changes_the_mathematics_is_refused_by_name(reason):
+    prefix, change, message = REFUSED[reason]
+    good = named(f"{prefix}ForCausalLM") | OWN.get(prefix, {})
+    read_config(good)
+    with pytest.raises(ModelError, match=message) as caught:
+        read_config(good | change)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,54 @@
+"""The tensors that a family expects in a file are those that transformers writes."""
+
+import pytest
+
+from quatom.families.registry import FAMILIES, read_config
+from tests.families.models import TINY, tiny_config, tiny_model
+
+
+def norm_tensors(prefix, norm, size):
+    yield f"{prefix}.weight", (size,)
+    if norm.bias:
+        yield f"{prefix}.bias", (size,)
+
+
+def expected_tensors(config):
+    """Name and shape of every tensor of the floating-point model."""
+    yield config.embedding_name, (config.vocab_size, config.hidden_size)
+    if config.positions is not None:
+        yield config.positions.name, (config.positions.rows, config.hidden_size)
+    for index, layer in enumerate(config.layers):
+        prefix = f"{config.layer_prefix}{index}."
+        for site, linears in layer.linears.items():
+            columns = config.input_channels(layer, site)
+            for linear in linears:
+                yield f"{prefix}{linear.name}.weight", (linear.rows, columns)
+                if linear.bias:
+                    yield f"{prefix}{linear.name}.bias", (linear.rows,)
+        for place, norm in layer.norms.items():
+            yield from norm_tensors(prefix + layer.norm_names[place], norm, config.hidden_size)
+        attention = layer.attention
+        if attention.qk_norm is not None:
+            every = attention.qk_norm_axis == "all"
+            sizes = (attention.q_size, attention.kv_size) if every else (attention.head_dim,) * 2
+            for name, size in zip(layer.qk_norm_names, sizes, strict=True):
+                yield from norm_tensors(prefix + name, attention.qk_norm, size)
+    yield from norm_tensors(config.final_norm_name, config.final_norm, config.hidden_size)
+    if not config.tie_word_embeddings:
+        yield config.head_name, (config.vocab_size, config.hidden_size)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_names_and_shapes_are_those_of_transformers(name):
+    model = tiny_model(name)
+    config = read_config(model.config.to_dict())
+    stored = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del stored[config.head_name]
+    assert dict(expected_tensors(config)) == stored
+
+
+def test_every_family_has_a_tiny_model():
+    assert {read_config(tiny_config(name).to_dict()).family for name in TINY} == {
+        family.name for family in FAMILIES
+    }
