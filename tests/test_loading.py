@@ -35,7 +35,7 @@ def checkpoint_dir(source_dir, tmp_path_factory):
 
 def linears(loaded):
     block = loaded.model.blocks[0]
-    return [block.qkv, block.o, block.gate_up, block.down]
+    return list(block.linears.values())
 
 
 def test_a_floating_point_folder(source_dir):

@@ -15,10 +15,11 @@ OPS = sorted(f.parent for f in (PACKAGE / "ops").glob("*/__init__.py"))
 MAX_LINES = 300
 LONGER = {
     "recipe.py": "every recipe field with its docstring, and the presets",
-    "loading.py": "the one place where a folder becomes a model",
+    "plan.py": "the one place where layouts, names and folds are derived",
+    "families/spec.py": "everything that a family can say, with its docstrings",
+    "numerics/kv_pages.py": "one cache in every format, beside its own reference",
     "benchmark/attention.py": "shapes, inputs and timing of all attention kernels",
     "benchmark/kernels.py": "shapes, inputs and timing of all other kernels",
-    "checkpoint/schema.py": "names, shapes and bits of every stored tensor in one table",
     "checkpoint/writer.py": "one crash-safe protocol, which is judged as a whole",
     "evaluation/harness_model.py": "lm-eval's whole model interface",
     "ops/attention/triton.py": "one kernel with its launch",

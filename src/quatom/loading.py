@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quatom.checkpoint.codec import decode
 from quatom.checkpoint.reader import TensorSource, open_source
-from quatom.checkpoint.schema import linear_tensors
+from quatom.checkpoint.schema import linear_tensors, qk_norm_sizes
 from quatom.checkpoint.tokenizer import tokenizer_from_source
 from quatom.errors import BackendError, CheckpointError
 from quatom.families.spec import ModelConfig, Norm, NormName
@@ -165,15 +165,9 @@ def _qk_norm(read: Read, layer: LayerPlan) -> tuple[Tensor, Tensor] | None:
     attention = layer.spec.attention
     if attention.qk_norm is None:
         return None
-    q, k = (
-        read(
-            f"{prefix}.weight", (attention.head_dim if attention.qk_norm_axis == "head" else size,)
-        )
-        for prefix, size in zip(
-            layer.qk_norm_names, (attention.q_size, attention.kv_size), strict=True
-        )
-    )
-    return q, k
+    q, k = layer.qk_norm_names
+    q_size, k_size = qk_norm_sizes(attention)
+    return read(f"{q}.weight", (q_size,)), read(f"{k}.weight", (k_size,))
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -43,8 +43,8 @@ def test_the_code_of_the_page_dequantizes_a_linear(tmp_path, monkeypatch):
 def test_the_sizes_of_the_page():
     resolved = plan(read_config(SMOLLM2), ATOM)
     block = 0
-    first = resolved.layers[0].sites.values()
-    for site, linear in [(site, linear) for site in first for linear in site.linears]:
+    sites = resolved.layers[0].sites.values()
+    for site, linear in ((s, linear) for s in sites for linear in s.linears):
         tensors = linear_tensors(site, linear)
         sizes = [spec.bits(torch.float16) // 8 for spec in tensors.values()]
         block += sum(sizes)

@@ -189,8 +189,8 @@ DAMAGES = {
         r"config.json: architecture GPT2LMHeadModel is not supported",
     ),
     "a key that changes the mathematics": (
-        lambda f: edit_json(f / "config.json", hidden_act="gelu"),
-        r"config.json: config key hidden_act = 'gelu' is not supported",
+        lambda f: edit_json(f / "config.json", hidden_act="mish"),
+        r"config.json: config key hidden_act = 'mish' is not supported",
     ),
     "quantized by others": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "awq"}),

@@ -34,8 +34,12 @@ def source(tmp_path):
     return open_source(folder)
 
 
+def planned(source, recipe=ATOM):
+    return plan(source.model_config, recipe)
+
+
 def block(source, recipe, index):
-    specs = checkpoint_tensors(plan(source.model_config, recipe))
+    specs = checkpoint_tensors(planned(source, recipe))
     return {
         name: random_tensor(name, spec, source.dtype("model.norm.weight"))
         for name, spec in specs.items()
@@ -45,7 +49,7 @@ def block(source, recipe, index):
 
 def write(target, source, recipe=ATOM, **options):
     """A run as the pipeline makes it: each block needs the state behind the one before."""
-    writer = CheckpointWriter(target, source, plan(source.model_config, recipe), **options)
+    writer = CheckpointWriter(target, source, planned(source, recipe), **options)
     try:
         for index in range(writer.completed_blocks(), source.model_config.num_layers):
             before = writer.load_state(f"after-{index - 1}")["sum"] if index else torch.zeros(1)
@@ -100,7 +104,7 @@ def test_the_files_of_a_checkpoint(tmp_path, source):
         "modules_to_not_convert": ["lm_head"],
     }
     index = json.loads((target / "model.safetensors.index.json").read_text())
-    expected = checkpoint_tensors(plan(source.model_config, ATOM))
+    expected = checkpoint_tensors(planned(source))
     assert index["weight_map"].keys() == expected.keys()
     sizes = [checkpoint_bytes(source, spec) for spec in expected.values()]
     assert index["metadata"]["total_size"] == sum(sizes)
@@ -202,7 +206,7 @@ write(Path(sys.argv[2]), open_source(sys.argv[1]))
     done = subprocess.run(command, capture_output=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not target.exists()
-    writer = CheckpointWriter(target, source, plan(source.model_config, ATOM), resume=True)
+    writer = CheckpointWriter(target, source, planned(source), resume=True)
     assert writer.completed_blocks() == 1
     writer.close()
     write(target, source, resume=True)
@@ -211,13 +215,11 @@ write(Path(sys.argv[2]), open_source(sys.argv[1]))
 
 
 def test_states_survive_and_are_dropped(tmp_path, source):
-    writer = CheckpointWriter(tmp_path / "target", source, plan(source.model_config, ATOM))
+    writer = CheckpointWriter(tmp_path / "target", source, planned(source))
     hidden = {"hidden": torch.randn(3, 4).bfloat16(), "mask": torch.ones(3, dtype=torch.bool)}
     writer.save_state("after-0", hidden)
     writer.close()
-    writer = CheckpointWriter(
-        tmp_path / "target", source, plan(source.model_config, ATOM), resume=True
-    )
+    writer = CheckpointWriter(tmp_path / "target", source, planned(source), resume=True)
     loaded = writer.load_state("after-0")
     assert loaded.keys() == hidden.keys()
     assert all(torch.equal(loaded[key], hidden[key]) for key in hidden)
@@ -241,13 +243,13 @@ def test_an_existing_target_is_never_touched(tmp_path, source):
 
 
 def test_an_interrupted_run_is_not_overwritten(tmp_path, source):
-    CheckpointWriter(tmp_path / "target", source, plan(source.model_config, ATOM)).close()
+    CheckpointWriter(tmp_path / "target", source, planned(source)).close()
     with pytest.raises(CheckpointError, match=r"target.partial holds an interrupted run; .*resume"):
         write(tmp_path / "target", source)
 
 
 def test_two_processes_do_not_write_the_same_target(tmp_path, source):
-    writer = CheckpointWriter(tmp_path / "target", source, plan(source.model_config, ATOM))
+    writer = CheckpointWriter(tmp_path / "target", source, planned(source))
     with pytest.raises(CheckpointError, match=r"is being written by another process"):
         write(tmp_path / "target", source, resume=True)
     writer.close()
@@ -257,7 +259,7 @@ def test_two_processes_do_not_write_the_same_target(tmp_path, source):
 def test_resuming_with_other_inputs_is_refused(tmp_path, source):
     target = tmp_path / "target"
     options = dict(calibration_hash="a", options={"device": "cpu"})
-    CheckpointWriter(target, source, plan(source.model_config, ATOM), **options).close()
+    CheckpointWriter(target, source, planned(source), **options).close()
     other_recipe = replace(ATOM, weights=replace(ATOM.weights, clip_ratio=0.9))
     write_model(tmp_path / "other", CONFIG | {"rope_theta": 5.0}, dtype=torch.bfloat16)
     other_source = open_source(tmp_path / "other")
@@ -278,7 +280,7 @@ def test_resuming_with_other_inputs_is_refused(tmp_path, source):
     for message, (model, recipe, change) in changes.items():
         with pytest.raises(CheckpointError, match=message) as caught:
             CheckpointWriter(
-                target, model, plan(model.model_config, recipe), **(options | change), resume=True
+                target, model, planned(model, recipe), **(options | change), resume=True
             )
         assert "\n" not in str(caught.value)
     write(target, source, **options, resume=True)
@@ -309,27 +311,24 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, source, monkeypatch):
 
 def test_too_little_room_is_noticed_at_the_start(tmp_path, source, monkeypatch):
     total = sum(
-        checkpoint_bytes(source, spec)
-        for spec in checkpoint_tensors(plan(source.model_config, ATOM)).values()
+        checkpoint_bytes(source, spec) for spec in checkpoint_tensors(planned(source)).values()
     )
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=total - 1))
     with pytest.raises(CheckpointError, match=rf"needs {total:,} more bytes, .* {total - 1:,}"):
-        CheckpointWriter(tmp_path / "target", source, plan(source.model_config, ATOM))
+        CheckpointWriter(tmp_path / "target", source, planned(source))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=total))
-    CheckpointWriter(
-        tmp_path / "target", source, plan(source.model_config, ATOM), resume=True
-    ).close()
+    CheckpointWriter(tmp_path / "target", source, planned(source), resume=True).close()
 
 
 def test_a_place_that_cannot_be_written(tmp_path, source):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot write .*Not a directory"):
-        CheckpointWriter(tmp_path / "file" / "target", source, plan(source.model_config, ATOM))
+        CheckpointWriter(tmp_path / "file" / "target", source, planned(source))
 
 
 def test_blocks_are_checked_before_they_are_written(tmp_path, source):
-    writer = CheckpointWriter(tmp_path / "target", source, plan(source.model_config, ATOM))
+    writer = CheckpointWriter(tmp_path / "target", source, planned(source))
     good = block(source, ATOM, 0)
     scale = "model.layers.0.mlp.up_proj.weight_scale"
     bad = {
@@ -353,7 +352,7 @@ def test_blocks_are_checked_before_they_are_written(tmp_path, source):
 def test_norms_of_a_float32_computation_are_stored_as_in_the_source(tmp_path, source):
     norm = "model.layers.0.input_layernorm.weight"
     exact = block(source, ATOM, 0)[norm]
-    writer = CheckpointWriter(tmp_path / "target", source, plan(source.model_config, ATOM))
+    writer = CheckpointWriter(tmp_path / "target", source, planned(source))
     writer.write_block(0, block(source, ATOM, 0) | {norm: exact.float()})
     stored = read_header(tmp_path / "target.partial/checkpoint/model-00002-of-00003.safetensors")
     assert torch.equal(read_tensor(stored[norm]), exact)
@@ -364,5 +363,5 @@ def test_what_cannot_be_quantized(tmp_path, source):
     write(tmp_path / "target", source)
     made = open_source(tmp_path / "target")
     with pytest.raises(CheckpointError, match=r"is already quantized \(atom-w4a4kv4\)"):
-        CheckpointWriter(tmp_path / "again", made, plan(made.model_config, ATOM))
+        CheckpointWriter(tmp_path / "again", made, planned(made))
     assert not (tmp_path / "again.partial").exists()

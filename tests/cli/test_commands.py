@@ -100,9 +100,9 @@ def test_inspect_a_float_model_draws_its_outliers(small_dir, text_file, shell, t
     done = shell("inspect", small_dir, "--text", text_file, "--plot", plot, "--json", out)
     assert done.status == 0, done.err
     assert plot.read_bytes().startswith(b"\x89PNG")
-    places = json.loads(out.read_text())["places"]
-    assert list(places) == ["qkv", "o", "gate_up", "down"]
-    for place in places.values():
-        moments = torch.tensor(place["second_moment"])[place["order"]]
+    sites = json.loads(out.read_text())["sites"]
+    assert list(sites) == ["qkv", "o", "gate_up", "down"]
+    for site in sites.values():
+        moments = torch.tensor(site["second_moment"])[site["order"]]
         assert (moments.diff() >= 0).all()
     assert "median channel's" in done.out

@@ -84,7 +84,7 @@ def test_scores_are_measured_once_and_kept_for_a_resumed_run(source_dir, tmp_pat
     assert kept.suffix == ".safetensors"
     run = ladder_run(source_dir, tmp_path)
     run._quantizer = None  # would measure them again
-    assert len(run._shared_scores(recipe)) == 2
+    assert len(run._shared_statistics(recipe)) == 2
     assert ladder_run(source_dir, tmp_path).measure("groups", recipe) == first
 
 

@@ -1,13 +1,18 @@
 """Perplexity against an independent computation with transformers, and its windows by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from quatom.checkpoint.reader import open_source
 from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import cut_windows, measure_perplexity, window_loss
-from quatom.loading import load
+from quatom.loading import build_decoder, load, load_float_layer
+from quatom.modeling.build import build_block
+from quatom.plan import plan
+from quatom.recipe import PRESETS, KVSpec
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +64,15 @@ def test_long_windows_are_scored_in_pieces(tiny_llama_dir, tokens, monkeypatch):
 
 def test_a_quantized_cache_counts(tiny_llama_dir, tokens):
     """The keys and values of a window pass through the cache in the recipe's format."""
-    from dataclasses import replace
-
-    from quatom.modeling.llama import Decoder
-
-    from quatom.recipe import KVSpec
-
     loaded = load(tiny_llama_dir)
-    plain = loaded.model
-    for block in plain.blocks:
-        block.kv_spec = KVSpec(format="int4")
-    quantized = Decoder(
-        loaded.config,
-        KVSpec(format="int4"),
-        embedding=plain.embedding.data,
-        blocks=list(plain.blocks),
-        final_norm=plain.final_norm.data,
-        head=plain.head.data,
+    source = open_source(tiny_llama_dir)
+    recipe = replace(PRESETS["fp16"], kv_cache=KVSpec(format="int4"))
+    blocks = [
+        build_block(layer, load_float_layer(source, layer, loaded.device, loaded.dtype))
+        for layer in plan(loaded.config, recipe).layers
+    ]
+    quantized = build_decoder(
+        plan(loaded.config, recipe), blocks, lambda name, _: source.load(name)
     )
     int4 = window_loss(replace(loaded, model=quantized), tokens[:64])
     assert int4 != pytest.approx(window_loss(load(tiny_llama_dir), tokens[:64]), rel=1e-4)

@@ -81,9 +81,7 @@ def test_yarn():
     )
     assert scaling_of(type="yarn", factor=4.0).original_max_position == 512
     # factor null: what the two lengths say
-    assert (
-        scaling_of(type="yarn", factor=None, original_max_position_embeddings=128).factor == 4.0
-    )
+    assert scaling_of(type="yarn", factor=None, original_max_position_embeddings=128).factor == 4.0
     assert scaling_of(type="yarn", factor=4.0, attention_factor=0.5).attention_factor == 0.5
     both = scaling_of(type="yarn", factor=40, mscale=0.707, mscale_all_dim=1.0)
     assert both.attention_factor == pytest.approx(
@@ -129,8 +127,8 @@ def test_partial_rotary_embedding(key):
     assert rope.dim == 4
     (rope,) = read_config(named(name, rope_parameters={"partial_rotary_factor": 1.0})).ropes()
     assert rope.dim == 16
+    keys = {key: 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}}
     with pytest.raises(ModelError, match=r"partial_rotary_factor = 0.75 and .* contradict"):
-        keys = {key: 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}}
         read_config(named(name, **keys))
 
 

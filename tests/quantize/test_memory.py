@@ -6,6 +6,7 @@ import pytest
 
 from quatom.families.registry import read_config
 from quatom.plan import plan
+from quatom.recipe import PRESETS
 from tests.checkpoint.models import CONFIG, random_tensor, write_file
 from tests.checkpoint.rss import peak_rss_bytes
 from tests.conftest import write_byte_tokenizer

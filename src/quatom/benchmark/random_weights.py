@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quatom.benchmark.model_shapes import find_shape
-from quatom.checkpoint.schema import norm_tensors
+from quatom.checkpoint.schema import norm_tensors, qk_norm_sizes
 from quatom.families.spec import ModelConfig, Norm
 from quatom.loading import LoadedModel, build_decoder, usable_device
 from quatom.modeling.build import build_block
@@ -105,11 +105,9 @@ class _Maker:
         attention = layer.spec.attention
         qk_norm = None
         if attention.qk_norm is not None:
-            per_head = attention.qk_norm_axis == "head"
-            sizes = (attention.q_size, attention.kv_size)
             q, k = (
-                self._norm(attention.qk_norm, "weight", (attention.head_dim if per_head else n,))
-                for n in sizes
+                self._norm(attention.qk_norm, "weight", (size,))
+                for size in qk_norm_sizes(attention)
             )
             qk_norm = (q, k)
         offset = None

@@ -62,22 +62,21 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
     joined_values, joined_scales, biases = [], [], []
     for linear in site.linears:
         packed = tensors[f"{linear.name}.weight_packed"]
-        values = [normal.decode(unpack_bits(packed, normal.bits))]
-        scales = [
+        codes = [normal.decode(unpack_bits(packed, normal.bits))]
+        groups = [
             tensors[f"{linear.name}.weight_scale"].repeat_interleave(
                 site.weights.rows_per_scale, dim=0
             )[: linear.rows]
         ]
         if layout.outliers:
-            values.append(tensors[f"{linear.name}.outlier_weight"].float())
-            groups = (linear.rows, layout.outlier_blocks)
-            scales.append(
+            codes.append(tensors[f"{linear.name}.outlier_weight"].float())
+            groups.append(
                 tensors[f"{linear.name}.outlier_scale"]
                 if get_format(site.outliers.format).is_quantized
-                else torch.ones(groups, dtype=torch.float16)
+                else torch.ones(linear.rows, layout.outlier_blocks, dtype=torch.float16)
             )
-        joined_values.append(torch.cat(values, dim=1))
-        joined_scales.append(torch.cat(scales, dim=1))
+        joined_values.append(torch.cat(codes, dim=1))
+        joined_scales.append(torch.cat(groups, dim=1))
         if site.bias:
             biases.append(
                 tensors[f"{linear.name}.bias"] if linear.bias else torch.zeros(linear.rows)

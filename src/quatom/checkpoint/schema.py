@@ -19,7 +19,7 @@ from math import prod
 import torch
 
 from quatom.errors import RecipeError, ShapeError
-from quatom.families.spec import ModelConfig, Norm
+from quatom.families.spec import Attention, ModelConfig, Norm
 from quatom.numerics.packing import packed_bytes
 from quatom.plan import LayerPlan, LinearPlan, ModelPlan, SitePlan
 
@@ -67,12 +67,16 @@ def layer_norms(layer: LayerPlan) -> dict[str, TensorSpec]:
         tensors |= norm_tensors(norm, layer.norm_name(name), layer.hidden_size)
     attention = layer.spec.attention
     if attention.qk_norm is not None:
-        for prefix, size in zip(
-            layer.qk_norm_names, (attention.q_size, attention.kv_size), strict=True
-        ):
-            width = attention.head_dim if attention.qk_norm_axis == "head" else size
-            tensors |= norm_tensors(attention.qk_norm, prefix, width)
+        for prefix, size in zip(layer.qk_norm_names, qk_norm_sizes(attention), strict=True):
+            tensors |= norm_tensors(attention.qk_norm, prefix, size)
     return tensors
+
+
+def qk_norm_sizes(attention: Attention) -> tuple[int, int]:
+    """Channels of the weights of the norms of q and k."""
+    if attention.qk_norm_axis == "head":
+        return attention.head_dim, attention.head_dim
+    return attention.q_size, attention.kv_size
 
 
 def float_linear_tensors(linear: LinearPlan) -> dict[str, TensorSpec]:

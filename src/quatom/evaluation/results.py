@@ -40,7 +40,7 @@ def accuracy_entry(
     loaded: LoadedModel, model: str, corpus: str, measured: Perplexity
 ) -> dict[str, Any]:
     """One entry of an accuracy-MODEL.json; `float_perplexity` is filled by `add_results`."""
-    recipe, config = loaded.recipe, loaded.config
+    recipe = loaded.recipe
     return {
         "model": model,
         "recipe": recipe.name,

@@ -11,6 +11,7 @@ a block holds, and the format of the KV cache. Nothing here asks for a family or
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from quatom.modeling.inputs import InputQuantizer, NormLayer
 from quatom.modeling.linear import FloatLinear, QuantizedLinear
 from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.kv_pages import KVPages
+from quatom.ops.activations import MixedTensor
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
 from quatom.ops.head_norm import head_norm
@@ -76,7 +78,7 @@ class DecoderBlock(nn.Module):
         self.backend = backend
         self.linears = nn.ModuleDict({site: linears[site] for site in SITES})
         self.inputs = nn.ModuleDict({site: inputs[site] for site in SITES})
-        self.norms = nn.ModuleDict(dict(norms))
+        self.norms = nn.ModuleDict({name: norms[name] for name in norms})
         self.heads = Heads(plan.spec.attention, qk_norm, backend)
         self.register_buffer("key_offset", key_offset, persistent=False)
 
@@ -90,20 +92,24 @@ class DecoderBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns the block's last output, not yet added, and the residual to add it to."""
         linears = self.linears
+        o_input, down_input = self._input_of("o"), self._input_of("down")
         x, residual = self._input("qkv", "attention", hidden, residual)
         attended = self._attend(self.heads(linears["qkv"](x)), context, kv, rotary)
-        hidden = linears["o"](self.inputs["o"].plain(attended.flatten(1)))
+        hidden = linears["o"](o_input.plain(attended.flatten(1)))
         hidden = self._output("attention_output", hidden)
         x, residual = self._input("gate_up", "feed_forward", hidden, residual)
-        x = self.inputs["down"].activate(linears["gate_up"](x), self.spec.feed_forward)
+        x = down_input.activate(linears["gate_up"](x), self.spec.feed_forward)
         return self._output("feed_forward_output", linears["down"](x)), residual
 
     def _input(
         self, site: SiteName, norm: NormName, hidden: Tensor, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The input of a site's linears, and the residual behind it."""
-        layer = self.norms[norm] if norm in self.spec.norms else None
-        return self.inputs[site].norm(hidden, residual, layer)
+    ) -> tuple[Tensor | MixedTensor, Tensor]:
+        """The input of a site's linears, and the residual of what comes next."""
+        layer = cast("NormLayer", self.norms[norm]) if norm in self.spec.norms else None
+        return self._input_of(site).norm(hidden, residual, layer)
+
+    def _input_of(self, site: SiteName) -> InputQuantizer:
+        return cast("InputQuantizer", self.inputs[site])
 
     def _output(self, norm: NormName, hidden: Tensor) -> Tensor:
         """What is added to the residual: normalized and scaled where the model does."""

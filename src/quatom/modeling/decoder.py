@@ -1,6 +1,7 @@
 """A whole decoder: embedding, blocks, final norm and output head."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class Decoder(nn.Module):
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KVPages]:
         """Empty pages for every layer, in the recipe's format, on the model's device."""
         return [
-            allocate_pages(block.plan, num_blocks, block_size, like=self.embedding)
+            allocate_pages(cast("DecoderBlock", block).plan, num_blocks, block_size, self.embedding)
             for block in self.blocks
         ]
 

@@ -34,8 +34,8 @@ class SiteCodes:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        tensors = (self.values, self.scales, self.bias, self.order)
-        return type(self)(*(None if t is None else t.to(device) for t in tensors))
+        bias, order = (None if t is None else t.to(device) for t in (self.bias, self.order))
+        return type(self)(self.values.to(device), self.scales.to(device), bias, order)
 
 
 @dataclass(frozen=True, slots=True)

@@ -290,7 +290,7 @@ def stored_tensors(layer: LayerPlan, weights: LayerWeights) -> dict[str, Tensor]
             tensors[f"{prefix}.weight"] = weight
     if weights.key_offset is not None:
         tensors[layer.key_offset_name] = weights.key_offset
-    for name, codes in weights.sites.items():
+    for site, codes in weights.sites.items():
         assert isinstance(codes, SiteCodes)
-        tensors |= encode(layer, layer.sites[name], codes)
+        tensors |= encode(layer, layer.sites[site], codes)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quatom.modeling.weights import FloatLayer
+from quatom.families.spec import SiteName
+from quatom.modeling.weights import FloatLayer, FloatSite
 from quatom.numerics.hadamard import hadamard_block, rotate_last_axis
 from quatom.plan import LayerPlan
 
@@ -29,7 +30,7 @@ def rotate_values(
     bias = qkv.bias
     if bias is not None:
         bias = torch.cat((bias[:first], rotate_last_axis(bias[first:], block))).to(bias.dtype)
-    rotated = {
+    rotated: dict[SiteName, FloatSite] = {
         "qkv": replace(qkv, weight=joined, bias=bias),
         "o": replace(o, weight=rotate_last_axis(o.weight, block).to(o.weight.dtype)),
     }
