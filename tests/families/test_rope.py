@@ -127,9 +127,9 @@ def test_partial_rotary_embedding(key):
     assert rope.dim == 4
     (rope,) = read_config(named(name, rope_parameters={"partial_rotary_factor": 1.0})).ropes()
     assert rope.dim == 16
-    keys = {key: 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}}
+    both = {key: 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}}
     with pytest.raises(ModelError, match=r"partial_rotary_factor = 0.75 and .* contradict"):
-        read_config(named(name, **keys))
+        read_config(named(name, **both))
 
 
 @pytest.mark.parametrize(
