@@ -100,6 +100,19 @@ RELEASED = {
             "is_causal": True,
         },
     ),
+    "SmolLM3": (
+        "SmolLM3ForCausalLM",
+        {
+            "layer_types": ["full_attention"] * 2,
+            "max_window_layers": 28,
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1],
+            "pretraining_tp": 2,
+            "rope_theta": 5000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+    ),
     "Qwen3": ("Qwen3ForCausalLM", {"attention_bias": False, "max_window_layers": 36}),
     "Gemma 2": (
         "Gemma2ForCausalLM",
@@ -208,6 +221,8 @@ def test_keys_of_released_files(model):
 def test_harmless_keys_change_nothing():
     for model in ("Llama 1", "Llama 2", "SmolLM2", "fine-tune by unsloth"):
         assert read_config(LLAMA | RELEASED[model][1]) == read_config(LLAMA)
+    types = {"layer_types": ["full_attention", "attention"]}
+    assert read_config(LLAMA | types) == read_config(LLAMA)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +270,11 @@ REFUSED = {
     "flag as text": ("Llama", {"tie_word_embeddings": "yes"}, "must be true or false, got 'yes'"),
     "eos as text": ("Llama", {"eos_token_id": "2"}, "eos_token_id must be an integer"),
     "layer types": ("Mistral", {"layer_types": ["full_attention"] * 2}, "in all; remove layer_t"),
+    "layer types of Llama": (
+        "Llama",
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        "1 of 2 layers with a sliding window, but this family has sliding_window = None in all",
+    ),
     "mistral bias": ("Mistral", {"attention_bias": True}, "attention_bias = True"),
     "no window": (
         "Qwen2",

@@ -11,7 +11,7 @@ from typing import Any
 from quatom.errors import ModelError
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary
-from quatom.families.sizes import Sizes
+from quatom.families.sizes import Sizes, same_window
 from quatom.families.spec import (
     Activation,
     Attention,
@@ -167,6 +167,9 @@ def decoder(
     }
     biases = {"qkv": attention_bias, "o": output_bias, "gate_up": mlp_bias, "down": mlp_bias}
 
+    if windows is None:
+        windows = same_window(keys, sizes.layers, None)
+
     def attention(rope: Any, window: int | None) -> Attention:
         # A window as long as the longest sequence hides nothing.
         hides = window is not None and window < rotary.max_position
@@ -187,7 +190,7 @@ def decoder(
             norm_names=norms,
             residual_multiplier=residual_multiplier,
         )
-        for rope, window in zip(rotary.ropes, windows or (None,) * sizes.layers, strict=True)
+        for rope, window in zip(rotary.ropes, windows, strict=True)
     )
     return ModelConfig(
         family=family,

@@ -29,8 +29,9 @@ _METHOD = """
     output_attentions output_hidden_states prefill_chunk_size return_dict
     scale_attention_softmax_in_fp32 use_flash_attention use_flash_attention_2 use_flash_attn
 """
-# Lengths that a tokenizer or trainer used.
+# Lengths that a tokenizer or trainer used; first layer with a window, in families without windows.
 _LENGTHS = """
+    max_window_layers
     max_seq_len max_seq_length max_sequence_length model_max_length seq_length
     tokenizer_model_max_length tokenizer_padding_side
 """
