@@ -43,6 +43,13 @@ class AttentionOptions:
     shared: Shared | None = None
 
 
+def seen_tokens(batch: Sequences, options: AttentionOptions) -> int:
+    """An upper bound of the cached tokens of a sequence that its new ones see."""
+    if options.sliding_window is None:
+        return batch.max_seq_len
+    return min(batch.max_seq_len, options.sliding_window + batch.max_seqlen_q - 1)
+
+
 def attention(
     q: Tensor,  # (T, H, D) float16, bfloat16 or float32, as `rope_append_kv` returns it
     pages: KVPages,  # KV heads divide H; the new tokens are already appended
@@ -75,7 +82,8 @@ def attention(
         max_seqlen_q: largest number of new tokens of a sequence.
         max_seq_len: an upper bound of seq_lens; bounds grids and workspaces.
         softmax_scale: default D**-0.5.
-        sliding_window: tokens a token may see, itself included; None is all.
+        sliding_window: tokens a token may see, itself included; None is all. Kernels read no block
+            that lies before the windows of all new tokens of its sequence.
         logit_softcap: c in c * tanh(score / c), applied after softmax_scale; None is off.
         rotary: cos and sin tables, where the cache holds K before rotary embedding: K is rotated
             by its token's position as it is read.
@@ -193,6 +201,8 @@ def _cuda_obstacle(
         return f"its decode kernel needs compute capability 8.0, this device has {capability}"
     if pages.dtype != "int4":
         return f"its decode kernel reads int4 caches, got {pages.dtype}"
+    if pages.head_dim % 16:
+        return f"its decode kernel reads heads of 16 n channels, got {pages.head_dim}"
     return None
 
 

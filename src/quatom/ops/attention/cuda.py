@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import AttentionOptions, Sequences
+from quatom.ops.attention import AttentionOptions, Sequences, seen_tokens
 from quatom.ops.cuda_build import (
     CudaKernel,
     compile_cubin,
@@ -38,7 +38,8 @@ class DecodeConfig:
 
     def shared_bytes(self, head_dim: int, row_tiles: int) -> int:
         """Dynamic shared memory of a CTA: stages, or the exchange between warps if larger."""
-        stages = self.stages * self.tile * (head_dim + 8)
+        pitch = -(-head_dim // 32) * 16  # bytes of a row of codes
+        stages = self.stages * self.tile * 2 * (pitch + 4)
         exchange = 8 * row_tiles * (head_dim + 4 + 2) * 4
         return self.warps * max(stages, exchange)
 
@@ -67,9 +68,10 @@ class _Parameters(ctypes.Structure):
 
 def default_config(head_dim: int, row_tiles: int, capability: tuple[int, int]) -> DecodeConfig:
     """The fastest variant measured for a head shape."""
-    small = head_dim * row_tiles <= 128
-    bulk = capability >= (9, 0)
-    return DecodeConfig(warps=4, tile=32, stages=2, min_ctas=4 if small else 2, bulk=bulk)
+    whole = head_dim % 32 == 0  # rows of 16 n bytes; others take shorter copies and more registers
+    min_ctas = 2 if head_dim * row_tiles > 128 else 4 if whole else 3
+    bulk = whole and capability >= (9, 0)
+    return DecodeConfig(warps=4, tile=32, stages=2, min_ctas=min_ctas, bulk=bulk)
 
 
 def decode_cuda(
@@ -88,7 +90,9 @@ def decode_cuda(
     row_chunks = -(-rows // (8 * row_tiles))
     ctas = batch.seq_lens.shape[0] * row_chunks * num_kv_heads
     device = q.device.index
-    splits = options.num_splits or choose_splits(ctas, batch.max_seq_len, multiprocessors(device))
+    splits = options.num_splits or choose_splits(
+        ctas, seen_tokens(batch, options), multiprocessors(device)
+    )
     softcap = options.logit_softcap
     if config is None:
         config = default_config(head_dim, row_tiles, device_capability(device))

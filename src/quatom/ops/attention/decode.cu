@@ -12,15 +12,21 @@
 // on), which tensor cores multiply exactly: unpacking is one mask per two codes, with no bias to
 // subtract. Scale and minimum of a token meet its score and its weight, never its elements.
 //
-// Compile-time parameters: HEAD_DIM, BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
+// Rows of codes whose bytes are no multiple of 16 (HEAD_DIM 80 and 112) are copied in pieces of 8 bytes, by cp.async,
+// to rows of PITCH bytes. What stands between a row's end and the next one is multiplied by queries that are 0, and
+// makes channels that are not stored.
+//
+// Compile-time parameters: HEAD_DIM (a multiple of 16), BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
 // SOFTCAP, WINDOW.
 
+#define PITCH ((HEAD_DIM / 2 + 15) / 16 * 16)       // bytes of a row of codes in shared memory
+#define CHUNK_BYTES (HEAD_DIM % 32 ? 8 : 16)        // of a copy by cp.async
 constexpr int ROW = HEAD_DIM / 2;                   // bytes of a row of codes
-constexpr int WORDS = HEAD_DIM / 32;                // 4-byte words of a K row that a lane holds
-constexpr int CHUNKS = HEAD_DIM / 32;               // 16-byte chunks of a row
+constexpr int WORDS = PITCH / 16;                   // 4-byte words of a K row that a lane holds
+constexpr int CHUNKS = PITCH / 16;                  // 16-byte chunks of a row
 constexpr int RECORD = BLOCK_SIZE * 2 * (ROW + 4);  // bytes of a block and KV head
 constexpr int MT = TILE / 16;
-constexpr int STAGE = TILE * 2 * (ROW + 4);
+constexpr int STAGE = TILE * 2 * (PITCH + 4);
 __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 constexpr int RUN = gcd(BLOCK_SIZE, TILE);  // tokens of a tile that lie together in one block
 constexpr int COPIES = TILE / RUN * 4;      // bulk copies of a tile: K, V, K pairs, V pairs a run
@@ -32,7 +38,9 @@ constexpr int WARP_BYTES = STAGE * STAGES > EXCHANGE ? STAGE * STAGES : EXCHANGE
 constexpr u32 LOW = 0x000F000Fu, HIGH = 0x00F000F0u;
 static_assert(COPIES <= 32, "a lane issues at most one copy of a tile");
 static_assert(BULK || TILE <= 64, "a lane copies at most one chunk of pairs");
-static_assert(BULK || TILE * (ROW / 16) % 32 == 0, "all lanes copy the same number of chunks");
+static_assert(BULK || TILE * (ROW / CHUNK_BYTES) % 32 == 0, "all lanes copy the same number of chunks");
+static_assert(!BULK || PITCH == ROW, "a bulk copy takes whole rows of codes");
+static_assert(HEAD_DIM % 16 == 0, "copies and queries come in pieces of 8 bytes");
 static_assert(STAGE % 16 == 0 && WARP_BYTES % 16 == 0, "bulk copies need 16-byte alignment");
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -108,8 +116,10 @@ __device__ __forceinline__ void load_words(u32 (&w)[WORDS], u32 address) {
       asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                    : "=r"(w[i]), "=r"(w[i + 1]), "=r"(w[i + 2]), "=r"(w[i + 3])
                    : "r"(address + 4 * i));
-  } else if constexpr (WORDS == 2) {
-    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(address));
+  } else if constexpr (WORDS % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 2)
+      asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(w[i]), "=r"(w[i + 1]) : "r"(address + 4 * i));
   } else {
 #pragma unroll
     for (int i = 0; i < WORDS; i++)
@@ -125,10 +135,16 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
 
 #if !BULK
 // Bytes past the end of the sequence are filled with zeros: their blocks may not exist.
+template <int BYTES>
 __device__ __forceinline__ void copy_chunk(u32 target, const u8* source, bool stored) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(stored ? 16 : 0)
-               : "memory");
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+                 "r"(stored ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(target), "l"(source),
+                 "r"(stored ? BYTES : 0), "n"(BYTES)
+                 : "memory");
 }
 #endif
 
@@ -184,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   int end = max(before + last_new + 1, 0);
   int begin = 0;
 #if WINDOW
-  begin = max(before + first_new - p.window + 1, 0) / TILE * TILE;
+  begin = max(before + first_new - p.window + 1, 0) / RUN * RUN;  // no block before the window is read
 #endif
   const int run = ((end - begin + TILE - 1) / TILE + p.splits - 1) / p.splits * TILE;
   begin += split * run;
@@ -228,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
 #else
   auto start_copy = [&](int tile, int block, int stage) {
     const u32 base = stages + stage * STAGE;
-    constexpr int ROW_CHUNKS = ROW / 16;
+    constexpr int ROW_CHUNKS = ROW / CHUNK_BYTES;
     if (tile < end) {
 #pragma unroll
       for (int i = 0; i < TILE * ROW_CHUNKS; i += 32) {
@@ -236,9 +252,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
         const int owner = __shfl_sync(~0u, block, t / RUN * 4);
         const bool stored = tile + t / RUN * RUN < end;
         const u8* source = p.storage + ((long long)owner * p.num_kv_heads + kv_head) * RECORD +
-                           (tile + t) % BLOCK_SIZE * ROW + c * 16;
-        copy_chunk(base + t * ROW + c * 16, source, stored);
-        copy_chunk(base + (TILE + t) * ROW + c * 16, source + BLOCK_SIZE * ROW, stored);
+                           (tile + t) % BLOCK_SIZE * ROW + c * CHUNK_BYTES;
+        copy_chunk<CHUNK_BYTES>(base + t * PITCH + c * CHUNK_BYTES, source, stored);
+        copy_chunk<CHUNK_BYTES>(base + (TILE + t) * PITCH + c * CHUNK_BYTES, source + BLOCK_SIZE * ROW, stored);
       }
       // Four tokens' pairs a chunk: K pairs by the first lanes, V pairs by the others.
       const int chunk_index = lane % (TILE / 4), which = lane / (TILE / 4), t = chunk_index * 4;
@@ -246,8 +262,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
       if (which < 2) {
         const u8* source = p.storage + ((long long)owner * p.num_kv_heads + kv_head) * RECORD +
                            BLOCK_SIZE * (2 * ROW + which * 4) + (tile + t) % BLOCK_SIZE * 4;
-        copy_chunk(base + TILE * (2 * ROW + which * 4) + t * 4, source,
-                   tile + t / RUN * RUN < end);
+        copy_chunk<16>(base + TILE * (2 * PITCH + which * 4) + t * 4, source,
+                       tile + t / RUN * RUN < end);
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -277,7 +293,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     float low[WORDS][4], high[WORDS][4], largest = 0.f, sum = 0.f;
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
-      const uint2 a = *(const uint2*)(q + 4 * i), b = *(const uint2*)(q + HEAD_DIM / 2 + 4 * i);
+      uint2 a = {}, b = {};
+      if (PITCH == ROW || tg * 4 * WORDS + 4 * i < ROW) {
+        a = *(const uint2*)(q + 4 * i);
+        b = *(const uint2*)(q + HEAD_DIM / 2 + 4 * i);
+      }
       const float2 v[4] = {activations_to_floats(a.x), activations_to_floats(a.y),
                            activations_to_floats(b.x), activations_to_floats(b.y)};
 #pragma unroll
@@ -336,15 +356,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
     __syncwarp();
 #endif
-    const u32 keys = stages + stage * STAGE, values = keys + TILE * ROW;
-    const u32 key_pairs = values + TILE * ROW, value_pairs = key_pairs + TILE * 4;
+    const u32 keys = stages + stage * STAGE, values = keys + TILE * PITCH;
+    const u32 key_pairs = values + TILE * PITCH, value_pairs = key_pairs + TILE * 4;
 
     float score[MT][NT][4] = {};
 #pragma unroll
     for (int m = 0; m < MT; m++) {
       u32 a[WORDS], b[WORDS];
-      load_words(a, keys + (m * 16 + g) * ROW + tg * 4 * WORDS);
-      load_words(b, keys + (m * 16 + g + 8) * ROW + tg * 4 * WORDS);
+      load_words(a, keys + (m * 16 + g) * PITCH + tg * 4 * WORDS);
+      load_words(b, keys + (m * 16 + g + 8) * PITCH + tg * 4 * WORDS);
 #pragma unroll
       for (int i = 0; i < WORDS; i++) {
 #pragma unroll
@@ -455,7 +475,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
       }
     }
 
-    const u32 my_values = values + ((lane >> 3 & 1) * 8 + (lane & 7)) * ROW + (lane >> 4) * 16;
+    const u32 my_values = values + ((lane >> 3 & 1) * 8 + (lane & 7)) * PITCH + (lane >> 4) * 16;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
       u32 b[NT][2];
@@ -469,7 +489,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
         u32 r[4];
         // With an odd number of chunks the last pair is the last two: one is loaded, not used.
         const int first = c + 2 > CHUNKS ? c - 1 : c;
-        load_columns(r, my_values + m * 16 * ROW + first * 16);
+        load_columns(r, my_values + m * 16 * PITCH + first * 16);
 #pragma unroll
         for (int k = c - first; k < 2; k++) {
 #pragma unroll
@@ -510,6 +530,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
       float* o = exchange + row * O_STRIDE;
 #pragma unroll
       for (int k = 0; k < CHUNKS; k++) {
+        if (PITCH != ROW && 16 * k + 2 * g >= ROW) continue;
         const float* even = output[n][2 * k];
         const float* odd = output[n][2 * k + 1];
         // Row g of the fragments is channel 16 k + 2 g (+ 1 where shifted); row g + 8 its partner

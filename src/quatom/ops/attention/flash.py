@@ -2,15 +2,19 @@
 
 For chunks of hundreds of tokens the workspace costs a few percent of the attention itself, and the
 matrix kernels are those of FlashAttention-2. The workspace holds the new tokens too, so that they
-are seen as decode will see them; keys stored before rotary embedding are rotated on the way.
+are seen as decode will see them; keys stored before rotary embedding are rotated on the way. Tokens
+that lie before the windows of all new ones are left out.
 """
 
 import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import AttentionOptions, Sequences
+from quatom.ops.attention import AttentionOptions, Sequences, seen_tokens
 from quatom.ops.attention.triton_gather import gather_triton
+
+HEAD_MULTIPLE = 8
+"""Channels that FlashAttention's heads are made of: others are padded with zeros."""
 
 
 def prefill_flash(
@@ -20,33 +24,32 @@ def prefill_flash(
     options: AttentionOptions,
 ) -> Tensor:
     """See `attention`: prefill chunks, packed, over any cache format."""
-    cu_seqlens_k = batch.cu_seqlens_k
-    if cu_seqlens_k is None:
-        cu_seqlens_k = torch.zeros_like(batch.cu_seqlens_q)
-        torch.cumsum(batch.seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
-    total = options.total_kv_tokens
-    if total is None:
-        total = int(cu_seqlens_k[-1])
+    window, most = options.sliding_window, seen_tokens(batch, options)
+    left_out = window is not None and window < batch.max_seq_len
+    cu_seqlens_k, total = _brought(q.shape[0], batch, options, left_out)
     if not total:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    head_dim = q.shape[2]
+    padding = -head_dim % HEAD_MULTIPLE
     k, v = gather_triton(
         pages,
         batch.block_tables,
         cu_seqlens_k,
         total,
-        batch.max_seq_len,
+        most,
         q.dtype,
         options.rotary,
+        seq_lens=batch.seq_lens if left_out else None,
+        padding=padding,
     )
-    window = options.sliding_window
     result = torch.ops.aten._flash_attention_forward(
-        q,
+        torch.nn.functional.pad(q, (0, padding)) if padding else q,
         k,
         v,
         batch.cu_seqlens_q,
         cu_seqlens_k,
         batch.max_seqlen_q,
-        batch.max_seq_len,
+        most,
         0.0,
         True,  # causal, aligned to the last token
         False,
@@ -55,4 +58,19 @@ def prefill_flash(
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
     )
-    return result[0]
+    return result[0][..., :head_dim].contiguous() if padding else result[0]
+
+
+def _brought(
+    rows: int, batch: Sequences, options: AttentionOptions, left_out: bool
+) -> tuple[Tensor, int]:
+    """Prefix sums of each sequence's tokens in the workspace, and an upper bound of all of them."""
+    counts, sums, total = batch.seq_lens, batch.cu_seqlens_k, options.total_kv_tokens
+    if left_out:
+        before = (options.sliding_window or 1) - 1  # what the first new token sees besides itself
+        counts, sums = torch.minimum(counts, batch.cu_seqlens_q.diff() + before), None
+        total = None if total is None else min(total, rows + before * counts.shape[0])
+    if sums is None:
+        sums = torch.zeros_like(batch.cu_seqlens_q)
+        torch.cumsum(counts, 0, dtype=torch.int32, out=sums[1:])
+    return sums, int(sums[-1]) if total is None else total

@@ -13,13 +13,15 @@ tensor cores multiply exactly. With splits > 1 programs leave partial results to
 which merges them in a fixed order.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.attention import AttentionOptions, Sequences
+from quatom.ops.attention import AttentionOptions, Sequences, seen_tokens
 from quatom.ops.cuda_build import multiprocessors
 
 _LOG2E = 1.4426950408889634
@@ -74,8 +76,12 @@ def _load_halves(
 
 
 # How many splits a batch takes and how wide its block tables are changes from step to step: a
-# variant of the kernel for each would be compiled in the middle of serving.
-@triton.jit(do_not_specialize=["table_stride", "splits"])
+# variant of the kernel for each would be compiled in the middle of serving. So does where a mixed
+# batch's prefills begin in its tables.
+@triton.jit(
+    do_not_specialize=["table_stride", "splits"],
+    do_not_specialize_on_alignment=["table_ptr", "starts_ptr", "lens_ptr"],
+)
 def _attention_kernel(
     q_ptr,  # (T, H, D)
     out_ptr,  # (T, H, D); written unless SPLIT
@@ -110,6 +116,7 @@ def _attention_kernel(
     PTX: tl.constexpr,  # inline assembly may be used: NVIDIA, and not the interpreter
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    ALIGN: tl.constexpr,  # gcd(S, BLOCK_T): no block that lies before the window is read
 ):
     G: tl.constexpr = H // KV
     kv_head = tl.program_id(1)
@@ -164,7 +171,7 @@ def _attention_kernel(
     begin = 0
     if WINDOW:
         begin = tl.maximum(length - new_tokens + first_row // G - window + 1, 0)
-        begin = begin // BLOCK_T * BLOCK_T
+        begin = begin // ALIGN * ALIGN
     if SPLIT:
         run = tl.cdiv(tl.cdiv(end - begin, BLOCK_T), splits) * BLOCK_T
         begin += split * run
@@ -302,7 +309,8 @@ def attention_triton(
     block_t, num_warps = _tile(block_m)
     batch_size = batch.seq_lens.shape[0]
     programs = row_blocks * num_kv_heads * batch_size
-    splits = options.num_splits or num_decode_splits(programs, batch.max_seq_len, q.device)
+    length = seen_tokens(batch, options)
+    splits = options.num_splits or num_decode_splits(programs, length, q.device)
 
     partial = stats = out
     if splits > 1:
@@ -344,6 +352,7 @@ def attention_triton(
         PTX=q.device.type == "cuda" and torch.version.cuda is not None,
         BLOCK_M=block_m,
         BLOCK_T=block_t,
+        ALIGN=math.gcd(pages.block_size, block_t),
         num_warps=num_warps,
     )
     if splits > 1:
@@ -364,9 +373,9 @@ def _tile(block_m: int) -> tuple[int, int]:
     return (64, 2) if block_m == 16 else (32, 4)
 
 
-def num_decode_splits(programs: int, max_seq_len: int, device: torch.device) -> int:
+def num_decode_splits(programs: int, length: int, device: torch.device) -> int:
     """Splits that give every multiprocessor four programs, of at least 256 tokens each."""
     if device.type != "cuda":
         return 1
     wanted = 4 * multiprocessors(device.index)
-    return max(1, min(wanted // max(programs, 1), triton.cdiv(max_seq_len, 256), 64))
+    return max(1, min(wanted // max(programs, 1), triton.cdiv(length, 256), 64))

@@ -10,7 +10,6 @@
 
 constexpr int HALF = HEAD_DIM / 2;
 constexpr int ACTIVE = HALF / N;  // lanes that hold channels
-constexpr int MIXED = HALF & -HALF;  // channels of a half that HADAMARD mixes
 static_assert(HALF % N == 0, "a lane holds N whole channels of each half");
 constexpr int LANES = ACTIVE <= 4 ? 4 : ACTIVE <= 8 ? 8 : ACTIVE <= 16 ? 16 : 32;
 constexpr int THREADS = 128;
@@ -33,7 +32,7 @@ struct Parameters {
   int q_head_stride, k_head_stride, v_head_stride;
   int tokens, heads, kv_heads;
   float margin;  // half of what clipping takes from a row's range
-  float norm;    // 1 / sqrt(2 MIXED)
+  float norm;    // 1 / sqrt of the channels that HADAMARD mixes
 };
 
 template <bool BF16>
@@ -95,15 +94,16 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[N]) {
   }
 }
 
-// H / sqrt(block) times each block of a head, of MIXED neighbouring channels and their partners: channels whose
-// numbers differ in one bit meet, bit after bit.
+// A Hadamard matrix times each block of a head: `mixed` neighbouring channels, the largest power of two in HALF, and
+// their partners. Channels whose numbers differ in one bit meet, bit after bit.
 __device__ __forceinline__ void hadamard(float (&low)[N], float (&high)[N], float norm) {
+  constexpr int mixed = HALF & -HALF;
   float* const parts[2] = {low, high};
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     float* x = parts[part];
 #pragma unroll
-    for (int bit = 1; bit < (N < MIXED ? N : MIXED); bit *= 2)
+    for (int bit = 1; bit < (N < mixed ? N : mixed); bit *= 2)
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (i & bit) continue;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void hadamard(float (&low)[N], float (&high)[N], floa
         x[i + bit] = a - b;
       }
 #pragma unroll
-    for (int bit = 1; bit < MIXED / N; bit *= 2) {
+    for (int bit = 1; bit < mixed / N; bit *= 2) {
       const float sign = threadIdx.x & bit ? -1.0f : 1.0f;
 #pragma unroll
       for (int i = 0; i < N; ++i) x[i] = fmaf(x[i], sign, __shfl_xor_sync(ALL, x[i], bit));
