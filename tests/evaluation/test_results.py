@@ -11,6 +11,7 @@ from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import Perplexity
 from quatom.evaluation.results import accuracy_entry, add_results, read_results
 from quatom.loading import load
+from quatom.plan import plan
 from quatom.recipe import PRESETS
 
 MEASURED = Perplexity(
@@ -36,9 +37,10 @@ def results(path):
 
 
 def test_an_entry_says_what_was_measured_on_what(tiny_llama_dir):
-    loaded = replace(load(tiny_llama_dir), recipe=PRESETS["atom-w4a4kv4"])
+    loaded = load(tiny_llama_dir)
+    resolved = plan(loaded.config, PRESETS["atom-w4a4kv4"])
+    loaded = replace(loaded, plan=resolved)
     got = accuracy_entry(loaded, "tiny", "topics", MEASURED)
-    recipe, config = loaded.recipe, loaded.config
     assert got == {
         "model": "tiny",
         "recipe": "atom-w4a4kv4",
@@ -48,9 +50,9 @@ def test_an_entry_says_what_was_measured_on_what(tiny_llama_dir):
         "all_windows": False,
         "perplexity": 12.5,
         "float_perplexity": None,
-        "bits_per_weight": bits_per_weight(recipe, config, loaded.source_dtype),
-        "bits_per_activation": bits_per_activation(recipe, config),
-        "bits_per_kv": bits_per_kv(recipe, config),
+        "bits_per_weight": bits_per_weight(resolved, loaded.source_dtype),
+        "bits_per_activation": bits_per_activation(resolved),
+        "bits_per_kv": bits_per_kv(resolved),
         "backend": "torch",
         "device": "cpu",
         "dtype": "float32",
