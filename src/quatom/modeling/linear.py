@@ -7,7 +7,6 @@ float weight under quantized inputs is what calibration runs; codes under a plai
 from torch import Tensor, nn
 
 from quatom.ops.activations import MixedTensor
-from quatom.ops.cpu_products import filled_linear
 from quatom.ops.linear import PreparedLinear, linear
 
 
@@ -27,7 +26,7 @@ class FloatLinear(nn.Module):
         """Multiply; codes are dequantized first."""
         if isinstance(x, MixedTensor):
             x = x.dequantize().to(self.weight.dtype)
-        return filled_linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class QuantizedLinear(nn.Module):

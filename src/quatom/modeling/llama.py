@@ -22,10 +22,12 @@ from quatom.modeling.rope import rotary_table
 from quatom.numerics.kv_pages import KVDtype, KVPages
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
-from quatom.ops.cpu_products import MAX_HEAD_ROWS, filled_linear, head_product
 from quatom.ops.rmsnorm import rmsnorm
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.recipe import KVSpec
+
+FEW_ROWS = 64
+"""Rows up to which a CPU multiplies the head from the left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +166,12 @@ class Decoder(nn.Module):
         return rmsnorm(hidden, self.final_norm, eps=eps, residual=residual, backend=self.backend)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab) float32
-        """Scores of the next token. On a CPU a row's bits are the same for 1 to 64 rows."""
+        """Scores of the next token."""
         head = self.embedding if self.head is None else self.head
-        if hidden.device.type == "cpu" and hidden.shape[0] <= MAX_HEAD_ROWS:
-            return head_product(hidden, head).float()
-        return filled_linear(hidden, head).float()
+        if hidden.device.type == "cpu" and hidden.shape[0] <= FEW_ROWS:
+            # As the left operand a head of many rows is read once, at the speed of memory.
+            return (head @ hidden.t()).t().contiguous().float()
+        return nn.functional.linear(hidden, head).float()
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KVPages]:
         """Empty pages for every layer, in the recipe's format, on the model's device."""
