@@ -61,5 +61,5 @@ def test_quantize_then_generate(tiny_llama_dir, text_file, tmp_path):
     texts = llm.generate(["Hello", "Once upon"], params)
     assert all(0 < len(result.token_ids) <= 5 for result in texts)
     assert all(isinstance(result.text, str) for result in texts)
-    ids = llm.generate([llm.encode("Hello")], params)[0]
-    assert ids.token_ids == texts[0].token_ids
+    ids = llm.generate([llm.encode("Hello"), llm.encode("Once upon")], params)
+    assert [result.token_ids for result in ids] == [result.token_ids for result in texts]

@@ -67,7 +67,6 @@ def test_all_sequences_of_a_batch_decode_while_it_is_profiled(monkeypatch):
         kv_cache_memory=2**24,
         prefix_caching=False,
         forecast_admission=False,
-        invariant_chunk=0,
     )
     engine = Engine(random_model("tiny", PRESETS["fp16"], device="cpu"), config)
     reached = []

@@ -219,7 +219,6 @@ def test_all_sequences_of_a_batch_have_about_the_same_context(loaded):
         CONFIG,
         max_num_seqs=24,
         prefix_caching=False,
-        invariant_chunk=0,
         forecast_admission=False,
     )
     engine = Engine(loaded, config)

@@ -1,11 +1,14 @@
 """A model whose next token is a hash of every token before it, read through the paged cache.
 
-Its cache stores token ids. A wrong slot, block table, copy, prefix hit or eviction changes what is
-read back and so the tokens that follow: `expected_tokens` knows them without any cache.
+It computes with integers, so its tokens are exact in any batch on any CPU. Its cache has two
+layers: the first stores token ids, the second a hash of each token and all before it, as keys and
+values of later layers depend on their whole prefix. A wrong slot, block table, copy, prefix hit or
+eviction changes what is read back and so the tokens that follow: `expected_tokens` knows them
+without any cache.
 """
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import torch
@@ -17,44 +20,57 @@ VOCAB = 300
 EOS = 257
 
 
-def mix(state: int, token_id: int) -> int:
-    return (state * 1_000_003 + token_id * 7919 + 12345) % MODULUS
+def mix(state: int, value: int) -> int:
+    return (state * 1_000_003 + value * 7919 + 12345) % MODULUS
+
+
+def hash_prefixes(values) -> list[int]:
+    """A hash of each value and all before it."""
+    return list(accumulate(values, mix, initial=1))[1:]
 
 
 def state_of(token_ids) -> int:
-    state = 1
-    for token_id in token_ids:
-        state = mix(state, token_id)
-    return state
+    """What the logits after these tokens are made of: the second layer's hash of the first's."""
+    return hash_prefixes(hash_prefixes(token_ids))[-1]
 
 
-def next_token(token_ids, vocab_size=VOCAB) -> int:
+def next_token(state: int, vocab_size=VOCAB) -> int:
     """The most likely next token; never a special one."""
-    return state_of(token_ids) % min(vocab_size, 256)
+    return state % min(vocab_size, 256)
 
 
 def expected_tokens(prompt, count, vocab_size=VOCAB) -> list[int]:
     """What greedy decoding gives."""
     token_ids = list(prompt)
     for _ in range(count):
-        token_ids.append(next_token(token_ids, vocab_size))
+        token_ids.append(next_token(state_of(token_ids), vocab_size))
     return token_ids[len(prompt) :]
 
 
 @dataclass
 class HashCache:
-    """One layer of token ids, -7 where nothing was written."""
+    """One layer of integers, -7 where nothing was written."""
 
-    ids: torch.Tensor  # (P, S)
+    values: torch.Tensor  # (P, S) int32
 
     @property
     def bytes_per_block(self) -> int:
-        return self.ids.shape[1] * 8
+        return self.values.shape[1] * 4
+
+    def write(self, slots, values) -> None:  # (T,) each; slot -1: not stored
+        stored, size = slots >= 0, self.values.shape[1]
+        slots = slots[stored]
+        assert len(set(slots.tolist())) == len(slots)
+        self.values[slots // size, slots % size] = values[stored].int()
+
+    def read(self, table, length) -> list[int]:
+        """The first `length` values of a sequence."""
+        return self.values[table.long()].flatten()[:length].tolist()
 
     def copy_blocks(self, source, target) -> None:
         assert not set(source.tolist()) & set(target.tolist())
         assert len(set(target.tolist())) == len(target)
-        self.ids[target] = self.ids[source]
+        self.values[target] = self.values[source]
 
 
 @dataclass
@@ -64,50 +80,54 @@ class HashModel:
     """(new tokens, sequences) of every forward pass."""
     fail_on: int | None = None
     """A forward pass that sees this token raises."""
-    nan_on: int | None = None
+    nan_on: int = -1
     """A row whose newest token is this one gets logits that are no numbers."""
 
     def allocate_kv_cache(self, num_blocks, block_size):
-        return [HashCache(torch.full((num_blocks, block_size), -7, dtype=torch.int64))]
+        shape = (num_blocks, block_size)
+        return [HashCache(torch.full(shape, -7, dtype=torch.int32)) for _ in range(2)]
 
     def forward(self, input_ids, context, kv_cache):
         if self.fail_on is not None and self.fail_on in input_ids.tolist():
             raise RuntimeError("kernel failed")
         assert (input_ids >= 0).all()
-        (cache,) = kv_cache
-        size = cache.ids.shape[1]
-        stored = context.slot_mapping >= 0
-        slots = context.slot_mapping[stored]
-        cache.ids[slots // size, slots % size] = input_ids[stored]
-        hidden = torch.zeros(len(input_ids), 2, dtype=torch.float64)
+        self._check(context)
+        stored = int((context.slot_mapping >= 0).sum())
+        self.steps.append((stored, sum(n > 0 for n in context.seq_lens.tolist())))
+        values = input_ids
+        for layer in kv_cache:
+            layer.write(context.slot_mapping, values)
+            values = self._attend(layer, context)
+        broken = torch.where(input_ids == self.nan_on, torch.nan, 0.0)
+        return torch.stack((values.double(), broken.double()), dim=1)
+
+    def _attend(self, layer, context):  # -> (T,) int64
+        """For each new token the hash of what the cache holds of its sequence up to it."""
+        hashes = torch.zeros(len(context.positions), dtype=torch.int64)
         cu = context.cu_seqlens_q.tolist()
-        self.steps.append((int(stored.sum()), sum(n > 0 for n in context.seq_lens.tolist())))
-        assert max(b - a for a, b in pairwise(cu)) <= context.max_seqlen_q
-        assert all(cu[i + 1] - cu[i] == 1 for i in range(context.num_decodes))
         for b, length in enumerate(context.seq_lens.tolist()):
-            if not length:
-                continue
-            assert length <= context.max_seq_len
-            table = context.block_tables[b, : -(-length // size)].long()
-            token_ids = cache.ids[table].flatten()[:length].tolist()
-            new = cu[b + 1] - cu[b]
-            assert context.positions[cu[b] : cu[b + 1]].tolist() == list(
-                range(length - new, length)
-            )
-            state = state_of(token_ids[: length - new])
-            for i, token_id in enumerate(token_ids[length - new :]):
-                state = mix(state, token_id)
-                hidden[cu[b] + i, 0] = state
-                hidden[cu[b] + i, 1] = float("nan") if token_id == self.nan_on else 0.0
-        return hidden
+            seen = hash_prefixes(layer.read(context.block_tables[b], length))
+            if seen:
+                hashes[cu[b] : cu[b + 1]] = torch.tensor(seen[cu[b] - cu[b + 1] :])
+        return hashes
+
+    @staticmethod
+    def _check(context):
+        lengths, positions = context.seq_lens.tolist(), context.positions.tolist()
+        ends = context.cu_seqlens_q.tolist()
+        assert max(b - a for a, b in pairwise(ends)) <= context.max_seqlen_q
+        assert all(b - a == 1 for a, b in list(pairwise(ends))[: context.num_decodes])
+        assert max(lengths) <= context.max_seq_len
+        for (first, last), length in zip(pairwise(ends), lengths, strict=True):
+            if length:
+                assert positions[first:last] == list(range(length - (last - first), length))
 
     def compute_logits(self, hidden):
-        states = hidden[:, 0].long()
+        """Pseudo-random logits in [0, 4) that hold all 31 bits of the state, and a clear winner."""
+        states = hidden[:, :1].long()
         ids = torch.arange(self.vocab_size)
-        # Pseudo-random logits in [0, 4), and a clear winner.
-        logits = ((states[:, None] * 31 + ids * 7907) % 1009).float() / 252.25
-        winner = states % min(self.vocab_size, 256)
-        logits[torch.arange(len(states)), winner] = 6.0
+        logits = ((states >> ids % 24 ^ ids * 57) & 255).float() / 64
+        logits.scatter_(1, next_token(states, self.vocab_size), 6.0)
         return logits + hidden[:, 1:].float()
 
 

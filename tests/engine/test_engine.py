@@ -19,7 +19,6 @@ def make_engine(num_blocks=64, *, tokenizer=None, loaded_options=None, **options
         max_num_batched_tokens=32,
         block_size=4,
         max_model_len=100,
-        invariant_chunk=0,
     )
     config = EngineConfig(**{**defaults, **options, "kv_cache_memory": num_blocks * 4 * 8})
     return Engine(hash_loaded(tokenizer=tokenizer, **(loaded_options or {})), config)
@@ -44,11 +43,8 @@ def run(engine, prompts, params):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("prefix_caching", [False, True])
 @pytest.mark.parametrize("num_blocks", [26, 40, 400])
-@pytest.mark.parametrize("chunk", [0, 8])
-def test_greedy_tokens_are_exact(overlap, prefix_caching, num_blocks, chunk):
-    engine = make_engine(
-        num_blocks, overlap=overlap, prefix_caching=prefix_caching, invariant_chunk=chunk
-    )
+def test_greedy_tokens_are_exact(overlap, prefix_caching, num_blocks):
+    engine = make_engine(num_blocks, overlap=overlap, prefix_caching=prefix_caching)
     prompts = random_prompts(20)
     # Prefixes of one another, with and without whole blocks.
     prompts += [prompts[0][:1] * 3, prompts[0], prompts[0] * 2, [*prompts[0], 5], prompts[0][:4]]

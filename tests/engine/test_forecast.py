@@ -2,14 +2,14 @@
 
 import pytest
 
-from quatom.benchmark.random_weights import random_model
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.forecast import PRIOR_OUTPUT, DemandForecast
 from quatom.engine.outputs import Timestamps
 from quatom.engine.sampling import SamplingParams
 from quatom.engine.sequence import Sequence
-from quatom.recipe import PRESETS
+
+from .doubles import expected_tokens, hash_loaded
 
 
 def make_sequence(prompt, total, generated=0, *, ignore_eos=True, cached=0):
@@ -81,7 +81,7 @@ def test_an_open_end_is_expected_at_the_mean():
 
 @pytest.mark.parametrize("ignore_eos", [True, False])
 def test_room_that_will_be_needed_is_not_given_away(ignore_eos):
-    loaded = random_model("tiny", PRESETS["fp16"], device="cpu")
+    loaded = hash_loaded()
     block_bytes = sum(p.bytes_per_block for p in loaded.model.allocate_kv_cache(1, 16))
 
     def run(forecast_admission):
@@ -91,7 +91,6 @@ def test_room_that_will_be_needed_is_not_given_away(ignore_eos):
                 max_num_seqs=8,
                 max_model_len=96,
                 block_size=16,
-                invariant_chunk=16,
                 kv_cache_memory=20 * block_bytes,
                 prefix_caching=False,
                 forecast_admission=forecast_admission,
@@ -110,5 +109,6 @@ def test_room_that_will_be_needed_is_not_given_away(ignore_eos):
     eager, preemptions = run(False)
     planned, none = run(True)
     assert planned == eager
+    assert planned == {str(i): expected_tokens([5 + i] * 40, 40) for i in range(8)}
     assert preemptions > 0
     assert none == 0

@@ -179,7 +179,16 @@ TINY: dict[str, tuple[str, dict]] = {
             "sliding_window": 30,
         },
     ),
-    "seed_oss": ("SeedOss", {"hidden_size": 160, "head_dim": 100, "attention_out_bias": True}),
+    "seed_oss": (
+        "SeedOss",
+        {
+            "hidden_size": 160,
+            "head_dim": 100,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "attention_out_bias": True,
+        },
+    ),
     "glm": ("Glm", {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "glm4": ("Glm4", {"head_dim": 128, "attention_bias": False}),
     "starcoder2": ("Starcoder2", {"hidden_size": 192, "sliding_window": 36}),

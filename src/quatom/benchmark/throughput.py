@@ -111,7 +111,6 @@ def measure_fixed_batches(
         max_num_batched_tokens=max(setting.config.max_num_batched_tokens, 2 * most),
         max_model_len=longest_sequence(context, steps, len(batches) + 1),
         forecast_admission=False,  # `largest_batch` knows what fits, to the block
-        invariant_chunk=0,  # as on a GPU: whole chunks would leave steps half full on a CPU
     )
     engine = build_engine(setting.loaded, config, setting.gpu_memory)
     fits = largest_batch(engine, context, steps)

@@ -3,12 +3,6 @@
 Tokens are packed without padding, decodes first. An input token that was sampled by the previous
 step may not be known to the host yet: its place holds -1 - row, and the runner puts row `row` of
 the tokens sampled last there, on the device.
-
-A CPU gives bit-equal results alone and in a crowd. Linear layers see to that themselves
-(`quatom.ops.cpu_products`, `quatom.ops.linear.cpu`); attention depends on how many queries attend
-together. So prompts attend in pieces that start and end at multiples of `invariant_chunk` tokens
-and output tokens attend one by one, however the scheduler cut the work. Pieces of one sequence are
-separate rows of the block tables.
 """
 
 from dataclasses import dataclass
@@ -48,28 +42,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor
 
 
-def attention_pieces(item: ScheduledSequence, chunk: int) -> list[tuple[int, int]]:
-    """(start, stop) of the tokens that attend together; chunk 0: all of an item."""
-    start, stop = item.start, item.start + item.count
-    if not chunk:
-        return [(start, stop)]
-    num_prompt = item.sequence.num_prompt
-    pieces = []
-    while start < stop:
-        end = (start // chunk + 1) * chunk if start < num_prompt else start + 1
-        end = min(end, stop, num_prompt) if start < num_prompt else end
-        pieces.append((start, end))
-        start = end
-    return pieces
-
-
-def build_batch(
-    items: list[ScheduledSequence],
-    *,
-    block_size: int,
-    device: torch.device,
-    invariant_chunk: int = 0,
-) -> Batch:
+def build_batch(items: list[ScheduledSequence], *, block_size: int, device: torch.device) -> Batch:
     """Lay out a step: token ids, positions, slots, block tables and lengths."""
     decodes = [item for item in items if item.count == 1]
     prefills = [item for item in items if item.count > 1]
@@ -89,7 +62,6 @@ def build_batch(
     input_ids[:n] = [_token(item.sequence, item.start) for item in decodes]
     positions[:n] = [item.start for item in decodes]
     slots[:n] = _slots(tables[np.arange(n), positions[:n] // block_size], positions[:n], block_size)
-    pieces = [(row, item.start, item.start + 1) for row, item in enumerate(decodes)]
     first = n
     for row, item in enumerate(prefills, start=n):
         last = first + item.count
@@ -97,13 +69,10 @@ def build_batch(
         input_ids[first:last] = item.sequence.token_ids[item.start : item.start + item.count]
         positions[first:last] = where
         slots[first:last] = _slots(tables[row, where // block_size], where, block_size)
-        pieces += [(row, *piece) for piece in attention_pieces(item, invariant_chunk)]
         first = last
 
-    counts = [stop - start for _, start, stop in pieces]
-    seq_lens = [stop for _, _, stop in pieces]
-    if len(counts) > len(items):
-        tables = tables[[row for row, _, _ in pieces]]
+    counts = [item.count for item in items]
+    seq_lens = [item.start + item.count for item in items]
     return Batch(
         input_ids=to_device(input_ids, device),
         context=ForwardContext(

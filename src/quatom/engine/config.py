@@ -7,9 +7,6 @@ import torch
 
 from quatom.errors import EngineError
 
-INVARIANT_CHUNK = 64
-"""Prompt tokens of one attention call on a CPU; see `quatom.engine.batch`."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -40,10 +37,6 @@ class EngineConfig:
     """Use KV blocks of earlier requests with the same prefix again."""
     overlap: bool | None = None
     """Launch step i + 1 before the tokens of step i have been read back; None: on a GPU."""
-    invariant_chunk: int | None = None
-    """Batch-invariant results: prompts attend in chunks of this many tokens, wherever a step ends,
-    so that a request gives bit-equal logits alone and in a crowd. A multiple of block_size; 0 is
-    off; None: 64 on a CPU, off on a GPU, whose matrix products depend on the batch anyway."""
     cuda_graphs: bool = True
     """Replay decode steps as CUDA graphs on a GPU, unless QUATOM_BACKEND asks for the reference."""
 
@@ -66,32 +59,16 @@ class EngineConfig:
         """The same limits with every None that a device and a model decide replaced.
 
         Raises:
-            EngineError: a limit does not fit the model, or the limits do not fit each other.
+            EngineError: a limit does not fit the model.
         """
         if self.max_model_len is not None and self.max_model_len > max_position:
             raise EngineError(
                 f"max_model_len {self.max_model_len} is above the model's own limit of "
                 f"{max_position} positions"
             )
-        on_gpu = device.type == "cuda"
-        chunk = self.invariant_chunk
-        if chunk is None:
-            chunk = 0 if on_gpu else -(-INVARIANT_CHUNK // self.block_size) * self.block_size
-        resolved = replace(
+        return replace(
             self,
             max_model_len=self.max_model_len or max_position,
             max_prefill_chunk=self.max_prefill_chunk or max(1, self.max_num_batched_tokens // 2),
-            overlap=on_gpu if self.overlap is None else self.overlap,
-            invariant_chunk=chunk,
+            overlap=device.type == "cuda" if self.overlap is None else self.overlap,
         )
-        if chunk % self.block_size:
-            raise EngineError(
-                f"invariant_chunk {chunk} is not a multiple of block_size {self.block_size}"
-            )
-        if chunk and self.max_num_batched_tokens < self.max_num_seqs + chunk:
-            raise EngineError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens} leaves no room for a "
-                f"prompt chunk of {chunk} tokens beside {self.max_num_seqs} decodes: raise it to "
-                f"{self.max_num_seqs + chunk}, or set invariant_chunk to 0"
-            )
-        return resolved

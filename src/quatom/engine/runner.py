@@ -22,7 +22,6 @@ from quatom.engine.scheduler import ScheduledSequence, ScheduledStep
 from quatom.engine.sequence import Sequence
 from quatom.engine.structured import build_mask
 from quatom.modeling.context import ForwardContext
-from quatom.ops.cpu_products import MAX_HEAD_ROWS
 
 LOGPROB_ROWS = 256
 """Prompt positions whose logits are held at once; 128 MiB at a vocabulary of 131072."""
@@ -113,12 +112,7 @@ class ModelRunner:
             source, target = to_device(np.array(step.copies, dtype=np.int64).T.copy(), self.device)
             for layer in self.kv_cache:
                 layer.copy_blocks(source, target)
-        batch = build_batch(
-            step.items,
-            block_size=self.config.block_size,
-            device=self.device,
-            invariant_chunk=self.config.invariant_chunk or 0,
-        )
+        batch = build_batch(step.items, block_size=self.config.block_size, device=self.device)
         input_ids = batch.input_ids
         if batch.uses_last_tokens:
             rows = (-1 - input_ids).clamp(min=0)
@@ -128,7 +122,7 @@ class ModelRunner:
         else:
             hidden = self.model.forward(input_ids, batch.context, self.kv_cache)
             self._record_prompt_logprobs(hidden, batch)
-            logits = self._logits(hidden, batch.sample_rows)
+            logits = self.model.compute_logits(hidden[batch.sample_rows])
         return self._sample(logits, batch)
 
     def _sample(self, logits: Tensor, batch: Batch) -> LaunchedStep:
@@ -158,13 +152,6 @@ class ModelRunner:
             done.record()
         return LaunchedStep(batch.items, sequences, tokens, logprobs, top, done)
 
-    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits of the given rows; batch-invariant results need few at a time."""
-        if not self.config.invariant_chunk or rows.shape[0] <= MAX_HEAD_ROWS:
-            return self.model.compute_logits(hidden[rows])
-        pieces = [self.model.compute_logits(hidden[r]) for r in rows.split(MAX_HEAD_ROWS)]
-        return torch.cat(pieces)
-
     def _record_prompt_logprobs(self, hidden: Tensor, batch: Batch) -> None:
         """Append to prompt_logprobs of the sequences that want them. This waits for the device."""
         first = 0
@@ -185,7 +172,8 @@ class ModelRunner:
         self, sequence: Sequence, hidden: Tensor, rows: Tensor, targets: list[int], wanted: int
     ) -> None:
         token_ids = torch.tensor(targets, device=self.device)
-        chosen, top = gather_logprobs(self._logits(hidden, rows), token_ids, wanted)
+        logits = self.model.compute_logits(hidden[rows])
+        chosen, top = gather_logprobs(logits, token_ids, wanted)
         tops = (
             [()] * len(targets)
             if top is None

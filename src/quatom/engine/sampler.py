@@ -6,7 +6,7 @@ temperature; then min_p, top_k and top_p cut the distribution, and
     token = first id whose cumulative probability exceeds u * total,   u in [0, 1)
 
 where u is a hash of the request's seed and the number of tokens that it has generated. Every step
-works on rows alone, so a request's tokens depend neither on its neighbours nor on its row.
+works on rows alone, so given its logits a request's tokens do not depend on its neighbours or row.
 """
 
 from collections.abc import Sequence as Rows

@@ -70,7 +70,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of token ids before anything else."""
     seed: int | None = None
-    """Same seed, prompt and parameters: same tokens, whatever else is running. None: random."""
+    """Same seed: same draws, whatever else is running, from logits that may differ in their last
+    bits with the batch. None: random."""
     stop: Sequence[str] = ()
     """Generation ends when one of these appears in the text; it is not part of the text."""
     stop_token_ids: Sequence[int] = ()

@@ -53,8 +53,7 @@ class Scheduler:
         assert config.max_prefill_chunk is not None
         self.config = config  # resolved
         self.pool = pool
-        self._prefill_chunk = max(config.max_prefill_chunk, config.invariant_chunk or 1)
-        self._unit = config.invariant_chunk or 1  # prompts are computed and shared in whole units
+        self._prefill_chunk = config.max_prefill_chunk
         self._forecast = DemandForecast(config.block_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
@@ -97,10 +96,7 @@ class Scheduler:
             return
         sequence.num_launched = sequence.num_computed
         block_size = self.config.block_size
-        known = len(sequence.token_ids)
-        if self._unit > 1:  # output tokens and the rest of a prompt attend in smaller pieces
-            known = sequence.num_prompt // self._unit * self._unit
-        full = min(sequence.num_computed, known) // block_size
+        full = min(sequence.num_computed, len(sequence.token_ids)) // block_size
         if full > sequence.num_registered and self.pool.prefix_caching:
             digests = sequence.update_digests(block_size)
             for i in range(sequence.num_registered, full):
@@ -174,9 +170,6 @@ class Scheduler:
             self.config.max_num_batched_tokens - step.num_tokens,
             self._prefill_chunk if crowded else self.config.max_num_batched_tokens,
         )
-        rest = sequence.num_prompt - sequence.num_computed - count
-        if rest > 0:
-            count -= (sequence.num_computed + count) % self._unit
         if count > 0:
             self._take(step, sequence, count)
 
@@ -246,7 +239,7 @@ class Scheduler:
             and sequence.num_output == 0
             and parent.num_launched >= sequence.num_prompt
         ):
-            computed = (sequence.num_prompt - 1) // self._unit * self._unit
+            computed = sequence.num_prompt - 1
             return list(parent.block_table[: -(-computed // block_size)]), computed
         wanted = sequence.params.prompt_logprobs
         if wanted is not None and len(sequence.prompt_logprobs) < sequence.num_prompt - 1:
@@ -255,7 +248,6 @@ class Scheduler:
             return [], 0
         shared = self.pool.match(sequence.update_digests(block_size))
         computed = min(len(shared) * block_size, sequence.num_tokens - 1)
-        computed -= computed % self._unit
         return shared[: -(-computed // block_size)], computed
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -16,6 +16,9 @@ from quatom.numerics.kv_pages import KVDtype, KVPages
 from quatom.ops.backend import Backend
 from quatom.plan import LayerPlan
 
+FEW_ROWS = 64
+"""Rows up to which a CPU multiplies the head from the left."""
+
 
 class Decoder(nn.Module):
     """A decoder of any family."""
@@ -65,7 +68,12 @@ class Decoder(nn.Module):
     def compute_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab) float32
         """Scores of the next token."""
         head = self.embedding if self.head is None else self.head
-        return scale_logits(self.config, nn.functional.linear(hidden, head).float())
+        if hidden.device.type == "cpu" and hidden.shape[0] <= FEW_ROWS:
+            # As the left operand a head of many rows is read once, at the speed of memory.
+            logits = (head @ hidden.t()).t().contiguous()
+        else:
+            logits = nn.functional.linear(hidden, head)
+        return scale_logits(self.config, logits.float())
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KVPages]:
         """Empty pages for every layer, in the recipe's format, on the model's device."""

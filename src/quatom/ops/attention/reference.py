@@ -60,7 +60,7 @@ def attention_reference(
     """See `attention`; float32 on any device.
 
     Prompts attend one sequence at a time. Sequences with one new token attend together with those
-    of as many blocks: their products have the same shapes alone and in a crowd, and the same bits.
+    of as many blocks, so that nothing is padded.
     """
     name = f"attention plan of sequences with up to {batch.max_seqlen_q} new tokens"
     plan = remember(options.shared, name, lambda: _plan(q.shape[0], pages, batch, options))

@@ -3,8 +3,7 @@
 All groups of a layer are one grouped 1x1 convolution of oneDNN: an image of T pixels whose S * W
 channels are S groups, with N output channels each, packed weights of one byte, and the weight
 scales as the scales of the S * N output channels. Integer dot products are exact whatever order a
-library adds them in, and groups are added in order, so a row's result does not depend on the rows
-beside it.
+library adds them in; the scaled groups add up in float32.
 
 Codes take one byte a weight, a quarter of what the reference holds, and a decode reads them all:
 int8 products are 4 to 5 times faster here than float32 ones.
@@ -96,5 +95,4 @@ def _sum_groups(
         "",
     )  # (1, S * N, T, 1), channels last
     sums = sums.permute(0, 2, 3, 1).view(tokens, groups, -1)
-    # torch adds up to 16 terms of a sum over rows in order, more in a tree that S alone decides.
     return sums.mul_(scales.unsqueeze(2)).sum(dim=1)
