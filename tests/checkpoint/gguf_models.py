@@ -50,7 +50,7 @@ def write_gguf(
     pre: str | None = "smollm",
     tokenizer: dict | None = None,
     change: dict | None = None,
-    extra_tensors: tuple[str, ...] = (),
+    extra: dict[str, torch.Tensor] | None = None,
     drop: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Write the file; returns what reading must give, by Hugging Face name."""
@@ -81,8 +81,8 @@ def write_gguf(
         # Blocks lie along a row, so quantizing rows in another order gives the same numbers.
         values = dequantize(quantize(tensor.numpy(), kind), kind)
         expected[hf_name(name)] = torch.from_numpy(np.array(values, dtype=np.float32))
-    for name in extra_tensors:
-        writer.add_tensor(name, np.ones(16, dtype=np.float32))
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
