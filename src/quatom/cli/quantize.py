@@ -20,7 +20,11 @@ def quantize(
         str, typer.Option(help="Preset name, or a JSON file with a recipe.")
     ] = "atom-w4a4kv4",
     calibration: Annotated[
-        Path | None, typer.Option(help="Plain-text file to measure statistics on.")
+        Path | None,
+        typer.Option(
+            help="Text to measure statistics on: a .txt file, .jsonl with text or messages, or a "
+            "data set of the hub, ORGANIZATION/NAME[:CONFIGURATION[:SPLIT]]."
+        ),
     ] = None,
     num_samples: Annotated[
         int | None, typer.Option(help="Calibration sequences; default: the recipe's.")
