@@ -109,7 +109,7 @@ def read_gguf(path: Path) -> GGUFFile:
             num_tensors, num_entries = _scalar(stream, "<Q"), _scalar(stream, "<Q")
             metadata = {}
             for _ in range(num_entries):
-                key = _string(stream, size)
+                key = _name(stream, size)
                 metadata[key] = _value(stream, _scalar(stream, "<I"), size)
             entries = [_tensor_entry(stream, size) for _ in range(num_tensors)]
             alignment = int(metadata.get("general.alignment", 32))
@@ -167,6 +167,14 @@ def _take(stream: BinaryIO, count: int) -> bytes:
     return data
 
 
+def _name(stream: BinaryIO, limit: int) -> str:
+    """A key or the name of a tensor, which errors may show."""
+    name = _string(stream, limit)
+    if not name.isprintable():
+        raise ValueError(f"a name {name[:80]!r}")
+    return name
+
+
 def _string(stream: BinaryIO, limit: int) -> str:
     length = _scalar(stream, "<Q")
     if length > limit:
@@ -192,7 +200,7 @@ def _value(stream: BinaryIO, kind: int, limit: int) -> Any:
 
 
 def _tensor_entry(stream: BinaryIO, limit: int) -> tuple[str, tuple[int, ...], int, int]:
-    name = _string(stream, limit)
+    name = _name(stream, limit)
     num_dimensions = _scalar(stream, "<I")
     if num_dimensions > 4:
         raise ValueError(f"tensor {name} has {num_dimensions} dimensions")

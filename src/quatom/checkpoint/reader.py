@@ -21,6 +21,7 @@ from quatom.checkpoint.hub import download, hub_name
 from quatom.checkpoint.safetensors_file import read_bytes, read_tensor
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.checkpoint.validation import (
+    check_blocks,
     check_finite,
     check_names,
     check_tied,
@@ -53,6 +54,11 @@ class TensorSource:
     _locate: Callable[[str], Path]
     notes: tuple[str, ...] = ()
     """What was passed over, read under another name or converted, a sentence each."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that tensors are read from."""
+        return self._files
 
     def names(self) -> list[str]:
         """All tensors, in the order of the network."""
@@ -167,6 +173,7 @@ def _open_gguf(path: Path) -> TensorSource:
     file = read_split_gguf(path)
     config = hf_config(file)
     model_config = _model_config(path, config)
+    check_blocks(path, model_config.num_layers, len(file.tensors))
     stored = {
         hf_name(n): TensorSpec(t.shape, torch.float32)
         for n, t in file.tensors.items()
@@ -197,6 +204,7 @@ def _open_safetensors(folder: Path) -> TensorSource:
         tokens = tuple(dict.fromkeys(model_config.eos_token_ids + extra))
         model_config = replace(model_config, eos_token_ids=tokens)
     headers, notes = read_headers(folder)
+    check_blocks(folder, model_config.num_layers, len(headers))
     expected = checkpoint_tensors(plan(model_config, recipe or PRESETS["fp16"]))
     headers, renamed = plain_names(folder, headers, expected)
     headers, passed = pass_over(headers, expected)

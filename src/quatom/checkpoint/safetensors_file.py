@@ -90,6 +90,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(file: Path, name: str, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:
+    if not name.isprintable():  # errors may show it
+        raise ValueError(f"a tensor is named {name!r}")
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
         raise CheckpointError(

@@ -39,7 +39,7 @@ def tokenizer_from_source(source: TensorSource) -> "PreTrainedTokenizerBase":
         CheckpointError: the folder has no tokenizer files, or they cannot be read as they are.
         ModelError: a GGUF file's tokenizer is of a kind that is not supported.
     """
-    if _only_in_gguf(source):
+    if only_in_gguf(source):
         assert source.gguf is not None
         return build_from_gguf(source.gguf)
     return read_folder(source.folder)
@@ -54,7 +54,7 @@ def find_tokenizer(source: TensorSource) -> "PreTrainedTokenizerBase | None":
 
 def write_tokenizer(source: TensorSource, target_folder: Path) -> None:
     """Copy tokenizer files, chat templates and generation settings; build them for a GGUF file."""
-    if _only_in_gguf(source):
+    if only_in_gguf(source):
         assert source.gguf is not None
         _save_built(build_from_gguf(source.gguf), target_folder)
         return
@@ -66,7 +66,7 @@ def write_tokenizer(source: TensorSource, target_folder: Path) -> None:
             shutil.copytree(source.folder / name, target_folder / name, dirs_exist_ok=True)
 
 
-def _only_in_gguf(source: TensorSource) -> bool:
+def only_in_gguf(source: TensorSource) -> bool:
     """Whether the GGUF file's own tokenizer counts: a tokenizer.json beside it goes first."""
     return source.gguf is not None and not (source.folder / "tokenizer.json").exists()
 

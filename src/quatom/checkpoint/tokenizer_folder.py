@@ -62,7 +62,7 @@ def read_folder(folder: Path) -> "PreTrainedTokenizerBase":
         )
     add_listed_tokens(core, folder, settings)
     special = special_tokens(folder, settings)
-    if _class_name(settings) in _BEGINNING_CLASSES and not _has_template(core):
+    if _begins_by_class(core, settings):
         bos = special.get("bos_token") if settings.get("add_bos_token", True) else None
         eos = special.get("eos_token") if settings.get("add_eos_token", False) else None
         add_template(core, bos, eos)
@@ -72,6 +72,16 @@ def read_folder(folder: Path) -> "PreTrainedTokenizerBase":
         chat_template(folder, settings),
         clean_up=settings.get("clean_up_tokenization_spaces") is True,
     )
+
+
+def class_counts(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `tokenizer_class` is asked for what tokenizer.json does not say."""
+    file = folder / "tokenizer.json"
+    return not file.exists() or _begins_by_class(_read_core(file), settings)
+
+
+def _begins_by_class(core: "Tokenizer", settings: Mapping[str, Any]) -> bool:
+    return _class_name(settings) in _BEGINNING_CLASSES and not _has_template(core)
 
 
 def _read_core(file: Path) -> "Tokenizer":

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONFIG = "tokenizer_config.json"
+READ = (*SPECIAL_NAMES, "added_tokens_decoder", "chat_template", "clean_up_tokenization_spaces")
+"""Keys of tokenizer_config.json that are read always."""
+READ_BY_CLASS = ("tokenizer_class", "add_bos_token", "add_eos_token")
+"""Keys that are read where tokenizer.json does not say what begins and ends a text."""
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 

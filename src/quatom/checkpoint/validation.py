@@ -35,6 +35,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
+def check_blocks(where: Path, num_blocks: int, num_tensors: int) -> None:
+    """Raise CheckpointError if a configuration asks for more blocks than there are tensors.
+
+    Before all names of all blocks are listed: a damaged number must not fill the memory.
+    """
+    if num_blocks > num_tensors:
+        raise CheckpointError(
+            f"{where}: the configuration asks for {num_blocks} blocks and there are {num_tensors} "
+            "tensors in all; configuration and weights do not belong together"
+        )
+
+
 def check_names(
     where: Path, expected: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:

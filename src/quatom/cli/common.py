@@ -117,14 +117,21 @@ def window_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
         yield on_window
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on the terminal; numbers, that is all columns but the first, to the right."""
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False
+) -> None:
+    """A table on the terminal; numbers, that is all columns but the first, to the right.
+
+    With `text` they are words, and stay on the left.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left", overflow="fold")
+        table.add_column(
+            name, justify="right" if position and not text else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*row)
     Console().print(table)
