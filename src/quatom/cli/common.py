@@ -81,17 +81,17 @@ def _progress(columns: str) -> Iterator[Any]:
 
 @contextmanager
 def block_progress(title: str) -> Iterator[Callable[["QuantizedBlock"], None]]:
-    """A bar over decoder blocks with the last one's relative error."""
+    """A bar over decoder blocks with the last one's seconds and relative error."""
     with _progress("{task.fields[error]}") as progress:
         task = progress.add_task(title, total=None, error="")
 
         def on_block(block: "QuantizedBlock") -> None:
-            error = block.relative_error
+            error, seconds = block.relative_error, f"{block.seconds:.1f} s for the last"
             progress.update(
                 task,
                 total=block.num_blocks,
                 completed=block.index + 1,
-                error="" if error is None else f"relative error {error:.3f}",
+                error=seconds if error is None else f"{seconds}, relative error {error:.3f}",
             )
 
         yield on_block

@@ -64,7 +64,10 @@ def quantize(
         opened = random_source(source.removeprefix("random:"), device=device)
         tokens = random_tokens(opened.model_config, chosen.calibration)
     started = time.perf_counter()
-    with block_progress(f"Quantizing to {chosen.name}") as on_block:
+    text = chosen.calibration
+    samples = f", {text.num_samples} x {text.sequence_length} tokens"
+    what = f"Quantizing to {chosen.name}{samples if chosen.needs_calibration else ''}"
+    with block_progress(what) as on_block:
         report = quantize_checkpoint(
             opened,
             target,
