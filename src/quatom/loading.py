@@ -11,7 +11,7 @@ from torch import Tensor
 from quatom.checkpoint.codec import decode
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import linear_tensors, qk_norm_sizes
-from quatom.checkpoint.tokenizer import tokenizer_from_source
+from quatom.checkpoint.tokenizer import find_tokenizer
 from quatom.errors import BackendError, CheckpointError
 from quatom.families.spec import ModelConfig, Norm, NormName
 from quatom.modeling.block import DecoderBlock
@@ -195,13 +195,6 @@ def default_dtype(source: TensorSource, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
-def _tokenizer(source: TensorSource) -> "PreTrainedTokenizerBase | None":
-    """None where the folder holds no tokenizer: token ids still work."""
-    if source.gguf is None and not any(source.folder.glob("tokenizer*")):
-        return None
-    return tokenizer_from_source(source)
-
-
 def load(
     source: str | Path,
     *,
@@ -235,7 +228,7 @@ def load(
     return LoadedModel(
         model=build_decoder(resolved, blocks, _reader(opened, device, dtype), backend),
         plan=resolved,
-        tokenizer=_tokenizer(opened),
+        tokenizer=find_tokenizer(opened),
         device=device,
         dtype=dtype,
         source=str(source),

@@ -47,9 +47,10 @@ def write_gguf(
     architecture: str = "llama",
     quantization: GGMLQuantizationType = GGMLQuantizationType.F32,
     tied: bool = False,
-    pre: str = "smollm",
+    pre: str | None = "smollm",
+    tokenizer: dict | None = None,
     change: dict | None = None,
-    extra_tensors: tuple[str, ...] = (),
+    extra: dict[str, torch.Tensor] | None = None,
     drop: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Write the file; returns what reading must give, by Hugging Face name."""
@@ -63,7 +64,7 @@ def write_gguf(
         full = key if key.startswith(("tokenizer.", "split.")) else f"{architecture}.{key}"
         kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         kinds[type(value)](full, value)
-    add_tokenizer(writer, pre)
+    add_tokenizer(writer, pre, tokenizer or {})
     expected = {}
     biases = BIASES if architecture == "qwen2" else []
     stored = [n for n in GLOBAL if not (tied and n == "output.weight")]
@@ -80,8 +81,8 @@ def write_gguf(
         # Blocks lie along a row, so quantizing rows in another order gives the same numbers.
         values = dequantize(quantize(tensor.numpy(), kind), kind)
         expected[hf_name(name)] = torch.from_numpy(np.array(values, dtype=np.float32))
-    for name in extra_tensors:
-        writer.add_tensor(name, np.ones(16, dtype=np.float32))
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -89,13 +90,27 @@ def write_gguf(
     return expected
 
 
-def add_tokenizer(writer: GGUFWriter, pre: str) -> None:
-    """A byte-level BPE vocabulary whose merges would join digits."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(WORDS)
-    writer.add_token_types([3, 3] + [1] * (len(WORDS) - 2))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{% for m in messages %}<s>{{ m['content'] }}{% endfor %}")
+def add_tokenizer(writer: GGUFWriter, pre: str | None, change: dict) -> None:
+    """A byte-level BPE vocabulary whose merges would join digits; `change` replaces entries.
+
+    Keys are those of the format without `tokenizer.`, None removes one.
+    """
+    entries = {
+        "ggml.model": "gpt2",
+        "ggml.pre": pre,
+        "ggml.tokens": WORDS,
+        "ggml.token_type": [3, 3] + [1] * (len(WORDS) - 2),
+        "ggml.merges": MERGES,
+        "ggml.bos_token_id": 0,
+        "ggml.eos_token_id": 1,
+        "chat_template": "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}",
+    }
+    kinds = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    for key, value in (entries | change).items():
+        if value is not None:
+            kinds[type(value)](f"tokenizer.{key}", value)

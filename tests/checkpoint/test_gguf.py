@@ -1,5 +1,6 @@
 """GGUF files: tensors, configuration, damage. Real files are compared in the slow tier."""
 
+import math
 import os
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from gguf import GGMLQuantizationType
 
 from quatom.checkpoint.gguf_file import read_gguf
+from quatom.checkpoint.gguf_rope import llama3_scaling
 from quatom.checkpoint.reader import open_source
+from quatom.checkpoint.tokenizer import tokenizer_from_source
 from quatom.errors import CheckpointError, ModelError
 from quatom.families.spec import Rope
 from tests.checkpoint.gguf_models import write_gguf
@@ -58,7 +61,9 @@ REFUSED = {
     "yarn": ({"rope.scaling.type": "yarn"}, "rope.scaling.type 'yarn' is not supported"),
     "experts": ({"expert_count": 8}, r"metadata \['llama.expert_count'\] is unknown"),
     "partial rotary": ({"rope.dimension_count": 16}, "rotary embedding of 16 .* of 32 channels"),
-    "one of several": ({"split.count": 3}, "is one of 3 parts; join them"),
+    "a part by another name": ({"split.count": 3}, "says that it is part 0 of 3.* 0 of 1"),
+    "a head count for each layer": ({"attention.head_count": "4"}, "one positive integer"),
+    "no heads": ({"attention.head_count": 0}, "one positive integer"),
     "no size": ({"block_count": None}, "lacks 'block_count'"),
 }
 
@@ -78,12 +83,8 @@ def test_tensors_that_are_missing_or_unknown(tmp_path):
     with pytest.raises(CheckpointError, match=r"lacks model.layers.1.mlp.up_proj.weight \(1 of 21"):
         open_source(path)
     path.unlink()
-    write_gguf(path, extra_tensors=("blk.0.attn_q_norm.weight",))
+    write_gguf(path, extra={"blk.0.attn_q_norm.weight": torch.ones(16)})
     with pytest.raises(CheckpointError, match=r"holds blk.0.attn_q_norm.weight \(1 such"):
-        open_source(path)
-    path.unlink()
-    write_gguf(path, extra_tensors=("rope_freqs.weight",))
-    with pytest.raises(ModelError, match=r"rope_freqs.weight .* is not supported"):
         open_source(path)
 
 
@@ -112,6 +113,147 @@ def test_damage_in_the_head_is_an_error(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
             read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (4, "Q4_2, which llama.cpp removed"),
+        (31, "Q4_0_4_4, which llama.cpp removed"),
+        (36, "IQ4_NL_4_4, which llama.cpp removed"),
+        (152, "IQ5_KS of ik_llama.cpp"),
+        (999, "unknown to the installed gguf package"),
+        (15, "Q8_K"),  # intermediate results only; the gguf package has no code for it
+    ],
+)
+def test_codings_that_are_not_read_are_named(tmp_path, number, name):
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    content = path.read_bytes()
+    entry = content.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight")
+    place = entry + 4 + 2 * 8  # behind the number of dimensions and two of them
+    path.write_bytes(content[:place] + number.to_bytes(4, "little") + content[place + 4 :])
+    with pytest.raises(
+        ModelError, match=rf"tensor blk.0.attn_q.weight has GGML type {number}"
+    ) as e:
+        open_source(path)
+    assert name in str(e.value)
+    assert "another quantization" in str(e.value)
+
+
+def test_capitals_and_projectors(tmp_path):
+    write_gguf(tmp_path / "MODEL.GGUF")
+    (tmp_path / "mmproj-model.gguf").write_bytes(b"GGUF of images")
+    assert open_source(tmp_path).gguf == tmp_path / "MODEL.GGUF"
+    assert open_source(tmp_path / "MODEL.GGUF").model_config.num_layers == 2
+
+
+def split(path, count):
+    """Cut a file's tensors into parts, as llama-gguf-split does; the first has all metadata."""
+    from gguf import GGUFReader, GGUFWriter
+
+    reader = GGUFReader(path)
+    parts = []
+    for number in range(count):
+        name = path.with_name(f"{path.stem}-{number + 1:05d}-of-{count:05d}.gguf")
+        writer = GGUFWriter(name, "llama")
+        if number == 0:
+            for key, field in reader.fields.items():
+                if not key.startswith("GGUF.") and key != "general.architecture":
+                    writer.add_key_value(key, field.contents(), field.types[0], *field.types[1:2])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        for tensor in reader.tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(name)
+    return parts
+
+
+def test_split_files_are_one_model(tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = tmp_path / "whole" / "model.gguf"
+    expected = write_gguf(whole, quantization=GGMLQuantizationType.Q8_0)
+    parts = [tmp_path / part.name for part in split(whole, 3)]
+    for part in parts:
+        (whole.parent / part.name).rename(part)
+    for source in (open_source(tmp_path), open_source(parts[0]), open_source(parts[2])):
+        assert source.gguf == parts[0]
+        assert source.config_dict == open_source(whole).config_dict
+        for name, tensor in expected.items():
+            assert torch.equal(source.load(name), tensor), name
+        assert tokenizer_from_source(source)("ab")["input_ids"] == [2, 3]
+    before = open_source(tmp_path).fingerprint()
+    other = parts[2].read_bytes()
+    parts[2].write_bytes(other[:-100] + bytes(100))
+    assert open_source(tmp_path).fingerprint() != before
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(CheckpointError, match=r"00003-of-00003.gguf says that it is part 1 of 3"):
+        open_source(tmp_path)
+    parts[2].unlink()
+    with pytest.raises(CheckpointError, match=r"00003-of-00003.gguf is missing") as caught:
+        open_source(parts[0])
+    assert "one of 3 parts" in str(caught.value)
+
+
+def llama3_table(theta, dim, factor, context=8192, low=1.0, high=4.0):
+    """What llama.cpp's converter writes: frequencies in float32, then pair by pair."""
+    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    divisors = []
+    for frequency in frequencies.tolist():
+        wavelength = 2 * math.pi / frequency
+        if wavelength < context / high:
+            divisors.append(1.0)
+        elif wavelength > context / low:
+            divisors.append(factor)
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(divisors, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("theta", [500000.0, 1000000.0])
+def test_a_table_of_llama_3_is_recognized_for_sure(theta, dim, factor):
+    table = llama3_table(theta, dim, factor)
+    found = llama3_scaling(table, theta)
+    assert found["rope_type"] == "llama3"
+    assert found["factor"] == factor
+    others = [
+        table.sqrt(),
+        llama3_table(theta, dim, factor, context=8000),
+        llama3_table(theta, dim, factor, high=4.1),
+        llama3_table(theta, dim, factor, low=1.1),
+        llama3_table(theta * 1.01, dim, factor),
+        table * 1.001,
+        torch.where(table > 1, factor, 1.0),
+        torch.full_like(table, torch.nan),
+    ]
+    for other in others:
+        assert llama3_scaling(other, theta) is None
+
+
+def test_a_file_of_llama_3_has_its_scaling(tmp_path):
+    path = tmp_path / "model.gguf"
+    table = llama3_table(500000.0, 32, 8.0)
+    write_gguf(path, change={"rope.freq_base": 500000.0}, extra={"rope_freqs.weight": table})
+    scaling = open_source(path).model_config.rope_scaling
+    assert (scaling.kind, scaling.factor, scaling.original_max_position) == ("llama3", 8.0, 8192)
+    path.unlink()
+    write_gguf(path, extra={"rope_freqs.weight": torch.ones(16)})
+    assert open_source(path).model_config.rope_scaling is None
+    path.unlink()
+    write_gguf(path, extra={"rope_freqs.weight": torch.full((16,), 3.0)})
+    with pytest.raises(ModelError, match="frequencies by 3 to 3, in another way than Llama 3"):
+        open_source(path)
+    path.unlink()
+    write_gguf(path, extra={"rope_freqs.weight": torch.ones(8)})
+    with pytest.raises(ModelError, match=r"rope_freqs.weight of shape \(8,\)"):
+        open_source(path)
 
 
 def real_models() -> list[Path]:

@@ -140,10 +140,10 @@ def change(**tensors):
     return lambda folder: replace_tensors(folder / "model-00003-of-00003.safetensors", **tensors)
 
 
-def outside(folder):
+def name_shard(folder, name):
     index = folder / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
-    edit_json(index, weight_map=weight_map | {"model.norm.weight": "../x.safetensors"})
+    edit_json(index, weight_map=weight_map | {"model.norm.weight": name})
 
 
 DAMAGES = {
@@ -151,7 +151,20 @@ DAMAGES = {
         lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
         r"lacks the shard model-00002-of-00003.safetensors with 7 of 21 tensors; download it",
     ),
-    "shard outside the folder": (outside, r"lacks the shard \.\./x"),
+    "shard outside the folder": (
+        lambda f: name_shard(f, "../x.safetensors"),
+        r"index.json: weight_map must give .* it gives '../x.safetensors' for model.norm.weight",
+    ),
+    "shard by an absolute path": (
+        lambda f: name_shard(f, "/x.safetensors"),
+        r"it gives '/x.safetensors' for model.norm.weight",
+    ),
+    "shard that is a number": (
+        lambda f: name_shard(f, 3),
+        r"weight_map must give each tensor the name of a file in the folder, it gives 3 for",
+    ),
+    "shard that is a list": (lambda f: name_shard(f, ["a"]), r"it gives \['a'\] for"),
+    "shard without a name": (lambda f: name_shard(f, ""), r"it gives '' for"),
     "truncated shard": (
         truncate,
         r"model-00002-of-00003.safetensors is truncated .*describes \d+ bytes, the file has \d+",
@@ -295,24 +308,3 @@ def test_places_that_hold_no_model(tmp_path):
     for name, message in places.items():
         with pytest.raises(QuatomError, match=message):
             open_source(tmp_path / name)
-
-
-def test_hub_ids_are_downloaded_and_failures_explained(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    write_model(tmp_path)
-    asked = []
-
-    def download(hub_id, allow_patterns, ignore_patterns):
-        assert "*.safetensors" in allow_patterns
-        asked.append(hub_id)
-        if hub_id == "some/model":
-            return str(tmp_path)
-        raise OSError("no route to host\nsecond line")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert open_source("some/model").folder == tmp_path
-    with pytest.raises(CheckpointError, match=r"no/model is no local folder.*no route") as caught:
-        open_source("no/model")
-    assert "second line" not in str(caught.value)
-    assert asked == ["some/model", "no/model"]

@@ -66,7 +66,6 @@ def test_every_tensor_is_aligned_to_its_item(tmp_path):
     "header",
     [
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',  # 8 bytes expected
-        b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}',
         b'{"a":{"dtype":"F32","shape":[1]}}',
         b'{"a":3}',
@@ -88,3 +87,11 @@ def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"truncated or damaged: its header describes"):
             read_header(file)
+
+
+def test_a_dtype_that_torch_does_not_have_is_named(tmp_path):
+    file = tmp_path / "a.safetensors"
+    header = b'{"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(CheckpointError, match=r"tensor a has dtype 'F4', which is not supported"):
+        read_header(file)

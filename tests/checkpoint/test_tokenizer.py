@@ -4,7 +4,6 @@ import pytest
 
 from quatom.checkpoint.reader import open_source
 from quatom.checkpoint.tokenizer import tokenizer_from_source, write_tokenizer
-from quatom.errors import CheckpointError, ModelError
 from tests.checkpoint.gguf_models import WORDS, write_gguf
 from tests.checkpoint.models import write_model
 
@@ -31,7 +30,7 @@ def test_digits_are_cut_as_the_file_says(tmp_path, pre):
     source = open_source(tmp_path / "model.gguf")
     tokenizer = tokenizer_from_source(source)
     assert tokenizer.tokenize(TEXT) == PIECES[pre]
-    ids = tokenizer(f"<s>{TEXT}</s>")["input_ids"]
+    ids = tokenizer(f"<s>{TEXT}</s>", add_special_tokens=False)["input_ids"]
     assert ids == [0, *(WORDS.index(piece) for piece in PIECES[pre]), 1]
     assert tokenizer.decode(ids) == f"<s>{TEXT}</s>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == TEXT
@@ -66,20 +65,6 @@ def test_tokenizer_files_of_a_folder_are_copied_byte_by_byte(tmp_path, tiny_llam
         assert (tmp_path / "copy" / name).read_bytes() == original
     tokenizer = tokenizer_from_source(source)
     assert tokenizer.decode(tokenizer("Hi there")["input_ids"]) == "Hi there"
-
-
-def test_unknown_pre_tokenizers_and_missing_files_are_refused(tmp_path):
-    write_gguf(tmp_path / "model.gguf", pre="gemma")
-    source = open_source(tmp_path / "model.gguf")
-    with pytest.raises(ModelError, match=r"'gpt2' with pre-tokenizer 'gemma' is not supported"):
-        tokenizer_from_source(source)
-    bare = open_source(write_model(tmp_path / "bare"))
-    with pytest.raises(CheckpointError, match=r"neither tokenizer.json nor tokenizer.model"):
-        tokenizer_from_source(bare)
-    write_tokenizer(bare, tmp_path)  # nothing to copy
-    (tmp_path / "bare" / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"cannot read the tokenizer of .*bare"):
-        tokenizer_from_source(bare)
 
 
 def test_tokenizer_files_beside_a_gguf_win(tmp_path, tiny_llama_dir):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -134,6 +135,26 @@ ARGUMENTS = {
         lambda d: ("--calibration", text(d, b"abc\xff\xfe")),
         ["text.txt", "not UTF-8", "byte 3"],
     ),
+    "rows of JSON": (
+        lambda d: ("--calibration", text(d, b'[{"text": "a"}]', "rows.json")),
+        ["rows.json is no plain text", ".jsonl"],
+    ),
+    "a binary file": (
+        lambda d: ("--calibration", text(d, b"ab\0cd" * 100)),
+        ["text.txt is no text", "control character 0"],
+    ),
+    "too little text for samples that differ": (
+        lambda d: ("--calibration", text(d, b"a" * 24), "--num-samples", 4),
+        ["24 tokens", "only 1 of 4", "--num-samples"],
+    ),
+    "a token that the model does not have": (
+        lambda d: ("--calibration", text(d, "é</s>[PAD]".encode() * 50)),
+        ["token id 260", "260 tokens, 0 to 259"],
+    ),
+    "a data set without the network": (
+        lambda d: ("--calibration", "no/data:config"),
+        ["no/data is no file", ".jsonl"],
+    ),
     "no text at all": (lambda d: (), ["atom-w4a4kv4", "--calibration"]),
     "sequences longer than the model's context": (
         lambda d: ("--calibration", text(d, b"a" * 5000), "--sequence-length", 4096),
@@ -179,17 +200,81 @@ def text(folder, content, name="text.txt"):
 
 @pytest.mark.parametrize("fault", ARGUMENTS)
 def test_bad_arguments_of_quantize_are_refused_and_nothing_is_written(
-    fault, small_dir, shell, tmp_path, monkeypatch
+    fault, padded_dir, shell, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     make, words = ARGUMENTS[fault]
     # Later options win: SHORT holds where a row gives none.
     arguments = (*SHORT, *make(tmp_path))
     before = tree(tmp_path)
-    error = shell.fails("quantize", small_dir, tmp_path / "q", *arguments)
+    error = shell.fails("quantize", padded_dir, tmp_path / "q", *arguments)
     for word in words:
         assert word in error, error
     assert tree(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def padded_dir(small_dir, tmp_path_factory):
+    """The small model of 260 tokens with a tokenizer of 261, as some fine-tunes are."""
+    folder = shutil.copytree(small_dir, tmp_path_factory.mktemp("models") / "padded")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    listed = {str(258 + i): {"content": text} for i, text in enumerate(["[A]", "[B]", "[PAD]"])}
+    settings |= {"added_tokens_decoder": listed}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_token_beyond_the_vocabulary_is_one_line_in_every_command(padded_dir, shell, tmp_path):
+    words = text(tmp_path, b"a[PAD]" * 50)
+    eval_error = shell.fails("eval", padded_dir, "--perplexity", words, "--sequence-length", 50)
+    generate_error = shell.fails("generate", padded_dir, "--prompt", "a[PAD]")
+    inspect_error = shell.fails("inspect", padded_dir, "--text", words)
+    for error in (eval_error, generate_error):
+        assert "token id 260" in error
+        assert "260 tokens, 0 to 259" in error
+    assert "fewer than" in inspect_error or "token id 260" in inspect_error
+
+
+@pytest.mark.parametrize("target", [".", "/", "..", "sub/.."])
+def test_a_target_that_is_a_folder_by_nature_is_refused(target, small_dir, text_file, shell):
+    error = shell.fails("quantize", small_dir, target, "--calibration", text_file, *SHORT)
+    assert f"{target} is an existing folder" in error
+
+
+HUGE = {  # (change of a tensor, words of the error)
+    "eval": ("loss of window 1 of", "block 1 gives"),
+    "quantize": ("block 1 gives",),
+}
+
+
+@pytest.mark.parametrize("command", HUGE)
+def test_values_that_overflow_are_named_with_their_block(
+    command, broken, text_file, shell, tmp_path
+):
+    """Two finite factors, whose product no float32 holds, in block 1."""
+    for name in ("up_proj", "gate_proj"):
+        tensor = torch.full((160, 128), 1e30)
+        change_tensor(broken, tensor, f"model.layers.1.mlp.{name}.weight")
+    arguments = {
+        "eval": ("--perplexity", text_file, "--sequence-length", 50, "--max-windows", 2),
+        "quantize": (tmp_path / "q", "--calibration", text_file, *SHORT),
+    }[command]
+    out = ("--json", tmp_path / "out.json")
+    error = shell.fails(command, broken, *arguments, *out)
+    for word in HUGE[command]:
+        assert word in error, error
+    assert "nan" in error or "inf" in error
+    assert not (tmp_path / "out.json").exists()
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_loss_whose_exponential_overflows_is_an_error(broken, text_file, shell):
+    change_tensor(broken, torch.randn(260, 128) * 1e6, "lm_head.weight")
+    options = ("--sequence-length", 50, "--max-windows", 2)
+    error = shell.fails("eval", broken, "--perplexity", text_file, *options)
+    assert "the mean loss is" in error
+    assert "whose exponential no number holds" in error
 
 
 def test_a_target_that_exists_is_kept(small_dir, text_file, shell, tmp_path):
@@ -311,6 +396,30 @@ def test_chat_without_a_template_is_refused(broken, shell):
     (broken / "tokenizer_config.json").write_text(json.dumps(settings))
     error = shell.fails("generate", broken, "--prompt", "a", "--chat")
     assert "no chat template" in error
+
+
+TEMPLATES = {
+    "an exception of its own": ("{{ raise_exception('roles must alternate') }}", "roles must alt"),
+    "a syntax error": ("{% for m in %}", "TemplateSyntaxError"),
+    "an undefined attribute": ("{{ messages[0].parts.text.x }}", "UndefinedError"),
+    "an attribute of nothing": ("{{ nothing.text }}", "'nothing' is undefined"),
+    "a division by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    "a list without default": (
+        [{"name": "rag", "template": "a"}, {"name": "tools", "template": "b"}],
+        "chat template fails",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", TEMPLATES)
+def test_a_chat_template_that_fails_is_one_line(fault, broken, shell):
+    template, words = TEMPLATES[fault]
+    settings = json.loads((broken / "tokenizer_config.json").read_text())
+    settings["chat_template"] = template
+    (broken / "tokenizer_config.json").write_text(json.dumps(settings))
+    error = shell.fails("generate", broken, "--prompt", "a", "--chat")
+    assert words in error
+    assert "leave --chat out" in error
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_a_document_of_exactly_one_window_has_one_place(tokenizer):
 def test_a_file_that_is_no_c4_shard_is_refused(tmp_path, tokenizer):
     path = tmp_path / "c4-validation.00000-of-00008.json"
     path.write_text('{"body": 1}\n')
-    with pytest.raises(CalibrationError, match="must be JSON lines"):
+    with pytest.raises(CalibrationError, match="every row must have a 'text'"):
         load_corpus(path, tokenizer)
 
 

@@ -374,3 +374,44 @@ def test_rows_of_the_fixtures_reach_the_prompts(task_dir):
     assert tasks["arc_easy"].doc_to_target(first["arc_easy"]) == 1
     assert tasks["boolq"].doc_to_target(first["boolq"]) == 0
     assert tasks["winogrande"].doc_to_choice(first["winogrande"])[1].endswith("because the box")
+
+
+@pytest.fixture
+def without_ends(tiny_llama_dir, tmp_path):
+    """A model whose tokenizer names no token that begins or ends a text."""
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "eos_token"):
+        settings.pop(name)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load(folder)
+
+
+def test_without_bos_and_eos_only_texts_without_context_are_refused(loaded, without_ends):
+    pair = requests_of("loglikelihood", ("Question: why?\nAnswer:", " because"))
+    model = QuatomLM(without_ends, progress=False)
+    assert model.loglikelihood(pair) == QuatomLM(loaded, progress=False).loglikelihood(pair)
+    generated = requests_of("generate_until", ("a", {"until": ["\n"], "max_gen_toks": 4}))
+    assert len(model.generate_until(generated)) == 1
+    alone = requests_of("loglikelihood", ("", "no context at all"))
+    with pytest.raises(ModelError, match=r"neither bos_token nor eos_token") as caught:
+        model.loglikelihood(alone)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_and_values_that_are_none_are_refused(tiny_llama_dir):
+    from dataclasses import replace
+
+    loaded = load(tiny_llama_dir)
+    fewer = replace(loaded, config=replace(loaded.config, vocab_size=256))
+    requests = requests_of("loglikelihood", ("a", " b</s>"))
+    with pytest.raises(CalibrationError, match=r"token id 257, and the model has 256 tokens"):
+        QuatomLM(fewer, progress=False).loglikelihood(requests)
+    with torch.no_grad():
+        for parameter in [*loaded.model.parameters(), *loaded.model.buffers()]:
+            parameter.mul_(torch.nan) if parameter.is_floating_point() else None
+    with pytest.raises(ModelError, match=r"log-probabilities that are not finite"):
+        QuatomLM(loaded, progress=False).loglikelihood(requests)

@@ -116,7 +116,9 @@ def write_results(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: a crash while writing keeps the results that are there.
     temporary = path.with_name(f"{path.name}.tmp")
-    text = _NUMBERS.sub(lambda m: f"[{' '.join(m[1].split())}]", json.dumps(content, indent=1))
+    text = _NUMBERS.sub(
+        lambda m: f"[{' '.join(m[1].split())}]", json.dumps(content, indent=1, allow_nan=False)
+    )
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 

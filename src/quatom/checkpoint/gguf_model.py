@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from quatom.checkpoint.gguf_file import GGUFFile, read_gguf_tensor
+from quatom.checkpoint.gguf_rope import ROPE_TABLE, llama3_scaling
 from quatom.errors import CheckpointError, ModelError
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -30,6 +31,10 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+
+
+IGNORED = (ROPE_TABLE,)
+"""Tensors that are no part of the network: read into the configuration."""
 
 
 def hf_name(name: str) -> str:
@@ -62,25 +67,15 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     """The config.json of the model in the file.
 
     Raises:
-        CheckpointError: the file is one part of several, or lacks metadata.
+        CheckpointError: the file lacks metadata, or they are of a wrong type.
         ModelError: the architecture, or something the metadata asks for, is not supported.
     """
     metadata = file.metadata
-    if metadata.get("split.count", 1) > 1:
-        raise CheckpointError(
-            f"{file.path} is one of {metadata['split.count']} parts; join them with "
-            "llama-gguf-split --merge"
-        )
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ModelError(
             f"{file.path}: general.architecture {architecture!r} is not supported; supported: "
             f"{', '.join(_ARCHITECTURES)}"
-        )
-    if "rope_freqs.weight" in file.tensors:
-        raise ModelError(
-            f"{file.path}: rope_freqs.weight (Llama-3 rotary scaling as a table) is not supported; "
-            "use the model's safetensors folder"
         )
     prefix = f"{architecture}."
     sizes = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
@@ -91,13 +86,21 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         raise CheckpointError(
             f"{file.path} lacks {error.args[0]!r}; convert the model to GGUF again"
         ) from error
+    except (TypeError, ArithmeticError) as error:  # lists of one value for each layer, or damage
+        raise ModelError(
+            f"{file.path}: {prefix}attention.head_count and its like must be one positive integer "
+            f"for all layers ({error})"
+        ) from error
     scaling, factor = sizes.pop("rope.scaling.type", "none"), sizes.pop("rope.scaling.factor", 1.0)
+    sizes.pop("rope.scaling.original_context_length", None)  # not used by none and linear
     if scaling == "linear":
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif scaling != "none":
         raise ModelError(
             f"{file.path}: rope.scaling.type {scaling!r} is not supported; none and linear are"
         )
+    if ROPE_TABLE in file.tensors:
+        config["rope_scaling"] = _table_scaling(file, config, scaling)
     if sizes:
         raise ModelError(
             f"{file.path}: metadata {sorted(prefix + k for k in sizes)} is unknown to Quatom and "
@@ -145,6 +148,26 @@ def _sizes(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": sizes.pop("rope.freq_base", 10000.0),
         "max_position_embeddings": sizes.pop("context_length"),
     }
+
+
+def _table_scaling(file: GGUFFile, config: dict[str, Any], scaling: str) -> dict[str, Any] | None:
+    """The rope_scaling entry that a table of frequency divisors stands for."""
+    table = read_gguf_tensor(file.tensors[ROPE_TABLE])
+    if scaling != "none" or table.shape != (config["head_dim"] // 2,):
+        raise ModelError(
+            f"{file.path}: {ROPE_TABLE} of shape {tuple(table.shape)} beside rope.scaling.type "
+            f"{scaling!r} is not supported; use the model's safetensors folder"
+        )
+    if bool((table == 1.0).all()):
+        return None
+    found = llama3_scaling(table, config["rope_theta"])
+    if found is None:
+        raise ModelError(
+            f"{file.path}: {ROPE_TABLE} divides the rotary frequencies by {table.min():.4g} to "
+            f"{table.max():.4g}, in another way than Llama 3's scaling; use the model's "
+            "safetensors folder"
+        )
+    return found
 
 
 def _eos(metadata: dict[str, Any]) -> int | list[int] | None:

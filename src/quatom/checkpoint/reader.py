@@ -6,7 +6,6 @@ long run could stumble over later fails here, before it starts.
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quatom.checkpoint.folder_tensors import pass_over, plain_names, read_headers
+from quatom.checkpoint.fp8 import ScaledTensor, is_fp8, scaled_tensors
+from quatom.checkpoint.gguf_parts import models
+from quatom.checkpoint.hub import download, hub_name
 from quatom.checkpoint.safetensors_file import read_bytes, read_tensor
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.checkpoint.validation import (
+    check_blocks,
     check_finite,
     check_names,
     check_tied,
-    read_headers,
     read_json,
 )
 from quatom.errors import CheckpointError, ModelError
@@ -30,10 +33,6 @@ from quatom.families.registry import read_config
 from quatom.families.spec import ModelConfig
 from quatom.plan import plan
 from quatom.recipe import PRESETS, Recipe
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
-_HUB_IGNORED = ("original/*", "onnx/*", "consolidated*")  # the same weights in other forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,13 @@ class TensorSource:
     _tensors: Mapping[str, TensorSpec]
     _read: Callable[[str], Tensor]
     _locate: Callable[[str], Path]
+    notes: tuple[str, ...] = ()
+    """What was passed over, read under another name or converted, a sentence each."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that tensors are read from."""
+        return self._files
 
     def names(self) -> list[str]:
         """All tensors, in the order of the network."""
@@ -127,64 +133,60 @@ def open_source(path_or_id: str | Path) -> TensorSource:
     """
     path = Path(path_or_id)
     if not path.exists():
-        if not _HUB_ID.fullmatch(str(path_or_id)):
+        if hub_name(str(path_or_id)) is None:
             raise CheckpointError(f"{path} does not exist")
-        path = _download(str(path_or_id))
+        path = download(str(path_or_id))
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise CheckpointError(
                 f"{path} is a file; give the folder with config.json, or a .gguf file"
             )
         return _open_gguf(path)
     if any(path.glob("*.safetensors*")):
         return _open_safetensors(path)
-    found = sorted(path.glob("*.gguf"))
-    if len(found) == 1:
-        return _open_gguf(found[0])
-    if found:
-        raise CheckpointError(
-            f"{path} holds {len(found)} .gguf files ({', '.join(f.name for f in found[:3])}...); "
-            "name one of them"
-        )
+    if (gguf := choose_gguf(path)) is not None:
+        return _open_gguf(gguf)
     torch_files = sorted(f.name for f in path.glob("*.bin"))
     reason = f"only {torch_files[0]}; convert it to safetensors" if torch_files else "no weights"
     raise CheckpointError(f"{path} holds {reason}: a *.safetensors or *.gguf file is needed")
 
 
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
+def choose_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder, the first part of a split one; None if there is none.
 
-    try:
-        return Path(
-            snapshot_download(
-                hub_id, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=list(_HUB_IGNORED)
-            )
-        )
-    except Exception as error:  # the hub client raises HTTP, OS and its own errors
-        reason = str(error).strip().partition("\n")[0]
+    Raises:
+        CheckpointError: there are several models.
+    """
+    found = models(folder.iterdir())
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:3])
         raise CheckpointError(
-            f"{hub_id} is no local folder and could not be downloaded from the hub "
-            f"({type(error).__name__}: {reason}); check the name and the network, or give the path "
-            "of a folder"
-        ) from error
+            f"{folder} holds {len(found)} .gguf files ({names}...); name one of them"
+        )
+    return found[0] if found else None
 
 
 def _open_gguf(path: Path) -> TensorSource:
-    from quatom.checkpoint.gguf_file import read_gguf
-    from quatom.checkpoint.gguf_model import hf_config, hf_name, read_as_hf
+    from quatom.checkpoint.gguf_file import read_split_gguf
+    from quatom.checkpoint.gguf_model import IGNORED, hf_config, hf_name, read_as_hf
 
-    file = read_gguf(path)
+    file = read_split_gguf(path)
     config = hf_config(file)
     model_config = _model_config(path, config)
-    stored = {hf_name(n): TensorSpec(t.shape, torch.float32) for n, t in file.tensors.items()}
+    check_blocks(path, model_config.num_layers, len(file.tensors))
+    stored = {
+        hf_name(n): TensorSpec(t.shape, torch.float32)
+        for n, t in file.tensors.items()
+        if n not in IGNORED
+    }
     tensors = check_names(path, checkpoint_tensors(plan(model_config, PRESETS["fp16"])), stored)
     return TensorSource(
         folder=path.parent,
         config_dict=config,
         model_config=model_config,
         recipe=None,
-        gguf=path,
-        _files=(path,),
+        gguf=file.path,
+        _files=tuple(sorted({tensor.file for tensor in file.tensors.values()})),
         _tensors=tensors,
         _read=lambda name: read_as_hf(file, name),
         _locate=lambda name: path,
@@ -201,12 +203,24 @@ def _open_safetensors(folder: Path) -> TensorSource:
         # Chat models list the end of a turn there only.
         tokens = tuple(dict.fromkeys(model_config.eos_token_ids + extra))
         model_config = replace(model_config, eos_token_ids=tokens)
-    headers = read_headers(folder)
+    headers, notes = read_headers(folder)
+    check_blocks(folder, model_config.num_layers, len(headers))
     expected = checkpoint_tensors(plan(model_config, recipe or PRESETS["fp16"]))
+    headers, renamed = plain_names(folder, headers, expected)
+    headers, passed = pass_over(headers, expected)
+    scaled: dict[str, ScaledTensor] = {}
+    converted: list[str] = []
+    if recipe is None:
+        quantization = config.get("quantization_config") or {}
+        headers, scaled, converted = scaled_tensors(folder, headers, quantization)
     if model_config.tie_word_embeddings and model_config.head_name in headers:
         check_tied(headers, model_config.head_name, model_config.embedding_name)
     stored = {name: TensorSpec(t.shape, t.dtype) for name, t in headers.items()}
     tensors = check_names(folder, expected, stored)
+
+    def read(name: str) -> Tensor:
+        return scaled[name].read() if name in scaled else read_tensor(headers[name])
+
     return TensorSource(
         folder=folder,
         config_dict=config,
@@ -215,8 +229,9 @@ def _open_safetensors(folder: Path) -> TensorSource:
         gguf=None,
         _files=tuple(sorted({headers[name].file for name in tensors})),
         _tensors=tensors,
-        _read=lambda name: read_tensor(headers[name]),
+        _read=read,
         _locate=lambda name: headers[name].file,
+        notes=(*notes, *renamed, *passed, *converted),
     )
 
 
@@ -232,6 +247,8 @@ def _recipe(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if isinstance(quantization, Mapping) and is_fp8(quantization):
+        return None
     if method != "quatom":
         raise ModelError(
             f"{folder / 'config.json'}: quantization_config.quant_method {method!r} is not "

@@ -32,6 +32,9 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -67,10 +70,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 )
             header = json.loads(stream.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            tensors = {name: _entry(file, 8 + length, entry) for name, entry in entries.items()}
+            tensors = {
+                name: _entry(file, name, 8 + length, entry) for name, entry in entries.items()
+            }
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{file} has a damaged safetensors header ({error!r}); download it again"
         ) from error
@@ -84,8 +89,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _entry(file: Path, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:
-    dtype = _DTYPES[entry["dtype"]]
+def _entry(file: Path, name: str, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:
+    if not name.isprintable():  # errors may show it
+        raise ValueError(f"a tensor is named {name!r}")
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise CheckpointError(
+            f"{file}: tensor {name} has dtype {entry['dtype']!r}, which is not supported; use the "
+            "model in bfloat16"
+        )
     shape = tuple(int(n) for n in entry["shape"])
     start, end = entry["data_offsets"]
     if start < 0 or end - start != prod(shape) * dtype.itemsize:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quatom.checkpoint.safetensors_file import StoredTensor, read_bytes, read_header
+from quatom.checkpoint.safetensors_file import StoredTensor, read_bytes
 from quatom.checkpoint.schema import FLOAT_DTYPES, TensorSpec
 from quatom.errors import CheckpointError
 
@@ -28,45 +28,23 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} must hold an object, it holds a {type(data).__name__}")
     return data
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every stored tensor of a folder by name, through the index where there is one.
+def check_blocks(where: Path, num_blocks: int, num_tensors: int) -> None:
+    """Raise CheckpointError if a configuration asks for more blocks than there are tensors.
 
-    Raises:
-        CheckpointError: a file is missing, damaged, or not what the index says.
+    Before all names of all blocks are listed: a damaged number must not fill the memory.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not index.exists():
-        if not single.exists():
-            raise CheckpointError(
-                f"{folder} has neither {single.name} nor {index.name}; download the missing one"
-            )
-        return read_header(single)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} has no weight_map; download it again")
-    headers: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values())):
-        file = folder / name
-        if file.parent != folder or not file.exists():
-            count = sum(value == name for value in weight_map.values())
-            raise CheckpointError(
-                f"{folder} lacks the shard {name} with {count} of {len(weight_map)} tensors; "
-                "download it"
-            )
-        headers |= {n: t for n, t in read_header(file).items() if weight_map.get(n) == name}
-    if missing := sorted(weight_map.keys() - headers.keys()):
+    if num_blocks > num_tensors:
         raise CheckpointError(
-            f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {index.name} promises "
-            f"({len(missing)} tensors in all); download the shard again"
+            f"{where}: the configuration asks for {num_blocks} blocks and there are {num_tensors} "
+            "tensors in all; configuration and weights do not belong together"
         )
-    return headers
 
 
 def check_names(
@@ -78,8 +56,8 @@ def check_names(
             f"{where} lacks {missing[0]} ({len(missing)} of {len(expected)} tensors are missing); "
             "download the model again"
         )
-    ignored = ("rotary_emb.inv_freq", "lm_head.weight")  # recomputed; tied, and checked to be so
-    unknown = [n for n in stored if n not in expected and not n.endswith(ignored)]
+    # A stored head that is tied was checked to be the embedding.
+    unknown = [n for n in stored if n not in expected and n != "lm_head.weight"]
     if unknown:
         raise CheckpointError(
             f"{where} holds {unknown[0]} ({len(unknown)} such tensors), which the model that "

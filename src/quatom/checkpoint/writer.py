@@ -78,6 +78,8 @@ class CheckpointWriter:
                 this one, another process writes it, or the disk has too little room.
         """
         self.target = Path(target)
+        if self.target.name in ("", ".."):
+            raise CheckpointError(f"{target} is an existing folder; give the name of a new one")
         self.source = source
         self.plan = resolved
         self.work = self.target.with_name(self.target.name + ".partial")
@@ -307,7 +309,7 @@ class CheckpointWriter:
         return max(sum(_num_bytes(spec) for spec in self._tensors.values()) - written, 0)
 
     def _write_json(self, path: Path, data: Mapping[str, Any]) -> None:
-        text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
         with self._disk_errors(), self._atomic(path) as stream:
             stream.write(text.encode())
 

@@ -50,7 +50,7 @@ def ablate(
     from quatom.evaluation.perplexity import cut_windows
     from quatom.evaluation.results import add_results, read_results
     from quatom.loading import default_dtype, usable_device
-    from quatom.quantize.calibration_data import read_text, sample_sequences
+    from quatom.quantize.calibration_data import calibration_tokens, check_token_ids
     from quatom.recipe import CalibrationSpec, Recipe
 
     if ladder not in LADDERS:
@@ -63,8 +63,10 @@ def ablate(
     place = usable_device(device)
     tokenizer = tokenizer_from_source(opened)
     spec = CalibrationSpec(num_samples=num_samples, sequence_length=calibration_length, seed=seed)
-    sequences = sample_sequences(read_text(calibration), tokenizer, spec, origin=str(calibration))
+    vocab_size = opened.model_config.vocab_size
+    sequences = calibration_tokens(calibration, tokenizer, spec, vocab_size)
     corpus = load_corpus(perplexity, tokenizer, sequence_length=sequence_length)
+    check_token_ids(corpus.tokens, vocab_size, corpus.name)
     windows = cut_windows(corpus.tokens, sequence_length, max_windows)
     run_hash = _hash(sequences, windows)
     model = name or Path(source).resolve().name

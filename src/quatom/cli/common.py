@@ -81,17 +81,17 @@ def _progress(columns: str) -> Iterator[Any]:
 
 @contextmanager
 def block_progress(title: str) -> Iterator[Callable[["QuantizedBlock"], None]]:
-    """A bar over decoder blocks with the last one's relative error."""
+    """A bar over decoder blocks with the last one's seconds and relative error."""
     with _progress("{task.fields[error]}") as progress:
         task = progress.add_task(title, total=None, error="")
 
         def on_block(block: "QuantizedBlock") -> None:
-            error = block.relative_error
+            error, seconds = block.relative_error, f"{block.seconds:.1f} s for the last"
             progress.update(
                 task,
                 total=block.num_blocks,
                 completed=block.index + 1,
-                error="" if error is None else f"relative error {error:.3f}",
+                error=seconds if error is None else f"{seconds}, relative error {error:.3f}",
             )
 
         yield on_block
@@ -117,14 +117,21 @@ def window_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
         yield on_window
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on the terminal; numbers, that is all columns but the first, to the right."""
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False
+) -> None:
+    """A table on the terminal; numbers, that is all columns but the first, to the right.
+
+    With `text` they are words, and stay on the left.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left", overflow="fold")
+        table.add_column(
+            name, justify="right" if position and not text else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -20,6 +20,7 @@ def generate(
     ] = None,
 ) -> None:
     """Generate text from a model or a packed checkpoint."""
+    from quatom.checkpoint.chat import render_chat
     from quatom.cli.common import read_dtype
     from quatom.engine.llm import LLM
     from quatom.engine.sampling import SamplingParams
@@ -29,10 +30,10 @@ def generate(
     engine = llm.engine
     if chat:
         tokenizer = engine.tokenizer
-        if tokenizer is None or tokenizer.chat_template is None:
-            raise ModelError(f"{model} has no chat template: leave --chat out")
+        if tokenizer is None:
+            raise ModelError(f"{model} has no tokenizer, and so no chat template: leave --chat out")
         messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     else:
         token_ids = llm.encode(prompt)

@@ -37,7 +37,7 @@ def inspect(
     if json is not None:
         from json import dumps
 
-        json.write_text(dumps(found, indent=1) + "\n", encoding="utf-8")
+        json.write_text(dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, Any]:
@@ -104,8 +104,9 @@ def _inspect_float(
     from quatom.checkpoint.tokenizer import tokenizer_from_source
     from quatom.cli.common import print_table
     from quatom.quantize.calibration_data import (
+        calibration_tokens,
+        check_token_ids,
         documentation_text,
-        read_text,
         sample_sequences,
     )
     from quatom.quantize.outliers import channel_magnitudes, plot_magnitudes
@@ -113,12 +114,12 @@ def _inspect_float(
 
     length = min(512, source.model_config.max_position)
     spec = replace(CalibrationSpec(), num_samples=8, sequence_length=length)
-    tokens = sample_sequences(
-        documentation_text() if text is None else read_text(text),
-        tokenizer_from_source(source),
-        spec,
-        origin="Python's documentation" if text is None else str(text),
-    )
+    tokenizer, vocab_size = tokenizer_from_source(source), source.model_config.vocab_size
+    if text is None:
+        tokens = sample_sequences(documentation_text(), tokenizer, spec)
+        check_token_ids(tokens, vocab_size, "Python's documentation")
+    else:
+        tokens = calibration_tokens(text, tokenizer, spec, vocab_size)
     measured = channel_magnitudes(source, tokens, layer, torch.device("cpu"))
     title = f"{source.folder.name}, block {layer}, {tokens.numel()} tokens"
     if plot is not None:

@@ -36,6 +36,7 @@ def _register() -> None:
     from quatom.cli.ablate import ablate
     from quatom.cli.agree import agree
     from quatom.cli.bench import app as bench
+    from quatom.cli.doctor import doctor
     from quatom.cli.evaluate import evaluate
     from quatom.cli.generate import generate
     from quatom.cli.inspect import inspect
@@ -51,6 +52,7 @@ def _register() -> None:
     app.command("agree")(agree)
     app.command("generate")(generate)
     app.command("inspect")(inspect)
+    app.command("doctor")(doctor)
     app.command("report")(report)
     app.command("serve")(serve)
     app.command("run-batch")(run_batch)

@@ -20,7 +20,11 @@ def quantize(
         str, typer.Option(help="Preset name, or a JSON file with a recipe.")
     ] = "atom-w4a4kv4",
     calibration: Annotated[
-        Path | None, typer.Option(help="Plain-text file to measure statistics on.")
+        Path | None,
+        typer.Option(
+            help="Text to measure statistics on: a .txt file, .jsonl with text or messages, or a "
+            "data set of the hub, ORGANIZATION/NAME[:CONFIGURATION[:SPLIT]]."
+        ),
     ] = None,
     num_samples: Annotated[
         int | None, typer.Option(help="Calibration sequences; default: the recipe's.")
@@ -60,7 +64,10 @@ def quantize(
         opened = random_source(source.removeprefix("random:"), device=device)
         tokens = random_tokens(opened.model_config, chosen.calibration)
     started = time.perf_counter()
-    with block_progress(f"Quantizing to {chosen.name}") as on_block:
+    text = chosen.calibration
+    samples = f", {text.num_samples} x {text.sequence_length} tokens"
+    what = f"Quantizing to {chosen.name}{samples if chosen.needs_calibration else ''}"
+    with block_progress(what) as on_block:
         report = quantize_checkpoint(
             opened,
             target,

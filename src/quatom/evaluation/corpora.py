@@ -10,8 +10,6 @@ Tables of different papers agree only if the text does, byte for byte:
 Source: GPTQ (Frantar et al., ICLR 2023), evaluation; used unchanged by Atom.
 """
 
-import gzip
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ import torch
 from torch import Tensor
 
 from quatom.errors import CalibrationError
-from quatom.quantize.calibration_data import read_text, tokenize
+from quatom.quantize.calibration_data import tokenize
+from quatom.quantize.text_files import is_rows, read_rows, read_text, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,7 +169,7 @@ def load_corpus(
         text = wikitext_rows(read_text(path))
     elif name == "ptb":
         text = ptb_sentences(read_text(path))
-    elif path.suffix == ".jsonl":
+    elif is_rows(path):
         text = "\n\n".join(_read_documents(path))
     else:
         text = read_text(path)
@@ -190,15 +189,7 @@ def _find(name: str, data_dir: Path) -> Path:
 
 
 def _read_documents(path: Path) -> list[str]:
-    """The `text` field of each line of a JSON-lines file, gzipped or not."""
-    try:
-        raw = path.read_bytes()
-        lines = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        return [json.loads(line)["text"] for line in lines.splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise CalibrationError(f"{path}: no such file") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(f"{path} must be JSON lines with a 'text' each: {error}") from None
+    return [text_of(row, str(path)) for row in read_rows(path)]
 
 
 def _hub_rows(name: str) -> list[str]:

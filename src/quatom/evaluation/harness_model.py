@@ -26,6 +26,7 @@ from quatom.evaluation.packing import (
 )
 from quatom.evaluation.request_cache import RequestCache
 from quatom.loading import LoadedModel
+from quatom.quantize.calibration_data import check_token_ids
 
 LOGIT_ROWS = 512
 """Tokens whose logits are held at once: 512 x 150k float32 are 300 MB."""
@@ -80,26 +81,41 @@ class QuatomLM(TemplateLM):
         return self.loaded.config.max_position
 
     @property
-    def eot_token_id(self) -> int:
-        """Token that ends a text."""
+    def eot_token_id(self) -> int | None:
+        """Token that ends a text, where the tokenizer has one."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
         """Token that a text without context is conditioned on: its beginning, else its end."""
+        prefix = self._prefix
+        if prefix is None:
+            raise ModelError(
+                f"{self.loaded.source}: a task has a text without context, and the tokenizer has "
+                "neither bos_token nor eos_token to begin it: name one in tokenizer_config.json"
+            )
+        return prefix
+
+    @property
+    def _prefix(self) -> int | None:
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.tokenizer.eos_token_id if bos is None else bos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Token ids, with the tokenizer's own beginning of text unless the string brings it."""
-        if add_special_tokens is None and string.startswith(
-            str(self.tokenizer.decode(self.prefix_token_id))
+        prefix = self._prefix
+        if (
+            add_special_tokens is None
+            and prefix is not None
+            and string.startswith(str(self.tokenizer.decode(prefix)))
         ):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
+        ids = self.tokenizer.encode(string, **options)
+        check_token_ids(torch.tensor(ids), self.loaded.config.vocab_size, "a task's text")
+        return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
         """Log-likelihood of each (context, continuation)."""
@@ -202,6 +218,11 @@ class QuatomLM(TemplateLM):
         for chosen, wanted in zip(row.split(LOGIT_ROWS), target.split(LOGIT_ROWS), strict=True):
             scores = self.loaded.model.compute_logits(hidden[chosen]).log_softmax(-1)
             logprobs.append(scores.gather(1, wanted.unsqueeze(1)).squeeze(1).double().cpu())
+            if not torch.isfinite(logprobs[-1]).all():
+                raise ModelError(
+                    f"{self.loaded.source}: the model gives log-probabilities that are not finite; "
+                    "evaluate in --dtype float32, or check the weights"
+                )
             greedy.append((scores.argmax(-1) == wanted).cpu())
         return torch.cat(logprobs), torch.cat(greedy)
 

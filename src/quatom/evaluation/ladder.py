@@ -4,7 +4,6 @@ A rung is quantized and evaluated block by block in one walk, so that only one b
 channel scores, which rungs share, are measured once and kept beside the result file.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource
-from quatom.errors import CalibrationError
-from quatom.evaluation.perplexity import mean_loss
+from quatom.evaluation.perplexity import mean_loss, perplexity_of
 from quatom.loading import load_float_layer, read_norm
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.build import build_block
@@ -25,6 +23,7 @@ from quatom.modeling.inputs import NormLayer
 from quatom.modeling.rotary import RotaryTables
 from quatom.ops.backend import Backend
 from quatom.plan import plan
+from quatom.quantize.finite import check_finite_block
 from quatom.quantize.statistics import run_block
 from quatom.quantize.transforms import Statistics, transforms_of
 from quatom.quantize.walk import BlockQuantizer, Streams, embed
@@ -88,6 +87,7 @@ class LadderRun:
         rotary = RotaryTables(self.config, self.windows.shape[1], self.device)
         for index, module in enumerate(modules):
             hidden = run_block(module, hidden, rotary)
+            check_finite_block(hidden, index, f"rung {name}", self.dtype)
             self.on_block(index + 1, self.config.num_layers)
         return Rung(name, recipe, self._perplexity(hidden))
 
@@ -179,6 +179,4 @@ class LadderRun:
             )
             for states, window in zip(hidden, self.windows, strict=True)
         ]
-        if not all(map(math.isfinite, losses)):
-            raise CalibrationError("the loss is not finite: evaluate in --dtype float32")
-        return math.exp(math.fsum(losses) / len(losses))
+        return perplexity_of(losses)

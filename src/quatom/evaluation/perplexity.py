@@ -8,8 +8,9 @@ Source: GPTQ (Frantar et al., ICLR 2023), evaluation; used unchanged by Atom and
 """
 
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from quatom.errors import CalibrationError
 from quatom.loading import LoadedModel
+from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import full_sequences_context
+from quatom.quantize.calibration_data import check_token_ids
 
 KV_BLOCK_SIZE = 64
 LOGIT_ROWS = 512
@@ -83,6 +86,48 @@ def mean_loss(
     return float(total) / last
 
 
+def perplexity_of(losses: Sequence[float]) -> float:
+    """Exp of the mean of losses in nats.
+
+    Raises:
+        CalibrationError: it is not finite.
+    """
+    mean = math.fsum(losses) / len(losses)
+    if not mean < math.log(sys.float_info.max):
+        raise CalibrationError(
+            f"the mean loss is {mean:.6g} nats, whose exponential no number holds: the weights are "
+            "damaged, or the computation overflows (evaluate in --dtype float32)"
+        )
+    return math.exp(mean)
+
+
+def _where_not_finite(loaded: LoadedModel, window: Tensor) -> str:
+    """The first block whose output is not finite, found by running the window once more."""
+    found: list[str] = []
+
+    def see(name: str) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, __: object, output: object) -> None:
+            parts = output if isinstance(output, tuple) else (output,)
+            for part in parts:
+                if isinstance(part, Tensor) and not torch.isfinite(part).all() and not found:
+                    value = part[~torch.isfinite(part)].flatten()[0].item()
+                    found.append(f"{name} gives {value}")
+
+        return hook
+
+    blocks = (m for m in loaded.model.modules() if isinstance(m, DecoderBlock))
+    handles = [
+        block.register_forward_hook(see(f"block {index}")) for index, block in enumerate(blocks)
+    ]
+    try:
+        window_loss(loaded, window)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = found[0] if found else "all blocks give finite values, the output head does not"
+    return f"{where}; evaluate in --dtype float32, or check the weights"
+
+
 def measure_perplexity(
     loaded: LoadedModel,
     tokens: Tensor,  # (tokens,) int64, the whole tokenized text
@@ -99,7 +144,8 @@ def measure_perplexity(
         on_window: called after each window with (windows done, windows in all, perplexity so far).
 
     Raises:
-        CalibrationError: the text is shorter than a window, or a window than the model's context.
+        CalibrationError: the text is shorter than a window, or the model's context than a window;
+            the model does not know a token, or gives values that are not finite.
     """
     if not 2 <= sequence_length <= loaded.config.max_position:
         raise CalibrationError(
@@ -107,14 +153,20 @@ def measure_perplexity(
             f"{loaded.config.max_position} positions: choose --sequence-length from 2 to that"
         )
     windows = cut_windows(tokens, sequence_length, max_windows)
+    check_token_ids(windows, loaded.config.vocab_size, "the text")
     started = time.perf_counter()
     losses: list[float] = []
-    for window in windows:
+    for number, window in enumerate(windows, 1):
         losses.append(window_loss(loaded, window))
+        if not math.isfinite(losses[-1]):
+            raise CalibrationError(
+                f"the loss of window {number} of {len(windows)} is {losses[-1]}: "
+                f"{_where_not_finite(loaded, window)}"
+            )
         if on_window is not None:
-            on_window(len(losses), len(windows), math.exp(math.fsum(losses) / len(losses)))
+            on_window(number, len(windows), perplexity_of(losses))
     return Perplexity(
-        perplexity=math.exp(math.fsum(losses) / len(losses)),
+        perplexity=perplexity_of(losses),
         sequence_length=sequence_length,
         windows=len(losses),
         all_windows=len(losses) == tokens.numel() // sequence_length,

@@ -1,36 +1,25 @@
-"""Token sequences to measure statistics on, sampled from a plain-text file."""
+"""Token sequences to measure statistics on, sampled from text, conversations or a hub data set."""
 
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quatom.errors import CalibrationError
+from quatom.checkpoint.chat import render_chat
+from quatom.errors import CalibrationError, ModelError
+from quatom.quantize.text_files import is_rows, read_rows, read_text, text_of
 from quatom.recipe import CalibrationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-def read_text(path: str | Path) -> str:
-    """The text of a file.
-
-    Raises:
-        CalibrationError: it does not exist, cannot be read, or is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CalibrationError(f"{path}: no such text file") from None
-    except IsADirectoryError:
-        raise CalibrationError(f"{path} is a folder; give a plain-text file") from None
-    except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it, or give another file"
-        ) from None
+# ORGANIZATION/NAME, then the configuration and the split where they are not the only ones.
+_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?")
+_SURPLUS = 8
+"""A data set is read until it gave this many times the tokens that are sampled."""
 
 
 def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
@@ -40,11 +29,54 @@ def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
+def check_token_ids(tokens: Tensor, vocab_size: int, origin: str) -> None:
+    """Raise CalibrationError if the model has no embedding for a token of a text."""
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.numel():
+        raise CalibrationError(
+            f"{origin} gives token id {int(outside[0])}, and the model has {vocab_size} tokens, 0 "
+            f"to {vocab_size - 1}: the tokenizer is another model's, or a token was added without "
+            "its embedding; remove it from the text or the tokenizer"
+        )
+
+
 def documentation_text() -> str:
     """English that every Python brings: the topics of its own documentation, 0.46 MB."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def calibration_tokens(
+    origin: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    spec: CalibrationSpec,
+    vocab_size: int,
+) -> Tensor:
+    """Random windows of a file or data set, (num_samples, sequence_length) int64.
+
+    Args:
+        origin: a plain-text file; a .jsonl file, each line with a `text`, with chat `messages`, or
+            with `input_ids` and their `attention_mask`; or a data set of the hub,
+            ORGANIZATION/NAME[:CONFIGURATION[:SPLIT]], of such rows (split: train).
+        tokenizer: of the model.
+        spec: how many windows, how long, and the seed that chooses them.
+        vocab_size: tokens that the model knows.
+
+    Raises:
+        CalibrationError: there is no such text, it is of another kind, has too few tokens or
+            tokens that the model does not know, or the chat template fails on messages.
+    """
+    path, name = Path(origin), str(origin)
+    if not path.exists() and (match := _DATASET.fullmatch(name)) and not path.suffix:
+        wanted = _SURPLUS * spec.num_samples * spec.sequence_length
+        tokens = _row_tokens(_dataset_rows(match), tokenizer, name, wanted)
+    elif is_rows(path):
+        tokens = _row_tokens(read_rows(path), tokenizer, name)
+    else:
+        tokens = tokenize(read_text(path), tokenizer)
+    check_token_ids(tokens, vocab_size, name)
+    return sample_windows(tokens, spec, name)
 
 
 def sample_sequences(
@@ -53,24 +85,97 @@ def sample_sequences(
     spec: CalibrationSpec,
     origin: str = "the text",
 ) -> Tensor:
-    """Random windows of the tokenized text, (num_samples, sequence_length) int64.
+    """`sample_windows` of a text, `origin` in errors."""
+    return sample_windows(tokenize(text, tokenizer), spec, origin)
 
-    Args:
-        text: what to sample from.
-        tokenizer: of the model.
-        spec: how many windows, how long, and the seed that chooses them.
-        origin: what an error calls the text.
+
+def sample_windows(
+    tokens: Tensor,  # (tokens,) int64
+    spec: CalibrationSpec,
+    origin: str = "the text",
+) -> Tensor:
+    """Random windows, all different, (num_samples, sequence_length) int64.
 
     Raises:
-        CalibrationError: the text has fewer tokens than one sequence.
+        CalibrationError: there are too few tokens for that.
     """
-    tokens = tokenize(text, tokenizer)
-    last_start = tokens.numel() - spec.sequence_length
-    if last_start < 0:
+    length, count = spec.sequence_length, spec.num_samples
+    places = tokens.numel() - length + 1
+    if places < 1:
         raise CalibrationError(
             f"{origin} has {tokens.numel()} tokens, fewer than one calibration sequence of "
-            f"{spec.sequence_length}: give a longer text or a smaller --sequence-length"
+            f"{length}: give a longer text or a smaller --sequence-length"
+        )
+    if places < count:
+        raise CalibrationError(
+            f"{origin} has {tokens.numel()} tokens: only {places} of {count} calibration sequences "
+            f"of {length} would differ; give a longer text, or a smaller --num-samples or "
+            "--sequence-length"
         )
     generator = torch.Generator().manual_seed(spec.seed)
-    starts = torch.randint(0, last_start + 1, (spec.num_samples,), generator=generator)
-    return torch.stack([tokens[s : s + spec.sequence_length] for s in starts.tolist()])
+    starts: dict[int, None] = {}  # in the order they were drawn
+    while len(starts) < count:
+        draw = torch.randint(0, places, (count,), generator=generator)
+        starts |= dict.fromkeys(draw.tolist())
+    return torch.stack([tokens[start : start + length] for start in list(starts)[:count]])
+
+
+def _row_tokens(
+    rows: Iterable[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    origin: str,
+    wanted: int | None = None,
+) -> Tensor:
+    """Tokens of rows one after another, each begun as the model begins a text."""
+    parts: list[Tensor] = []
+    count = 0
+    for row in rows:
+        parts.append(_one_row(row, tokenizer, origin))
+        count += parts[-1].numel()
+        if wanted is not None and count >= wanted:
+            break
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _one_row(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", origin: str) -> Tensor:
+    if "input_ids" in row:
+        try:
+            ids = torch.tensor(row["input_ids"], dtype=torch.int64)
+            mask = torch.tensor(row.get("attention_mask") or [1] * len(ids))
+            return ids[mask != 0]  # padding is no text
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise CalibrationError(
+                f"{origin}: input_ids and attention_mask must be lists of integers of one length "
+                f"({error})"
+            ) from None
+    if "messages" in row:
+        try:
+            text = render_chat(tokenizer, row["messages"], add_generation_prompt=False)
+        except (ModelError, TypeError) as error:
+            raise CalibrationError(f"{origin}: {error}") from error
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    text = text_of(row, origin)
+    return tokenize(text, tokenizer) if text.strip() else torch.zeros(0, dtype=torch.int64)
+
+
+def _dataset_rows(match: re.Match[str]) -> Iterator[dict[str, Any]]:
+    name, config, split = match[1], match[2] or None, match[3] or "train"
+    try:
+        import datasets
+    except ImportError:
+        raise CalibrationError(
+            f"{name} is no file, and data sets of the hub are read through `datasets`, which is "
+            "not installed: pip install 'quatom[eval]', or give a .txt or .jsonl file"
+        ) from None
+    try:
+        yield from datasets.load_dataset(name, config, split=split, streaming=True)
+    # Offline, gated, misspelt or script-only data sets raise anything from OSError to RuntimeError.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CalibrationError(
+            f"{name} is no file and cannot be had from the hub (configuration {config or 'default'}"
+            f", split {split}): {type(error).__name__}: {reason}; give a .txt or .jsonl file"
+        ) from error

@@ -22,7 +22,7 @@ from quatom.families.spec import SITES
 from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
 from quatom.plan import ModelPlan, plan
-from quatom.quantize.calibration_data import read_text, sample_sequences
+from quatom.quantize.calibration_data import calibration_tokens, check_token_ids
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import PRESETS, Recipe
 
@@ -66,8 +66,8 @@ def quantize_checkpoint(
         source: Hugging Face folder, hub id or GGUF of a floating-point model, or one opened.
         target: folder to write; it must not exist.
         recipe: a `Recipe`, or the name of one of `PRESETS`.
-        calibration: plain-text file, or tokens (samples, length) int64 in place of a sample of it;
-            recipes that order channels or use GPTQ need it.
+        calibration: a text as `calibration_tokens` reads it, or tokens (samples, length) int64 in
+            place of a sample of it; recipes that order channels or use GPTQ need it.
         device: where blocks are computed.
         dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
         backend: implementation of the operations; None picks by device.
@@ -161,7 +161,12 @@ def _quantize_blocks(
         if on_block is not None:
             on_block(block)
         del block  # or it would stay until the next one is made
-    writer.finish({REPORT_FILE: {"recipe": resolved.recipe.name, "blocks": _describe(errors)}})
+    report = {
+        "recipe": resolved.recipe.name,
+        "source": list(source.notes),
+        "blocks": _describe(errors),
+    }
+    writer.finish({REPORT_FILE: report})
 
 
 def _named(name: str) -> Recipe:
@@ -178,7 +183,7 @@ def _calibration_tokens(
         return None
     if text is None:
         raise CalibrationError(
-            f"recipe {recipe.name!r} measures statistics on text: give a plain-text file with "
+            f"recipe {recipe.name!r} measures statistics on text: give a .txt or .jsonl file with "
             "--calibration"
         )
     length, limit = recipe.calibration.sequence_length, source.model_config.max_position
@@ -187,11 +192,11 @@ def _calibration_tokens(
             f"calibration sequences of {length} tokens are longer than the model's {limit} "
             "positions: give a smaller --sequence-length"
         )
+    vocab_size = source.model_config.vocab_size
     if isinstance(text, Tensor):
+        check_token_ids(text, vocab_size, "the calibration")
         return text
-    return sample_sequences(
-        read_text(text), tokenizer_from_source(source), recipe.calibration, origin=str(text)
-    )
+    return calibration_tokens(text, tokenizer_from_source(source), recipe.calibration, vocab_size)
 
 
 def _hash(tokens: Tensor) -> str:

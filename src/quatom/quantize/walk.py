@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quatom.checkpoint.codec import encode
 from quatom.checkpoint.reader import TensorSource
-from quatom.errors import QuantizationError
 from quatom.families.spec import SITES, SiteName
 from quatom.loading import load_float_layer
 from quatom.modeling.block import DecoderBlock
@@ -27,6 +26,7 @@ from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import FloatLayer, FloatSite, LayerWeights, SiteCodes
 from quatom.ops.backend import Backend
 from quatom.plan import LayerPlan, ModelPlan, plan
+from quatom.quantize.finite import check_finite_block
 from quatom.quantize.host_memory import return_free_memory
 from quatom.quantize.rounding import round_site
 from quatom.quantize.statistics import (
@@ -175,6 +175,7 @@ class BlockQuantizer:
         keys = KeyStatistics(layer.spec.attention, self.streams.float_hidden.shape[1])
         with observe(module, scores.add, see_heads=keys.add):
             self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rotary)
+        check_finite_block(self.streams.float_hidden, index, "in floating point", self.dtype)
         return scores.sums | keys.finish(self.rotary)
 
     def _moments(
@@ -261,11 +262,7 @@ class BlockQuantizer:
         if self.streams is None:
             return None
         hidden = run_block(module, self.streams.quantized_hidden, self.rotary)
-        if not torch.isfinite(hidden).all():
-            raise QuantizationError(
-                f"block {index} gives values that are not finite after quantization in "
-                f"{self.dtype}: check the source's weights, or quantize in --dtype float32"
-            )
+        check_finite_block(hidden, index, "after quantization", self.dtype)
         self.streams.quantized_hidden = hidden
         target = self.streams.float_hidden
         if target is None:

@@ -1,6 +1,6 @@
 """Rewrites of a floating-point layer that leave what it computes unchanged.
 
-Each makes the layer easier to quantize: rotated values, balanced keys, ordered channels, rotated
+Each makes the layer easier to quantize: balanced products, rotated values, balanced keys, ordered channels, rotated
 groups. A recipe's list runs in this order: those of `before`, then the layer is measured on the
 calibration text, then those of `after`, which may use what was measured.
 """
@@ -16,6 +16,7 @@ from quatom.plan import LayerPlan
 from quatom.quantize.transforms.groups import rotate_groups_of_inputs
 from quatom.quantize.transforms.keys import balance_keys, offset_keys
 from quatom.quantize.transforms.order import order_channels
+from quatom.quantize.transforms.products import balance_products
 from quatom.quantize.transforms.values import rotate_values
 from quatom.recipe import Recipe
 
@@ -66,6 +67,8 @@ def transforms_of(recipe: Recipe) -> TransformList:
     cache = recipe.kv_cache
     before: list[Transform] = []
     after: list[Transform] = []
+    if recipe.quantizes_weights or cache.format != "float16":
+        before.append(balance_products)
     if cache.value_rotation == "hadamard":
         before.append(rotate_values)
     if cache.key_offset == "mean":

@@ -1,0 +1,35 @@
+"""Conversations as text, by a model's chat template."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from quatom.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[dict[str, Any]],  # role and content each
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """The text of a conversation; special tokens are in it.
+
+    Raises:
+        ModelError: there is no template, or it fails on these messages.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError("the model has no chat template: leave --chat out")
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"the model's chat template fails on these messages ({type(error).__name__}: "
+            f"{reason}); mend chat_template.jinja or tokenizer_config.json, or leave --chat out"
+        ) from error
+    return str(text)

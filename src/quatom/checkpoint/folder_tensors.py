@@ -1,0 +1,163 @@
+"""The tensors of a safetensors folder, by the names that a decoder's have.
+
+Weights are saved by many tools: compiled, wrapped, as the language part of a larger model. Names
+that differ from transformers' in a known prefix are read; what cannot change the result is passed
+over. Both are noted. Everything else is refused.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from quatom.checkpoint.safetensors_file import StoredTensor, read_header
+from quatom.checkpoint.validation import read_json
+from quatom.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# Prefixes that wrappers put before the names of a model, and what stands there in transformers'.
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+_LANGUAGE_PARTS = {"model.language_model.": "model.", "language_model.": ""}
+# Parts of a larger model that read no token of text.
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|embed_vision|audio_tower)\."
+)
+_ADAPTER = re.compile(r"\.lora_[ABE]|\.lora_embedding_|\.lora_magnitude_vector|\.modules_to_save\.")
+# Buffers that older releases of transformers saved, which are computed from config.json.
+_BUFFERS = re.compile(
+    r".*(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|rope\.freqs|freqs_cis"
+    r"|position_ids|\.masked_bias|(attn|attention)\.bias)"
+)
+
+
+def read_headers(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Every stored tensor of a folder by name, and notes of files that were passed over.
+
+    As in transformers, model.safetensors goes before an index of shards.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not what the index says.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+        others = sorted(f.name for f in folder.glob("*.safetensors*") if f != single)
+        notes = [f"{', '.join(others)} passed over: {SINGLE} goes first"] if others else []
+        return read_header(single), notes
+    if not index.exists():
+        raise CheckpointError(_why_nothing(folder))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
+            raise CheckpointError(
+                f"{index}: weight_map must give each tensor the name of a file in the folder, it "
+                f"gives {file_name!r} for {name}; download it again"
+            )
+    headers: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(weight_map.values())):
+        if not (folder / file_name).exists():
+            count = sum(value == file_name for value in weight_map.values())
+            raise CheckpointError(
+                f"{folder} lacks the shard {file_name} with {count} of {len(weight_map)} tensors; "
+                "download it"
+            )
+        stored = read_header(folder / file_name)
+        headers |= {n: t for n, t in stored.items() if weight_map.get(n) == file_name}
+    if missing := sorted(weight_map.keys() - headers.keys()):
+        raise CheckpointError(
+            f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {index.name} promises "
+            f"({len(missing)} tensors in all); download the shard again"
+        )
+    return headers, []
+
+
+def _why_nothing(folder: Path) -> str:
+    if (folder / "adapter_model.safetensors").exists():
+        return (
+            f"{folder} holds an adapter (PEFT) and no model; merge it into its base model with "
+            "merge_and_unload and save that"
+        )
+    found = ", ".join(sorted(f.name for f in folder.glob("*.safetensors"))[:3])
+    return f"{folder} has neither {SINGLE} nor {INDEX} (it has {found}); download the missing one"
+
+
+def plain_names(
+    folder: Path, headers: Mapping[str, StoredTensor], expected: Iterable[str]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Tensors by the names that transformers gives them in a decoder, and notes of what changed.
+
+    Raises:
+        CheckpointError: they are those of an adapter, or two have the same plain name.
+    """
+    wanted = set(expected)
+    if wanted <= headers.keys():
+        return dict(headers), []
+    if adapters := [name for name in headers if _ADAPTER.search(name)]:
+        raise CheckpointError(
+            f"{folder} holds {adapters[0]} ({len(adapters)} such tensors): adapters (PEFT) are "
+            "not merged; call merge_and_unload and save the model again"
+        )
+    notes = []
+    for what, rename in _RENAMINGS.items():
+        renamed: dict[str, StoredTensor] = {}
+        origins: dict[str, str] = {}
+        for name, tensor in headers.items():
+            plain = rename(name)
+            if plain in renamed:
+                raise CheckpointError(
+                    f"{folder} holds both {origins[plain]} and {name}, which would both be read "
+                    f"as {plain}; remove one"
+                )
+            renamed[plain], origins[plain] = tensor, name
+        if renamed.keys() != headers.keys() and len(wanted & renamed.keys()) > len(
+            wanted & headers.keys()
+        ):
+            first = next(name for name, origin in origins.items() if name != origin)
+            notes.append(f"{what}: {origins[first]} is read as {first}")
+            headers = renamed
+    return dict(headers), notes
+
+
+def _without_wrappers(name: str) -> str:
+    name = name.replace("._orig_mod.", ".")
+    while prefix := next((p for p in _WRAPPERS if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _language_part(name: str) -> str:
+    for prefix, instead in _LANGUAGE_PARTS.items():
+        if name.startswith(prefix):
+            return instead + name.removeprefix(prefix)
+    return name
+
+
+def _with_head(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+_RENAMINGS: dict[str, Callable[[str], str]] = {
+    "prefix of a wrapper taken off": _without_wrappers,
+    "language part of a larger model": _language_part,
+    "model saved without its head": _with_head,
+}
+
+
+def pass_over(
+    stored: Mapping[str, StoredTensor], expected: Iterable[str]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Tensors without those that no result depends on, and a note of these."""
+    wanted = set(expected)
+    harmless = {n: t for n, t in stored.items() if n not in wanted and _is_harmless(n, t)}
+    kept = {name: tensor for name, tensor in stored.items() if name not in harmless}
+    if not harmless:
+        return kept, []
+    more = f" and {len(harmless) - 1} more" if len(harmless) > 1 else ""
+    return kept, [f"{next(iter(harmless))}{more} passed over: no result depends on it"]
+
+
+def _is_harmless(name: str, tensor: StoredTensor) -> bool:
+    if name.endswith(("attn.bias", "attention.bias")) and len(tensor.shape) != 4:
+        return False  # no causal mask (1, 1, length, length)
+    return bool(_BUFFERS.fullmatch(name) or _OTHER_PARTS.match(name))

@@ -1,0 +1,179 @@
+"""The tokenizer that a GGUF file describes in its metadata, built of the tokenizers library.
+
+What metadata does not say has the value that llama.cpp gives it, by the type of the tokenizer. A
+byte-level BPE does not say how text is cut before merging: `tokenizer.ggml.pre` names a pattern,
+and only patterns that are known are read.
+
+transformers' own reader takes GPT-2's pattern for names that it does not know.
+
+Source: llama.cpp, src/llama-vocab.cpp, for the defaults; the models' own tokenizer.json files for
+the patterns.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quatom.checkpoint.gguf_vocabulary import (
+    BESIDE,
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
+from quatom.checkpoint.tokenizer_core import add_template, wrap_core
+from quatom.errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_SPACE = "\u2581"
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """How byte-level BPE prepares text."""
+
+    split: str | None = None
+    """Pattern of the pieces; None: GPT-2's own."""
+    digits: bool = False
+    """Cut numerals into single ones first."""
+    compose: bool = False
+    """Normalize to NFC, as in training; llama.cpp leaves text as it is."""
+    ignore_merges: bool = False
+    """A piece that is a token is taken whole."""
+    add_bos: bool = False
+    """Begin texts with the BOS token where no key says so."""
+
+
+_LLAMA3 = _Pattern(
+    split=_QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"), ignore_merges=True, add_bos=True
+)
+_PATTERNS = {
+    "smollm": _Pattern(digits=True),
+    "qwen2": _Pattern(split=_QWEN2, compose=True),
+    "llama-bpe": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama3": _LLAMA3,
+    "gpt-2": _Pattern(),
+}
+
+
+def build_from_gguf(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a GGUF file.
+
+    Raises:
+        CheckpointError: metadata is missing or damaged.
+        ModelError: the tokenizer is of a kind that is not supported, or does not name its pattern.
+    """
+    from tokenizers import AddedToken
+
+    vocabulary = read_vocabulary(path)
+    entries = vocabulary.entries
+    kind, pre = entries.get("ggml.model"), entries.get("ggml.pre")
+    if kind == "llama":
+        core, special, add_bos = _sentencepiece(vocabulary)
+    elif kind == "gpt2" and pre in _PATTERNS:
+        core, special, add_bos = _byte_level(vocabulary, _PATTERNS[pre])
+    else:
+        named = f"pre-tokenizer {pre!r}" if pre else "no tokenizer.ggml.pre"
+        raise ModelError(
+            f"{path}: tokenizer {kind!r} with {named} is not supported (llama is, and gpt2 with "
+            f"{', '.join(_PATTERNS)}); {BESIDE}"
+        )
+    core.add_tokens(
+        [
+            AddedToken(
+                token,
+                normalized=False,
+                special=vocabulary.types[index] == CONTROL,
+            )
+            for index, token in vocabulary.of_type(CONTROL, USER_DEFINED)
+            if token
+        ]
+    )
+    add_template(
+        core,
+        special.get("bos_token") if entries.get("ggml.add_bos_token", add_bos) else None,
+        special.get("eos_token") if entries.get("ggml.add_eos_token", False) else None,
+    )
+    template = entries.get("chat_template")
+    return wrap_core(core, special, template if isinstance(template, str) else None)
+
+
+def _byte_level(
+    vocabulary: Vocabulary, pattern: _Pattern
+) -> tuple["Tokenizer", dict[str, str], bool]:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers.processors import ByteLevel
+
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    # A piece may be a space as far as the file goes: the first character never separates.
+    merges = [
+        (line[:cut], line[cut + 1 :])
+        for line in vocabulary.array("ggml.merges", str)
+        if (cut := line.find(" ", 1)) > 0
+    ]
+    for left, right in merges:
+        if left not in ids or right not in ids or left + right not in ids:
+            raise CheckpointError(
+                f"{vocabulary.path}: tokenizer.ggml.merges joins {left!r} and {right!r}, which are "
+                f"not all tokens; convert the model to GGUF again, or {BESIDE}"
+            )
+    core = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pattern.ignore_merges))
+    if pattern.compose:
+        core.normalizer = normalizers.NFC()
+    steps: list[Any] = []
+    if pattern.digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pattern.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(pattern.split), behavior="isolated"))
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern.split is None)
+    core.pre_tokenizer = pre_tokenizers.Sequence([*steps, own]) if steps else own
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = ByteLevel(trim_offsets=False)
+    return core, vocabulary.special({}), pattern.add_bos
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> tuple["Tokenizer", dict[str, str], bool]:
+    """SentencePiece's BPE: the pair whose token scores most is merged first; rest in bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = vocabulary.array("ggml.scores", float, len(vocabulary.tokens))
+    special = vocabulary.special({"bos_token": 1, "eos_token": 2, "unk_token": 0})
+    pieces = {token: index for index, token in vocabulary.of_type(NORMAL, UNUSED)}
+    merges = [
+        (-scores[index], index, token[:cut], token[cut:])
+        for token, index in pieces.items()
+        for cut in range(1, len(token))
+        if token[:cut] in pieces and token[cut:] in pieces
+    ]
+    core = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(vocabulary.tokens)},
+            merges=[(left, right) for *_, left, right in sorted(merges)],
+            unk_token=special.get("unk_token"),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    decoding: list[Any] = [
+        decoders.Replace(_SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
+    if vocabulary.entries.get("ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend(_SPACE))
+        decoding.append(decoders.Strip(content=" ", left=1))
+    core.normalizer = normalizers.Sequence(spaces)
+    core.decoder = decoders.Sequence(decoding)
+    return core, special, True

@@ -1,0 +1,66 @@
+"""Free products of two matrices of a factor that one has and the other takes back.
+
+A model whose v_proj is 2**11 times smaller and whose o_proj is 2**11 times larger computes the
+same function, but its values, and the scales of the weights, of the activations between the two
+and of the KV cache, fall below 2**-14, where float16 loses precision. Both matrices get the same
+root mean square, as near as a power of two comes: no mantissa changes, and what is rounded later
+is the same whatever the factor was. One factor serves a whole matrix, so that channels keep their
+order.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quatom.families.spec import SiteName
+from quatom.modeling.weights import FloatLayer
+from quatom.plan import LayerPlan
+
+
+def balance_products(
+    layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
+) -> FloatLayer:
+    """v_proj balanced against o_proj and, where the MLP is gated, up_proj against down_proj.
+
+    Attention is linear in V, and a gated MLP in the output of up_proj.
+    """
+    attention, feed_forward = layer.spec.attention, layer.spec.feed_forward
+    weights = _balance(weights, "qkv", attention.q_size + attention.kv_size, "o")
+    if feed_forward.gated:
+        weights = _balance(weights, "gate_up", feed_forward.size, "down")
+    return weights
+
+
+def _balance(weights: FloatLayer, makes: SiteName, first: int, takes: SiteName) -> FloatLayer:
+    """Scale the rows of a site from `first` on, and undo it in the columns of another."""
+    maker, taker = weights.sites[makes], weights.sites[takes]
+    power = balancing_power(maker.weight[first:], taker.weight)
+    if power == 0:
+        return weights
+    bias = None if maker.bias is None else _scale_rows(maker.bias, first, power)
+    scaled = {
+        makes: replace(maker, weight=_scale_rows(maker.weight, first, power), bias=bias),
+        takes: replace(taker, weight=taker.weight * 2.0**-power),
+    }
+    return replace(weights, sites={**weights.sites, **scaled})
+
+
+def _scale_rows(rows: Tensor, first: int, power: int) -> Tensor:
+    return torch.cat((rows[:first], rows[first:] * 2.0**power))
+
+
+def balancing_power(maker: Tensor, taker: Tensor) -> int:
+    """The power of two p that brings the root mean squares of maker 2**p and taker 2**-p together.
+
+    0 where one of them is all zero or not finite.
+    """
+    made, taken = (
+        float(torch.linalg.vector_norm(m, dtype=torch.float32)) / m.numel() ** 0.5
+        for m in (maker, taker)
+    )
+    if not (0.0 < made < math.inf and 0.0 < taken < math.inf):
+        return 0
+    return round(math.log2(taken / made) / 2)
