@@ -19,6 +19,10 @@ from quatom.families.spec import SiteName
 from quatom.modeling.weights import FloatLayer
 from quatom.plan import LayerPlan
 
+SMALLEST_POWER = 4
+"""Matrices nearer to balance stay as they are. Scales of trained weights are about 2**-7 and more,
+so a factor of 2**3 leaves them far above 2**-14."""
+
 
 def balance_products(
     layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
@@ -55,7 +59,7 @@ def _scale_rows(rows: Tensor, first: int, power: int) -> Tensor:
 def balancing_power(maker: Tensor, taker: Tensor) -> int:
     """The power of two p that brings the root mean squares of maker 2**p and taker 2**-p together.
 
-    0 where one of them is all zero or not finite.
+    0 where one of them is all zero or not finite, and where p would be below SMALLEST_POWER.
     """
     made, taken = (
         float(torch.linalg.vector_norm(m, dtype=torch.float32)) / m.numel() ** 0.5
@@ -63,4 +67,5 @@ def balancing_power(maker: Tensor, taker: Tensor) -> int:
     )
     if not (0.0 < made < math.inf and 0.0 < taken < math.inf):
         return 0
-    return round(math.log2(taken / made) / 2)
+    power = round(math.log2(taken / made) / 2)
+    return power if abs(power) >= SMALLEST_POWER else 0
