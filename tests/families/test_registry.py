@@ -1,5 +1,9 @@
 """Which family a config.json is of; released files; what is refused, by name."""
 
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 
 from quatom.errors import ModelError
@@ -316,3 +320,17 @@ def test_what_changes_the_mathematics_is_refused_by_name(reason):
     with pytest.raises(ModelError, match=message) as caught:
         read_config(good | change)
     assert "\n" not in str(caught.value)
+
+
+def test_a_family_is_a_short_file():
+    for family in FAMILIES:
+        source = Path(inspect.getfile(family.read))
+        assert len(source.read_text().splitlines()) < 100, source.name
+
+
+def test_the_page_on_adding_a_model_quotes_the_source():
+    page = Path(__file__).resolve().parents[2] / "docs" / "adding-a-model.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    source = inspect.getsource(inspect.getmodule(find_family(named("GlmForCausalLM")).read))
+    assert len(blocks) == 3
+    assert all(block in source for block in blocks)

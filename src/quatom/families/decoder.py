@@ -6,7 +6,7 @@ what is its own.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from quatom.errors import ModelError
 from quatom.families.keys import Keys
@@ -111,7 +111,7 @@ def decoder(
     scale: float | None = None,
     score_softcap: float | None = None,
     qk_norm: Norm | None = None,
-    qk_norm_axis: Any = "head",
+    qk_norm_axis: Literal["head", "all"] = "head",
     attention_bias: bool = False,
     output_bias: bool = False,
     mlp_bias: bool = False,
