@@ -146,7 +146,42 @@ def test_layers_share_what_the_batch_alone_decides(num_decodes):
     batch.q = batch.q.flip(0)  # another layer
     assert torch.equal(batch.run(shared=shared, **options), batch.run(**options))
     assert made
-    assert {name: id(plan) for name, plan in shared.items()} == {n: id(p) for n, p in made.items()}
+    assert {key: id(plan) for key, plan in shared.items()} == {k: id(p) for k, p in made.items()}
+
+
+@pytest.mark.parametrize("num_decodes", [0, 2])
+def test_layers_with_and_without_a_window_take_turns(num_decodes):
+    batch = Batch([50, 17, 33, 70, 0], [1, 1, 33, 20, 0], heads=4, kv_heads=2)
+    shared, backend = {}, Backend.REFERENCE
+    for window, softcap in ((None, None), (8, None), (None, 2.0), (8, 2.0), (20, None)) * 2:
+        options = dict(sliding_window=window, logit_softcap=softcap, num_decodes=num_decodes)
+        got = batch.run(backend, shared=shared, **options)
+        assert_close(got, batch.truth(window=window, softcap=softcap), torch.float32)
+
+
+@pytest.mark.parametrize("num_decodes", [0, 2])
+def test_layers_of_two_rotary_tables_take_turns(num_decodes):
+    batch = Batch([50, 17, 33, 70, 0], [1, 1, 33, 20, 0], heads=4, kv_heads=2)
+    tables = []
+    for base in (10000.0, 50.0):
+        angle = torch.outer(torch.arange(70.0), base ** -torch.linspace(0, 1, 32)).to(DEVICE)
+        tables.append((angle.cos(), angle.sin()))
+    options, shared = dict(num_decodes=num_decodes, backend=Backend.REFERENCE), {}
+    want = [batch.run(rotary=rotary, **options) for rotary in (*tables, None)]
+    assert not torch.allclose(want[0], want[1])
+    for rotary, expected in zip((*tables, None) * 2, want * 2, strict=True):
+        assert torch.equal(batch.run(rotary=rotary, shared=shared, **options), expected)
+
+
+@pytest.mark.parametrize("num_decodes", [0, 2])
+def test_layers_whose_caches_differ_take_turns(num_decodes):
+    def layer(kv_heads, kv):
+        return Batch([50, 17, 33], [1, 1, 33], heads=4, kv_heads=kv_heads, kv=kv)
+
+    layers, shared = [layer(2, "int4"), layer(4, "int4"), layer(2, "float16")], {}
+    for batch in layers * 2:
+        got = batch.run(Backend.REFERENCE, shared=shared, num_decodes=num_decodes)
+        assert_close(got, batch.truth(), torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -132,6 +132,25 @@ def test_cuda_equals_the_reference_bit_for_bit(heads, kv_heads, head_dim, block_
         assert torch.equal(got, want), option.keys()
 
 
+def test_layers_of_two_rotary_tables_and_two_caches_take_turns():
+    q, k, v, cos, sin, positions, slots = make_inputs(5)
+    tables, shared = [(cos, sin), (cos.flip(1), sin.flip(1))], {}
+    results = []
+    for given in (None, shared, shared):  # the second round finds what the first has made
+        results.append([])
+        for rope, kv in itertools.product(tables, ("int4", "float16")):
+            pages = make_pages(kv)
+            rotated = rope_append_kv(
+                q, k, v, *rope, positions, slots, pages, shared=given, backend=Backend.REFERENCE
+            )
+            results[-1].append((rotated, pages.storage))
+    want, *rounds = results
+    assert not torch.allclose(want[0][0], want[2][0])
+    for got in rounds:
+        for ours, theirs in zip(got, want, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.gpu
 def test_what_the_cuda_kernel_cannot_do_is_said_and_left_to_triton():
     inputs = make_inputs(2)

@@ -9,7 +9,7 @@ from quatom.numerics.kv_pages import KVPages
 from quatom.numerics.kv_plans import GatherPlan
 from quatom.ops.attention import AttentionOptions, Sequences
 from quatom.ops.rope_append_kv.reference import rotary_factors, rotate_pairs
-from quatom.ops.shared import remember
+from quatom.ops.shared import geometry, remember, rotary_key
 
 ELEMENTS_AT_ONCE = 2**22
 """Cached values that decodes dequantize at once: 16 MiB of K and as much of V."""
@@ -42,7 +42,7 @@ class SingleTokens:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a batch attends: the same for all layers."""
+    """How a batch attends: the same for all layers of one window and one rotary table."""
 
     blind: list[tuple[int, int]]
     """First and last row of tokens that see nothing."""
@@ -62,8 +62,15 @@ def attention_reference(
     Prompts attend one sequence at a time. Sequences with one new token attend together with those
     of as many blocks, so that nothing is padded.
     """
-    name = f"attention plan of sequences with up to {batch.max_seqlen_q} new tokens"
-    plan = remember(options.shared, name, lambda: _plan(q.shape[0], pages, batch, options))
+    key = (
+        "attention plan",
+        q.shape[0],
+        batch.max_seqlen_q,  # decodes and prompts of a mixed batch attend one after the other
+        geometry(pages),
+        options.sliding_window,
+        rotary_key(options.rotary),
+    )
+    plan = remember(options.shared, key, lambda: _plan(q.shape[0], pages, batch, options))
     for first, last in plan.blind:
         out[first:last] = 0
     for piece in plan.prompts:

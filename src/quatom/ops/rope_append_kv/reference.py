@@ -5,7 +5,7 @@ from torch import Tensor
 
 from quatom.numerics.hadamard import rotate_heads
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops.shared import Shared, remember
+from quatom.ops.shared import Shared, geometry, remember, rotary_key
 
 
 def rotary_factors(
@@ -52,7 +52,7 @@ def rope_append_kv_reference(
     def factors() -> tuple[Tensor, Tensor]:
         return rotary_factors(*(t.index_select(0, positions).unsqueeze(1) for t in (cos, sin)))
 
-    rotation = remember(shared, "rotary factors of new tokens", factors)
+    rotation = remember(shared, ("rotary factors of new tokens", rotary_key((cos, sin))), factors)
     if rotate_keys_in_cache:
         heads = (q.shape[1], k.shape[1])
         both = torch.cat((q, k), dim=1).float()
@@ -64,5 +64,6 @@ def rope_append_kv_reference(
     if rotate_kv:
         new_q, k = rotate_heads(new_q), rotate_heads(k)
     rotated.copy_(new_q)
-    plan = remember(shared, "append plan", lambda: pages.plan_append(slot_mapping))
+    key = ("append plan", geometry(pages))
+    plan = remember(shared, key, lambda: pages.plan_append(slot_mapping))
     pages.append_planned(k, v, plan, clip_ratio)
