@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quatom.evaluation.ladders import LADDERS
+from quatom.families.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))  # also when a test runs this file by its path
@@ -434,6 +435,48 @@ def fused(name: str) -> str:
     return f"{_machine(data)}:\n\n" + table(["operation", "K", "M", "us", "share of copy"], rows)
 
 
+def families(name: str) -> str:
+    """What `scripts/verify_families.py` found of every family on one machine."""
+    data = read(name)
+    rows = []
+    for family in FAMILIES:
+        entries = [e for e in data["results"] if e["family"] == family.name]
+        floats = [e for e in entries if e["recipe"] == "fp16"]
+        packed = [e for e in entries if e["recipe"] != "fp16" and "refused" not in e]
+        rows.append(
+            [
+                f"`{family.name}`",
+                ", ".join(sorted({e["model"] for e in floats})),
+                *(_worst([e for e in floats if e["dtype"] == d]) for d in _dtypes(data)),
+                ", ".join(sorted({f"`{e['recipe']}`" for e in packed})),
+                _worst(packed, "rms"),
+            ]
+        )
+    header = ["family", "tiny models"]
+    header += [f"{dtype} to transformers, largest" for dtype in _dtypes(data)]
+    return f"On {_machine(data)}:\n\n" + table([*header, "recipes", "packed, rms"], rows)
+
+
+def supported(name: str) -> str:
+    """Families and architectures, from the registry; `name` is not used."""
+    rows = [
+        [f"`{family.name}`", ", ".join(f"`{a}`" for a in family.architectures), family.models]
+        for family in FAMILIES
+    ]
+    return table(["family", "architectures", "released models"], rows)
+
+
+def _dtypes(data: dict[str, Any]) -> list[str]:
+    """Dtypes of the floating-point models of a families file."""
+    return list(dict.fromkeys(e["dtype"] for e in data["results"] if e["recipe"] == "fp16"))
+
+
+def _worst(entries: list[dict[str, Any]], measure: str = "largest") -> str:
+    """The largest distance of several results, prompts and decodes alike."""
+    found = [entry[part][measure] for entry in entries for part in ("prompt", "decode")]
+    return f"{max(found):.1e}" if found else "-"
+
+
 def _serving_tables(
     name: str,
     modes: tuple[str, ...],
@@ -536,6 +579,8 @@ def _load_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 TABLES: dict[str, Callable[..., str]] = {
+    "families": families,
+    "supported": supported,
     "ablation": ablation,
     "accuracy": accuracy,
     "agreement": agreement,

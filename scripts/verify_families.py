@@ -1,0 +1,147 @@
+"""Compare every family with transformers, and every preset with the CPU, and write a result file.
+
+Tiny random models of each family are made by transformers' own classes (tests/families/models.py).
+docs/families.md shows what was found. Run from the root of the repository:
+
+    python scripts/verify_families.py --device cuda --output benchmarks/results/families-h200.json
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.families.models import TINY, save_tiny, tiny_model
+
+from quatom.benchmark.environment import command_line, describe_environment, write_results
+from quatom.errors import RecipeError
+from quatom.loading import LoadedModel, load
+from quatom.modeling.context import ForwardContext, full_sequences_context
+from quatom.quantize.pipeline import quantize_checkpoint
+from quatom.recipe import PRESETS, CalibrationSpec
+
+LENGTH = 72
+"""Tokens of the text: longer than every window and than several KV blocks."""
+BLOCK = 32
+CALIBRATION = CalibrationSpec(num_samples=4, sequence_length=48)
+
+
+def decode_context(position: int, device: torch.device) -> ForwardContext:
+    """One new token at `position` of the only sequence, its KV blocks in order."""
+    blocks = position // BLOCK + 1
+    return ForwardContext(
+        positions=torch.tensor([position], device=device),
+        slot_mapping=torch.tensor([position], device=device),
+        block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([position + 1], dtype=torch.int32, device=device),
+        max_seqlen_q=1,
+        max_seq_len=position + 1,
+        num_decodes=1,
+    )
+
+
+@torch.inference_mode()
+def prompt_logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:  # (T,) -> (T, vocab) on the CPU
+    """Logits of a whole prompt."""
+    model = loaded.model
+    model.limit_length(LENGTH)
+    context = full_sequences_context(1, len(tokens), BLOCK, loaded.device)
+    cache = model.allocate_kv_cache(-(-len(tokens) // BLOCK), BLOCK)
+    return model.compute_logits(model(tokens.to(loaded.device), context, cache)).cpu()
+
+
+@torch.inference_mode()
+def decode_logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:  # (T,) -> (T, vocab) on the CPU
+    """Logits token by token through the paged cache."""
+    model = loaded.model
+    model.limit_length(LENGTH)
+    cache = model.allocate_kv_cache(-(-len(tokens) // BLOCK), BLOCK)
+    rows = [
+        model.compute_logits(model(token[None], decode_context(position, loaded.device), cache))
+        for position, token in enumerate(tokens.to(loaded.device))
+    ]
+    return torch.cat(rows).cpu()
+
+
+def distance(got: Tensor, want: Tensor) -> dict[str, float]:
+    """Largest and root mean square difference, in units of the standard deviation of `want`."""
+    difference = (got - want) / want.std()
+    return {
+        "largest": round(difference.abs().max().item(), 7),
+        "rms": round(difference.square().mean().sqrt().item(), 7),
+    }
+
+
+def verify(
+    name: str, presets: Sequence[str], device: str, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Results of one family: floating point, then every preset."""
+    source = save_tiny(folder / name, name)
+    tokens = torch.randint(0, 256, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = tiny_model(name)(tokens[None]).logits[0]
+    dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        loaded = load(source, device=device, dtype=dtype)
+        yield {
+            "model": name,
+            "family": loaded.config.family,
+            "recipe": "fp16",
+            "dtype": str(dtype).removeprefix("torch."),
+            "against": "transformers, float32, CPU",
+            "prompt": distance(prompt_logits(loaded, tokens), want),
+            "decode": distance(decode_logits(loaded, tokens), want),
+        }
+    text = folder / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 26) + " " * (i % 5 == 0) for i in range(20_000)))
+    for preset in presets:
+        target = folder / f"{name}-{preset}"
+        recipe = replace(PRESETS[preset], calibration=CALIBRATION)
+        entry = {"model": name, "family": loaded.config.family, "recipe": preset}
+        try:
+            quantize_checkpoint(source, target, recipe, calibration=text)
+        except RecipeError as error:
+            yield entry | {"refused": str(error)}
+            continue
+        packed = load(target, device=device)
+        reference = load(target)
+        expected = prompt_logits(reference, tokens)
+        yield entry | {
+            "dtype": str(packed.dtype).removeprefix("torch."),
+            "backend": packed.backend_name,
+            "against": "the same checkpoint's prompt, float32, CPU",
+            "prompt": distance(prompt_logits(packed, tokens), expected),
+            "decode": distance(decode_logits(packed, tokens), expected),
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Verify and write."""
+    parser = argparse.ArgumentParser(description="families against transformers")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--models", nargs="+", default=list(TINY), choices=list(TINY))
+    parser.add_argument("--presets", nargs="*", default=["atom-w4a4kv4", "quatom-w4a8kv4"])
+    parser.add_argument("--output", type=Path, help="result file")
+    args = parser.parse_args(arguments)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models:
+            for entry in verify(name, args.presets, args.device, Path(folder)):
+                print(entry, flush=True)
+                results.append(entry)
+    if args.output:
+        command = command_line("python", "scripts/verify_families.py")
+        write_results(args.output, command, describe_environment(), results)
+
+
+if __name__ == "__main__":
+    main()
