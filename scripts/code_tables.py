@@ -1,4 +1,4 @@
-"""Parts of the docs that are generated from the code: families, recipes, options, the package map."""
+"""Parts of the docs that are generated from the code: recipes, options, the package map."""
 
 import ast
 import inspect
@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 
 import quatom
 from quatom.cli.main import app
-from quatom.families.registry import FAMILIES
 from quatom.recipe import PRESETS, Recipe
 
 PACKAGE = Path(quatom.__file__).parent
@@ -23,14 +22,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table of words."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def families(name: str) -> str:
-    """Every model family with its architecture and the models that use it."""
-    rows = [
-        [f"`{f.name}`", ", ".join(f"`{a}`" for a in f.architectures), f.models] for f in FAMILIES
-    ]
-    return table(["family", "architecture in config.json", "models"], rows)
 
 
 def presets(name: str) -> str:
@@ -113,7 +104,6 @@ def package(name: str) -> str:
 
 CODE_TABLES = {
     "commands": commands,
-    "families": families,
     "fields": fields_of_recipes,
     "package": package,
     "presets": presets,
