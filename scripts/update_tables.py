@@ -437,6 +437,8 @@ def fused(name: str) -> str:
 
 def families(name: str) -> str:
     """What `scripts/verify_families.py` found of every family on one machine."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet.\n"
     data = read(name)
     rows = []
     for family in FAMILIES:

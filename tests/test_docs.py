@@ -6,8 +6,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import click
 import pytest
+import typer
 import typer.main
 
 from quatom.cli.main import app
@@ -67,7 +67,7 @@ def commands_of(text: str) -> list[list[str]]:
         line = re.sub(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?=quatom )", "", line)
         if line.startswith("quatom ") and "[OPTIONS]" not in line:
             words = shlex.split(line.split(" > ")[0].split(" | ")[0], comments=True)
-            found.append([word for word in words[1:] if word not in ("...", "&")])
+            found.append([word for word in words[1:] if word != "&"])
     return found
 
 
@@ -82,7 +82,7 @@ def parse(words: list[str]) -> None:
     """Parse a command line with the real options, and run nothing.
 
     Raises:
-        click.UsageError: it is not one.
+        an error of typer: it is not one.
     """
     command = typer.main.get_command(app)
     context = command.make_context("quatom", list(words), resilient_parsing=False)
@@ -100,10 +100,14 @@ def test_there_are_commands_in_the_docs():
 @pytest.mark.parametrize(
     ("page", "words"), ALL_COMMANDS, ids=[f"{n}: {' '.join(w)[:60]}" for n, w in ALL_COMMANDS]
 )
-def test_every_command_of_the_docs_is_one(page, words):
+def test_every_command_of_the_docs_is_one(page, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in words:  # some commands look for their input while they parse
+        if word.endswith(".jsonl"):
+            (tmp_path / word).touch()
     try:
         parse(words)
-    except click.exceptions.Exit as done:  # --help and --version
+    except typer.Exit as done:  # --help and --version
         assert done.exit_code == 0
 
 
