@@ -188,7 +188,7 @@ def linear(
             )
         case Backend.CPU:
             assert isinstance(x, MixedTensor)  # it is prepared for integer activations alone
-            return linear_cpu(x, prepared.tensors, prepared.bias)
+            return linear_cpu(x, prepared.tensors, prepared.out_channels, prepared.bias)
         case _:
             return linear_reference(x, prepared.tensors[0], prepared.bias)
 
@@ -207,7 +207,7 @@ def _choose(
         Backend.CUDA: _cuda_obstacle(values, scales, layout, formats, scale_mode),
         Backend.CUBLAS: _cublas_obstacle(values, layout, weight, activation),
         Backend.TRITON: _triton_obstacle(layout, weight, outlier),
-        Backend.CPU: cpu_obstacle(values, formats if layout.outliers else formats[:2]),
+        Backend.CPU: cpu_obstacle(values, layout, formats if layout.outliers else formats[:2]),
     }
     able = tuple(b for b in BACKENDS if not obstacles.get(b))
     if asked is None and "QUATOM_BACKEND" not in os.environ:
