@@ -168,16 +168,16 @@ def choose_gguf(folder: Path) -> Path | None:
 
 def _open_gguf(path: Path) -> TensorSource:
     from quatom.checkpoint.gguf_file import read_split_gguf
-    from quatom.checkpoint.gguf_model import IGNORED, hf_config, hf_name, read_as_hf
+    from quatom.checkpoint.gguf_model import IGNORED, hf_config, hf_names, read_as_hf
 
     file = read_split_gguf(path)
     config = hf_config(file)
     model_config = _model_config(path, config)
     check_blocks(path, model_config.num_layers, len(file.tensors))
     stored = {
-        hf_name(n): TensorSpec(t.shape, torch.float32)
-        for n, t in file.tensors.items()
-        if n not in IGNORED
+        name: TensorSpec(file.tensors[own].shape, torch.float32)
+        for name, own in hf_names(file).items()
+        if own not in IGNORED
     }
     tensors = check_names(path, checkpoint_tensors(plan(model_config, PRESETS["fp16"])), stored)
     return TensorSource(
