@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quatom.checkpoint.gguf_families import GGUF_FAMILIES, GGUFFamily
 from quatom.checkpoint.gguf_file import GGUFFile, read_gguf_tensor
-from quatom.checkpoint.gguf_rope import ROPE_TABLE, llama3_scaling
+from quatom.checkpoint.gguf_rope import ROPE_TABLE, llama3_scaling, table_scaling
 from quatom.errors import CheckpointError, ModelError
 
 _GLOBAL_NAMES = {
@@ -166,14 +167,14 @@ def _table_scaling(file: GGUFFile, config: dict[str, Any], scaling: str) -> dict
         )
     if bool((table == 1.0).all()):
         return None
-    found = llama3_scaling(table, config["rope_theta"])
-    if found is None:
-        raise ModelError(
-            f"{file.path}: {ROPE_TABLE} divides the rotary frequencies by {table.min():.4g} to "
-            f"{table.max():.4g}, in another way than Llama 3's scaling; use the model's "
-            "safetensors folder"
+    if not bool((torch.isfinite(table) & (table > 0)).all()):
+        raise CheckpointError(
+            f"{file.path}: {ROPE_TABLE} divides rotary frequencies by {table.min():.4g} to "
+            f"{table.max():.4g}, which must be positive numbers; download the file again"
         )
-    return found
+    return llama3_scaling(table, config["rope_theta"]) or table_scaling(
+        table, config["max_position_embeddings"]
+    )
 
 
 def _eos(metadata: dict[str, Any]) -> int | list[int] | None:

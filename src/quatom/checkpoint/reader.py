@@ -34,6 +34,8 @@ from quatom.families.spec import ModelConfig
 from quatom.plan import plan
 from quatom.recipe import PRESETS, Recipe
 
+_MAX_BLOCKS = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
@@ -236,6 +238,11 @@ def _open_safetensors(folder: Path) -> TensorSource:
 
 
 def _model_config(file: Path, config: Mapping[str, Any]) -> ModelConfig:
+    blocks = config.get("num_hidden_layers")
+    if isinstance(blocks, int) and blocks > _MAX_BLOCKS:  # all would be listed before any check
+        raise ModelError(
+            f"{file}: num_hidden_layers {blocks} is above {_MAX_BLOCKS}, more than any model has"
+        )
     try:
         return read_config(config)
     except ModelError as error:
