@@ -129,7 +129,9 @@ def test_text_held_for_a_stop_string_with_special_tokens_is_not_lost():
 @given(
     ids=st.lists(st.sampled_from([A, B, USER, EOS]), max_size=12),
     stops=st.lists(
-        st.lists(st.sampled_from(["a", "b", "<user>", "<eos>"]), min_size=1, max_size=3).map("".join),
+        st.lists(st.sampled_from(["a", "b", "<user>", "<eos>"]), min_size=1, max_size=3).map(
+            "".join
+        ),
         min_size=1,
         max_size=3,
         unique=True,

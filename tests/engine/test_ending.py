@@ -64,7 +64,7 @@ def test_a_stop_string_of_one_special_token(overlap, skip):
     ended = run(engine, [PROMPT], greedy(10, **params))[0].outputs[0]
     assert (ended.token_ids, ended.finish_reason, ended.stop_reason) == ([EOS], "stop", None)
     found = run(engine, [PROMPT], greedy(10, ignore_eos=True, min_tokens=3, **params))[0].outputs[0]
-    assert (found.token_ids, found.stop_reason) == (TOKENS[:3] + [EOS], "<eos>")
+    assert (found.token_ids, found.stop_reason) == ([*TOKENS[:3], EOS], "<eos>")
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -83,7 +83,11 @@ def test_tokens_of_equal_probability_stay_together(floor):
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 2**16), scale=st.floats(0.1, 8.0), top_p=st.one_of(st.just(0.0), st.floats(0.01, 1.0)))
+@given(
+    seed=st.integers(0, 2**16),
+    scale=st.floats(0.1, 8.0),
+    top_p=st.one_of(st.just(0.0), st.floats(0.01, 1.0)),
+)
 def test_the_nucleus_is_the_smallest_that_reaches_top_p(seed, scale, top_p):
     generator = torch.Generator().manual_seed(seed)
     probs = (scale * torch.randn(3, 3000, generator=generator)).softmax(-1)

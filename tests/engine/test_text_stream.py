@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quatom.engine.text_stream import TextStream
+from quatom.engine.text_stream import TextStream, text_of
 from quatom.engine.vocabulary import Vocabulary
 
 from . import vocabularies
@@ -21,7 +21,7 @@ PARTIAL = [0x41, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 0x98, 0x80, 0xC3, 0xA9]  # of A, 
 
 def stream(name, prompt, ids, skip):
     """(pieces, text of what was still open)."""
-    made = TextStream(VOCABULARIES[name], prompt, skip_special=skip)
+    made = TextStream(VOCABULARIES[name], prompt, hidden=VOCABULARIES[name].special if skip else ())
     return [made.push(i) for i in ids], made.flush()
 
 
@@ -75,6 +75,10 @@ def test_pieces_join_to_the_whole_text(name, data):
     skip = data.draw(st.booleans())
     pieces, end = stream(name, [], prompt + ids, skip)
     assert "".join(pieces) + end == whole_text(name, prompt + ids, skip)
+    hidden = VOCABULARIES[name].special if skip else ()
+    for final in (False, True):
+        whole = text_of(VOCABULARIES[name], prompt + ids, hidden=hidden, final=final)
+        assert whole == "".join(pieces) + end * final
     # After a prompt the same pieces come, though only the prompt's end was read.
     assert stream(name, prompt, ids, skip) == (pieces[len(prompt) :], end)
 
@@ -127,7 +131,8 @@ def test_a_token_may_end_inside_a_character():
 
 def test_hidden_special_tokens_do_not_part_a_character():
     tokenizer = byte_tokenizer()
-    made = TextStream(Vocabulary(tokenizer), [], skip_special=True)
+    vocabulary = Vocabulary(tokenizer)
+    made = TextStream(vocabulary, [], hidden=vocabulary.special)
     first, *rest = "你".encode()
     assert [made.push(i) for i in (first, 257, 258, *rest)] == ["", "", "", "", "你"]
 

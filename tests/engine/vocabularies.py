@@ -1,6 +1,6 @@
 """Small tokenizers, one for each decoder of the tokenizers library and each chain in use."""
 
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from .doubles import byte_level_table
@@ -73,3 +73,22 @@ def ids_of(tokenizer, *strings: str) -> list[int]:
     """Token ids of token strings."""
     known = tokenizer.get_vocab()
     return [known[string] for string in strings]
+
+
+def encoding_llama() -> PreTrainedTokenizerFast:
+    """A tokenizer of Llama 2's kind that reads text: characters, bytes where they are unknown."""
+    strings = ["<unk>", *SPACED, *BYTES, *"cdefghrtu<>|:", "tr", "tru", "<s>", "<|end|>"]
+    vocab = {string: i for i, string in enumerate(strings)}
+    merges = [("t", "r"), ("tr", "u"), ("tru", "e"), ("▁", "true"), ("▁", "a")]
+    model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.decoder = decoders.Sequence([*llama, strip])
+    tokenizer.add_special_tokens(["<s>", "<|end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>")
+    fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return fast

@@ -31,18 +31,15 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt_ids: list[int], params: SamplingParams) -> None:
         vocabulary = vocabulary_of(tokenizer)
-        skip = params.skip_special_tokens
-        self._text = TextStream(vocabulary, prompt_ids, skip_special=skip)
-        self._stops = StopFinder(params.stop, vocabulary, skip_special=skip)
-        self._hidden = vocabulary.special if skip else frozenset()
+        self._hidden = vocabulary.special if params.skip_special_tokens else frozenset()
+        self._text = TextStream(vocabulary, prompt_ids, hidden=self._hidden)
+        self._stops = StopFinder(params.stop, vocabulary, hidden=self._hidden)
         self._keep_stop = params.include_stop_str_in_output
 
     def append(self, token_id: int, *, find_stop: bool = True) -> tuple[str, str | None]:
         """New text, and the stop string that it ran into (or None)."""
-        if token_id in self._hidden:
-            new = self._stops.mark(token_id)
-        else:
-            new = self._text.push(token_id)
+        is_hidden = token_id in self._hidden
+        new = self._stops.mark(token_id) if is_hidden else self._text.push(token_id)
         text, stop = self._stops.push(new, find=find_stop)
         if stop is None:
             return text, None

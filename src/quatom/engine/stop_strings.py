@@ -6,7 +6,7 @@ mark there, one lone surrogate, which no decoded text can hold.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from quatom.engine.vocabulary import Vocabulary
 
@@ -44,10 +44,20 @@ class _Patterns:
 class StopFinder:
     """Finds stop strings in one sequence's text, and holds back what may become one."""
 
-    def __init__(self, stops: Sequence[str], vocabulary: Vocabulary, *, skip_special: bool) -> None:
+    def __init__(
+        self, stops: Sequence[str], vocabulary: Vocabulary, *, hidden: Collection[int] = ()
+    ) -> None:
+        """Prepare the search.
+
+        Args:
+            stops: strings to find.
+            vocabulary: of the text.
+            hidden: special tokens that are left out of the text.
+        """
         self._marks: dict[int, str] = {}
-        hidden = vocabulary.special_ids if skip_special and stops else {}
-        pattern_of = {stop: self._mark_specials(stop, hidden) for stop in stops}
+        names = vocabulary.special_ids if hidden and stops else {}
+        names = {string: token_id for string, token_id in names.items() if token_id in hidden}
+        pattern_of = {stop: self._mark_specials(stop, names) for stop in stops}
         self._plain = _Patterns({p: stop for stop, p in pattern_of.items() if p == stop})
         self._marked = _Patterns({p: stop for stop, p in pattern_of.items() if p != stop})
         self._held = ""  # marks included
