@@ -68,12 +68,9 @@ def test_a_stop_string_of_one_special_token(overlap, skip):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("chunk", [0, 8])
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_prompt_can_be_scored_without_generating(overlap, chunk, n):
-    engine = make_engine(
-        100, tokenizer=TOKENIZER, overlap=overlap, invariant_chunk=chunk, max_num_batched_tokens=17
-    )
+def test_a_prompt_can_be_scored_without_generating(overlap, n):
+    engine = make_engine(100, tokenizer=TOKENIZER, overlap=overlap, max_num_batched_tokens=17)
     rng = random.Random(3)
     lengths = [1, 2, 8, 17, 18, 35, 100]  # 100 is the model's length
     prompts = [[rng.randrange(256) for _ in range(length)] for length in lengths]

@@ -1,29 +1,11 @@
 """Detokenizer: tokens in, text out, never half a character and never part of a stop string."""
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from quatom.engine.sampling import SamplingParams
 from quatom.engine.stop_strings import StopFinder
 from quatom.engine.text_stream import TextStream
 from quatom.engine.vocabulary import vocabulary_of
-
-
-class Tokenizer(Protocol):
-    """What the engine asks of a tokenizer; transformers' tokenizers have it."""
-
-    @property
-    def added_tokens_decoder(self) -> dict[int, Any]:
-        """Added tokens by id; each says whether it is `special`."""
-
-    def convert_ids_to_tokens(self, ids: int) -> str | None:
-        """The string of one token."""
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of token strings."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> Iterable[int]:
-        """Tokens of a text."""
 
 
 class Detokenizer:
