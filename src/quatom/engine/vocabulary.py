@@ -73,8 +73,8 @@ class Vocabulary:
     """The tokens of one tokenizer, each looked up once. Any thread may use it."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        # Transformers' layer above the Rust core takes 2 of 3 microseconds a call, and there are two
-        # calls for each generated token.
+        # Transformers' layer above the Rust core takes 2 of 3 microseconds per call, and there are
+        # two calls for each generated token.
         core = tokenizer.backend_tokenizer
         join = " ".join if core.decoder is None else core.decoder.decode
         self._join: Callable[[list[str]], str] = join
