@@ -28,7 +28,7 @@ def find_family(file: GGUFFile) -> GGUFFamily:
         ModelError: it is not supported.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture not in GGUF_FAMILIES:
+    if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
         raise ModelError(
             f"{file.path}: general.architecture {architecture!r} is not supported; supported: "
             f"{', '.join(GGUF_FAMILIES)}"
