@@ -1,8 +1,8 @@
-"""Rewrite the tables in README.md and docs/ from the JSON files in benchmarks/results.
+"""Rewrite the tables in README.md and docs/ from benchmarks/results and from the code.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a function below and the
-rest of a result file's name. `<!-- table NAME brief -->` asks for the few rows that the README
-shows. Run with --check to fail instead of writing where a table is out of date.
+A table is between `<!-- table NAME -->` and `<!-- end -->`. NAME is a function below and the rest of
+a result file's name, or a function of code_tables.py. `<!-- table NAME brief -->` asks for fewer rows.
+Run with --check to fail instead of writing where a table is out of date.
 """
 
 import json
@@ -16,6 +16,10 @@ from quatom.evaluation.ladders import LADDERS
 from quatom.families.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))  # also when a test runs this file by its path
+
+from code_tables import CODE_TABLES  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- table ([\w.-]+)( brief)? -->\n).*?(<!-- end -->)", re.DOTALL)
 RECIPE_ORDER = (
@@ -82,7 +86,7 @@ def accuracy(name: str) -> str:
             ]
             for e in entries
         ]
-        header = ["recipe", "perplexity", "increase", "of Atom's"]
+        header = ["recipe", "perplexity", "increase", "increase / Atom's increase"]
         header += ["bits/weight", "bits/activation", "bits/KV"]
         which = "all" if entries[0]["all_windows"] else "first"
         parts.append(
@@ -91,6 +95,43 @@ def accuracy(name: str) -> str:
             f"{table(header, rows)}"
         )
     return "\n".join(parts)
+
+
+SUMMARY = ("fp16", "atom-w4a4kv4", "quatom-w4a4kv4", "atom-w4a8kv4", "quatom-w4a8kv4")
+SUMMARY_RUN = {"mode": "throughput", "model": "llama-2-7b", "gpu_memory_gb": 24.0}
+
+
+def summary(name: str) -> str:
+    """The README's table: what a recipe costs in perplexity and brings in throughput."""
+    accuracy = {
+        e["recipe"]: e
+        for e in read("accuracy-smollm2")["results"]
+        if e["corpus"] == "wikitext2" and e["all_windows"]
+    }
+    data = read(f"serving-{name.partition('-')[2]}")
+    runs = {
+        e["recipe"]: e
+        for e in data["results"]
+        if all(e[key] == value for key, value in SUMMARY_RUN.items())
+    }
+    rows = []
+    for recipe in SUMMARY:
+        e, run = accuracy[recipe], runs.get(recipe)
+        parts = ("weight", "activation", "kv")
+        bits = " / ".join(
+            "16" if recipe == "fp16" else f"{e[f'bits_per_{part}']:.1f}" for part in parts
+        )
+        speed = ["not measured", ""]
+        if run is not None:
+            speed = [f"{run['output_tokens_per_s']:,.0f}", _over_float(run, list(runs.values()))]
+        rows.append([_label(recipe), bits, f"{e['perplexity']:.2f}", *speed])
+    header = ["recipe", "bits: weight / activation / KV", "perplexity, SmolLM2-135M"]
+    header += ["output tokens/s, Llama-2-7B", "over FP16"]
+    workload = next(iter(runs.values()))["workload"]
+    return (
+        f"{_machine(data)}; Llama-2-7B within 24 GiB, {workload} tokens per request:\n\n"
+        + table(header, rows)
+    )
 
 
 def backends(name: str) -> str:
@@ -153,7 +194,7 @@ def zeroshot(name: str) -> str:
     first = data["results"][0]
     which = "all" if first["all_examples"] else f"first {first['examples']}"
     return (
-        f"{first['model']}, percent right, {which} examples a task, lm-evaluation-harness "
+        f"{first['model']}, percent right, {which} examples per task, lm-evaluation-harness "
         f"{first['harness']} ({_machine(data)}):\n\n"
     ) + table(["recipe", *tasks, "mean"], rows)
 
@@ -188,7 +229,7 @@ def engine(name: str) -> str:
         ]
         for e in read(name)["results"]
     ]
-    return table(["sampling", "ms a step", "p10", "p90", "CPU ms (median)"], rows)
+    return table(["sampling", "ms per step", "p10", "p90", "CPU ms (median)"], rows)
 
 
 def decode(name: str) -> str:
@@ -226,7 +267,7 @@ def ablation(name: str) -> str:
 
 
 BRIEF_ATTENTION = {(32, 1024, 64), (8, 4096, 64), (8, 32768, 1)}
-"""KV heads, length and batch of the README's rows."""
+"""KV heads, length and batch of the rows of a brief table."""
 
 
 def attention(name: str, *, brief: bool = False) -> str:
@@ -255,7 +296,7 @@ def attention(name: str, *, brief: bool = False) -> str:
         ]
         for _, e in sorted(best.items(), reverse=True)
     ]
-    header = ["batch x length", "us", "of copy bandwidth", "cuDNN BF16", "FlashAttention BF16"]
+    header = ["batch x length", "us", "share of copy bandwidth", "cuDNN BF16", "FlashAttention BF16"]
     return (
         f"{environment['gpu']}, copy {environment['copy_tb_s']} TB/s, torch "
         f"{environment['torch']}; ratios: time of the other over ours, in one run:\n\n"
@@ -288,11 +329,11 @@ def kernels(name: str, *, brief: bool = False) -> str:
         rows.append(row)
     header = ["N x K, tokens"]
     for scheme in ("W4A4", "W4A8"):
-        header += [f"{scheme}: us", "of copy", "TOPS", "BF16", "humming"]
+        header += [f"{scheme}: us", "share of copy", "TOPS", "BF16", "humming"]
     return (
         f"{environment['gpu']}, copy {environment['copy_tb_s']} TB/s, torch "
-        f"{environment['torch']}; INT8 outliers and all scales included, W4A8 with INT8 and a "
-        f"scale a token; ratios: time of cuBLAS BF16 and of humming's A8 over ours, in one run:\n\n"
+        f"{environment['torch']}; INT8 outliers and all scales included, W4A8 with INT8 and one "
+        f"scale per token; ratios: time of cuBLAS BF16 and of humming's A8 over ours, in one run:\n\n"
         + table(header, rows)
     )
 
@@ -363,9 +404,9 @@ _RUN_HEADER = [
     "TTFT p50 (ms)",
     "TPOT p50 (ms)",
     "end to end p50 (s)",
-    "of the limit",
+    "share of the limit",
 ]
-_BATCH_HEADER = ["memory, recipe", "batch", "tokens/s", "over FP16", "ms a token", "of the limit"]
+_BATCH_HEADER = ["memory, recipe", "batch", "tokens/s", "over FP16", "ms per token", "share of the limit"]
 _LOAD_HEADER = [
     "load, recipe",
     "output tokens/s",
@@ -391,11 +432,13 @@ def fused(name: str) -> str:
         for e in data["results"]
         if e["op"] != "linear" and e["backend"] == "cuda" and e["m"] in (1, 16, 64, 256, 4096)
     ]
-    return f"{_machine(data)}:\n\n" + table(["operation", "K", "M", "us", "of copy"], rows)
+    return f"{_machine(data)}:\n\n" + table(["operation", "K", "M", "us", "share of copy"], rows)
 
 
 def families(name: str) -> str:
     """What `scripts/verify_families.py` found of every family on one machine."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet.\n"
     data = read(name)
     rows = []
     for family in FAMILIES:
@@ -553,8 +596,10 @@ TABLES: dict[str, Callable[..., str]] = {
     "load": load,
     "quantize": quantize,
     "steps": steps,
+    "summary": summary,
     "throughput": throughput,
     "zeroshot": zeroshot,
+    **CODE_TABLES,
 }
 
 

@@ -1,7 +1,7 @@
 """Compare every family with transformers, and every preset with the CPU, and write a result file.
 
 Tiny random models of each family are made by transformers' own classes (tests/families/models.py).
-docs/families.md shows what was found. Run from the root of the repository:
+docs/reference/families.md shows what was found. Run from the root of the repository:
 
     python scripts/verify_families.py --device cuda --output benchmarks/results/families-h200.json
 """

@@ -7,17 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quatom.engine.config import EngineConfig as EngineConfig
     from quatom.engine.llm import LLM as LLM
+    from quatom.engine.outputs import CompletionOutput as CompletionOutput
+    from quatom.engine.outputs import RequestOutput as RequestOutput
     from quatom.engine.sampling import SamplingParams as SamplingParams
+    from quatom.loading import LoadedModel as LoadedModel
     from quatom.loading import load as load
+    from quatom.quantize.pipeline import QuantizeReport as QuantizeReport
+    from quatom.errors import QuatomError as QuatomError
+    from quatom.evaluation.perplexity import Perplexity as Perplexity
+    from quatom.evaluation.perplexity import measure_perplexity as measure_perplexity
     from quatom.quantize.pipeline import quantize_checkpoint as quantize_checkpoint
     from quatom.recipe import PRESETS as PRESETS
     from quatom.recipe import Recipe as Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "LLM": "quatom.engine.llm",
+    "EngineConfig": "quatom.engine.config",
+    "RequestOutput": "quatom.engine.outputs",
+    "CompletionOutput": "quatom.engine.outputs",
+    "LoadedModel": "quatom.loading",
+    "QuantizeReport": "quatom.quantize.pipeline",
+    "QuatomError": "quatom.errors",
+    "Perplexity": "quatom.evaluation.perplexity",
+    "measure_perplexity": "quatom.evaluation.perplexity",
     "SamplingParams": "quatom.engine.sampling",
     "Recipe": "quatom.recipe",
     "PRESETS": "quatom.recipe",
@@ -28,10 +44,18 @@ _PUBLIC = {
 __all__ = [
     "LLM",
     "PRESETS",
+    "CompletionOutput",
+    "EngineConfig",
+    "LoadedModel",
+    "Perplexity",
+    "QuantizeReport",
+    "QuatomError",
     "Recipe",
+    "RequestOutput",
     "SamplingParams",
     "__version__",
     "load",
+    "measure_perplexity",
     "quantize_checkpoint",
 ]
 

@@ -170,12 +170,14 @@ def _qk_norm(read: Read, layer: LayerPlan) -> tuple[Tensor, Tensor] | None:
     return read(f"{q}.weight", (q_size,)), read(f"{k}.weight", (k_size,))
 
 
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device, checked.
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """The device, checked; None: the GPU if torch sees one, else the CPU.
 
     Raises:
         BackendError: it is neither the CPU nor a GPU that torch sees.
     """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -198,7 +200,7 @@ def default_dtype(source: TensorSource, device: torch.device) -> torch.dtype:
 def load(
     source: str | Path,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> LoadedModel:
@@ -206,7 +208,7 @@ def load(
 
     Args:
         source: folder, file or hub id.
-        device: where the model runs.
+        device: where the model runs; None: the GPU if there is one, else the CPU.
         dtype: of activations and of what is not quantized; None: float32 on a CPU, otherwise the
             checkpoint's own.
         backend: implementation of the operations; None picks by device.

@@ -418,3 +418,6 @@ def _presets() -> dict[str, Recipe]:
 
 PRESETS: dict[str, Recipe] = _presets()
 """Recipes by name; each is a row of the accuracy and throughput tables in the docs."""
+
+DEFAULT_RECIPE = "quatom-w4a8kv4"
+"""The preset that the command line and `quantize_checkpoint` take when none is named."""

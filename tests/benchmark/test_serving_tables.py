@@ -1,4 +1,4 @@
-"""Tables of docs/performance.md from serving results, and from none."""
+"""Tables of docs/lab/performance.md from serving results, and from none."""
 
 import json
 import runpy

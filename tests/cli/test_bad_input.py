@@ -171,7 +171,7 @@ ARGUMENTS = {
     ),
     "a recipe file that is no JSON": (
         lambda d: ("--recipe", text(d, b"{", "r.json")),
-        ["r.json is no recipe"],
+        ["r.json is not a recipe"],
     ),
     "a recipe file that is no object": (
         lambda d: ("--recipe", text(d, b"[1]", "r.json")),

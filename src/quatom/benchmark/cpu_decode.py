@@ -36,7 +36,10 @@ def measure(
         checkpoint,
         device="cpu",
         config=EngineConfig(
-            max_num_seqs=batch, max_model_len=prompt + new_tokens + 1, prefix_caching=False
+            max_num_seqs=batch,
+            max_model_len=prompt + new_tokens + 1,
+            prefix_caching=False,
+            keep_freed_memory=True,
         ),
     )
     theirs = _transformers(checkpoint, new_tokens)

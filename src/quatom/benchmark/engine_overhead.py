@@ -25,6 +25,7 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
 from quatom.modeling.context import ForwardContext
+from quatom.recipe import PRESETS
 
 PROMPT_TOKENS = 1024
 KINDS: dict[str, dict[str, Any]] = {
@@ -76,7 +77,7 @@ def measure(
     """Milliseconds of a decode step of `num_seqs` sequences that hold 1024 tokens of prompt."""
     model = StubModel(vocab_size, -(-num_seqs // 64) * 64)
     config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=(), max_position=8192)
-    loaded = SimpleNamespace(model=model, config=config, tokenizer=tokenizer, device="cpu")
+    loaded = SimpleNamespace(model=model, config=config, tokenizer=tokenizer, device="cpu", recipe=PRESETS["fp16"])
     early = num_seqs * PROMPT_TOKENS // 1024  # steps in which the first decode and others prefill
     length = PROMPT_TOKENS + steps + early
     limits = EngineConfig(

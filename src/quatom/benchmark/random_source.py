@@ -23,7 +23,7 @@ from quatom.recipe import PRESETS, CalibrationSpec
 def random_source(
     shape: str,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> TensorSource:
@@ -31,7 +31,7 @@ def random_source(
 
     Args:
         shape: a name in `quatom.benchmark.random_weights.SHAPES`.
-        device: where numbers are drawn: a GPU draws a 7B block in milliseconds.
+        device: where numbers are drawn, None as in `quatom.load`: a GPU draws a 7B block in milliseconds.
         dtype: of all tensors.
         seed: same seed, shape and device: same weights.
 

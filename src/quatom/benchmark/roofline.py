@@ -1,7 +1,7 @@
 """The least time that a GPU needs for decode steps and prompts.
 
 Each phase takes its bytes over the bandwidth or its operations over a matrix rate, whichever is
-larger, and phases follow one another. docs/performance.md derives the formulas.
+larger, and phases follow one another. docs/lab/performance.md derives the formulas.
 
 What is left out (launches, norms, activations read and written, gathering, sampling) is what a
 perfect implementation would hide, so a share of this limit never reaches 100 %.

@@ -1,1 +1,1 @@
-"""Folders of tensors: names, bytes and atomic writes; knows no network."""
+"""Reading model folders and GGUF files; the schema and atomic writing of checkpoints."""

@@ -38,6 +38,15 @@ def download(text: str) -> Path:
     return _fetch(repository, (*parts, *_SETTINGS)) / file
 
 
+def download_config(repository: str) -> Path:
+    """A folder with the config.json of a repository, without its weights.
+
+    Raises:
+        CheckpointError: there is no such repository, or no network.
+    """
+    return _fetch(repository, ("config.json",))
+
+
 def _only_gguf(repository: str) -> str | None:
     from huggingface_hub import HfApi
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from quatom.checkpoint.folder_tensors import pass_over, plain_names, read_headers
 from quatom.checkpoint.fp8 import ScaledTensor, is_fp8, scaled_tensors
 from quatom.checkpoint.gguf_parts import models
-from quatom.checkpoint.hub import download, hub_name
+from quatom.checkpoint.hub import download, download_config, hub_name
 from quatom.checkpoint.safetensors_file import read_bytes, read_tensor
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.checkpoint.validation import (
@@ -151,6 +151,28 @@ def open_source(path_or_id: str | Path) -> TensorSource:
     torch_files = sorted(f.name for f in path.glob("*.bin"))
     reason = f"only {torch_files[0]}; convert it to safetensors" if torch_files else "no weights"
     raise CheckpointError(f"{path} holds {reason}: a *.safetensors or *.gguf file is needed")
+
+
+def read_model_config(path_or_id: str | Path) -> tuple[ModelConfig, Recipe | None]:
+    """What a model computes, and the recipe of a checkpoint; weights are neither read nor needed.
+
+    Raises:
+        CheckpointError: there is no config.json and no GGUF file.
+        ModelError: the model is not supported.
+    """
+    path = Path(path_or_id)
+    name = hub_name(str(path_or_id))
+    if not path.exists():
+        if name is None:
+            raise CheckpointError(f"{path} does not exist")
+        path = download_config(name[0]) if name[1] is None else download(str(path_or_id))
+    gguf = path if path.is_file() else None
+    if gguf is None and not (path / "config.json").exists():
+        gguf = choose_gguf(path)
+    if gguf is not None:
+        return _model_config(gguf, hf_config(read_split_gguf(gguf))), None
+    config = read_json(path / "config.json")
+    return _model_config(path / "config.json", config), _recipe(path, config)
 
 
 def choose_gguf(folder: Path) -> Path | None:

@@ -1,1 +1,1 @@
-"""The command line: one module a subcommand, torch imported when a command runs."""
+"""The command line: one module per subcommand, torch imported when a command runs."""

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quatom.cli.options import DeviceOption
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -33,7 +35,7 @@ def ablate(
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation.")] = None,
     name: Annotated[
         str | None, typer.Option(help="Model name in the result file; default: the folder's.")

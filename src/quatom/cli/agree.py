@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from quatom.cli.options import DeviceOption
+
 
 def agree(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
@@ -16,7 +18,7 @@ def agree(
     num_prompts: Annotated[int, typer.Option(min=1, help="With --record: prompts.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="With --record: their length.")] = 128,
     num_tokens: Annotated[int, typer.Option(min=1, help="With --record: choices each.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
     ] = None,

@@ -1,14 +1,13 @@
 """What several commands share: reading options, progress bars and tables."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quatom.errors import RecipeError
-from quatom.recipe import PRESETS, Recipe
+from quatom.recipe import Recipe
+from quatom.recipe_file import differences, find_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -20,21 +19,9 @@ def read_recipe(name: str, **calibration: int | None) -> Recipe:
     """A preset by name or a recipe from a JSON file, calibration fields overridden if given.
 
     Raises:
-        RecipeError: there is no such preset or file, or the file is no recipe.
+        RecipeError: there is no such preset or file, or the file is not a recipe.
     """
-    if name in PRESETS:
-        recipe = PRESETS[name]
-    elif name.endswith(".json"):
-        try:
-            recipe = Recipe.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise RecipeError(f"cannot read recipe {name}: {error.strerror}") from error
-        except ValueError as error:
-            raise RecipeError(f"{name} is no recipe: {error}") from error
-    else:
-        raise RecipeError(
-            f"unknown recipe {name!r}; presets are {', '.join(PRESETS)}; or give a .json file"
-        )
+    recipe, _ = find_recipe(name)
     given = {key: value for key, value in calibration.items() if value is not None}
     return replace(recipe, calibration=replace(recipe.calibration, **given))
 
@@ -115,6 +102,17 @@ def window_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
             progress.update(task, total=total, completed=done, perplexity=f"{perplexity:.3f}")
 
         yield on_window
+
+
+def print_recipe(recipe: Recipe, base: Recipe) -> None:
+    """The fields in which a recipe differs from its base."""
+    start = "the defaults of the fields" if base == Recipe() else base.name
+    changed = differences(recipe, base)
+    if not changed:
+        print(f"{recipe.name} is {start}")
+        return
+    rows = [(name, str(before), str(value)) for name, (before, value) in changed.items()]
+    print_table(f"{recipe.name} = {start}, but", ("field", "instead of", "is"), rows, text=True)
 
 
 def print_table(

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quatom.cli.options import DeviceOption
+
 if TYPE_CHECKING:
     from quatom.loading import LoadedModel
 
@@ -34,7 +36,7 @@ def evaluate(
             "zeroshot in QUATOM_CACHE_DIR (~/.cache/quatom)."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
     ] = None,

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from quatom.cli.options import DeviceOption
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
@@ -14,7 +16,7 @@ def generate(
     ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
     ] = None,

@@ -1,5 +1,6 @@
 """`quatom`: the command line. Each command is a module that imports torch when it runs."""
 
+import logging
 import sys
 
 import typer
@@ -40,13 +41,18 @@ def _register() -> None:
     from quatom.cli.evaluate import evaluate
     from quatom.cli.generate import generate
     from quatom.cli.inspect import inspect
+    from quatom.cli.plan import plan
     from quatom.cli.quantize import quantize
+    from quatom.cli.recipes import recipes
     from quatom.cli.report import report
     from quatom.cli.run_batch import run_batch
     from quatom.cli.serve import serve
     from quatom.cli.steps import steps
+    from quatom.cli.warmup import warmup
 
     app.command("quantize")(quantize)
+    app.command("recipes")(recipes)
+    app.command("plan")(plan)
     app.command("eval")(evaluate)
     app.command("ablate")(ablate)
     app.command("agree")(agree)
@@ -55,6 +61,7 @@ def _register() -> None:
     app.command("doctor")(doctor)
     app.command("report")(report)
     app.command("serve")(serve)
+    app.command("warmup")(warmup)
     app.command("run-batch")(run_batch)
     bench.command("steps")(steps)
     app.add_typer(bench, name="bench")
@@ -63,8 +70,17 @@ def _register() -> None:
 _register()
 
 
+def _show_progress_of_compilers() -> None:
+    """Events of the operations, as compiling a kernel, on stderr; a server's JSON logs replace it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("quatom: %(message)s"))
+    logging.getLogger("quatom").handlers = [handler]
+    logging.getLogger("quatom.ops").setLevel(logging.INFO)
+
+
 def main() -> None:
     """Run the command line: exit status 0 done, 1 failed with one line on stderr, 2 usage."""
+    _show_progress_of_compilers()
     try:
         app()
     except (QuatomError, OSError) as error:  # files that --json and --plot name among them

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from quatom.cli.options import DeviceOption
+from quatom.recipe import DEFAULT_RECIPE
+
 
 def quantize(
     source: Annotated[
@@ -18,7 +21,7 @@ def quantize(
     target: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
     recipe: Annotated[
         str, typer.Option(help="Preset name, or a JSON file with a recipe.")
-    ] = "atom-w4a4kv4",
+    ] = DEFAULT_RECIPE,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -27,17 +30,19 @@ def quantize(
         ),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences; default: the recipe's.")
+        int | None, typer.Option(help="Number of calibration sequences; default: the recipe's, 128 in the presets.")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens in each of them; default: the recipe's.")
+        int | None, typer.Option(help="Tokens per calibration sequence; default: the recipe's, 2048 in the presets.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Chooses them; default: the recipe's.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed that chooses the sequences; default: the recipe's.")
+    ] = None,
+    device: DeviceOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the computation: float32, bfloat16 or float16.")
+        str | None, typer.Option(help="Number format of the computation: float32, bfloat16 or float16.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run of the same command.")] = False,
     json: Annotated[
         Path | None, typer.Option(help="Result file: time, memory and size of this run.")
     ] = None,
@@ -50,12 +55,24 @@ def quantize(
 
     from quatom.benchmark.random_source import random_source, random_tokens
     from quatom.checkpoint.reader import TensorSource
-    from quatom.cli.common import block_progress, print_table, read_dtype, read_recipe
+    from quatom.cli.common import (
+        block_progress,
+        print_recipe,
+        print_table,
+        read_dtype,
+        read_recipe,
+    )
     from quatom.quantize.pipeline import quantize_checkpoint
+    from quatom.recipe import PRESETS
+    from quatom.recipe_file import differences, find_recipe
 
     chosen = read_recipe(
         recipe, num_samples=num_samples, sequence_length=sequence_length, seed=seed
     )
+    _, base = find_recipe(recipe)
+    base = PRESETS.get(recipe, base)
+    if differences(chosen, base):
+        print_recipe(chosen, base)
     opened: str | TensorSource = source
     tokens: Path | Tensor | None = calibration
     if source.startswith("random:"):
@@ -86,6 +103,6 @@ def quantize(
         add_results(json, [quantize_entry(report, title, seconds)])
     print_table(
         f"Wrote {report.target}",
-        ("recipe", "bits a weight", "size (MB)"),
+        ("recipe", "bits per weight", "size (MB)"),
         [(chosen.name, f"{report.bits_per_weight:.3f}", f"{report.checkpoint_bytes / 1e6:.1f}")],
     )

@@ -51,6 +51,13 @@ def serve(
     ] = None,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens a KV block.")] = 32,
     prefix_caching: Annotated[bool, typer.Option(help="Use known prefixes again.")] = True,
+    keep_freed_memory: Annotated[
+        bool,
+        typer.Option(
+            "--keep-freed-memory",
+            help="Keep freed memory in the process (mallopt): faster decoding on a CPU.",
+        ),
+    ] = False,
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="How long requests may go on after SIGTERM.")
     ] = 60,
@@ -75,6 +82,7 @@ def serve(
         kv_cache_memory=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
         block_size=block_size,
         prefix_caching=prefix_caching,
+        keep_freed_memory=keep_freed_memory,
     )
     engine, name = serving_engine(
         model,

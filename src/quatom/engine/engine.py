@@ -21,6 +21,7 @@ from quatom.engine.sampling import SamplingParams
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
 from quatom.engine.sequence import Sequence, Status
 from quatom.errors import EngineError, QueueFullError, RequestError
+from quatom.recipe import Recipe
 
 
 class Engine:
@@ -32,9 +33,10 @@ class Engine:
 
     def __init__(self, loaded: Any, config: EngineConfig | None = None) -> None:
         self.device = torch.device(loaded.device)
-        if self.device.type == "cpu":
-            keep_freed_pages()
         self.config = (config or EngineConfig()).resolve(self.device, loaded.config.max_position)
+        if self.config.keep_freed_memory:
+            keep_freed_pages()
+        self.recipe: Recipe = loaded.recipe
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = self.config.max_model_len or loaded.config.max_position

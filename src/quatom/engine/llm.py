@@ -13,6 +13,7 @@ from quatom.engine.sampling import SamplingParams
 from quatom.errors import RequestError
 from quatom.loading import load
 from quatom.ops.backend import Backend
+from quatom.recipe import Recipe
 
 Prompt = str | list[int]
 
@@ -41,7 +42,7 @@ class LLM:
 
         Args:
             model: Quatom checkpoint, Hugging Face folder, GGUF file or hub id.
-            device: where to run; None: a GPU if there is one.
+            device: where to run; None: the GPU if there is one, else the CPU.
             dtype: of what is not quantized; None: as `quatom.loading.load` chooses.
             backend: implementation of the operations; None picks by device.
             config: all limits of the engine; the three options after it override its fields.
@@ -49,8 +50,6 @@ class LLM:
             max_model_len: longest sequence in tokens.
             kv_cache_memory: bytes of KV cache.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         options = {
             "max_num_seqs": max_num_seqs,
             "max_model_len": max_model_len,
@@ -60,8 +59,12 @@ class LLM:
         base = config or EngineConfig()
         fields = {name: getattr(base, name) for name in EngineConfig.__slots__}
         loaded = load(model, device=device, dtype=dtype, backend=backend)
-        self.recipe = loaded.recipe
         self.engine = Engine(loaded, EngineConfig(**{**fields, **given}))
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the model is quantized."""
+        return self.engine.recipe
 
     @classmethod
     def from_engine(cls, engine: Engine) -> "LLM":

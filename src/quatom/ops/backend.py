@@ -1,7 +1,8 @@
 """Which implementation of an operation runs, chosen by device and never silently replaced."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 
 import torch
@@ -24,6 +25,28 @@ class Backend(StrEnum):
     """CUDA C++ compiled at first use; which architectures, each operation says."""
 
 
+_observed: dict[str, Backend] | None = None
+
+
+@contextmanager
+def observe_choices() -> Iterator[dict[str, Backend]]:
+    """Collect which backend each operation runs on, by its name, while the context is open."""
+    global _observed
+    found: dict[str, Backend] = {}
+    before, _observed = _observed, found
+    try:
+        yield found
+    finally:
+        _observed = before
+
+
+def note_choice(op: str, backend: Backend) -> Backend:
+    """The backend, told to `observe_choices`."""
+    if _observed is not None:
+        _observed[op] = backend
+    return backend
+
+
 def choose_backend(
     op: str, available: Sequence[Backend], device: torch.device, asked: Backend | None = None
 ) -> Backend:
@@ -42,5 +65,5 @@ def choose_backend(
                 f"{op} has no backend {str(name)!r}; it has {', '.join(available)}: change the "
                 "backend argument or QUATOM_BACKEND"
             )
-        return Backend(name)
-    return available[-1] if device.type == "cuda" else Backend.REFERENCE
+        return note_choice(op, Backend(name))
+    return note_choice(op, available[-1] if device.type == "cuda" else Backend.REFERENCE)

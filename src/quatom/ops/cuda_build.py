@@ -7,19 +7,23 @@ modules are loaded and launched through the driver API.
 
 import ctypes
 import hashlib
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quatom.errors import BackendError
+from quatom.ops.nvrtc import find_nvrtc as _nvrtc
+from quatom.ops.nvrtc import nvrtc_version
 
+_log = logging.getLogger(__name__)
 _CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _DEFAULT_SHARED_BYTES = 48 * 1024
@@ -46,19 +50,30 @@ def compile_cubin(source: str, arch: str, defines: Mapping[str, int] | None = No
     options = [f"--gpu-architecture={arch}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted((defines or {}).items())]
     nvrtc = _nvrtc()
-    version = (ctypes.c_int(), ctypes.c_int())
-    nvrtc.nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
-    key = "\0".join([source, *options, f"{version[0].value}.{version[1].value}"])
+    key = "\0".join([source, *options, nvrtc_version()])
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     if path.exists():
         return path.read_bytes()
+    _announce(arch)
+    started = time.perf_counter()
     cubin = _compile(nvrtc, source, options)
+    _log.info("compiled a CUDA kernel for %s in %.1f s", arch, time.perf_counter() - started)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may compile the same kernel: each writes its own file, the rename is atomic.
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(cubin)
     os.replace(file.name, path)
     return cubin
+
+
+@cache
+def _announce(arch: str) -> None:
+    """Say once per process why the program waits."""
+    _log.info(
+        "compiling CUDA kernels for %s, some seconds each; they are kept in %s and compiled once",
+        arch,
+        cache_folder(),
+    )
 
 
 def _compile(nvrtc: ctypes.CDLL, source: str, options: Sequence[str]) -> bytes:
@@ -83,38 +98,6 @@ def _compile(nvrtc: ctypes.CDLL, source: str, options: Sequence[str]) -> bytes:
         return cubin.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-@cache
-def _nvrtc() -> ctypes.CDLL:
-    """The NVRTC library: the one torch depends on, else one on the loader's path."""
-    tried = []
-    for candidate in (*_installed_nvrtc(), "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
-        try:
-            if isinstance(candidate, Path):
-                # NVRTC opens its builtins by bare name: it finds them once they are loaded.
-                for builtins in candidate.parent.glob("libnvrtc-builtins.so.*"):
-                    ctypes.CDLL(str(builtins))
-            return ctypes.CDLL(str(candidate))
-        except OSError as error:
-            tried.append(str(error))
-    raise BackendError(
-        "NVRTC, which compiles the CUDA kernels, was not found; `pip install nvidia-cuda-nvrtc`, "
-        f"or set QUATOM_BACKEND=triton. Tried: {'; '.join(tried)}"
-    )
-
-
-def _installed_nvrtc() -> list[Path]:
-    found = []
-    for package in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12"):
-        try:
-            listed = files(package) or []
-        except PackageNotFoundError:
-            continue
-        for file in listed:
-            if file.name.startswith("libnvrtc.so"):
-                found.append(Path(str(file.locate())))
-    return found
 
 
 class _Attribute(ctypes.Structure):

@@ -84,7 +84,7 @@ class _Plan:
 def choose_variant(
     operation: Operation, tokens: int, layout: GroupLayout, whole_token: bool = False
 ) -> Variant:
-    """The fastest variant measured, see docs/kernels-linear.md."""
+    """The fastest variant measured, see docs/lab/kernels-linear.md."""
     pairs = -(-layout.num_scales // 2)  # a warp takes two groups
     if operation == "gated" and not whole_token:
         return Variant(128, 1, -(-pairs // 4))

@@ -24,7 +24,7 @@ from quatom.ops.backend import Backend
 from quatom.plan import ModelPlan, plan
 from quatom.quantize.calibration_data import calibration_tokens, check_token_ids
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
-from quatom.recipe import PRESETS, Recipe
+from quatom.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""
@@ -51,10 +51,10 @@ class QuantizeReport:
 def quantize_checkpoint(
     source: str | Path | TensorSource,
     target: str | Path,
-    recipe: Recipe | str = "atom-w4a4kv4",
+    recipe: Recipe | str = DEFAULT_RECIPE,
     *,
     calibration: str | Path | Tensor | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     backend: Backend | None = None,
     resume: bool = False,
@@ -68,7 +68,7 @@ def quantize_checkpoint(
         recipe: a `Recipe`, or the name of one of `PRESETS`.
         calibration: a text as `calibration_tokens` reads it, or tokens (samples, length) int64 in
             place of a sample of it; recipes that order channels or use GPTQ need it.
-        device: where blocks are computed.
+        device: where blocks are computed; None: the GPU if there is one, else the CPU.
         dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
         backend: implementation of the operations; None picks by device.
         resume: go on with an interrupted run of the same source, recipe and text.

@@ -23,7 +23,7 @@ _LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """A compiled variant of the kernel; docs/kernels-attention.md has the measurements."""
+    """A compiled variant of the kernel; docs/lab/kernels-attention.md has the measurements."""
 
     warps: int
     """Warps of a CTA; each walks its own tiles."""

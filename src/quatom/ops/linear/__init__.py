@@ -31,7 +31,7 @@ from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.numerics.multiples import split_multiples
 from quatom.ops.activations import ByteLayout, MixedTensor, QuantizeSpec
-from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.backend import Backend, choose_backend, note_choice
 from quatom.ops.groups_layout import check_fits_groups, holds_int8
 from quatom.ops.linear.cpu import cpu_obstacle, linear_cpu, prepare_cpu
 from quatom.ops.linear.reference import linear_reference, prepare_reference
@@ -212,7 +212,7 @@ def _choose(
     able = tuple(b for b in BACKENDS if not obstacles.get(b))
     if asked is None and "QUATOM_BACKEND" not in os.environ:
         if Backend.CPU in able:  # which means that the weights are on a CPU
-            return Backend.CPU
+            return note_choice("linear", Backend.CPU)
         return choose_backend("linear", able, values.device)
     chosen = choose_backend("linear", BACKENDS, values.device, asked)
     if chosen not in able:

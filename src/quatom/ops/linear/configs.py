@@ -23,7 +23,7 @@ TUNING = files("quatom.ops.linear") / "tuning.json"
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A compiled variant of the kernel; docs/kernels-linear.md says what each number does."""
+    """A compiled variant of the kernel; docs/lab/kernels-linear.md says what each number does."""
 
     tokens: int
     """BM: tokens of a tile."""

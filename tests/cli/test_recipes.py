@@ -1,0 +1,79 @@
+"""`quatom recipes`: presets, files with a base, and what quantize says of a changed recipe."""
+
+import json
+
+import pytest
+
+from quatom.errors import RecipeError
+from quatom.quantize.pipeline import quantize_checkpoint
+from quatom.recipe import DEFAULT_RECIPE, PRESETS, Recipe
+from quatom.recipe_file import differences, find_recipe, recipe_from
+
+
+def test_a_file_starts_from_its_base(tmp_path):
+    content = {"base": "quatom-w4a8kv4", "name": "mine", "weights": {"group_size": 64}}
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(content))
+    recipe, base = find_recipe(str(file))
+    assert base == PRESETS["quatom-w4a8kv4"]
+    assert recipe.name == "mine"
+    assert differences(recipe, base) == {"weights.group_size": (128, 64)}
+    assert recipe.kv_cache == base.kv_cache
+
+
+def test_without_a_base_a_file_starts_from_the_defaults():
+    recipe, base = recipe_from({"weights": {"damping": 0.02}})
+    assert (recipe.name, base) == ("custom", Recipe())
+    assert recipe.kv_cache.rotation == "none"
+
+
+def test_a_recipe_with_a_base_has_a_name_of_its_own():
+    assert recipe_from({"base": "w8a8"})[0].name == "custom"
+
+
+@pytest.mark.parametrize("base", ["quatom-w4a9kv4", 4, None, ["w8a8"]])
+def test_an_unknown_base_is_an_error(base):
+    with pytest.raises(RecipeError, match="unknown base"):
+        recipe_from({"base": base})
+
+
+def test_a_misspelt_field_over_a_base_is_an_error():
+    with pytest.raises(RecipeError, match="grup_size"):
+        recipe_from({"base": "w8a8", "weights": {"grup_size": 64}})
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"weights": 4, "base": "w8a8"}', "{"])
+def test_a_file_of_something_else_is_one_line(shell, tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    assert "r.json is not a recipe" in shell.fails("recipes", tmp_path / "r.json")
+
+
+def test_the_list_and_every_preset(shell):
+    out = shell("recipes").out
+    assert all(name in out for name in PRESETS)
+    printed = json.loads(shell("recipes", "--json").out)
+    assert {name: Recipe.from_dict(data) for name, data in printed.items()} == PRESETS
+    printed = json.loads(shell("recipes", "w8a8", "--json").out)
+    assert Recipe.from_dict(printed) == PRESETS["w8a8"]
+    assert "weights.clip_search" in shell("recipes", "quatom-w4a8kv4").out
+
+
+def test_quantize_says_what_is_changed(shell, small_dir, text_file, tmp_path):
+    done = shell(
+        "quantize", small_dir, tmp_path / "q", "--calibration", text_file,
+        "--num-samples", 2, "--sequence-length", 24,
+    )  # fmt: skip
+    assert done.status == 0, done
+    assert f"{DEFAULT_RECIPE} = {DEFAULT_RECIPE}, but" in done.out
+    assert "calibration.num_samples" in done.out
+    assert "weights.format" not in done.out
+
+
+def test_the_default_recipe_is_the_same_everywhere():
+    import inspect
+
+    from quatom.cli.quantize import quantize
+
+    assert inspect.signature(quantize).parameters["recipe"].default == DEFAULT_RECIPE
+    assert inspect.signature(quantize_checkpoint).parameters["recipe"].default == DEFAULT_RECIPE
+    assert DEFAULT_RECIPE in PRESETS
