@@ -18,6 +18,7 @@ from quatom.plan import plan
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.recipe import PRESETS, CalibrationSpec
 from tests.checkpoint.models import SMOLLM2
+from tests.conftest import SHARED_DATA
 from tests.quantize.simulation import Simulation, run_and_record
 
 
@@ -104,3 +105,37 @@ def test_the_packed_checkpoint_is_its_simulation(
                 weights += rows * channels if part == "outlier_weight" else 0
         assert weights == 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)
         assert stored / weights <= 4.5
+
+
+@pytest.mark.slow
+def test_its_tokenizer_cuts_as_the_model_was_trained(gguf, tmp_path):
+    """Under the class of its release too, with GPT-2's pattern, `ĠĠ` would fall apart before 1."""
+    import json
+
+    from quatom.checkpoint.tokenizer import tokenizer_from_source, write_tokenizer
+    from quatom.checkpoint.tokenizer_folder import read_folder
+
+    tokenizer = tokenizer_from_source(open_source(gguf))
+    assert tokenizer.tokenize("a  1") == ["a", "ĠĠ", "1"]
+    write_tokenizer(open_source(gguf), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "GPT2Tokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    released = read_folder(tmp_path)
+    assert released.tokenize("a  1") == ["a", "ĠĠ", "1"]
+    corpus = SHARED_DATA / "wikitext2" / "wiki.test.raw"
+    if corpus.exists():
+        from quatom.evaluation.corpora import load_corpus
+
+        assert load_corpus(corpus, released).tokens.numel() == 304_978
+
+
+@pytest.mark.slow
+def test_its_tokens_are_those_of_llama_cpp(gguf, text_file):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from quatom.checkpoint.tokenizer import tokenizer_from_source
+
+    text = text_file.read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")
+    theirs = llama_cpp.Llama(str(gguf), vocab_only=True, verbose=False)
+    tokenizer = tokenizer_from_source(open_source(gguf))
+    assert tokenizer(text)["input_ids"] == theirs.tokenize(text.encode(), special=True)

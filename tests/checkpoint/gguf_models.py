@@ -7,6 +7,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
+from quatom.checkpoint.gguf_families import GGUF_FAMILIES
 from quatom.checkpoint.gguf_model import hf_name
 from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.families.registry import read_config
@@ -33,6 +34,8 @@ BIASES = ["attn_q.bias", "attn_k.bias", "attn_v.bias"]
 # "<s>" bos, "</s>" eos, then a byte alphabet that covers the tests' text, then merges of digits.
 WORDS = ["<s>", "</s>", *"abcdefgh 0123456789".replace(" ", "\u0120"), "12", "123", "\u01201"]
 MERGES = ["\u0120 1", "1 2", "12 3"]
+
+NAMES = GGUF_FAMILIES["llama"].names
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -72,7 +75,7 @@ def write_gguf(
     for name in stored:
         if name == drop:
             continue
-        tensor = random_tensor(hf_name(name), specs[hf_name(name)])
+        tensor = random_tensor(hf_name(name, NAMES), specs[hf_name(name, NAMES)])
         kind = quantization if tensor.dim() == 2 else GGMLQuantizationType.F32
         heads = {"attn_q.weight": 4, "attn_k.weight": 2}.get(name.partition("blk.")[2][2:])
         written = interleave(tensor, heads) if heads and architecture == "llama" else tensor
@@ -80,7 +83,7 @@ def write_gguf(
         writer.add_tensor(name, data, raw_dtype=kind)
         # Blocks lie along a row, so quantizing rows in another order gives the same numbers.
         values = dequantize(quantize(tensor.numpy(), kind), kind)
-        expected[hf_name(name)] = torch.from_numpy(np.array(values, dtype=np.float32))
+        expected[hf_name(name, NAMES)] = torch.from_numpy(np.array(values, dtype=np.float32))
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()

@@ -72,7 +72,7 @@ def test_names_that_fall_together_are_refused(tmp_path):
 
 def test_unknown_prefixes_and_adapters_are_refused(tmp_path):
     rewrite(write_model(tmp_path), lambda n: f"wrapped.{n}")
-    with pytest.raises(CheckpointError, match=r"lacks model.embed_tokens.weight \(21 of 21"):
+    with pytest.raises(CheckpointError, match=r"lacks model\..* \(21 of 21"):
         open_source(tmp_path)
     write_model(tmp_path)
     lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 128)}
@@ -131,5 +131,5 @@ def test_a_folder_with_files_of_other_names_says_which(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither .* \(it has weights.safetensors\)"):
         open_source(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(CheckpointError, match=r"lacks model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"asks for 2 blocks and there are 0 tensors"):
         open_source(tmp_path)

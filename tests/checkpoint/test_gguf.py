@@ -14,6 +14,7 @@ from quatom.checkpoint.reader import open_source
 from quatom.checkpoint.tokenizer import tokenizer_from_source
 from quatom.errors import CheckpointError, ModelError
 from quatom.families.spec import Rope
+from quatom.numerics.rotary import inverse_frequencies
 from tests.checkpoint.gguf_models import write_gguf
 
 
@@ -241,14 +242,22 @@ def test_a_file_of_llama_3_has_its_scaling(tmp_path):
     path = tmp_path / "model.gguf"
     table = llama3_table(500000.0, 32, 8.0)
     write_gguf(path, change={"rope.freq_base": 500000.0}, extra={"rope_freqs.weight": table})
-    scaling = open_source(path).model_config.rope_scaling
+    scaling = open_source(path).model_config.layers[0].attention.rope.scaling
     assert (scaling.kind, scaling.factor, scaling.original_max_position) == ("llama3", 8.0, 8192)
     path.unlink()
     write_gguf(path, extra={"rope_freqs.weight": torch.ones(16)})
-    assert open_source(path).model_config.rope_scaling is None
+    assert open_source(path).model_config.layers[0].attention.rope.scaling is None
     path.unlink()
-    write_gguf(path, extra={"rope_freqs.weight": torch.full((16,), 3.0)})
-    with pytest.raises(ModelError, match="frequencies by 3 to 3, in another way than Llama 3"):
+    table = torch.linspace(1.0, 7.0, 16)  # another scaling: the table itself is kept
+    write_gguf(path, extra={"rope_freqs.weight": table})
+    rope = open_source(path).model_config.layers[0].attention.rope
+    plain = inverse_frequencies(Rope(theta=50000.0, dim=32), 100)
+    # One division in float32, after the base's power or within it.
+    assert torch.allclose(inverse_frequencies(rope, 100), plain / table, rtol=2**-22, atol=0)
+    assert rope.scaling.attention_factor == 1.0
+    path.unlink()
+    write_gguf(path, extra={"rope_freqs.weight": table.neg()})
+    with pytest.raises(CheckpointError, match=r"by -7 to -1, which must be positive"):
         open_source(path)
     path.unlink()
     write_gguf(path, extra={"rope_freqs.weight": torch.ones(8)})

@@ -205,6 +205,14 @@ DAMAGES = {
         lambda f: edit_json(f / "config.json", hidden_act="mish"),
         r"config.json: config key hidden_act = 'mish' is not supported",
     ),
+    "a number of blocks that is damaged": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=2**40),
+        r"config.json: num_hidden_layers 1099511627776 is above 1000",
+    ),
+    "more blocks than tensors": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=30),
+        r"asks for 30 blocks and there are 21 tensors in all",
+    ),
     "quantized by others": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "awq"}),
         r"quant_method 'awq' is not supported",

@@ -134,7 +134,7 @@ class HashModel:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte (ids 0 to 255), then special tokens; every byte sequence round-trips."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_of = _byte_level_table()
+    byte_of = byte_level_table()
     vocab = {char: byte_of[char] for char in alphabet}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -148,7 +148,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def _byte_level_table() -> dict[str, int]:
+def byte_level_table() -> dict[str, int]:
     """GPT-2's printable stand-in of every byte, and the byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]

@@ -60,6 +60,8 @@ LOGITS = np.log([0.3, 0.1, 0.4, 0.2]).tolist()
         ({"top_p": 0.41}, {2, 0}),
         ({"top_p": 0.89}, {2, 0, 3}),
         ({"top_p": 1e-9}, {2}),
+        ({"top_p": 0.0}, {2}),
+        ({"top_p": 0, "temperature": 50.0}, {2}),
         ({"min_p": 0.51}, {2, 0}),
         ({"min_p": 1.0}, {2}),
         ({"top_k": 3, "top_p": 0.7}, {2, 0}),  # 0.4 + 0.3 of a remaining 0.9 is 0.78
@@ -81,7 +83,11 @@ def test_tokens_of_equal_probability_stay_together(floor):
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 2**16), scale=st.floats(0.1, 8.0), top_p=st.floats(0.01, 1.0))
+@given(
+    seed=st.integers(0, 2**16),
+    scale=st.floats(0.1, 8.0),
+    top_p=st.one_of(st.just(0.0), st.floats(0.01, 1.0)),
+)
 def test_the_nucleus_is_the_smallest_that_reaches_top_p(seed, scale, top_p):
     generator = torch.Generator().manual_seed(seed)
     probs = (scale * torch.randn(3, 3000, generator=generator)).softmax(-1)
@@ -97,7 +103,7 @@ def test_the_nucleus_is_the_smallest_that_reaches_top_p(seed, scale, top_p):
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**16),
-    top_p=st.floats(2.0**-20, 1.0, width=32),
+    top_p=st.one_of(st.just(0.0), st.floats(2.0**-20, 1.0, width=32)),
     kinds=st.lists(st.sampled_from(["flat", "peaked", "equal", "zeros"]), min_size=1, max_size=4),
 )
 def test_the_nucleus_on_a_cpu_is_that_of_a_sort(seed, top_p, kinds):
@@ -205,12 +211,13 @@ def test_rows_without_numbers_are_reported():
         ({"temperature": float("nan")}, r"temperature must be in \[0, 100\], got nan"),
         ({"temperature": "1"}, "temperature must be a number, got '1'"),
         ({"temperature": -0.1}, "temperature"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": -0.1}, r"top_p must be in \[0, 1\], got -0.1"),
         ({"top_k": -2}, "top_k must be at least -1, got -2"),
         ({"top_k": 1.5}, "top_k must be an integer"),
         ({"min_p": 1.1}, "min_p"),
         ({"n": 0}, "n must be from 1 to 128, got 0"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens must be at least 0"),
+        ({"max_tokens": 0, "min_tokens": 1}, "min_tokens 1 is larger than max_tokens 0"),
         ({"min_tokens": 17}, "min_tokens 17 is larger than max_tokens 16"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20, got 21"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),

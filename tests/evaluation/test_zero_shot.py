@@ -245,7 +245,7 @@ def test_answers_are_kept_apart_by_model_recipe_and_dtype(loaded, tmp_path, tiny
 
     others = [
         load(tiny_qwen2_dir),
-        replace(loaded, recipe=PRESETS["w8a8"]),
+        replace(loaded, plan=replace(loaded.plan, recipe=PRESETS["w8a8"])),
         replace(loaded, dtype=torch.bfloat16),
     ]
     assert len({model_key(model) for model in (loaded, *others)}) == 4
@@ -406,7 +406,8 @@ def test_tokens_and_values_that_are_none_are_refused(tiny_llama_dir):
     from dataclasses import replace
 
     loaded = load(tiny_llama_dir)
-    fewer = replace(loaded, config=replace(loaded.config, vocab_size=256))
+    config = replace(loaded.config, vocab_size=256)
+    fewer = replace(loaded, plan=replace(loaded.plan, config=config))
     requests = requests_of("loglikelihood", ("a", " b</s>"))
     with pytest.raises(CalibrationError, match=r"token id 257, and the model has 256 tokens"):
         QuatomLM(fewer, progress=False).loglikelihood(requests)

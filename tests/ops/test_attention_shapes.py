@@ -200,16 +200,16 @@ def dense_flash(q, k, v, cu_q, cu_k, most_q, most_k, _, causal, __, *, scale, **
 @pytest.mark.skipif(DEVICE == "cuda", reason="a stand-in for torch's kernel on the CPU")
 @pytest.mark.parametrize("head_dim", [64, 100])
 @pytest.mark.parametrize("window", [None, 1, 20, 500])
-@pytest.mark.parametrize("knows_total", [False, True])
-def test_what_a_prefill_gives_to_flash_attention(head_dim, window, knows_total, monkeypatch):
+@pytest.mark.parametrize(("softcap", "knows_total"), [(None, False), (None, True), (3.0, True)])
+def test_prefill_over_a_workspace(head_dim, window, softcap, knows_total, monkeypatch):
     class Aten:
         _flash_attention_forward = staticmethod(dense_flash)
 
     monkeypatch.setattr(flash.torch.ops, "aten", Aten)
-    lengths = [90, 40, 33, 70, 0]
-    batch = Batch(lengths, [1, 40, 20, 5, 0], heads=4, kv_heads=2, head_dim=head_dim)
+    lengths = [70, 40, 33, 50, 0]
+    batch = Batch(lengths, [1, 40, 20, 5, 0], heads=2, head_dim=head_dim)
     total = sum(lengths) if knows_total else None
-    options = AttentionOptions(0.2, sliding_window=window, total_kv_tokens=total)
+    options = AttentionOptions(0.2, window, softcap, total_kv_tokens=total)
     got = flash.prefill_flash(batch.q, batch.pages, Sequences(**batch.arguments), options)
     assert got.is_contiguous()
-    assert_close(got, batch.truth(window=window, scale=0.2), torch.float32)
+    assert_close(got, batch.truth(window=window, softcap=softcap, scale=0.2), torch.float32)

@@ -108,13 +108,59 @@ def test_every_problem_gets_a_configuration(tokens, row_blocks, units):
         assert config.integer == integer
 
 
-@pytest.mark.parametrize("operation", [0, 1, 2])
-def test_the_quantize_kernel_moves_wide_words(operation, tmp_path):
+LAYER = {"LAYER": 1, "BIAS": 1}
+
+
+@pytest.mark.parametrize(
+    ("operation", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (1, {"WEIGHT_OFFSET": 1}),
+        (1, LAYER),
+        (1, LAYER | {"TOKENS": 1, "ROTATE": 1}),
+        (2, {"GATED": 1}),
+        (2, {"GATED": 0, "ACTIVATION": 1}),
+        (2, {"GATED": 1, "ACTIVATION": 2}),
+        (2, {"GATED": 0, "ACTIVATION": 3}),
+    ],
+)
+def test_the_quantize_kernel_moves_wide_words(operation, options, tmp_path):
     source = cuda_build.read_source("quatom.ops", "quantize.cu")
     constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
     constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "INT8": 0, "ROTATE": 0}
-    constants |= {"WHOLE_TOKEN": 0, "MULTIPLES": 0, "CLUSTER": 1, "GATED": 1}
+    constants |= {"WHOLE_TOKEN": 0, "MULTIPLES": 0, "CLUSTER": 1} | options
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert ("LDG.E.128" if operation == 2 else "LDG.E.64") in sass
     assert "STG.E.64" in sass
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+
+
+@pytest.mark.parametrize(("head_dim", "width"), [(80, 8), (96, 4), (112, 8), (192, 4)])
+@pytest.mark.parametrize("kv", ["int4", "float16"])
+def test_the_append_kernel_rotates_heads_of_other_sizes(head_dim, width, kv, tmp_path):
+    from quatom.numerics.kv_pages import KVPages
+    from quatom.ops.rope_append_kv.cuda import defines
+
+    pages = KVPages.allocate(1, 16, 1, head_dim, kv, "cpu")
+    constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True)
+    source = cuda_build.read_source("quatom.ops.rope_append_kv", "append.cu")
+    sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
+    assert f"LDG.E.{16 * width}" in sass
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize(("head_dim", "row_tiles"), [(80, 2), (96, 1), (112, 1), (192, 1)])
+def test_the_decode_kernel_of_other_head_sizes_keeps_to_registers(
+    head_dim, row_tiles, capability, tmp_path
+):
+    from quatom.ops.attention.cuda import compile_decode, default_config
+
+    config = default_config(head_dim, row_tiles, capability)
+    arch = "sm_{}{}".format(*capability)
+    shape = (head_dim, 16, row_tiles)
+    cubin = compile_decode(arch, config, *shape, bf16=True, softcap=True, window=True)
+    sass = disassemble(cubin, tmp_path)
+    assert ("UBLKCP" in sass) == (capability == (9, 0) and head_dim % 32 == 0)
     assert not re.search(r"\b(LDL|STL)\b", sass)

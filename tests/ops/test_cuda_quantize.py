@@ -126,6 +126,46 @@ def test_every_variant_normalizes_as_the_reference_does(layout, scale_mode, pois
                 assert (difference != 0).float().mean() <= 1e-3, variant
 
 
+NORMS = {
+    "rms of 1 + w": Norm(eps=1e-5, weight_offset=1.0),
+    "layer": Norm(eps=1e-5, kind="layer"),
+    "layer with a bias": Norm(eps=1e-5, kind="layer", bias=True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_variant_knows_every_norm(layout, norm, poisoned):
+    for tokens, dtype in ((1, torch.bfloat16), (9, torch.float16)):
+        x, residual, weight, order = make_inputs(tokens, layout.channels, dtype)
+        x += 3.0  # a mean to subtract
+        bias = residual[0].contiguous() if norm.bias else None
+        spec = QuantizeSpec(layout=layout, byte_layout="groups")
+        for add, used in ((residual, order), (None, None)):
+            want, _ = norm_quantize(
+                x, weight, used, spec, norm=norm, bias=bias, residual=add, backend="reference"
+            )
+            for variant in variants(layout):
+                got, _ = quantize_cuda(
+                    "norm",
+                    x.cuda(),
+                    spec,
+                    order=None if used is None else used.cuda(),
+                    weight=weight.cuda(),
+                    bias=None if bias is None else bias.cuda(),
+                    residual=None if add is None else add.cuda(),
+                    norm=norm,
+                    variant=variant,
+                )
+                (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
+                # As above.
+                torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
+                difference = (codes.cpu() - want_codes).abs()
+                assert difference.max() <= 1, variant
+                assert (difference != 0).float().mean() <= 1e-3, variant
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_silu_with_a_whole_token_takes_whole_tokens(layout, poisoned):
@@ -230,6 +270,11 @@ def test_what_the_kernel_cannot_do_is_said(monkeypatch):
     uneven = QuantizeSpec(layout=GroupLayout(120, 100), byte_layout="groups")
     with pytest.raises(BackendError, match=r"these groups are \(100, 20\)"):
         quantize_cuda("reorder", OnHopper, uneven)
+    half = Norm(eps=1e-5, weight_offset=0.5)
+    with pytest.raises(BackendError, match=r"adds 0 or 1 to a norm's weight, not 0.5"):
+        quantize_cuda("norm", OnHopper, spec, norm=half)
+    assert not can_quantize(OnHopper, spec, half)
+    assert not can_quantize(OnHopper, spec, NORMS["layer with a bias"], bias=torch.zeros(128))
     monkeypatch.setattr(cuda_quantize, "device_capability", lambda device: (8, 6))
     with pytest.raises(BackendError, match=r"needs compute capability 9.x, .* has \(8, 6\)"):
         quantize_cuda("reorder", OnHopper, spec)

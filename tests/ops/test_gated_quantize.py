@@ -7,7 +7,9 @@ from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
+from quatom.ops.gated import ACTIVATIONS, gated
 from quatom.ops.gated_quantize import gated_quantize
+from quatom.ops.reorder_quantize import reorder_quantize
 
 BACKENDS = [Backend.REFERENCE, Backend.TRITON]
 KERNELS = [
@@ -63,6 +65,40 @@ def test_kernels_match_the_reference(
     assert (difference <= step).all()
 
 
+@pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scale_mode", ["group", "multiples"])
+def test_kernels_match_the_reference_for_every_activation(
+    backend, byte_layout, has_gate, activation, scale_mode, device
+):
+    layout = GroupLayout(512 + 96, 128, 64)
+    x = make_gate_up(3, layout.channels)
+    x = x if has_gate else x[:, : layout.channels]
+    spec = QuantizeSpec(layout=layout, scale_mode=scale_mode, byte_layout=byte_layout)
+    got = gated_quantize(x.to(device), spec, activation, has_gate, backend=backend)
+    want = gated_quantize(x, spec, activation, has_gate, backend=Backend.REFERENCE)
+    (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
+    # Functions differ by ulps of float32: see above.
+    torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
+    difference = (codes.cpu() - want_codes).abs()
+    assert (difference != 0).float().mean() <= 1e-3
+    multiplied = scale_mode == "multiples" and byte_layout == "groups"
+    assert difference.max() <= (16 if multiplied else 1)
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_reference_quantizes_what_gated_gives(activation, has_gate):
+    x = make_gate_up(4, 128).float()
+    layout = GroupLayout(x.shape[1] // (2 if has_gate else 1), 64)
+    spec = QuantizeSpec(layout=layout, normal="int8")
+    got = gated_quantize(x, spec, activation, has_gate)
+    want = reorder_quantize(gated(x, activation, has_gate), None, spec)
+    assert torch.equal(got.codes, want.codes)
+    assert torch.equal(got.scales, want.scales)
+
+
 def test_the_reference_is_silu_times_up():
     layout = GroupLayout(128, 128)
     gate_up = make_gate_up(4, 128)
@@ -86,3 +122,5 @@ def test_the_error_names_the_numbers():
     spec = QuantizeSpec(layout=GroupLayout(64, 64))
     with pytest.raises(ShapeError, match=r"\(T, 128\), twice the layout's 64.*got \(2, 64\)"):
         gated_quantize(torch.zeros(2, 64), spec, "silu", True)
+    with pytest.raises(ShapeError, match=r"\(T, 64\), the layout's 64.*got \(2, 128\)"):
+        gated_quantize(torch.zeros(2, 128), spec, "relu", False)

@@ -10,7 +10,9 @@ from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
+from quatom.ops.norm import norm as plain_norm
 from quatom.ops.norm_quantize import norm_quantize
+from quatom.ops.reorder_quantize import reorder_quantize
 
 BACKENDS = [Backend.REFERENCE, Backend.TRITON]
 KERNELS = [
@@ -82,6 +84,59 @@ def test_kernels_match_the_reference(
         assert (difference <= step).all()
 
 
+NORMS = {
+    "rms of 1 + w": Norm(eps=1e-5, weight_offset=1.0),
+    "layer": Norm(eps=1e-5, kind="layer"),
+    "layer with a bias": Norm(eps=1e-5, kind="layer", bias=True),
+}
+
+
+@pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("tokens", [3, pytest.param(600, marks=pytest.mark.gpu)])
+def test_kernels_match_the_reference_for_every_norm(norm, tokens, backend, byte_layout, device):
+    layout = GroupLayout(512 + 96, 128, 64)
+    x, weight, order, residual = make_inputs(tokens, layout.channels)
+    bias = weight.flip(0) - 1 if norm.bias else None
+    spec = QuantizeSpec(layout=layout, byte_layout=byte_layout, rotate=True)
+    for reorder, add in ((order, residual), (None, None)):
+        given = {"bias": bias, "residual": add}
+        on = {name: None if t is None else t.to(device) for name, t in given.items()}
+        got, total = norm_quantize(
+            x.to(device),
+            weight.to(device),
+            None if reorder is None else reorder.to(device),
+            spec,
+            norm=norm,
+            **on,
+            backend=backend,
+        )
+        want, want_total = norm_quantize(
+            x, weight, reorder, spec, norm=norm, **given, backend=Backend.REFERENCE
+        )
+        assert torch.equal(total.cpu(), want_total)
+        (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
+        # As above; butterflies sum in another order too.
+        torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
+        difference = (codes.cpu() - want_codes).abs()
+        assert (difference != 0).float().mean() <= 2e-3
+        assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_the_reference_quantizes_what_the_norm_gives(norm):
+    x, weight, order, residual = make_inputs(4, 256, dtype=torch.float32)
+    bias = weight.flip(0) if norm.bias else None
+    given = {"norm": norm, "bias": bias, "residual": residual}
+    spec = QuantizeSpec(layout=GroupLayout(192, 64, 64))
+    quantized, total = norm_quantize(x, weight, order, spec, **given)
+    normed, want_total = plain_norm(x, weight, **given)
+    assert torch.equal(total, want_total)
+    want = reorder_quantize(normed, order, spec)
+    assert torch.equal(quantized.codes, want.codes)
+    assert torch.equal(quantized.scales, want.scales)
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**16), tokens=st.integers(1, 4))
 def test_the_error_is_at_most_half_a_step_without_clipping(seed, tokens):
@@ -142,3 +197,5 @@ def test_errors_name_the_numbers():
         norm_quantize(x, weight, order[:3], spec, norm=Norm(eps=1e-6))
     with pytest.raises(ShapeError, match=r"residual \(2, 256\) torch.float16.*torch.float32"):
         norm_quantize(x, weight, order, spec, norm=Norm(eps=1e-6), residual=residual.float())
+    with pytest.raises(ShapeError, match="the norm has a bias, the call none"):
+        norm_quantize(x, weight, order, spec, norm=NORMS["layer with a bias"])

@@ -11,9 +11,9 @@ from quatom.checkpoint.tokenizer_folder import class_counts
 from quatom.checkpoint.tokenizer_settings import CONFIG, READ, READ_BY_CLASS
 from quatom.checkpoint.validation import read_json
 from quatom.errors import QuatomError
-from quatom.modeling import hf_config
+from quatom.families.keys import Keys
+from quatom.families.registry import find_family
 
-_HARMLESS = frozenset(hf_config._HARMLESS.split())
 _OTHER_TOKENIZERS = ("vocab.json", "merges.txt", "tokenizer.model")
 
 
@@ -41,11 +41,14 @@ def diagnose(source: TensorSource) -> list[Finding]:
 
 
 def _configuration(source: TensorSource) -> list[Finding]:
-    keys = source.config_dict
-    harmless = [key for key in keys if key in _HARMLESS and key != "quantization_config"]
-    absent = [key for key, value in keys.items() if value is None and key not in harmless]
-    read = [key for key in keys if key not in harmless and key not in absent]
-    findings = [Finding("config.json", _list(read), _list(harmless + absent))]
+    config = source.config_dict
+    keys = Keys(config)
+    find_family(config).read(keys)
+    always = ("architectures", "model_type", "quantization_config")
+    passed = [key for key in keys.passed_over() if key not in always]
+    findings = [
+        Finding("config.json", _list(key for key in config if key not in passed), _list(passed))
+    ]
     if (source.folder / "generation_config.json").exists():
         data = read_json(source.folder / "generation_config.json")
         findings.append(_keys("generation_config.json", data, ("eos_token_id",)))

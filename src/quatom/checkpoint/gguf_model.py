@@ -1,64 +1,71 @@
-"""A GGUF file seen as a Hugging Face model: config.json and tensor names.
+"""A GGUF file seen as a Hugging Face model: config.json and tensor names."""
 
-llama.cpp stores the q and k rows of Llama models interleaved for its own rotary embedding (row
-2 j + h of a head is Hugging Face's row h * head_dim / 2 + j); they are put back here.
-"""
-
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from quatom.checkpoint.gguf_families import GGUF_FAMILIES, GGUFFamily
 from quatom.checkpoint.gguf_file import GGUFFile, read_gguf_tensor
-from quatom.checkpoint.gguf_rope import ROPE_TABLE, llama3_scaling
+from quatom.checkpoint.gguf_rope import ROPE_TABLE, llama3_scaling, table_scaling
 from quatom.errors import CheckpointError, ModelError
-
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 _GLOBAL_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
 IGNORED = (ROPE_TABLE,)
 """Tensors that are no part of the network: read into the configuration."""
 
 
-def hf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; unknown names unchanged."""
+def find_family(file: GGUFFile) -> GGUFFamily:
+    """The family of a file.
+
+    Raises:
+        ModelError: it is not supported.
+    """
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
+        raise ModelError(
+            f"{file.path}: general.architecture {architecture!r} is not supported; supported: "
+            f"{', '.join(GGUF_FAMILIES)}"
+        )
+    return GGUF_FAMILIES[architecture]
+
+
+def hf_names(file: GGUFFile) -> dict[str, str]:
+    """Hugging Face's name of every tensor, to the file's; unknown names stay as they are."""
+    names = find_family(file).names
+    return {hf_name(name, names): name for name in file.tensors}
+
+
+def hf_name(name: str, names: Mapping[str, str]) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
     prefix, _, suffix = name.rpartition(".")
     if prefix in _GLOBAL_NAMES:
         return f"{_GLOBAL_NAMES[prefix]}.{suffix}"
     parts = prefix.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _BLOCK_NAMES:
-        return f"model.layers.{parts[1]}.{_BLOCK_NAMES[parts[2]]}.{suffix}"
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in names:
+        return f"model.layers.{parts[1]}.{names[parts[2]]}.{suffix}"
     return name
 
 
 def read_as_hf(file: GGUFFile, name: str) -> Tensor:
-    """The tensor with the Hugging Face name `name`, float32, in Hugging Face's row order."""
-    stored = {hf_name(n): t for n, t in file.tensors.items()}[name]
-    tensor = read_gguf_tensor(stored)
-    architecture = file.metadata["general.architecture"]
+    """The tensor with the Hugging Face name `name`, float32, as Hugging Face's file holds it."""
+    family = find_family(file)
+    tensor = read_gguf_tensor(file.tensors[hf_names(file)[name]])
     kind = name.split(".")[-2]
-    if architecture != "llama" or kind not in ("q_proj", "k_proj"):
+    if family.norm_offset and kind.endswith("norm"):
+        return tensor - family.norm_offset
+    if not family.interleaved or kind not in ("q_proj", "k_proj"):
         return tensor
-    heads = file.metadata["llama.attention.head_count"]
+    prefix = f"{file.metadata['general.architecture']}.attention"
+    heads = file.metadata[f"{prefix}.head_count"]
     if kind == "k_proj":
-        heads = file.metadata.get("llama.attention.head_count_kv", heads)
+        heads = file.metadata.get(f"{prefix}.head_count_kv", heads)
     pairs = tensor.unflatten(0, (heads, -1, 2))  # (heads, head_dim / 2, 2, ...)
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
@@ -71,12 +78,8 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         ModelError: the architecture, or something the metadata asks for, is not supported.
     """
     metadata = file.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
-        raise ModelError(
-            f"{file.path}: general.architecture {architecture!r} is not supported; supported: "
-            f"{', '.join(_ARCHITECTURES)}"
-        )
+    family = find_family(file)
+    architecture = metadata["general.architecture"]
     prefix = f"{architecture}."
     sizes = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     try:
@@ -101,6 +104,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         )
     if ROPE_TABLE in file.tensors:
         config["rope_scaling"] = _table_scaling(file, config, scaling)
+    config |= {key: sizes.pop(name) for name, key in family.keys.items() if name in sizes}
+    if family.score_scale_key is not None:
+        config[family.score_scale_key] = config["head_dim"]
     if sizes:
         raise ModelError(
             f"{file.path}: metadata {sorted(prefix + k for k in sizes)} is unknown to Quatom and "
@@ -110,9 +116,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         biases = {n.split(".")[2] for n in file.tensors if n.endswith(".bias") and "blk." in n}
         config["attention_bias"] = "attn_q" in biases
         config["mlp_bias"] = "ffn_gate" in biases
-    return config | {
-        "architectures": [_ARCHITECTURES[architecture]],
-        "model_type": architecture,
+    described = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": "float32",
@@ -120,6 +126,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "eos_token_id": _eos(metadata),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+    return config | described | dict(family.constants)
 
 
 def _sizes(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -160,14 +167,14 @@ def _table_scaling(file: GGUFFile, config: dict[str, Any], scaling: str) -> dict
         )
     if bool((table == 1.0).all()):
         return None
-    found = llama3_scaling(table, config["rope_theta"])
-    if found is None:
-        raise ModelError(
-            f"{file.path}: {ROPE_TABLE} divides the rotary frequencies by {table.min():.4g} to "
-            f"{table.max():.4g}, in another way than Llama 3's scaling; use the model's "
-            "safetensors folder"
+    if not bool((torch.isfinite(table) & (table > 0)).all()):
+        raise CheckpointError(
+            f"{file.path}: {ROPE_TABLE} divides rotary frequencies by {table.min():.4g} to "
+            f"{table.max():.4g}, which must be positive numbers; download the file again"
         )
-    return found
+    return llama3_scaling(table, config["rope_theta"]) or table_scaling(
+        table, config["max_position_embeddings"]
+    )
 
 
 def _eos(metadata: dict[str, Any]) -> int | list[int] | None:

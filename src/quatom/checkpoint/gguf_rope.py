@@ -1,4 +1,4 @@
-"""Llama 3's rotary scaling, which a GGUF file holds as a table of divisors of the frequencies.
+"""Rotary scaling that a GGUF file holds as a table of divisors of the frequencies: Llama 3's.
 
 llama.cpp rotates channel pair j by position * theta ** (-2 j / D) / table[j]. Its converter makes
 the table from config.json's entries, in float32, and does not store the entries.
@@ -41,6 +41,19 @@ def llama3_scaling(table: Tensor, theta: float) -> dict[str, Any] | None:
         "low_freq_factor": _LOW,
         "high_freq_factor": _HIGH,
         "original_max_position_embeddings": _CONTEXT,
+    }
+
+
+def table_scaling(table: Tensor, context: int) -> dict[str, Any]:
+    """The rope_scaling entry with the table itself: longrope with one table for all lengths."""
+    factors = table.tolist()
+    return {
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": context,
+        "short_factor": factors,
+        "long_factor": factors,
     }
 
 

@@ -34,6 +34,8 @@ from quatom.families.spec import ModelConfig
 from quatom.plan import plan
 from quatom.recipe import PRESETS, Recipe
 
+_MAX_BLOCKS = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
@@ -190,16 +192,16 @@ def choose_gguf(folder: Path) -> Path | None:
 
 def _open_gguf(path: Path) -> TensorSource:
     from quatom.checkpoint.gguf_file import read_split_gguf
-    from quatom.checkpoint.gguf_model import IGNORED, hf_config, hf_name, read_as_hf
+    from quatom.checkpoint.gguf_model import IGNORED, hf_config, hf_names, read_as_hf
 
     file = read_split_gguf(path)
     config = hf_config(file)
     model_config = _model_config(path, config)
     check_blocks(path, model_config.num_layers, len(file.tensors))
     stored = {
-        hf_name(n): TensorSpec(t.shape, torch.float32)
-        for n, t in file.tensors.items()
-        if n not in IGNORED
+        name: TensorSpec(file.tensors[own].shape, torch.float32)
+        for name, own in hf_names(file).items()
+        if own not in IGNORED
     }
     tensors = check_names(path, checkpoint_tensors(plan(model_config, PRESETS["fp16"])), stored)
     return TensorSource(
@@ -258,6 +260,11 @@ def _open_safetensors(folder: Path) -> TensorSource:
 
 
 def _model_config(file: Path, config: Mapping[str, Any]) -> ModelConfig:
+    blocks = config.get("num_hidden_layers")
+    if isinstance(blocks, int) and blocks > _MAX_BLOCKS:  # all would be listed before any check
+        raise ModelError(
+            f"{file}: num_hidden_layers {blocks} is above {_MAX_BLOCKS}, more than any model has"
+        )
     try:
         return read_config(config)
     except ModelError as error:

@@ -26,7 +26,7 @@ def run_batch(
         str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
     ] = None,
 ) -> None:
-    """Answer every request of a batch file. Run again, it answers what is still missing."""
+    """Answer every request of a batch file. Run again, it answers what is missing or has failed."""
     import asyncio
 
     from rich.console import Console
@@ -36,24 +36,27 @@ def run_batch(
     from quatom.engine.config import EngineConfig
     from quatom.engine.llm import LLM
     from quatom.serving.app import ServerOptions, create_app
-    from quatom.serving.batch_file import answered_ids, read_batch
-    from quatom.serving.batch_file import run_batch as run
+    from quatom.serving.batch_file import read_batch
+    from quatom.serving.batch_output import check_output
+    from quatom.serving.batch_run import run_batch as run
     from quatom.serving.server import default_name
 
     lines = read_batch(source)
-    answered = answered_ids(target)
-    config = EngineConfig(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(2048, 2 * max_num_seqs),
-        max_model_len=max_model_len,
-        kv_cache_memory=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
-    )
-    llm = LLM(model, device=device, dtype=read_dtype(dtype), config=config)
-    names = tuple(served_model_name or (default_name(model),))
-    app = create_app(llm.engine, ServerOptions(model_names=names))
+    found = check_output(source, target, lines)
+    app = None
+    if found.waiting:
+        config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(2048, 2 * max_num_seqs),
+            max_model_len=max_model_len,
+            kv_cache_memory=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
+        )
+        llm = LLM(model, device=device, dtype=read_dtype(dtype), config=config)
+        names = tuple(served_model_name or (default_name(model),))
+        app = create_app(llm.engine, ServerOptions(model_names=names))
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("answering", total=len(lines))
-        bar.update(task, completed=sum(line.custom_id in answered for line in lines))
+        missing = len(found.waiting) + len(found.unnoted)
+        task = bar.add_task("answering", total=len(lines), completed=len(lines) - missing)
         counts = asyncio.run(
             run(
                 app,

@@ -177,18 +177,22 @@ class Engine:
             return self._fail(sequence, "the model's logits are not numbers")
         if sequence.matcher is not None and not sequence.matcher.accept(token_id):
             return self._fail(sequence, f"token {token_id} violates the requested structure")
-        sequence.token_ids.append(token_id)
         first, before = sequence.times.first_token is None, sequence.times.last_token
         sequence.times.last_token = now
         if first:
             sequence.times.first_token = now
-        reason, text = self._check_end(sequence, token_id)
+        scored = sequence.params.max_tokens == 0  # the prompt alone: this token is not wanted
+        reason: FinishReason | None = "length"
+        text = ""
+        if not scored:
+            sequence.token_ids.append(token_id)
+            reason, text = self._check_end(sequence, token_id)
         delta = SequenceDelta(
             request_id=sequence.request_id,
             index=sequence.index,
-            token_ids=(token_id,),
+            token_ids=() if scored else (token_id,),
             text=text,
-            logprobs=() if logprobs is None else (logprobs,),
+            logprobs=() if scored or logprobs is None else (logprobs,),
             prompt_logprobs=tuple(sequence.prompt_logprobs)
             if first and sequence.params.prompt_logprobs is not None
             else None,
@@ -215,9 +219,9 @@ class Engine:
                 sequence.stop_reason = token_id
         visible = reason is None or (not ends and params.include_stop_str_in_output)
         if detokenizer is not None and visible:
-            text, hit = detokenizer.append(
-                token_id, find_stop=sequence.num_output > params.min_tokens
-            )
+            # A token in flight does not count: whether there is one depends on the engine's steps.
+            generated = len(sequence.token_ids) - sequence.num_prompt
+            text, hit = detokenizer.append(token_id, find_stop=generated > params.min_tokens)
             if hit is not None:
                 sequence.stop_reason, reason = hit, "stop"
         if reason is None and sequence.matcher is not None and sequence.matcher.terminated:

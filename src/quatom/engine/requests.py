@@ -49,7 +49,8 @@ class RequestFactory:
                 a parameter does not fit the model, or a grammar is not valid.
         """
         params.check_vocabulary(self._model_config.vocab_size)
-        max_total = len(prompt_ids) + self._check_lengths(prompt_ids, params)
+        # A prompt that is only scored samples one token too, which nobody sees.
+        max_total = len(prompt_ids) + max(1, self._check_lengths(prompt_ids, params))
         if self._tokenizer is None and params.stop:
             raise RequestError("stop strings need a tokenizer, and this model has none")
         arrival, now = next(self._arrivals), time.monotonic()
@@ -72,6 +73,7 @@ class RequestFactory:
         ]
         for child in sequences[1:]:
             child.parent = sequences[0]
+            child.prompt_logprobs = sequences[0].prompt_logprobs  # one list for one prompt
         sequences[0].children = sequences[1:]
         return Request(request_id, sequences)
 
@@ -87,7 +89,7 @@ class RequestFactory:
                 f"{vocab_size - 1}"
             )
         room = self._max_model_len - len(prompt_ids)
-        if room < 1:
+        if room < (params.max_tokens != 0):
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens; this model's limit is "
                 f"{self._max_model_len}, prompt and output together: shorten the prompt"

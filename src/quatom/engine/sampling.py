@@ -50,13 +50,16 @@ class SamplingParams:
     n: int = 1
     """Completions of one prompt; they share the prompt's KV blocks."""
     max_tokens: int | None = 16
-    """Generated tokens at most; None: until the model's length is reached."""
+    """Generated tokens at most; None: until the model's length is reached; 0: none, the prompt is
+    only scored (prompt_logprobs)."""
     min_tokens: int = 0
-    """Tokens generated before an end-of-sequence or stop token may be chosen."""
+    """Tokens generated before an end-of-sequence or stop token may be chosen, or a stop string may
+    be completed."""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy (the largest logit, the lowest id on a tie)."""
     top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities reach this sum (ties are kept together)."""
+    """Keep the most likely tokens whose probabilities reach this sum (ties are kept together); 0:
+    the most likely one."""
     top_k: int = 0
     """Keep the k most likely tokens (ties are kept together); 0 or -1: all."""
     min_p: float = 0.0
@@ -73,7 +76,8 @@ class SamplingParams:
     """Same seed: same draws, whatever else is running, from logits that may differ in their last
     bits with the batch. None: random."""
     stop: Sequence[str] = ()
-    """Generation ends when one of these appears in the text; it is not part of the text."""
+    """Generation ends when one of these appears in the text; it is not part of the text. One that
+    holds whole special tokens is found too where skip_special_tokens hides them."""
     stop_token_ids: Sequence[int] = ()
     """Generation ends with one of these tokens."""
     include_stop_str_in_output: bool = False
@@ -95,14 +99,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_count("n", self.n, 1, 128)
         if self.max_tokens is not None:
-            _check_count("max_tokens", self.max_tokens, 1)
+            _check_count("max_tokens", self.max_tokens, 0)
         _check_count("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}"
             )
         _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
         _check_count("top_k", self.top_k, -1)
         _check_number("min_p", self.min_p, 0.0, 1.0)
         _check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)

@@ -44,7 +44,7 @@ class Sequence:
     params: SamplingParams
     seed: int
     max_total: int
-    """Length at which generation ends: prompt + max_tokens, or the model's length."""
+    """Length at which generation ends: prompt + max_tokens (at least 1), or the model's length."""
     times: Timestamps
     detokenizer: "Detokenizer | None" = None
     matcher: "Matcher | None" = None

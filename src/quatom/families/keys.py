@@ -182,6 +182,10 @@ class Keys:
                 "effect on inference"
             )
 
+    def passed_over(self) -> list[str]:
+        """Names that are there and that no family read: harmless ones, and null."""
+        return [n for n, v in self._values.items() if n not in self._read or v is None]
+
     def show(self, name: str) -> str:
         """`name = value`, long values shortened, on one line."""
         return f"{name} = {_short(self._values.get(name))}"

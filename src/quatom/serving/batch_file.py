@@ -1,183 +1,124 @@
-"""Offline batches in OpenAI's form: a JSONL of requests in, a JSONL of responses out.
+"""Batches in OpenAI's form: lines of requests in, lines of answers out.
 
 A line in:  {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {...}}
 A line out: {"id": "batch_req_...", "custom_id": "a", "response": {"status_code": 200,
              "request_id": "...", "body": {...}}, "error": null}
 
-Requests go through the same application as over HTTP, so both give the same answers. Each answer is
-appended when it is there, in any order; a batch that is run again leaves out what is answered.
+A line in that is no request gets an answer too, with an error that says what is wrong with it.
 """
 
-import asyncio
+import codecs
 import json
-import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
-from starlette.types import Message
-
-from quatom.errors import RequestError
+from quatom.serving.api_errors import ApiError
 
 URLS = ("/v1/completions", "/v1/chat/completions")
+ANSWER_START = b'{"id": "batch_req_'
+"""How every line out begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
     """One request of a batch."""
 
+    number: int
+    """Of the line in its file, from 1."""
     custom_id: str
     url: str
     body: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class BatchCounts:
-    """What became of a batch."""
+class BadLine:
+    """A line that is no request."""
 
-    completed: int
-    failed: int
-    skipped: int
-    """Answered by an earlier run."""
+    number: int
+    custom_id: str | None
+    """None where the line has none."""
+    code: str
+    message: str
 
+    def error(self) -> dict[str, Any]:
+        """The error object, as OpenAI describes a batch's wrong lines."""
+        return {"code": self.code, "message": self.message, "param": None, "line": self.number}
 
-def read_batch(path: Path) -> list[BatchLine]:
-    """All requests of a batch file.
-
-    Raises:
-        RequestError: a line is no request, or a custom_id occurs twice; with the line's number.
-    """
-    lines: list[BatchLine] = []
-    seen: set[str] = set()
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
-        if not text.strip():
-            continue
-        line = _read_line(text, f"{path}, line {number}")
-        if line.custom_id in seen:
-            raise RequestError(f"{path}, line {number}: custom_id {line.custom_id!r} occurs twice")
-        seen.add(line.custom_id)
-        lines.append(line)
-    return lines
+    def answer(self) -> dict[str, Any]:
+        """The whole line out."""
+        refusal = ApiError(HTTPStatus.BAD_REQUEST, self.message, code=self.code)
+        return make_answer(self.custom_id, refusal.status, refusal.body(), self.error())
 
 
-def _read_line(text: bytes, where: str) -> BatchLine:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: not JSON: {error}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("custom_id"), str):
-        raise RequestError(f"{where}: a request is an object with a string custom_id")
-    if data.get("method", "POST") != "POST" or data.get("url") not in URLS:
-        raise RequestError(f"{where}: method must be POST and url one of {', '.join(URLS)}")
-    if not isinstance(data.get("body"), dict) or data["body"].get("stream"):
-        raise RequestError(f"{where}: body must be an object, and not ask for a stream")
-    return BatchLine(data["custom_id"], data["url"], data["body"])
-
-
-def answered_ids(path: Path) -> set[str]:
-    """custom_ids that an earlier run answered. A last line that it could not finish is cut off."""
-    if not path.exists():
-        return set()
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
-    return set(_custom_ids(whole, path))
-
-
-def _custom_ids(content: bytes, path: Path) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            yield str(json.loads(line)["custom_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RequestError(
-                f"{path}, line {number} is no answer of a batch: give another output file"
-            ) from error
-
-
-async def run_batch(
-    app: FastAPI,
-    lines: list[BatchLine],
-    output: Path,
-    *,
-    concurrency: int,
-    on_answer: Callable[[bool], None] = lambda succeeded: None,
-) -> BatchCounts:
-    """Answer every line that `output` does not answer yet.
-
-    Args:
-        app: made by `create_app`; its lifespan runs meanwhile.
-        lines: the requests.
-        output: file that answers are appended to.
-        concurrency: requests in the engine at once.
-        on_answer: told of each answer, and whether it is no error.
-    """
-    done = answered_ids(output)
-    waiting = [line for line in lines if line.custom_id not in done]
-    counts = {True: 0, False: 0}
-    slots = asyncio.Semaphore(concurrency)
-
-    with output.open("ab") as file:
-
-        async def one(line: BatchLine) -> None:
-            async with slots:
-                status, body = await call(app, line.url, json.dumps(line.body).encode())
-            answer = _answer(line.custom_id, status, body)
-            file.write(json.dumps(answer).encode() + b"\n")
-            file.flush()
-            counts[status < HTTPStatus.BAD_REQUEST] += 1
-            on_answer(status < HTTPStatus.BAD_REQUEST)
-
-        async with _lifespan(app):
-            await asyncio.gather(*(one(line) for line in waiting))
-        os.fsync(file.fileno())
-    return BatchCounts(counts[True], counts[False], len(lines) - len(waiting))
-
-
-def _answer(custom_id: str, status: int, body: Any) -> dict[str, Any]:
+def make_answer(
+    custom_id: str | None, status: int, body: Any, error: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A line out, as an object."""
     return {
         "id": f"batch_req_{uuid.uuid4().hex}",
         "custom_id": custom_id,
         "response": {"status_code": status, "request_id": uuid.uuid4().hex, "body": body},
-        "error": None,
+        "error": error,
     }
 
 
-async def call(app: FastAPI, path: str, body: bytes) -> tuple[int, Any]:
-    """POST to the application in this process: (status, parsed body)."""
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "client": None,
-        "server": None,
-    }
-    incoming: asyncio.Queue[Message] = asyncio.Queue()  # then silence: this client never leaves
-    incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
-    status, parts = 0, []
+def read_batch(path: Path) -> list[BatchLine | BadLine]:
+    """All lines of a batch file that are not blank. Of requests with one custom_id, one is good.
 
-    async def send(message: Message) -> None:
-        nonlocal status
-        status = message.get("status", status)
-        parts.append(message.get("body", b""))
-
-    await app(scope, incoming.get, send)
-    return status, json.loads(b"".join(parts))
+    Raises:
+        OSError: it cannot be read.
+    """
+    lines: list[BatchLine | BadLine] = []
+    seen: set[str] = set()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, text in enumerate(content.splitlines(), start=1):
+        if not text.strip():
+            continue
+        line = _read_line(number, text)
+        if isinstance(line, BatchLine):
+            if line.custom_id in seen:
+                problem = f"custom_id {line.custom_id!r} occurs twice; the first one is answered"
+                line = _bad(number, line.custom_id, "duplicate_custom_id", problem)
+            else:
+                seen.add(line.custom_id)
+        lines.append(line)
+    return lines
 
 
-@asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with app.router.lifespan_context(app):
-        yield
+def requests_of(lines: Sequence[BatchLine | BadLine]) -> list[BatchLine]:
+    """The lines that are requests."""
+    return [line for line in lines if isinstance(line, BatchLine)]
+
+
+def bad_lines_of(lines: Sequence[BatchLine | BadLine]) -> list[BadLine]:
+    """The lines that are none."""
+    return [line for line in lines if isinstance(line, BadLine)]
+
+
+def _read_line(number: int, text: bytes) -> BatchLine | BadLine:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _bad(number, None, "invalid_json_line", f"not JSON: {error}")
+    custom_id = data.get("custom_id") if isinstance(data, dict) else None
+    if not isinstance(custom_id, str):
+        problem = "a request is an object with a string custom_id"
+        return _bad(number, None, "missing_custom_id", problem)
+    method, url, body = data.get("method", "POST"), data.get("url"), data.get("body")
+    if method != "POST":
+        return _bad(number, custom_id, "invalid_method", f"method must be POST, got {method!r:.80}")
+    if url not in URLS:
+        problem = f"url must be one of {', '.join(URLS)}, got {url!r:.80}"
+        return _bad(number, custom_id, "invalid_url", problem)
+    if not isinstance(body, dict) or body.get("stream"):
+        problem = "body must be an object, and not ask for a stream"
+        return _bad(number, custom_id, "invalid_body", problem)
+    return BatchLine(number, custom_id, url, body)
+
+
+def _bad(number: int, custom_id: str | None, code: str, problem: str) -> BadLine:
+    return BadLine(number, custom_id, code, f"line {number}: {problem}")

@@ -66,7 +66,7 @@ class ChatCompletionRequest(GenerationRequest, ChatTemplateOptions):
 
     @model_validator(mode="after")
     def _logprobs_are_asked_for(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 

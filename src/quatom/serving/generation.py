@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
 from starlette.requests import Request as HttpRequest
@@ -64,14 +64,26 @@ class Generation:
         self.outputs: list[RequestOutput] = []
         self._http = http
 
-    async def prepare(self, prompts: list[list[int]]) -> None:
-        """Check every prompt, and that the queue has room for them all."""
+    async def prepare(self, prompts: list[list[int]], *, shorten: bool = False) -> None:
+        """Check every prompt, and that the queue has room for them all.
+
+        Args:
+            prompts: token ids.
+            shorten: where fewer tokens fit than max_tokens, generate those; else that is an error.
+        """
         self.service.engine.check_room(len(prompts))
         for i, token_ids in enumerate(prompts):
             request_id = f"{self.id}-{i}"
-            request = await self.service.engine.make_request(request_id, token_ids, self.params)
+            params = self._that_fit(token_ids) if shorten else self.params
+            request = await self.service.engine.make_request(request_id, token_ids, params)
             self.requests.append(request)
-            self.outputs.append(empty_output(request_id, token_ids, token_ids, self.params))
+            self.outputs.append(empty_output(request_id, token_ids, token_ids, params))
+
+    def _that_fit(self, token_ids: list[int]) -> SamplingParams:
+        room = self.service.engine.engine.max_model_len - len(token_ids)
+        wanted = self.params.max_tokens
+        fits = wanted is None or room >= wanted or room < 1  # none at all: the engine says so
+        return self.params if fits else replace(self.params, max_tokens=room)
 
     @property
     def num_completion_tokens(self) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from quatom.engine.text_stream import text_of
+from quatom.engine.vocabulary import Vocabulary, vocabulary_of
 from quatom.serving.api_errors import ApiError
 from quatom.serving.chat_protocol import ChatTemplateOptions, Message
 
@@ -17,7 +19,6 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         # A tokenizer's Rust core refuses to be changed while it works; `encode` may change it.
         self._lock = threading.Lock()
-        self._strings: dict[int, str] = {}
 
     def encode(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
         """Token ids of a prompt; a list of ids stays as it is."""
@@ -58,21 +59,42 @@ class PromptEncoder:
             ) from error
         return self.encode(text, special=False)
 
-    def decode(self, token_ids: list[int]) -> str:
-        """Text of token ids, special ones included."""
-        return str(self._need().decode(token_ids, skip_special_tokens=False))
+    def places(self, text: str, *, special: bool = True) -> list[int]:
+        """Where each token of a text begins in it, after what the token before it took.
+
+        Tokens that the tokenizer adds take nothing, and those of one character begin together.
+        """
+        with self._lock:
+            encoding = self._need()(
+                text,
+                add_special_tokens=special,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+            )
+        places, end = [], 0
+        spans = zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True)
+        for (start, stop), added in spans:
+            places.append(end if added else min(start, end))
+            end = max(end, stop)
+        return places
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """What single tokens are; None: there is no tokenizer."""
+        return None if self._tokenizer is None else vocabulary_of(self._tokenizer)
+
+    def decode(self, token_ids: list[int], *, final: bool = True) -> str:
+        """Text of token ids, special ones included; not `final`: without an open character."""
+        return text_of(vocabulary_of(self._need()), token_ids, final=final)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What one token adds to a text; None where the tokenizer has no such token."""
+        return None if self.vocabulary is None else self.vocabulary.token_bytes(token_id)
 
     def token_string(self, token_id: int) -> str:
-        """How one token is shown; tokens that are no whole characters by the tokenizer's symbol."""
-        if self._tokenizer is None:
-            return f"token_id:{token_id}"
-        string = self._strings.get(token_id)
-        if string is None:
-            string = self.decode([token_id])
-            if not string or "\ufffd" in string:
-                string = str(self._tokenizer.convert_ids_to_tokens(token_id) or string)
-            self._strings[token_id] = string
-        return string
+        r"""How one token is shown: its text, with bytes that are no characters as `\xe4`."""
+        data = self.token_bytes(token_id)
+        return f"token_id:{token_id}" if data is None else data.decode(errors="backslashreplace")
 
     def _need(self) -> Any:
         if self._tokenizer is None:

@@ -89,7 +89,7 @@ class GenerationRequest(ApiModel):
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -189,7 +189,7 @@ class CompletionRequest(GenerationRequest):
         """Sampling of every prompt; echo asks for the prompt's log-probabilities too."""
         scored = self.logprobs if self.echo else None
         return self.sampling(
-            max_tokens=16 if self.max_tokens is None else max(1, self.max_tokens),
+            max_tokens=16 if self.max_tokens is None else self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=scored,
         )

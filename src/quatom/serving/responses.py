@@ -135,44 +135,16 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
     }
 
 
-def completion_logprobs(
-    entries: list[TokenLogprobs], encoder: PromptEncoder, offset: int, *, given: int | None = None
-) -> dict[str, Any]:
-    """Logprobs of /v1/completions.
-
-    Args:
-        entries: one for each token but the prompt's first.
-        encoder: makes strings of tokens.
-        offset: characters before the first token.
-        given: the prompt's first token, if it is echoed. Nothing comes before it: its
-            log-probability is 0, that of a given token, since OpenAI's schema has no null here.
-    """
-    tokens, values, tops, offsets = [], [], [], []
-    if given is not None:
-        entries = [TokenLogprobs(given, 0.0), *entries]
-    for entry in entries:
-        tokens.append(encoder.token_string(entry.token_id))
-        values.append(entry.logprob)
-        top = {encoder.token_string(i): logprob for i, logprob in entry.top}
-        if top:
-            top.setdefault(tokens[-1], entry.logprob)
-        tops.append(top)
-        offsets.append(offset)
-        offset += len(tokens[-1])
-    return {
-        "tokens": tokens,
-        "token_logprobs": values,
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }
-
-
 def chat_logprobs(entries: list[TokenLogprobs], encoder: PromptEncoder) -> dict[str, Any]:
     """Logprobs of /v1/chat/completions."""
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
-        token = encoder.token_string(token_id)
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        data = encoder.token_bytes(token_id)
+        return {
+            "token": encoder.token_string(token_id),
+            "logprob": logprob,
+            "bytes": None if data is None else list(data),
+        }
 
     content = [
         {

@@ -38,4 +38,5 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
             f"tokens holds id {max(body.tokens)}; the model has {vocab_size} tokens, 0 to "
             f"{vocab_size - 1}"
         )
-    return json_response({"prompt": service.encoder.decode(body.tokens)})
+    prompt = await asyncio.to_thread(service.encoder.decode, body.tokens)
+    return json_response({"prompt": prompt})

@@ -193,8 +193,7 @@ def _cuda_obstacle(
     if q.dtype is torch.float32:
         return "it computes float16 and bfloat16 queries, got float32"
     if not decode:
-        softcap = options.logit_softcap is not None
-        return "its prefill, torch's FlashAttention, has no logit soft-cap" if softcap else None
+        return None
     if options.rotary is not None:
         return "its decode kernel does not rotate keys as it reads them: append them rotated"
     if (capability := device_capability(q.device.index)) < (8, 0):

@@ -1,9 +1,10 @@
-"""Prefill on CUDA: dequantize the cache into a workspace, then torch's FlashAttention.
+"""Prefill on CUDA: dequantize the cache into a workspace, then torch's FlashAttention over that.
 
 For chunks of hundreds of tokens the workspace costs a few percent of the attention itself, and the
 matrix kernels are those of FlashAttention-2. The workspace holds the new tokens too, so that they
 are seen as decode will see them; keys stored before rotary embedding are rotated on the way. Tokens
-that lie before the windows of all new ones are left out.
+that lie before the windows of all new ones are left out. With a logit soft-cap, which torch's
+kernel does not have, a Triton kernel reads the workspace.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.attention import AttentionOptions, Sequences, seen_tokens
 from quatom.ops.attention.triton_gather import gather_triton
+from quatom.ops.attention.triton_prefill import prefill_softcap
 
 HEAD_MULTIPLE = 8
 """Channels that FlashAttention's heads are made of: others are padded with zeros."""
@@ -29,8 +31,8 @@ def prefill_flash(
     cu_seqlens_k, total = _brought(q.shape[0], batch, options, left_out)
     if not total:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    head_dim = q.shape[2]
-    padding = -head_dim % HEAD_MULTIPLE
+    head_dim, softcap = q.shape[2], options.logit_softcap
+    padding = -head_dim % HEAD_MULTIPLE if softcap is None else 0
     k, v = gather_triton(
         pages,
         batch.block_tables,
@@ -42,6 +44,9 @@ def prefill_flash(
         seq_lens=batch.seq_lens if left_out else None,
         padding=padding,
     )
+    if softcap is not None:
+        starts = batch.cu_seqlens_q, cu_seqlens_k
+        return prefill_softcap(q, k, v, *starts, batch.max_seqlen_q, options)
     result = torch.ops.aten._flash_attention_forward(
         torch.nn.functional.pad(q, (0, padding)) if padding else q,
         k,

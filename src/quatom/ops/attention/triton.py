@@ -306,7 +306,7 @@ def attention_triton(
     rows_per_head = batch.max_seqlen_q * (num_heads // num_kv_heads)
     block_m = min(max(16, triton.next_power_of_2(rows_per_head)), 64 if head_dim <= 128 else 32)
     row_blocks = triton.cdiv(rows_per_head, block_m)
-    block_t, num_warps = _tile(block_m)
+    block_t, num_warps = _tile(block_m, 2 * head_dim * pages.bits // 8)
     batch_size = batch.seq_lens.shape[0]
     programs = row_blocks * num_kv_heads * batch_size
     length = seen_tokens(batch, options)
@@ -368,9 +368,19 @@ def attention_triton(
         )
 
 
-def _tile(block_m: int) -> tuple[int, int]:
-    """Tokens of a tile and warps of a program, for decode rows and for prefill tiles."""
-    return (64, 2) if block_m == 16 else (32, 4)
+def _tile(block_m: int, token_bytes: int) -> tuple[int, int]:
+    """Tokens of a tile and warps of a program, for decode rows and for prefill tiles.
+
+    Triton's pipeline holds two tiles of K and V, `token_bytes` per token, in shared memory.
+    """
+    block_t, num_warps = (64, 2) if block_m == 16 else (32, 4)
+    fitting = triton.next_power_of_2(_TILE_BYTES // token_bytes + 1) // 2
+    return max(16, min(block_t, fitting)), num_warps
+
+
+_TILE_BYTES = 2**16
+"""Bytes of K and V in one tile: two of them, and the queries, fit the 163 KiB of compute
+capability 8.0."""
 
 
 def num_decode_splits(programs: int, length: int, device: torch.device) -> int:

@@ -1,0 +1,141 @@
+"""Triton kernels that the interpreter runs: a GPU's compiler must take them too.
+
+The interpreter accepts what the compiler refuses: a return under a constexpr branch, say.
+"""
+
+import os
+import subprocess
+import sys
+
+BUILD = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+def build(kernel, types, **constants):
+    types = {name: kind for kind, names in types.items() for name in names.split()}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+"""
+QUANTIZE = """
+from quatom.numerics.groups import GroupLayout
+from quatom.ops.activations import QuantizeSpec
+from quatom.ops.triton_quantize import quantize_options
+
+spec = QuantizeSpec(layout=GroupLayout(224, 128, 64), rotate=True, byte_layout="groups")
+numbers = "clip_ratio normal_largest outlier_largest"
+options = {k: v for k, v in quantize_options(spec).items() if k not in numbers.split()}
+"""
+PAGES = "S=16, ROW=50, RECORD=16 * 108, ELEMENT_BYTES=1, BITS=4"  # int4 heads of 100 channels
+KERNELS = {
+    "gated": """
+from quatom.ops.gated.triton import _gated_kernel as kernel
+for activation in range(4):
+    build(
+        kernel,
+        {"*bf16": "gate_up_ptr out_ptr", "i32": "row_stride"},
+        CHANNELS=1500, ACTIVATION=activation, GATED=activation % 2 == 0, TILE=1024,
+    )
+""",
+    "gated_quantize": QUANTIZE
+    + """
+from quatom.ops.gated_quantize.triton import _gated_quantize_kernel as kernel
+build(
+    kernel,
+    {"*bf16": "gate_up_ptr", "*u8": "codes_ptr", "*fp32": "scales_ptr", "fp32": numbers,
+     "i32": "row_stride tokens_padded"},
+    ACTIVATION=1, GATED=False, SB=4, WIDTH=128, **options,
+)
+""",
+    "norm": """
+from quatom.ops.norm.triton import _norm_kernel as kernel
+build(
+    kernel,
+    {"*bf16": "x_ptr residual_ptr weight_ptr bias_ptr total_ptr out_ptr", "fp32": "eps",
+     "i32": "x_row_stride residual_row_stride"},
+    K=576, LAYER=True, WEIGHT_OFFSET=1.0, ROUND_FIRST=False, HAS_BIAS=True, HAS_RESIDUAL=True,
+    BLOCK_K=1024,
+)
+""",
+    "norm_quantize": QUANTIZE
+    + """
+from quatom.ops.norm_quantize.triton import _norm_quantize_kernel as kernel
+build(
+    kernel,
+    {"*bf16": "x_ptr residual_ptr weight_ptr bias_ptr total_ptr", "*i32": "order_ptr",
+     "*u8": "codes_ptr", "*fp32": "scales_ptr", "fp32": numbers + " eps",
+     "i32": "x_row_stride residual_row_stride tokens_padded"},
+    LAYER=True, WEIGHT_OFFSET=1.0, HAS_BIAS=True, HAS_ORDER=True, HAS_RESIDUAL=True, BLOCK_K=512,
+    SB=4, WIDTH=128, **options,
+)
+""",
+    "head_norm": """
+from quatom.ops.head_norm.triton import _head_norm_kernel as kernel
+for together in (False, True):
+    build(
+        kernel,
+        {"*bf16": "q_ptr k_ptr q_weight_ptr k_weight_ptr out_ptr", "fp32": "eps",
+         "i32": "q_token_stride q_head_stride k_token_stride k_head_stride"},
+        H=9, KV=3, D=100, ALL=together, ROWS=1 if together else 8,
+        Q_PAD=1024 if together else 128, K_PAD=512 if together else 128,
+        LAYER=together, WEIGHT_OFFSET=1.0, ROUND_FIRST=not together,
+    )
+""",
+    "rope_append_kv": f"""
+from quatom.ops.rope_append_kv.triton import _rope_append_kv_kernel as kernel
+strides = [f"{{x}}_{{axis}}_stride" for x in "qkv" for axis in ("token", "head")]
+build(
+    kernel,
+    {{"*bf16": "q_ptr k_ptr v_ptr rotated_ptr", "*fp32": "cos_ptr sin_ptr key_offset_ptr",
+     "*i64": "positions_ptr slots_ptr", "*u8": "rows_ptr", "*fp16": "pairs_ptr",
+     "fp32": "clip_ratio", "i32": " ".join(strides)}},
+    H=4, KV=2, HALF=50, HALF_PAD=64, MIXED=2, LOG2_MIXED=1, {PAGES}, ROTATE_KEYS=True,
+    HADAMARD=True, KEY_OFFSET=True, BLOCK_H=8, MIN_SCALE=2.0**-14,
+)
+""",
+    "attention": f"""
+from quatom.ops.attention.triton import _attention_kernel as kernel
+build(
+    kernel,
+    {{"*bf16": "q_ptr out_ptr", "*fp32": "partial_ptr stats_ptr cos_ptr sin_ptr",
+     "*u8": "rows_ptr", "*fp16": "pairs_ptr", "*i32": "table_ptr starts_ptr lens_ptr",
+     "i32": "table_stride splits q_stride window", "fp32": "score_scale softcap_log2e"}},
+    H=4, KV=2, HALF=50, HALF_PAD=64, {PAGES}, SPLIT=True, SOFTCAP=True, WINDOW=True,
+    KEY_ROTARY=False, PTX=True, BLOCK_M=16, BLOCK_T=64, ALIGN=16,
+)
+""",
+    "gather": f"""
+from quatom.ops.attention.triton_gather import _gather_kernel as kernel
+build(
+    kernel,
+    {{"*bf16": "k_ptr v_ptr", "*fp32": "cos_ptr sin_ptr", "*u8": "rows_ptr", "*fp16": "pairs_ptr",
+     "*i32": "table_ptr starts_ptr lens_ptr", "i32": "table_stride"}},
+    KV=2, HALF=50, HALF_PAD=64, {PAGES}, KEY_ROTARY=True, LAST=True, OUT=104, BLOCK_T=32,
+)
+""",
+    "prefill with a soft-cap": """
+from quatom.ops.attention.triton_prefill import _prefill_kernel as kernel
+build(
+    kernel,
+    {"*bf16": "q_ptr k_ptr v_ptr out_ptr", "*i32": "starts_q_ptr starts_k_ptr",
+     "i32": "q_stride window", "fp32": "score_scale softcap_log2e"},
+    H=4, KV=2, D=100, D_PAD=128, WINDOW=True, BLOCK_M=64, BLOCK_N=32,
+)
+""",
+}
+
+
+def test_kernels_compile_for_a_gpu_without_one():
+    """In one process: importing torch and Triton takes longer than most of the kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    parts = [f"{code}\nprint({name!r}, flush=True)" for name, code in KERNELS.items()]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BUILD + "\n".join(parts)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == list(KERNELS), done.stderr
