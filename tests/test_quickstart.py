@@ -14,12 +14,14 @@ import pytest
 from tests.conftest import LLAMA, make_model
 from tests.test_docs import ROOT, commands_of
 
+pytestmark = pytest.mark.slow  # a process for every command
+
 PAGES = {"README.md": "Qwen/Qwen2.5-0.5B-Instruct", "docs/quickstart.md": "MODEL"}
 SMALLER = {"512": "24", "32": "2", "8": "1"}
 """Lengths and numbers of the page, for a model of 512 positions and a text of 40 KB."""
 
 
-@pytest.fixture(params=["README.md", pytest.param("docs/quickstart.md", marks=pytest.mark.slow)])
+@pytest.fixture(params=PAGES)
 def page(request):
     return request.param, (ROOT / request.param).read_text(encoding="utf-8")
 
