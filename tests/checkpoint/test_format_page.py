@@ -1,4 +1,4 @@
-"""docs/checkpoint-format.md: its code reads a checkpoint, its numbers are the schema's."""
+"""docs/reference/checkpoint-format.md: its code reads a checkpoint, its numbers are the schema's."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from quatom.recipe import PRESETS
 from tests.checkpoint.models import CONFIG, SMOLLM2, write_model
 from tests.checkpoint.test_writer import write
 
-PAGE = (Path(__file__).parents[2] / "docs" / "checkpoint-format.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "checkpoint-format.md").read_text(encoding="utf-8")
 ATOM = PRESETS["atom-w4a4kv4"]
 
 
