@@ -36,9 +36,7 @@ def main() -> None:
     chats.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     preset = quatom.PRESETS["quatom-w4a8kv4"]
-    calibration = replace(
-        preset.calibration, num_samples=args.samples, sequence_length=args.length
-    )
+    calibration = replace(preset.calibration, num_samples=args.samples, sequence_length=args.length)
     report = quatom.quantize_checkpoint(
         args.model, args.target, replace(preset, calibration=calibration), calibration=chats
     )

@@ -16,9 +16,7 @@ import quatom
 
 def ladder(samples: int, length: int) -> dict[str, quatom.Recipe]:
     """Recipes from plain INT4 to a custom one, each beside what it adds."""
-    calibration = replace(
-        quatom.Recipe().calibration, num_samples=samples, sequence_length=length
-    )
+    calibration = replace(quatom.Recipe().calibration, num_samples=samples, sequence_length=length)
     recipe = replace(quatom.Recipe(name="plain"), calibration=calibration)
     rungs = {"int4 weights and activations, GPTQ": recipe}
     recipe = replace(recipe, weights=replace(recipe.weights, clip_search="mse"))

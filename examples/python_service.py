@@ -63,7 +63,9 @@ class Completer:
                 batch.append(item)
             self._answer(batch, params)
 
-    def _answer(self, batch: "list[tuple[str, Future[str]]]", params: quatom.SamplingParams) -> None:
+    def _answer(
+        self, batch: "list[tuple[str, Future[str]]]", params: quatom.SamplingParams
+    ) -> None:
         try:
             results = self._llm.generate([prompt for prompt, _ in batch], params)
         except Exception as error:  # whoever asked is told

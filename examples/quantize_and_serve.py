@@ -31,9 +31,7 @@ def main() -> None:
     args = parser.parse_args()
 
     preset = quatom.PRESETS["quatom-w4a8kv4"]
-    calibration = replace(
-        preset.calibration, num_samples=args.samples, sequence_length=args.length
-    )
+    calibration = replace(preset.calibration, num_samples=args.samples, sequence_length=args.length)
     recipe = replace(preset, calibration=calibration)
     report = quatom.quantize_checkpoint(args.model, args.target, recipe, calibration=args.text)
     print(f"{report.target}: {report.bits_per_weight:.2f} bits per weight")

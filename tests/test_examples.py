@@ -12,7 +12,13 @@ import quatom
 from tests.conftest import LLAMA, make_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-RUN_HERE = {"quantize_and_serve", "batch_file", "custom_recipe", "chat_calibration", "python_service"}
+RUN_HERE = {
+    "quantize_and_serve",
+    "batch_file",
+    "custom_recipe",
+    "chat_calibration",
+    "python_service",
+}
 SHORT = ("--samples", "2", "--length", "24")
 
 

@@ -56,7 +56,8 @@ def test_the_wheel_holds_what_runs(built):
 def test_the_sdist_builds_the_same_version(built):
     (sdist,) = built.glob("*.tar.gz")
     assert sdist.name == f"quatom-{quatom.__version__}.tar.gz"
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     assert any(name.endswith("/LICENSE") for name in names)
     assert any(name.endswith("/src/quatom/py.typed") for name in names)
 

@@ -76,7 +76,8 @@ def answer(url, body):
 def wait_for(server, url):
     deadline = time.monotonic() + 120
     while True:
-        assert server.poll() is None and time.monotonic() < deadline
+        assert server.poll() is None
+        assert time.monotonic() < deadline
         try:
             urllib.request.urlopen(url, timeout=5)
             return

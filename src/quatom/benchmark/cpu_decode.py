@@ -31,7 +31,7 @@ from quatom.engine.sampling import SamplingParams
 def measure(
     checkpoint: str, *, batch: int, new_tokens: int, prompt: int, rounds: int
 ) -> dict[str, Any]:
-    """Tokens a second of both, decode and a short prompt together."""
+    """Tokens per second of both, decode and a short prompt together."""
     llm = LLM(
         checkpoint,
         device="cpu",

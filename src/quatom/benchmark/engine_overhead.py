@@ -77,7 +77,9 @@ def measure(
     """Milliseconds of a decode step of `num_seqs` sequences that hold 1024 tokens of prompt."""
     model = StubModel(vocab_size, -(-num_seqs // 64) * 64)
     config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=(), max_position=8192)
-    loaded = SimpleNamespace(model=model, config=config, tokenizer=tokenizer, device="cpu", recipe=PRESETS["fp16"])
+    loaded = SimpleNamespace(
+        model=model, config=config, tokenizer=tokenizer, device="cpu", recipe=PRESETS["fp16"]
+    )
     early = num_seqs * PROMPT_TOKENS // 1024  # steps in which the first decode and others prefill
     length = PROMPT_TOKENS + steps + early
     limits = EngineConfig(
@@ -140,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps=args.steps if kind == "greedy" else max(20, args.steps // 10),
             tokenizer=tokenizer,
         )
-        print(f"{kind:12} {result['ms_per_step']:8.3f} ms a step", file=sys.stderr)
+        print(f"{kind:12} {result['ms_per_step']:8.3f} ms per step", file=sys.stderr)
         results.append(result)
     if args.output:
         command = command_line("python", "-m", "quatom.benchmark.engine_overhead")
