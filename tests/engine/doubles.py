@@ -168,5 +168,6 @@ def hash_loaded(vocab_size=VOCAB, max_position=512, tokenizer=None, **options) -
         ),
         tokenizer=tokenizer,
         device=torch.device("cpu"),
+        dtype=torch.float64,
         recipe=SimpleNamespace(name="hash"),
     )
