@@ -18,6 +18,7 @@ from quatom.checkpoint.schema import bits_per_weight
 from quatom.cli.common import block_progress, print_table, window_progress
 from quatom.errors import QuatomError
 from quatom.evaluation.perplexity import measure_perplexity
+from quatom.modeling.config import ModelConfig
 from quatom.quantize.calibration_data import tokenize
 from quatom.recipe import CalibrationSpec
 
@@ -112,7 +113,7 @@ def main() -> None:
     console.print(f"[dim]{CHAT}[/]\n{answer.text.strip()}")
 
 
-def _linear_shapes(config: object) -> list[tuple[int, int]]:
+def _linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     from quatom.checkpoint.schema import LINEARS, linear_shape
 
     return [linear_shape(config, name) for name in LINEARS]
