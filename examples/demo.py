@@ -18,6 +18,7 @@ from quatom.checkpoint.schema import bits_per_weight
 from quatom.cli.common import block_progress, print_table, window_progress
 from quatom.errors import QuatomError
 from quatom.evaluation.perplexity import measure_perplexity
+from quatom.modeling.config import ModelConfig
 from quatom.quantize.calibration_data import tokenize
 from quatom.recipe import CalibrationSpec
 

@@ -4,7 +4,7 @@ Not thread-safe but for `make_request`: one thread owns an engine and calls ever
 """
 
 import time
-from typing import Any
+from collections.abc import Sequence as Layers
 
 import torch
 
@@ -13,6 +13,7 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.cuda_graphs import DecodeGraphs, can_capture
 from quatom.engine.host_memory import keep_freed_pages
 from quatom.engine.kv_cache import count_blocks
+from quatom.engine.model import KVCacheLayer, ServableModel
 from quatom.engine.outputs import FinishReason, SequenceDelta, TokenLogprobs
 from quatom.engine.requests import Request, RequestFactory
 from quatom.engine.runner import LaunchedStep, ModelRunner
@@ -25,14 +26,10 @@ from quatom.recipe import Recipe
 
 
 class Engine:
-    """Continuous batching of requests on one model.
+    """Continuous batching of requests on one model."""
 
-    `loaded` is a `quatom.loading.LoadedModel`, or anything with its fields model, config,
-    tokenizer and device.
-    """
-
-    def __init__(self, loaded: Any, config: EngineConfig | None = None) -> None:
-        self.device = torch.device(loaded.device)
+    def __init__(self, loaded: ServableModel, config: EngineConfig | None = None) -> None:
+        self.device = loaded.device
         self.config = (config or EngineConfig()).resolve(self.device, loaded.config.max_position)
         if self.config.keep_freed_memory:
             keep_freed_pages()
@@ -40,21 +37,22 @@ class Engine:
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = self.config.max_model_len or loaded.config.max_position
+        loaded.model.limit_length(self.max_model_len)
         self.requests = RequestFactory(loaded.config, loaded.tokenizer, self.max_model_len)
         num_blocks = count_blocks(
             loaded.model,
             self.config,
             self.max_model_len,
             self.device,
-            lambda: self._run_largest_step(loaded.model),
+            lambda: self._run_largest_step(loaded),
         )
         kv_cache = loaded.model.allocate_kv_cache(num_blocks, self.config.block_size)
         self.kv_cache_bytes = num_blocks * sum(layer.bytes_per_block for layer in kv_cache)
         self.pool = BlockPool(num_blocks, prefix_caching=self.config.prefix_caching)
         self.scheduler = Scheduler(self.config, self.pool)
-        self.runner = self._make_runner(loaded.model, kv_cache)
+        graphs = None
         if self.config.cuda_graphs and can_capture(self.device):
-            self.runner.graphs = DecodeGraphs(
+            graphs = DecodeGraphs(
                 loaded.model,
                 kv_cache,
                 max_num_seqs=self.config.max_num_seqs,
@@ -62,6 +60,7 @@ class Engine:
                 block_size=self.config.block_size,
                 device=self.device,
             )
+        self.runner = self._make_runner(loaded, kv_cache, graphs)
         self._running: dict[str, list[Sequence]] = {}
         self._launched: LaunchedStep | None = None
 
@@ -252,29 +251,36 @@ class Engine:
         if siblings is not None and all(s.status is Status.FINISHED for s in siblings):
             del self._running[sequence.request_id]
 
-    def _make_runner(self, model: Any, kv_cache: Any) -> ModelRunner:
+    def _make_runner(
+        self,
+        loaded: ServableModel,
+        kv_cache: Layers[KVCacheLayer],
+        graphs: DecodeGraphs | None = None,
+    ) -> ModelRunner:
         return ModelRunner(
-            model,
+            loaded.model,
             kv_cache,
             self.config,
-            vocab_size=self.model_config.vocab_size,
-            eos_token_ids=self.model_config.eos_token_ids,
+            vocab_size=loaded.config.vocab_size,
+            eos_token_ids=loaded.config.eos_token_ids,
             device=self.device,
+            graphs=graphs,
         )
 
-    def _run_largest_step(self, model: Any) -> None:
+    def _run_largest_step(self, loaded: ServableModel) -> None:
         """One prefill of max_num_batched_tokens tokens and logits for max_num_seqs rows."""
         length = min(self.config.max_num_batched_tokens, self.max_model_len - 1)
         blocks = -(-length // self.config.block_size)
         params = SamplingParams(max_tokens=1)
         sequence = self.make_request("warm-up", [0] * length, params).sequences[0]
         sequence.block_table.extend(range(blocks))
-        runner = self._make_runner(model, model.allocate_kv_cache(blocks, self.config.block_size))
+        kv_cache = loaded.model.allocate_kv_cache(blocks, self.config.block_size)
+        runner = self._make_runner(loaded, kv_cache)
         item = ScheduledSequence(sequence, 0, length, samples=True)
         runner.launch(ScheduledStep(items=[item], num_tokens=length)).wait()
         hidden = torch.zeros(
-            (self.config.max_num_seqs, self.model_config.hidden_size),
-            dtype=next(model.parameters()).dtype,
+            (self.config.max_num_seqs, loaded.config.hidden_size),
+            dtype=loaded.dtype,
             device=self.device,
         )
-        model.compute_logits(hidden).softmax(dim=-1)
+        loaded.model.compute_logits(hidden).softmax(dim=-1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quatom.engine.detokenize import Detokenizer
+from quatom.engine.model import ModelLimits
 from quatom.engine.outputs import Timestamps
 from quatom.engine.sampling import SamplingParams, StructuredOutput
 from quatom.engine.sequence import Sequence
@@ -32,7 +33,7 @@ class Request:
 class RequestFactory:
     """Makes the requests of one model."""
 
-    def __init__(self, model_config: Any, tokenizer: Any, max_model_len: int) -> None:
+    def __init__(self, model_config: ModelLimits, tokenizer: Any, max_model_len: int) -> None:
         self._model_config = model_config
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
