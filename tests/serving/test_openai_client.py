@@ -188,7 +188,7 @@ def test_stop_strings(client):
 
 
 def test_structured_output(client):
-    pytest.importorskip("xgrammar")
+    pytest.importorskip("llguidance")
     schema = {
         "type": "object",
         "properties": {"name": {"enum": ["ann", "bob"]}, "ok": {"type": "boolean"}},
