@@ -22,10 +22,11 @@ Compile = Callable[[str], str]
 
 def explain(constraint: Constraint, complaint: str, compile_grammar: Compile) -> str:
     """The complaint, and where possible the keyword and the JSON path that it is about."""
-    complaint = complaint.strip().partition("\n")[0].partition(":  (")[0][:300]
+    whole = _summary(complaint)
+    complaint = whole
     deadline = time.process_time() + SEARCH_SECONDS
     for path, prepared in constraint.schemas.items():
-        search = _Search(prepared, compile_grammar, deadline)
+        search = _Search(prepared, compile_grammar, whole, deadline)
         if (found := search.guilty()) is not None:
             place, keyword = found
             complaint = REASONS.get(keyword, complaint)
@@ -34,10 +35,18 @@ def explain(constraint: Constraint, complaint: str, compile_grammar: Compile) ->
     return complaint
 
 
+def _summary(complaint: str) -> str:
+    """The first line, without the regular expressions that it may end with."""
+    return complaint.strip().partition("\n")[0].partition(":  (")[0][:300]
+
+
 class _Search:
-    def __init__(self, prepared: PreparedSchema, compile_grammar: Compile, deadline: float) -> None:
+    def __init__(
+        self, prepared: PreparedSchema, compile_grammar: Compile, complaint: str, deadline: float
+    ) -> None:
         self._places = prepared.places
         self._compile = compile_grammar
+        self._complaint = complaint
         self._deadline = deadline
 
     def guilty(self) -> tuple[Place, str] | None:
@@ -50,11 +59,11 @@ class _Search:
             # A limit is more likely at fault than the names that it limits.
             for name in sorted(place.schema, key=lambda name: name in COMMON):
                 if name not in STRUCTURE and not self._refused(place.pointer, {name}):
-                    return place, name
+                    return place, place.written_for.get(name, name)
         return place, ""
 
     def _refused(self, pointer: str, without: set[str]) -> bool:
-        """Whether the schema at `pointer`, less some keywords, does not compile."""
+        """Whether the schema at `pointer`, less some keywords, has the same fault."""
         root = self._places[0].schema
         if time.process_time() > self._deadline or not _leads_somewhere(root, pointer):
             return False
@@ -64,7 +73,8 @@ class _Search:
         if "$schema" in root:
             schema["$schema"] = root["$schema"]
         grammars = [{"name": MAIN, "json_schema": schema}]
-        return bool(self._compile(json.dumps({"grammars": grammars})))
+        found = _summary(self._compile(json.dumps({"grammars": grammars})))
+        return bool(found) and self._complaint in (found, "")
 
 
 def _leads_somewhere(root: Any, pointer: str) -> bool:

@@ -87,15 +87,32 @@ def _anchors(items: list[Any]) -> tuple[bool, bool]:
 
 
 def _search(items: list[Any]) -> str:
-    if len(items) == 1:  # ^ and $ may be inside a group or an alternative that is everything
-        op, value = items[0]
-        if op is codes.SUBPATTERN:
-            return _search(_group(value))
-        if op is codes.BRANCH:
-            return "|".join(f"(?:{_search(list(branch))})" for branch in value[1])
     start, end = _anchors(items)
-    body = _sequence(items[start : len(items) - end])
-    return f"{'' if start else ANYTHING}(?:{body}){'' if end else ANYTHING}"
+    inner = items[start : len(items) - end]
+    for i in (0, len(inner) - 1):  # ^ and $ may be in a group or in an alternative at either end
+        if inner and _holds_anchor(inner[i]):
+            options = _options(*inner[i])
+            around = items[: start + i], items[start + i + 1 :]
+            return "|".join(f"(?:{_search([*around[0], *o, *around[1]])})" for o in options)
+    return f"{'' if start else ANYTHING}(?:{_sequence(inner)}){'' if end else ANYTHING}"
+
+
+def _options(op: Any, value: Any) -> list[list[Any]]:
+    """What may stand in the place of a group or an alternative."""
+    if op is codes.SUBPATTERN:
+        return [_group(value)]
+    if op is codes.BRANCH:
+        return [list(branch) for branch in value[1]]
+    raise RequestError("^ and $ inside of an expression are not supported")
+
+
+def _holds_anchor(item: Any) -> bool:
+    op, value = item
+    if op in (codes.MAX_REPEAT, codes.MIN_REPEAT):
+        return any(map(_holds_anchor, value[2]))
+    if op in (codes.SUBPATTERN, codes.BRANCH):
+        return any(_holds_anchor(inner) for option in _options(op, value) for inner in option)
+    return op is codes.AT and value in (codes.AT_BEGINNING, codes.AT_END)
 
 
 def _sequence(items: Iterable[Any]) -> str:

@@ -8,7 +8,7 @@ the reason for a refusal that names it with its JSON path.
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -41,6 +41,8 @@ class Place:
     pointer: str
     """As `$ref` names it: `#/properties/a`."""
     schema: Any
+    written_for: dict[str, str] = field(default_factory=dict)
+    """Keyword that was written here -> the one of the request that it stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,21 +245,22 @@ def _rewrite(place: Place, resolve: Callable[[str], Any]) -> None:
     named = schema.get("format")
     if named in FORMAT_PATTERNS:
         del schema["format"]
-        _also(schema, {"pattern": f"^(?:{FORMAT_PATTERNS[named]})$"})
+        _also(place, "format", {"pattern": f"^(?:{FORMAT_PATTERNS[named]})$"})
     if named in FORMAT_LENGTHS:
-        _also(schema, {"maxLength": FORMAT_LENGTHS[named]})
+        _also(place, "format", {"maxLength": FORMAT_LENGTHS[named]})
     least = schema.get("minProperties", 0)
     if least <= len({*schema.get("required", ())}):
         schema.pop("minProperties", None)
     elif least > 1:  # a repeated name would be counted twice
         raise _refuse(place, "minProperties", f"{least} is more than the required names and than 1")
     if "oneOf" in schema and exclude_each_other(schema["oneOf"], resolve):
-        _also(schema, {"anyOf": schema.pop("oneOf")})
+        _also(place, "oneOf", {"anyOf": schema.pop("oneOf")})
 
 
-def _also(schema: dict[str, Any], more: dict[str, Any]) -> None:
+def _also(place: Place, instead_of: str, more: dict[str, Any]) -> None:
     """Demand `more` too, beside keywords of the same name."""
+    schema = place.schema
     if more.keys() & schema.keys():
-        schema["allOf"] = [*schema.get("allOf", ()), more]
-    else:
-        schema.update(more)
+        more = {"allOf": [*schema.get("allOf", ()), more]}
+    schema.update(more)
+    place.written_for.update(dict.fromkeys(more, instead_of))

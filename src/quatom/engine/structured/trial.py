@@ -51,8 +51,8 @@ def attempt(bench: Workbench, wanted: StructuredOutput) -> dict[str, Any]:
     def complaint(grammar: str) -> str:
         return LLMatcher.validate_grammar(grammar, None, limits=parser_limits)
 
-    def refuse(reason: str) -> dict[str, Any]:
-        text = explain(constraint, reason, complaint)
+    def refuse(reason: str = "") -> dict[str, Any]:
+        text = explain(constraint, reason, complaint) or "it allows no text at all"
         return {"refused": f"invalid {wanted.kind}: {text}"}
 
     try:
@@ -65,9 +65,9 @@ def attempt(bench: Workbench, wanted: StructuredOutput) -> dict[str, Any]:
         return refuse(matcher.get_error())
     first = _token_ids(matcher.compute_bitmask())
     if not first or matcher.is_error():
-        return refuse("it allows no text at all")
+        return refuse()
     if bench.stop_token_ids.issuperset(first):
-        return refuse("it allows the empty text alone")
+        return {"refused": f"invalid {wanted.kind}: it allows the empty text alone"}
     seconds = []
     for choose in (_any_token, _short_token):
         walked, error = _walk(bench, matcher.deep_copy(), choose)
