@@ -2,6 +2,7 @@
 
 import ctypes
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
+from quatom.engine.llm import LLM
 from quatom.engine.sampling import SamplingParams, StructuredOutput
 from quatom.engine.structured import masks
 from quatom.engine.structured.masks import Matcher, TokenMask, build_mask, wait_for_any
-from tests.engine.doubles import VOCAB, byte_tokenizer, hash_loaded
+from quatom.errors import RequestError
+from tests.engine.doubles import EOS, VOCAB, byte_tokenizer, hash_loaded
 
 pytest.importorskip("llguidance")
 
@@ -94,6 +97,26 @@ def test_a_slow_mask_is_computed_in_the_background(factory, monkeypatch):
     assert not matcher.slow  # it was not, in the end
 
 
+def test_a_slow_constraint_ends_its_text_too(factory, monkeypatch):
+    monkeypatch.setattr(masks, "SLOW_MASK_SECONDS", -1.0)  # slow for ever
+    matcher = matcher_of(factory, "ab")
+    matcher.slow = True
+    for token in (*b"ab", EOS):
+        assert allowed(build_mask([matcher]).words[0]).tolist() == [token]
+        assert matcher.accept(token)
+    assert matcher.terminated
+
+
+def test_a_slow_constraint_reports_its_error_at_the_next_token(factory, monkeypatch):
+    monkeypatch.setattr(masks, "SLOW_MASK_SECONDS", -1.0)
+    matcher = matcher_of(factory, "ab")
+    matcher.slow = True
+    assert matcher.accept(ord("z"))
+    build_mask([matcher])
+    assert not matcher.accept(ord("a"))
+    assert matcher.error
+
+
 def test_a_late_call_sends_its_masks_to_the_background(factory, monkeypatch):
     monkeypatch.setattr(masks, "LATE_SECONDS", -1.0)
     matcher = matcher_of(factory, "[ab]cd")
@@ -107,19 +130,40 @@ class Slow:
 
     def __init__(self, seconds):
         self.seconds = seconds
+        self.busy = False
 
     def is_stopped(self):
+        assert not self.busy, "llguidance does not allow two calls at once"
         return False
 
     def is_error(self):
         return False
 
     def consume_token(self, token_id):
+        assert not self.busy, "llguidance does not allow two calls at once"
         return True
 
     def unsafe_compute_mask_ptr(self, address, size):
+        self.busy = True
         time.sleep(self.seconds)
+        self.busy = False
         ctypes.memset(address, 0xFF, size)
+
+
+@dataclass
+class Constraint:
+    """A compiled constraint."""
+
+    seconds: float
+    slow: bool
+    error: str = ""
+
+    def matcher(self):
+        first = np.full(-(-VOCAB // 32), -1, dtype=np.int32)
+        made = Matcher(Slow(self.seconds), first, slow=self.slow)
+        if self.error:
+            made.fail(self.error)
+        return made
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -127,11 +171,13 @@ def test_only_the_slow_sequence_waits(monkeypatch, overlap):
     monkeypatch.setattr(masks, "SLOW_MASK_SECONDS", -1.0)  # slow for ever
     engine = make_engine(overlap=overlap)
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-    few = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-    slow = engine.make_request("slow", [1, 2, 3], few)
-    first = np.full(-(-VOCAB // 32), -1, dtype=np.int32)
-    slow.sequences[0].matcher = Matcher(Slow(0.2), first, slow=True)
-    engine.add(slow)
+    few = SamplingParams(
+        temperature=0.0,
+        max_tokens=10,
+        ignore_eos=True,
+        structured=StructuredOutput("regex", "(.|\n)*"),
+    )
+    engine.add(engine.make_request("slow", [1, 2, 3], few, Constraint(0.2, slow=True)))
     engine.add_request("other", [4, 5, 6], params)
     gaps, last, tokens = [], time.monotonic(), {"slow": [], "other": []}
     while len(tokens["other"]) < 40:
@@ -145,7 +191,7 @@ def test_only_the_slow_sequence_waits(monkeypatch, overlap):
         for delta in engine.step():
             tokens[delta.request_id] += delta.token_ids
     alone = make_engine()
-    alone.add_request("slow", [1, 2, 3], few)
+    alone.add(alone.make_request("slow", [1, 2, 3], few, Constraint(0.0, slow=True)))
     expected = []
     while alone.has_work:
         expected += [t for delta in alone.step() for t in delta.token_ids]
@@ -155,11 +201,8 @@ def test_only_the_slow_sequence_waits(monkeypatch, overlap):
 def test_a_constraint_that_breaks_ends_its_own_request():
     engine = make_engine()
     engine.add_request("fine", [1], SamplingParams(temperature=0.0, max_tokens=5))
-    broken = engine.make_request("broken", [2], SamplingParams(temperature=0.0, max_tokens=5))
-    matcher = Matcher(Slow(0.0), np.full(-(-VOCAB // 32), -1, dtype=np.int32), slow=False)
-    matcher.fail("too many items")
-    broken.sequences[0].matcher = matcher
-    engine.add(broken)
+    params = SamplingParams(max_tokens=5, structured=StructuredOutput("regex", "a"))
+    engine.add(engine.make_request("broken", [2], params, Constraint(0.0, False, "too many items")))
     last = {}
     while engine.has_work:
         last |= {delta.request_id: delta for delta in engine.step()}
@@ -168,3 +211,25 @@ def test_a_constraint_that_breaks_ends_its_own_request():
     assert last["broken"].refused
     assert "too many items" in last["broken"].error
     engine.check_accounting()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_offline_generation_is_constrained(overlap):
+    engine = make_engine(overlap=overlap)
+    choices = StructuredOutput("choice", '["yes", "no"]')
+    schema = StructuredOutput("json_schema", '{"type": "array", "items": {"const": 7}, "minItems": 2}')
+    params = [
+        SamplingParams(n=4, max_tokens=50, seed=1, structured=choices),
+        SamplingParams(max_tokens=50, seed=1),
+        SamplingParams(max_tokens=50, seed=1, structured=schema, ignore_eos=True),
+    ]
+    llm = LLM.from_engine(engine)
+    one, free, two = llm.generate(["a", "b", "c"], params)
+    assert {c.text for c in one.outputs} <= {"yes", "no"}
+    assert len(free.token_ids) == 50
+    assert two.text.startswith("[7, 7")
+    unique = StructuredOutput("json_schema", '{"uniqueItems": true}')
+    with pytest.raises(RequestError, match="uniqueItems"):
+        llm.generate("a", SamplingParams(structured=unique))
+    engine.check_accounting()
+    engine.requests.close()

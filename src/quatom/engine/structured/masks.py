@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quatom.engine.batch import to_device
 from quatom.engine.structured.limits import SLOW_MASK_SECONDS
 
 if TYPE_CHECKING:
@@ -36,15 +37,12 @@ class Matcher:
         self.slow = slow
         self.error = ""
         """Why the sequence must end, if it must."""
+        self.terminated = False
+        """Whether the text is complete and nothing can follow."""
         self.words = mask.size
         """int32 words of a mask."""
         self._mask: np.ndarray | None = mask
         self._job: Future[np.ndarray] | None = None
-
-    @property
-    def terminated(self) -> bool:
-        """Whether the text is complete and nothing can follow."""
-        return self.matcher.is_stopped()
 
     @property
     def ready(self) -> bool:
@@ -57,15 +55,17 @@ class Matcher:
         return self._job
 
     def accept(self, token_id: int) -> bool:
-        """Advance by a token. False: the sequence must end, `error` says why."""
-        if not self.error and not self.matcher.consume_token(token_id):
-            self.fail(self.matcher.get_error())
-        if self.error:
-            return False
-        self._mask = None
-        if self.slow and not self.terminated:
-            self._job = _background().submit(self._compute)
-        return True
+        """Advance by a token. False: the sequence must end, `error` says why.
+
+        A slow matcher advances in the background: what it finds out shows at the next call.
+        """
+        if not self.error and not self.terminated:
+            self._mask = None
+            if self.slow:
+                self._job = _background().submit(self._advance, token_id)
+            else:
+                self._consume(token_id)
+        return not self.error
 
     def known_mask(self) -> np.ndarray | None:
         """The next mask, unless it is left to `build_mask`; waits for one under way."""
@@ -78,10 +78,19 @@ class Matcher:
         line = reason.strip().partition("\n")[0][:300]
         self.error = f"the constraint cannot be enforced any further: {line}"
 
-    def _compute(self) -> np.ndarray:
+    def _consume(self, token_id: int) -> None:
+        if self.matcher.consume_token(token_id):
+            self.terminated = self.matcher.is_stopped()
+        else:
+            self.fail(self.matcher.get_error())
+
+    def _advance(self, token_id: int) -> np.ndarray:
+        # Copies of one constraint share a lock, which the engine's thread had better not wait for.
         started = time.thread_time()
+        self._consume(token_id)
         mask = np.zeros(self.words, dtype=np.int32)
-        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if not self.error:
+            self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self.slow = time.thread_time() - started > SLOW_MASK_SECONDS
         return mask
 
@@ -95,10 +104,11 @@ class TokenMask:
 
     def forbid(self, logits: Tensor) -> None:
         """Set logits of tokens that are not allowed to -inf, in place. logits: (M, vocab)."""
-        octets = torch.from_numpy(self.words.view(np.uint8)).to(logits.device, non_blocking=True)
-        bits = 2 ** torch.arange(8, dtype=torch.uint8, device=logits.device)
+        device = logits.device
+        octets = to_device(self.words.view(np.uint8), device)
+        bits = 1 << torch.arange(8, dtype=torch.uint8, device=device)
         forbidden = (octets[:, :, None] & bits).flatten(1)[:, : logits.shape[1]] == 0
-        rows = torch.from_numpy(self.rows).to(logits.device, non_blocking=True)
+        rows = to_device(self.rows, device)
         logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
 
 
@@ -132,9 +142,9 @@ def build_mask(matchers: Sequence[Matcher | None]) -> TokenMask | None:
             for i in missing:
                 asked[i].slow = True
     for matcher, row in zip(asked, words, strict=True):
-        if matcher.matcher.is_error():
+        if not matcher.error and matcher.matcher.is_error():
             matcher.fail(matcher.matcher.get_error())
-        elif not row.any():
+        elif not matcher.error and not row.any():
             matcher.fail("this model has no token with which the text can go on")
         if matcher.error:
             row[:] = -1
