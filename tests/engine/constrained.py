@@ -2,13 +2,12 @@
 
 import json
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 
 from quatom.engine.sampling import StructuredOutput
 from quatom.engine.structured import limits
-from quatom.engine.structured.trial import Workbench, attempt
+from quatom.engine.structured.probe import Workbench, attempt
 from quatom.errors import RequestError
 from tests.engine.doubles import EOS, VOCAB, byte_tokenizer
 
@@ -78,7 +77,3 @@ class Constrained:
         ids = list(text.encode()) if isinstance(text, str) else text
         matcher = self._matcher.deep_copy()
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
-
-
-def model_config():
-    return SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS,))

@@ -21,7 +21,9 @@ def complaints(schema, text):
     validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     checker = validator.FORMAT_CHECKER
     instance = json.loads(text)
-    return [error.message for error in validator(schema, format_checker=checker).iter_errors(instance)]
+    return [
+        error.message for error in validator(schema, format_checker=checker).iter_errors(instance)
+    ]
 
 
 def assert_sound(schema, count=20, *, least=1):
@@ -72,9 +74,14 @@ SOUND = {
         "required": ["x", "a"],
         "additionalProperties": {"enum": [1, 2]},
     },
-    "pattern and lengths": {"type": "string", "pattern": "^[ab\n\"]+", "minLength": 3, "maxLength": 5},
+    "pattern and lengths": {
+        "type": "string",
+        "pattern": '^[ab\n"]+',
+        "minLength": 3,
+        "maxLength": 5,
+    },
     "a pattern that is found": {"type": "string", "pattern": "^a|b$", "maxLength": 5},
-    "const in every type": {"enum": [None, True, "a\"\\\u0000\u2028", 2**63 - 1, 0.1, {"b": [{}]}]},
+    "const in every type": {"enum": [None, True, 'a"\\\u0000\u2028', 2**63 - 1, 0.1, {"b": [{}]}]},
     "bounds": {"type": "number", "exclusiveMinimum": 0.1, "maximum": 1},
     "whole bounds": {"type": "integer", "minimum": -3, "exclusiveMaximum": 4.0},
     "multiples": {"type": "integer", "multipleOf": 7, "minimum": 50, "maximum": 500},
@@ -133,10 +140,21 @@ SOUND = {
         "maximum": 5,
     },
     "annotations": {
-        "title": "t", "description": "d", "default": 1, "examples": [1], "type": "boolean",
-        "deprecated": True, "readOnly": True, "writeOnly": False, "$comment": "c",
+        "title": "t",
+        "description": "d",
+        "default": 1,
+        "examples": [1],
+        "type": "boolean",
+        "deprecated": True,
+        "readOnly": True,
+        "writeOnly": False,
+        "$comment": "c",
     },
-    "unique items are not asked for": {"type": "array", "items": {"enum": [1]}, "uniqueItems": False},
+    "unique items are not asked for": {
+        "type": "array",
+        "items": {"enum": [1]},
+        "uniqueItems": False,
+    },
 }
 
 
@@ -153,8 +171,14 @@ def test_formats(name):
 def test_dates_exist():
     date = compile_here("json_schema", {"format": "date", "type": "string"})
     for text, exists in {
-        "2024-02-29": True, "2023-02-29": False, "1900-02-29": False, "2000-02-29": True,
-        "2023-02-30": False, "2023-04-31": False, "0000-01-01": False, "0001-12-31": True,
+        "2024-02-29": True,
+        "2023-02-29": False,
+        "1900-02-29": False,
+        "2000-02-29": True,
+        "2023-02-30": False,
+        "2023-04-31": False,
+        "0000-01-01": False,
+        "0001-12-31": True,
     }.items():
         assert date.accepts(json.dumps(text)) is exists, text
     time = compile_here("json_schema", {"format": "time", "type": "string"})
@@ -194,10 +218,14 @@ REFUSED = {
     '$.properties["a b"].anyOf[1].not': {"properties": {"a b": {"anyOf": [True, {"not": {}}]}}},
     "$.$defs.d.$id": {"$defs": {"d": {"$id": "d"}}},
     "$.properties.a.$ref": {
-        "properties": {"a": {"$ref": "#/examples/0"}}, "examples": [{"uniqueItems": True}],
+        "properties": {"a": {"$ref": "#/examples/0"}},
+        "examples": [{"uniqueItems": True}],
     },
-    "required property 'a'": {"properties": {"a": {"minLength": 5, "maxLength": 3,
-                                                      "type": "string"}}, "required": ["a"], "type": "object"},
+    "required property 'a'": {
+        "properties": {"a": {"minLength": 5, "maxLength": 3, "type": "string"}},
+        "required": ["a"],
+        "type": "object",
+    },
     "$.pattern": {"type": "string", "pattern": "^(?=.*[0-9]).{8,}$"},
     "allows no text at all": {"$ref": "#"},
     "$: the schema is false": False,

@@ -74,7 +74,8 @@ def test_copies_do_not_share_their_state(factory):
     assert one.accept(ord("a"))
     assert other.accept(ord("c"))
     assert [allowed(row).tolist() for row in build_mask([one, other]).words] == [
-        [ord("b")], [ord("d")],
+        [ord("b")],
+        [ord("d")],
     ]
 
 
@@ -217,7 +218,9 @@ def test_a_constraint_that_breaks_ends_its_own_request():
 def test_offline_generation_is_constrained(overlap):
     engine = make_engine(overlap=overlap)
     choices = StructuredOutput("choice", '["yes", "no"]')
-    schema = StructuredOutput("json_schema", '{"type": "array", "items": {"const": 7}, "minItems": 2}')
+    schema = StructuredOutput(
+        "json_schema", '{"type": "array", "items": {"const": 7}, "minItems": 2}'
+    )
     params = [
         SamplingParams(n=4, max_tokens=50, seed=1, structured=choices),
         SamplingParams(max_tokens=50, seed=1),

@@ -52,7 +52,9 @@ def test_match_is_of_the_whole_text():
     for pattern in ("a+|b", "^(a+|b)$"):
         constraint = compile_here("regex", pattern)
         assert [t for t in ("a", "aaa", "b", "ab", "xa", "") if constraint.accepts(t)] == [
-            "a", "aaa", "b",
+            "a",
+            "aaa",
+            "b",
         ]
 
 
@@ -91,7 +93,9 @@ def test_literals():
         rust_literal("\ud83d")
 
 
-ATOMS = st.sampled_from(["a", "b", "\\d", "\\w", "\\s", "\\S", "\\W", ".", "[ab]", "[^a]", "[^\\d]"])
+ATOMS = st.sampled_from(
+    ["a", "b", "\\d", "\\w", "\\s", "\\S", "\\W", ".", "[ab]", "[^a]", "[^\\d]"]
+)
 PATTERNS = st.recursive(
     ATOMS,
     lambda inner: st.one_of(

@@ -49,8 +49,11 @@ FORMATS = {
     "grammar": ({"type": "grammar", "grammar": 'start: "a" "b"*'}, ["a", "abb"], ["b"]),
     "sequence of lexemes": (sequence(NUMBER, const("1%")), ["21%", "11%"], ["1%", "21"]),
     "or": ({"type": "or", "elements": [const("no"), SCHEMA]}, ["no", '{"city": "Rome"}'], ["{"]),
-    "or nothing": (sequence(const("a"), {"type": "or", "elements": [const(""), SCHEMA]}),
-                   ["a", 'a{"city": "Rome"}'], ["a{"]),
+    "or nothing": (
+        sequence(const("a"), {"type": "or", "elements": [const(""), SCHEMA]}),
+        ["a", 'a{"city": "Rome"}'],
+        ["a{"],
+    ),
     "any text": ({"type": "any_text"}, ["", "a\n<f=b"], []),
     "any text in a tag": (
         {"type": "tag", "begin": "<t>", "content": {"type": "any_text"}, "end": "</t>"},
@@ -143,16 +146,26 @@ def test_special_tokens_stand_for_themselves():
     [
         ({"type": "structural_tag"}, "structures, triggers is missing"),
         ({"type": "other", "format": const("a")}, "$.type"),
-        ({"type": "structural_tag", "format": {"type": "token"}}, "$.format.type: the format 'token'"),
+        (
+            {"type": "structural_tag", "format": {"type": "token"}},
+            "$.format.type: the format 'token'",
+        ),
         ({"type": "structural_tag", "format": {**const("a"), "style": "x"}}, "$.format.style"),
         ({"type": "structural_tag", "format": {"type": "any_text", "excludes": ["a"]}}, "excludes"),
-        ({"type": "structural_tag", "format": triggered(triggers=["<g"])}, "begins with no trigger"),
+        (
+            {"type": "structural_tag", "format": triggered(triggers=["<g"])},
+            "begins with no trigger",
+        ),
         ({"type": "structural_tag", "format": triggered(at_least_one=1)}, "true or false"),
         ({"type": "structural_tag", "format": sequence(triggered(), const("x"))}, "can follow"),
         ({"type": "structural_tag", "format": sequence({"type": "any_text"}, SCHEMA)}, "any_text"),
         (
-            {"type": "structural_tag", "format": sequence(const("a"), {**SCHEMA, "json_schema": {
-                "items": {"uniqueItems": True}}})},
+            {
+                "type": "structural_tag",
+                "format": sequence(
+                    const("a"), {**SCHEMA, "json_schema": {"items": {"uniqueItems": True}}}
+                ),
+            },
             "$.format.elements[1].json_schema.items.uniqueItems",
         ),
         (

@@ -97,9 +97,9 @@ def test_a_constraint_excludes_bad_words():
 
 
 def test_biases_have_a_limit():
-    SamplingParams(logit_bias={i: 1.0 for i in range(MAX_LOGIT_BIAS)})
+    SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), 1.0))
     with pytest.raises(RequestError, match="301 entries; at most 300"):
-        SamplingParams(logit_bias={i: 1.0 for i in range(MAX_LOGIT_BIAS + 1)})
+        SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0))
 
 
 def test_biases_of_all_rows():

@@ -1,4 +1,4 @@
-"""Constraints over HTTP: every field that holds one, what is refused, and that nobody else waits."""
+"""Constraints over HTTP: every field that holds one, what is refused, and that nobody waits."""
 
 import json
 import re
@@ -23,8 +23,12 @@ SCHEMA = {
 }
 TAG = {
     "type": "structural_tag",
-    "format": {"type": "tag", "begin": "<b>", "content": {"type": "regex", "pattern": "[0-9]{2}"},
-               "end": "</b>"},
+    "format": {
+        "type": "tag",
+        "begin": "<b>",
+        "content": {"type": "regex", "pattern": "[0-9]{2}"},
+        "end": "</b>",
+    },
 }
 OLD_TAG = {
     "type": "structural_tag",
@@ -55,17 +59,21 @@ def is_json(text):
 
 FORMS = {
     "structured_outputs.choice": (
-        {"structured_outputs": {"choice": CHOICES}}, lambda t: t in CHOICES,
+        {"structured_outputs": {"choice": CHOICES}},
+        lambda t: t in CHOICES,
     ),
     "structured_outputs.json": ({"structured_outputs": {"json": SCHEMA}}, is_json),
     "structured_outputs.json as text": (
-        {"structured_outputs": {"json": json.dumps(SCHEMA)}}, is_json,
+        {"structured_outputs": {"json": json.dumps(SCHEMA)}},
+        is_json,
     ),
     "structured_outputs.regex": (
-        {"structured_outputs": {"regex": "[ab]{3}"}}, re.compile("[ab]{3}").fullmatch,
+        {"structured_outputs": {"regex": "[ab]{3}"}},
+        re.compile("[ab]{3}").fullmatch,
     ),
     "structured_outputs.grammar": (
-        {"structured_outputs": {"grammar": 'root ::= "a" | "b"'}}, lambda t: t in "ab",
+        {"structured_outputs": {"grammar": 'root ::= "a" | "b"'}},
+        lambda t: t in "ab",
     ),
     "structured_outputs.structural_tag": (
         {"structured_outputs": {"structural_tag": json.dumps(TAG)}},
@@ -76,13 +84,16 @@ FORMS = {
     "guided_regex": ({"guided_regex": "[ab]{3}"}, re.compile("[ab]{3}").fullmatch),
     "guided_grammar": ({"guided_grammar": 'start: "a" | "b"'}, lambda t: t in "ab"),
     "response_format.json_schema": (
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, is_json,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+        is_json,
     ),
     "response_format.structural_tag": (
-        {"response_format": TAG}, re.compile("<b>[0-9]{2}</b>").fullmatch,
+        {"response_format": TAG},
+        re.compile("<b>[0-9]{2}</b>").fullmatch,
     ),
     "response_format.structural_tag of the older form": (
-        {"response_format": OLD_TAG}, lambda t: "<b>" not in t or '<b>{"ok": ' in t,
+        {"response_format": OLD_TAG},
+        lambda t: "<b>" not in t or '<b>{"ok": ' in t,
     ),
 }
 
@@ -111,8 +122,12 @@ def test_streams_and_several_completions_are_constrained(server):
     [
         ({"guided_json": {"type": "array", "uniqueItems": True}}, "$.uniqueItems"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {
-                "properties": {"a": {"not": {}}}}}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"properties": {"a": {"not": {}}}}},
+                }
+            },
             "$.properties.a.not",
         ),
         ({"guided_regex": "(?=a)b"}, "lookahead"),

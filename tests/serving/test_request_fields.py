@@ -1,4 +1,4 @@
-"""No field of a request is taken and then ignored: carried out, harmless, or refused by its name."""
+"""No field of a request is taken and then ignored: carried out, harmless, or refused by name."""
 
 import json
 

@@ -1,7 +1,7 @@
 """Logits -> token ids, for a whole batch at once, on the logits' own device.
 
-In order: logit_bias, banned tokens (min_tokens, bad_words), the mask of structured output, penalties,
-temperature; then min_p, top_k and top_p cut the distribution, and
+In order: logit_bias, banned tokens (min_tokens, bad_words), the mask of structured output,
+penalties, temperature; then min_p, top_k and top_p cut the distribution, and
 
     token = first id whose cumulative probability exceeds u * total,   u in [0, 1)
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from quatom.engine.structured.keywords import LIMITS
 from quatom.engine.structured.grammar import MAIN, SEPARATORS, Constraint
+from quatom.engine.structured.keywords import LIMITS
 from quatom.engine.structured.schema import Place, PreparedSchema
 
 SEARCH_SECONDS = 0.5

@@ -33,11 +33,11 @@ class CompiledConstraint:
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
         self._slow = slow
         self._first_mask = np.zeros(words_of_mask(vocab_size), dtype=np.int32)
-        self._matcher.unsafe_compute_mask_ptr(
-            self._first_mask.ctypes.data, self._first_mask.nbytes
-        )
+        self._matcher.unsafe_compute_mask_ptr(self._first_mask.ctypes.data, self._first_mask.nbytes)
         if self._matcher.is_error():
-            raise RequestError(f"the constraint does not compile: {self._matcher.get_error()[:300]}")
+            raise RequestError(
+                f"the constraint does not compile: {self._matcher.get_error()[:300]}"
+            )
 
     def matcher(self) -> Matcher:
         """The beginning of a text."""
@@ -80,7 +80,12 @@ class ConstraintCompiler:
         from llguidance import LLTokenizer
 
         text, stops = _without_padding(backend), list(stop_token_ids)
-        self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=stops)
+        try:
+            self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=stops)
+        except ValueError as error:
+            raise RequestError(
+                f"structured output cannot use this model's tokenizer: {str(error)[:200]}"
+            ) from error
         self._vocab_size = vocab_size
         setup = {
             "tokenizer": text,

@@ -36,9 +36,7 @@ def _told_apart(a: dict[str, Any], b: dict[str, Any]) -> bool:
     if _types(a) != {"object"} or _types(b) != {"object"}:
         return False
     for name in {*a.get("required", ())} & {*b.get("required", ())}:
-        first, second = (
-            _values(schema.get("properties", {}).get(name, True)) for schema in (a, b)
-        )
+        first, second = (_values(schema.get("properties", {}).get(name, True)) for schema in (a, b))
         if first is not None and second is not None and not first & second:
             return True
     return False

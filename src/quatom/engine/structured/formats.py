@@ -1,4 +1,4 @@
-"""Formats that are narrowed: to days that exist, minutes of 60 seconds, and host names of 253 characters."""
+"""Formats that are narrowed: days exist, minutes have 60 seconds, host names 253 characters."""
 
 LEAP_YEAR = (
     r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])"

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 COMPILE_SECONDS = 2
 """CPU time to check, translate and compile a constraint and to compute a few masks."""
+WAIT_SECONDS = 60
+"""Time on the clock that this may take: a busy machine may give a trial little of its CPU time."""
 COMPILE_BYTES = 2**30
 """Memory that this may take."""
 MASK_SECONDS = 0.1
@@ -21,7 +23,7 @@ TRIAL_STEPS = 24
 
 
 def parser_limits() -> "LLParserLimits":
-    """llguidance's own counters, chosen by measuring: a mask stays below 50 ms.
+    """The counters of llguidance, chosen by measuring: a mask stays below 50 ms.
 
     Measured on one core of a virtual machine at a vocabulary of 54,616: ambiguous grammars, which
     the default limits let take 990 ms for a mask, take 4 to 13 ms; the masks of a schema with 400

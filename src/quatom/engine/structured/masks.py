@@ -135,9 +135,7 @@ def build_mask(matchers: Sequence[Matcher | None]) -> TokenMask | None:
     if missing:
         started = time.monotonic()
         pairs = [(asked[i].matcher, i) for i in missing]
-        _executor().unsafe_compute_mask_ptr(
-            pairs, words.ctypes.data, words.strides[0], len(words)
-        )
+        _executor().unsafe_compute_mask_ptr(pairs, words.ctypes.data, words.strides[0], len(words))
         if time.monotonic() - started > LATE_SECONDS:
             for i in missing:
                 asked[i].slow = True

@@ -1,9 +1,9 @@
-"""Regular expressions: from the language that ECMA-262 and Python's `re` share to Rust's.
+r"""Regular expressions: from the language that ECMA-262 and Python's `re` share to Rust's.
 
 JSON Schema's patterns are ECMA-262, its validator in Python reads them with `re`, and llguidance's
 automata speak the Rust crate's dialect. An expression is parsed by `re`'s own parser and written
 anew, so that what is generated matches in all three. Where ECMA-262 and Python disagree about a
-class, such as `\\w`, the narrower one is generated; what only one of them knows is refused.
+class, such as `\w`, the narrower one is generated; what only one of them knows is refused.
 """
 
 import re

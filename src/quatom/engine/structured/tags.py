@@ -129,8 +129,10 @@ class TagGrammar:
         for i, tag in enumerate(tags):
             where = f"{path}.tags[{i}]"
             _check_object(tag, where, {"begin", "content", "end"}, {"type"})
-        return [self._format({**t, "type": "tag"}, f"{path}.tags[{i}]", depth) for i, t in
-                enumerate(tags)]
+        return [
+            self._format({**t, "type": "tag"}, f"{path}.tags[{i}]", depth)
+            for i, t in enumerate(tags)
+        ]
 
     def _tags_with_separator(self, given: Any, path: str, depth: int) -> Part:
         one = self._alternatives(self._tags(given, path, depth))

@@ -16,6 +16,7 @@ from quatom.errors import EngineError, RequestError
 ENDINGS = {
     signal.SIGXCPU: "it took all of the {budget} s of CPU time that a constraint has: make it "
     "smaller, with fewer alternatives and repetitions",
+    signal.SIGALRM: "it did not get its {budget} s of CPU time within {wait} s: try again later",
     signal.SIGKILL: "the request was cancelled",
     signal.SIGABRT: "it needs more than {megabytes} MiB of memory: make it smaller",
     signal.SIGSEGV: "it is nested too deeply: make its chain of references shorter",
@@ -56,7 +57,9 @@ class Trials:
         if "killed" in answer:
             reason = ENDINGS.get(answer["killed"], f"it ended with signal {answer['killed']}")
             reason = reason.format(
-                budget=limits.COMPILE_SECONDS, megabytes=limits.COMPILE_BYTES // 2**20
+                budget=limits.COMPILE_SECONDS,
+                wait=limits.WAIT_SECONDS,
+                megabytes=limits.COMPILE_BYTES // 2**20,
             )
             raise RequestError(
                 f"invalid {wanted.kind}: {reason} (after {answer['seconds']} s of CPU time)"
