@@ -106,6 +106,8 @@ class SamplingParams:
     """Go on after the model's end-of-sequence tokens."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    shown_token_ids: Sequence[int] = ()
+    """Special tokens that stay in the text although skip_special_tokens is set."""
     detokenize: bool = True
     """Make text of the tokens; False leaves it empty and forbids stop strings."""
     logprobs: int | None = None
@@ -172,6 +174,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "bad_words", bad_words)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "shown_token_ids", tuple(self.shown_token_ids))
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
 
     @property

@@ -50,6 +50,10 @@ class ServerOptions:
     """Asked of every request but those to /health and /metrics."""
     max_body_bytes: int = 16 * 2**20
     """Larger bodies are refused (413)."""
+    tool_format: str | None = None
+    """How the model writes tool calls; None: as its chat template shows."""
+    reasoning_format: str = "auto"
+    """See `quatom.serving.reasoning.FORMATS`."""
 
 
 def create_app(
@@ -61,7 +65,12 @@ def create_app(
     """The application around an engine, which runs while the application does."""
     metrics = Metrics(engine, options.model_names[0])
     async_engine = AsyncEngine(engine, observe=metrics.observe, on_stop=on_engine_stop)
-    service = Service(async_engine, PromptEncoder(engine.tokenizer), options.model_names)
+    encoder = PromptEncoder(
+        engine.tokenizer,
+        tool_format=options.tool_format,
+        reasoning_format=options.reasoning_format,
+    )
+    service = Service(async_engine, encoder, options.model_names)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

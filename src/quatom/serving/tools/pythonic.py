@@ -1,0 +1,150 @@
+"""Llama 3.2 and 4: the answer is a Python list of calls, [f(a=1), g()]."""
+
+import ast
+import json
+import re
+import warnings
+from keyword import iskeyword
+from typing import Any
+
+from quatom.errors import RequestError
+from quatom.serving.tools.by_argument import arguments, const, json_value, sequence
+from quatom.serving.tools.format import Grammar, ToolFormat, one_or_more
+from quatom.serving.tools.function import Function
+from quatom.serving.tools.parser import Block, BlockParser, ToolCall
+from quatom.serving.tools.partial_text import NotACallError, PendingError
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-]+")
+_PIECE = re.compile(
+    r'"[^"\\]*(?:\\.[^"\\]*)*"|' r"'[^'\\]*(?:\\.[^'\\]*)*'|" r"[()\[\]{}]|[^()\[\]{}\"']+",
+    re.DOTALL,
+)
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+_BEGIN, _END = "<|python_start|>", "<|python_end|>"
+
+
+class PythonicParser(BlockParser):
+    """[f(a=1, b="x"), g()]; a call is handed on when it is complete, its values as JSON."""
+
+    markers = (_BEGIN,)
+    bare = "["
+
+    def read(self, start: int) -> Block:
+        """The list of calls."""
+        source = self.source
+        pos = start + len(_BEGIN) if source.text.startswith(_BEGIN, start) else start
+        pos = source.expect("[", source.space(pos))
+        calls: list[ToolCall] = []
+        last = pos
+        try:
+            while True:
+                call, pos = self._call(source.space(pos))
+                calls.append(call)
+                last = pos
+                pos = source.space(pos)
+                if source.char(pos) != ",":
+                    last = source.expect("]", pos)
+                    after = source.space(last)
+                    if source.starts(_END, after):
+                        last = after + len(_END)
+                    return Block(calls, last)
+                pos += 1
+        except (PendingError, NotACallError) as reason:
+            if not calls:
+                raise
+            return Block(calls, None if isinstance(reason, PendingError) else last)
+
+    def _call(self, pos: int) -> tuple[ToolCall, int]:
+        source = self.source
+        name = _NAME.match(source.text, pos)
+        if name is None:
+            source.char(pos)
+            raise NotACallError
+        source.char(name.end())
+        if name[0] not in self.functions:
+            raise NotACallError
+        begin = source.expect("(", source.space(name.end()))
+        end = self._closing(begin)
+        given = _arguments(source.text[begin : end - 1], self.functions[name[0]])
+        return ToolCall(name[0], given), end
+
+    def _closing(self, pos: int) -> int:
+        """Position after the bracket that closes the one before `pos`."""
+        text, depth = self.source.text, 1
+        while piece := _PIECE.match(text, pos):
+            pos = piece.end()
+            depth += (piece[0] in "([{") - (piece[0] in ")]}")
+            if not depth:
+                return pos
+        self.source.wait()
+        return pos
+
+
+def _arguments(text: str, function: Function) -> str:
+    """Python's arguments as a JSON object; those without a name in the schema's order."""
+    source = f"f({text})"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about escapes that Python does not know
+            call = ast.parse(source, mode="eval").body
+        assert isinstance(call, ast.Call)
+        names = list(function.parameters.get("properties", {}))
+        given = {
+            name: _value(node, source) for name, node in zip(names, call.args, strict=False)
+        }
+        if len(given) < len(call.args):
+            raise NotACallError
+        for keyword in call.keywords:
+            if keyword.arg is None or keyword.arg in given:
+                raise NotACallError
+            given[keyword.arg] = _value(keyword.value, source)
+        return json.dumps(given, ensure_ascii=False, allow_nan=False)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise NotACallError from None
+
+
+def _value(node: ast.expr, source: str) -> Any:
+    """A value in JSON, or in Python."""
+    try:
+        return json.loads(ast.get_source_segment(source, node) or "")
+    except ValueError:
+        pass
+    match node:
+        case ast.Name(id) if id in _JSON_NAMES:
+            return _JSON_NAMES[id]
+        case ast.List(items) | ast.Tuple(items):
+            return [_value(item, source) for item in items]
+        case ast.Dict(keys, values):
+            pairs = zip(keys, values, strict=True)
+            return {str(_value(k, source)): _value(v, source) for k, v in pairs if k is not None}
+    return ast.literal_eval(node)  # json.dumps refuses what is no JSON value
+
+
+def _tags(functions: Any, parallel: bool) -> list[Grammar]:
+    def write(key: str, schema: dict[str, Any]) -> Grammar:
+        if not key.isidentifier() or iskeyword(key):
+            raise RequestError(
+                f"this model writes calls in Python, where {key!r} cannot name an argument"
+            )
+        return sequence(const(f"{key}="), json_value(schema))
+
+    calls = [
+        {
+            "type": "tag",
+            "begin": f"{f.name}(",
+            "content": arguments(f, write, ", "),
+            "end": ")",
+        }
+        for f in functions
+    ]
+    return [
+        {"type": "tag", "begin": "[", "content": one_or_more(calls, ", ", parallel), "end": "]"}
+    ]
+
+
+PYTHONIC = ToolFormat(
+    name="pythonic",
+    signs=(r"\[func\w*\(", r"<\|python_start\|>"),
+    parser=PythonicParser,
+    tags=_tags,
+    special_tokens=(_BEGIN, _END),
+)
