@@ -10,6 +10,7 @@ from quatom.serving.tools.partial_text import held_back
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", _START)
+_HEADERS = (_START, _CHANNEL, "to=functions.")
 _RECIPIENT = re.compile(r"to=functions\.([A-Za-z0-9_.\-]+)")
 _ANALYSIS = re.compile(re.escape(_CHANNEL) + r"\s*analysis")
 
@@ -27,31 +28,33 @@ class HarmonyParser(CallParser):
     def parse(self, text: str, *, final: bool) -> Parsed:
         """The answer so far."""
         while True:
-            at = text.find(_MESSAGE, self._next)
-            if at < 0:  # a header, or text of a model that does not speak harmony
-                plain = not text[self._next :].lstrip().startswith((_CHANNEL, _START))
-                if plain and (final or not _may_be_header(text[self._next :])):
-                    return self._with("", text[self._next :], final=final)
-                return self._copy()
-            header, begin = text[self._next : at], at + len(_MESSAGE)
-            ends = [e for marker in _ENDS if (e := text.find(marker, begin)) >= 0]
-            if not ends:
+            rest = text[self._next :]
+            begins = rest.lstrip()
+            if begins.startswith(_HEADERS):
+                size = rest.find(_MESSAGE)
+                if size < 0:
+                    return self._with("", rest if final else "")
+                header, ends = rest[:size], _ENDS
+            elif not final and any(known.startswith(begins) for known in _HEADERS):
+                return self._with("", "")
+            else:  # a model that does not speak harmony
+                size, header, ends = -len(_MESSAGE), "", (_START, _CHANNEL)
+            begin = self._next + size + len(_MESSAGE)
+            found = [(at, marker) for marker in ends if (at := text.find(marker, begin)) >= 0]
+            if not found:
                 body = text[begin:]
                 if not final:
-                    body = body[: len(body) - held_back(body, _ENDS)]
-                return self._with(header, body, final=final)
-            end = min(ends)
-            self._decided = self._with(header, text[begin:end], final=True)
-            marker = next(m for m in _ENDS if text.startswith(m, end))
-            self._next = end if marker == _START else end + len(marker)
+                    body = body[: len(body) - held_back(body, ends)]
+                return self._with(header, body)
+            end, marker = min(found)
+            self._decided = self._with(header, text[begin:end])
+            # A message that begins ends the one before it, and is read itself.
+            self._next = end if marker in _HEADERS else end + len(marker)
 
-    def _copy(self) -> Parsed:
-        done = self._decided
-        return Parsed(done.content, list(done.calls), done.reasoning)
-
-    def _with(self, header: str, body: str, *, final: bool) -> Parsed:
+    def _with(self, header: str, body: str) -> Parsed:
         """What is decided, and one more message."""
-        made = self._copy()
+        done = self._decided
+        made = Parsed(done.content, list(done.calls), done.reasoning)
         recipient = _RECIPIENT.search(header)
         if recipient is not None and recipient[1] in self.functions:
             made.calls.append(ToolCall(recipient[1], body))
@@ -60,11 +63,6 @@ class HarmonyParser(CallParser):
         else:
             made.content += body
         return made
-
-
-def _may_be_header(text: str) -> bool:
-    text = text.lstrip()
-    return _CHANNEL.startswith(text) or _START.startswith(text)
 
 
 def _begin(name: str) -> str:

@@ -5,11 +5,14 @@ call of it any more. Once the text is final nothing is pending.
 """
 
 import re
+from dataclasses import dataclass
 
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]|[\s,:0-9eE+\-.truefalsn]+', re.DOTALL)
+_IN_STRING = {
+    quote: re.compile(rf"[^{quote}\\]*(?:\\.[^{quote}\\]*)*", re.DOTALL) for quote in "\"'"
+}
 _SCALAR = re.compile(r"[^\s,}\]]*")
 _SPACE = re.compile(r"\s*")
-_CLOSES = {"{": "}", "[": "]"}
+_CLOSES = {"{": "}", "[": "]", "(": ")"}
 
 
 class PendingError(Exception):
@@ -20,44 +23,74 @@ class NotACallError(Exception):
     """Whatever follows, this is no call."""
 
 
-class JsonScan:
-    """Finds the end of one JSON value; text that it has read is not read again."""
+@dataclass(frozen=True, slots=True)
+class Syntax:
+    """What brackets and strings look like."""
 
-    __slots__ = ("_brackets", "_pos", "broken", "end", "start")
+    brackets: str
+    quotes: str
+    between: "re.Pattern[str]"
+    """A run of anything that may stand beside them."""
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+
+JSON = Syntax("{}[]", '"', re.compile(r"[\s,:0-9eE+\-.truefalsn]+"))
+PYTHON = Syntax("{}[]()", "\"'", re.compile(r"[^{}\[\]()\"']+"))
+
+
+class Scan:
+    """Finds the end of one value; text that it has read is not read again."""
+
+    def __init__(self, start: int, syntax: Syntax = JSON) -> None:
         self.end: int | None = None
         """Position after the value, once it is complete."""
         self.broken: int | None = None
-        """Position of the first character that JSON does not allow there."""
+        """Position of the first character that the syntax does not allow there."""
+        self._syntax = syntax
         self._pos = start
         self._brackets: list[str] = []
+        self._quote = ""  # of the string that is open
 
     def advance(self, text: str, *, final: bool) -> None:
         """Go on in `text`, which starts with what was given before."""
-        if self.end is None and self.broken is None and self.start < len(text):
-            if text[self.start] in '{["':
-                self._advance(text)
+        while self.end is None and self.broken is None and self._pos < len(text):
+            if self._quote:
+                self._pos = _IN_STRING[self._quote].match(text, self._pos).end()  # type: ignore[union-attr]
+                if not text.startswith(self._quote, self._pos):
+                    return  # the string goes on, or its last backslash waits for what it escapes
+                self._quote = ""
+                self._close(self._pos + 1)
+            elif not self._brackets and text[self._pos] not in '{["(':
+                end = _SCALAR.match(text, self._pos).end()  # type: ignore[union-attr]
+                if end == len(text) and not final:
+                    return
+                self.end = end
             else:
-                end = _SCALAR.match(text, self.start).end()  # type: ignore[union-attr]
-                if end < len(text) or final:
-                    self.end = end
+                self._step(text)
 
-    def _advance(self, text: str) -> None:
-        while token := _TOKEN.match(text, self._pos):
-            first = token[0][0]
-            if first in _CLOSES:
-                self._brackets.append(_CLOSES[first])
-            elif first in "}]" and self._brackets.pop() != first:
-                break
-            self._pos = token.end()
-            if not self._brackets:
-                self.end = self._pos
-                return
-        # A quote that is not closed yet is read again; anything else will not become JSON.
-        if self._pos < len(text) and text[self._pos] != '"':
+    def _step(self, text: str) -> None:
+        char = text[self._pos]
+        if char in self._syntax.quotes:
+            self._quote = char
+            self._pos += 1
+        elif char not in self._syntax.brackets:
+            between = self._syntax.between.match(text, self._pos)
+            if between is None:
+                self.broken = self._pos
+            else:
+                self._pos = between.end()
+        elif char in _CLOSES:
+            self._brackets.append(_CLOSES[char])
+            self._pos += 1
+        elif self._brackets[-1] == char:
+            self._brackets.pop()
+            self._close(self._pos + 1)
+        else:
             self.broken = self._pos
+
+    def _close(self, pos: int) -> None:
+        self._pos = pos
+        if not self._brackets:
+            self.end = pos
 
 
 class PartialText:
@@ -66,7 +99,7 @@ class PartialText:
     def __init__(self) -> None:
         self.text = ""
         self.final = False
-        self._scans: dict[int, JsonScan] = {}
+        self._scans: dict[int, Scan] = {}
 
     def update(self, text: str, *, final: bool) -> None:
         """Set the text, which starts with what it was before."""
@@ -114,15 +147,15 @@ class PartialText:
             self.wait()
         return found
 
-    def scan(self, start: int) -> JsonScan:
-        """The JSON value that starts there, as far as it goes."""
-        scan = self._scans.setdefault(start, JsonScan(start))
+    def scan(self, start: int, syntax: Syntax = JSON) -> Scan:
+        """The value that starts there, as far as it goes."""
+        scan = self._scans.setdefault(start, Scan(start, syntax))
         scan.advance(self.text, final=self.final)
         return scan
 
-    def value(self, start: int) -> int:
-        """Position after the JSON value that starts there; waits for it."""
-        scan = self.scan(start)
+    def value(self, start: int, syntax: Syntax = JSON) -> int:
+        """Position after the value that starts there; waits for it."""
+        scan = self.scan(start, syntax)
         if scan.broken is not None:
             raise NotACallError
         if scan.end is None:

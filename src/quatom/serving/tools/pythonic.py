@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from keyword import iskeyword
 from typing import Any
 
@@ -12,13 +13,9 @@ from quatom.serving.tools.by_argument import arguments, const, json_value, seque
 from quatom.serving.tools.format import Grammar, ToolFormat, one_or_more
 from quatom.serving.tools.function import Function
 from quatom.serving.tools.parser import Block, BlockParser, ToolCall
-from quatom.serving.tools.partial_text import NotACallError, PendingError
+from quatom.serving.tools.partial_text import PYTHON, NotACallError, PendingError
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
-_PIECE = re.compile(
-    r'"[^"\\]*(?:\\.[^"\\]*)*"|' r"'[^'\\]*(?:\\.[^'\\]*)*'|" r"[()\[\]{}]|[^()\[\]{}\"']+",
-    re.DOTALL,
-)
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 _BEGIN, _END = "<|python_start|>", "<|python_end|>"
 
@@ -28,6 +25,10 @@ class PythonicParser(BlockParser):
 
     markers = (_BEGIN,)
     bare = "["
+
+    def __init__(self, functions: Mapping[str, Function]) -> None:
+        super().__init__(functions)
+        self._arguments: dict[int, str] = {}  # of the calls whose brackets open there
 
     def read(self, start: int) -> Block:
         """The list of calls."""
@@ -63,26 +64,18 @@ class PythonicParser(BlockParser):
         source.char(name.end())
         if name[0] not in self.functions:
             raise NotACallError
-        begin = source.expect("(", source.space(name.end()))
-        end = self._closing(begin)
-        given = _arguments(source.text[begin : end - 1], self.functions[name[0]])
-        return ToolCall(name[0], given), end
-
-    def _closing(self, pos: int) -> int:
-        """Position after the bracket that closes the one before `pos`."""
-        text, depth = self.source.text, 1
-        while piece := _PIECE.match(text, pos):
-            pos = piece.end()
-            depth += (piece[0] in "([{") - (piece[0] in ")]}")
-            if not depth:
-                return pos
-        self.source.wait()
-        return pos
+        begin = source.space(name.end())
+        source.expect("(", begin)
+        end = source.value(begin, PYTHON)
+        if begin not in self._arguments:
+            function = self.functions[name[0]]
+            self._arguments[begin] = _arguments(source.text[begin:end], function)
+        return ToolCall(name[0], self._arguments[begin]), end
 
 
 def _arguments(text: str, function: Function) -> str:
     """Python's arguments as a JSON object; those without a name in the schema's order."""
-    source = f"f({text})"
+    source = f"f{text}"
     try:
         with warnings.catch_warnings(action="ignore"):  # about escapes that Python does not know
             call = ast.parse(source, mode="eval").body
