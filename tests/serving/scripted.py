@@ -48,6 +48,7 @@ class ScriptedModel(HashModel):
         if prompt not in self._known:
             self.prompts.append(prompt)
             answer = self.tokenizer.encode(self.answer(prompt), add_special_tokens=False)
+            assert ASSISTANT not in answer
             self._known[prompt] = [*answer, EOS]
         script, written = self._known[prompt], len(token_ids) - start
         return script[written] if written < len(script) else EOS
@@ -69,7 +70,7 @@ def scripted_tokenizer(template: str | None, special=()):
 
 
 @contextmanager
-def scripted_server(template, answer, *, special=(), max_position=4096, **options):
+def scripted_server(template, answer, *, special=(), max_position=2048, **options):
     """Yields what `running_server` does, and the model.
 
     Args:

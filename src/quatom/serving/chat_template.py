@@ -14,8 +14,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Environment, TemplateError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 
 from quatom.errors import RequestError
 from quatom.serving.api_errors import ApiError
@@ -27,6 +29,16 @@ _ONE_CALL = "only supports single tool-calls"
 _TOOLS_IN_MESSAGE = re.compile(r"""message\[['"]tools['"]\]|message\.tools\b""")
 
 
+class _Generation(Extension):
+    """transformers' tag around what an assistant wrote."""
+
+    tags = {"generation"}  # noqa: RUF012: as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
 def read_chat_template(path: Path) -> str:
     """The text of a template file.
 
@@ -35,7 +47,7 @@ def read_chat_template(path: Path) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        Environment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(text)
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read the chat template {path}: {error}") from error
     except TemplateError as error:
@@ -149,7 +161,7 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
             arguments = json.loads(arguments, strict=False)
         except (ValueError, RecursionError):
             pass  # what a model wrote wrongly is shown to it as it was
-    function["arguments"] = arguments
+    function["arguments"] = {} if arguments is None else arguments
     return {**call, "function": function}
 
 
