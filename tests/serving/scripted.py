@@ -57,6 +57,7 @@ class ScriptedModel(HashModel):
         wanted = hidden[:, 0].long()
         ids = torch.arange(self.vocab_size)
         logits = ((wanted[:, None] * 31 + ids * 7907) % 1009).float() / 252.25
+        logits[:, [ord(c) for c in '"]})']] += 10.0  # under a constraint, it comes to an end
         logits[torch.arange(len(wanted)), wanted] = 60.0
         return logits
 

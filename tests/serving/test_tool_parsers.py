@@ -145,12 +145,12 @@ def test_what_is_no_call_is_content(name, text):
     assert (parsed.content, parsed.calls) == (text, [])
 
 
-def stream(pieces, make_answer):
+def stream(pieces, make_answer, reason="stop"):
     """What a client puts together of the deltas, and the answer."""
     answer = make_answer()
     content, reasoning, calls = "", "", []
     for i, piece in enumerate(pieces):
-        delta = answer.add(piece, final=i == len(pieces) - 1)
+        delta = answer.add(piece, finish_reason=reason if i == len(pieces) - 1 else None)
         content += delta.content
         reasoning += delta.reasoning
         for call in delta.calls:
@@ -249,7 +249,7 @@ def test_deep_nesting_is_harmless(text):
 def test_parallel_calls_may_be_dropped():
     text = '<tool_call>{"name": "add"}</tool_call><tool_call>{"name": "add"}</tool_call>'
     answer = Answer(parser=parser_of("hermes"), call_id=lambda: "x", parallel=False)
-    answer.add(text, final=True)
+    answer.add(text, finish_reason="stop")
     assert len(answer.parsed.calls) == 1
 
 

@@ -205,9 +205,9 @@ def test_a_call_that_is_cut_off_keeps_what_was_written(hermes):
     text = ANSWERS["hermes"].removeprefix("I look.\n")
     made = ask(hermes, messages=say(text), max_tokens=len(text.encode()) - 20).choices[0]
     assert made.finish_reason == "length"
-    assert made.message.tool_calls[0].function.arguments == CALL[:-3]
+    assert made.message.tool_calls[0].function.arguments == CALL[:-6]
     _, calls, reason, _ = streamed(hermes, messages=say(text), max_tokens=len(text.encode()) - 20)
-    assert (calls[0][2], reason) == (CALL[:-3], "length")
+    assert (calls[0][2], reason) == (CALL[:-6], "length")
 
 
 def test_what_only_looks_like_a_call_is_content(hermes):

@@ -61,13 +61,13 @@ class Answer:
         self._parallel = parallel
         self._text = ""
 
-    def add(self, text: str, *, final: bool = False) -> AnswerDelta:
-        """Append text; `final`: it is the last."""
+    def add(self, text: str, *, finish_reason: str | None = None) -> AnswerDelta:
+        """Append text; with a reason it is the last."""
         self._text += text
         if self._reasoning is None and self._parser is None:
             self.parsed.content = self._text
             return AnswerDelta(content=text)
-        before, now = self.parsed, self._parse(final)
+        before, now = self.parsed, self._parse(finish_reason)
         self.parsed = now
         calls = []
         for index, call in enumerate(now.calls):
@@ -86,13 +86,14 @@ class Answer:
         """OpenAI's reason: an answer that ends with calls says so."""
         return "tool_calls" if reason == "stop" and self.parsed.calls else reason
 
-    def _parse(self, final: bool) -> Parsed:
+    def _parse(self, finish_reason: str | None) -> Parsed:
+        final = finish_reason is not None
         reasoning, rest = "", self._text
         if self._reasoning is not None:
             reasoning, rest = self._reasoning.split(self._text, self._start, final=final)
         if self._parser is None:
             return Parsed(content=rest, reasoning=reasoning)
-        parsed = self._parser.parse(rest, final=final)
+        parsed = self._parser.parse(rest, final=final, cut=finish_reason == "length")
         parsed.reasoning += reasoning
         if not self._parallel:
             del parsed.calls[1:]

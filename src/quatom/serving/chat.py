@@ -79,7 +79,7 @@ def _choice(
     if completion.logprobs is not None:
         logprobs = chat_logprobs(completion.logprobs, generation.service.encoder)
     answer = plan.answer()
-    answer.add(completion.text, final=True)
+    answer.add(completion.text, finish_reason=completion.finish_reason)
     choice: dict[str, Any] = {
         "index": completion.index,
         "message": _message(answer),
@@ -129,7 +129,7 @@ async def _chunks(
     async with aclosing(generation.deltas()) as deltas:
         async for _, delta in deltas:
             answer = answers[delta.index]
-            new = answer.add(delta.text, final=delta.finish_reason is not None)
+            new = answer.add(delta.text, finish_reason=delta.finish_reason)
             silent = not new and not delta.logprobs and not body.return_token_ids
             if silent and delta.finish_reason is None:
                 continue  # half a character, or what may become a stop string or a call

@@ -92,12 +92,11 @@ class ChatCompletionRequest(GenerationRequest, ChatTemplateOptions, NeutralChatF
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
-    def params(self, **more: Any) -> SamplingParams:
+    def params(self) -> SamplingParams:
         """Sampling; without a limit, until the model's length."""
         return self.sampling(
             max_tokens=self.max_completion_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            **more,
         )
 
 

@@ -41,7 +41,7 @@ async def create_response(
     await generation.finish()
     completion = generation.outputs[0].outputs[0]
     writer = ItemWriter()
-    writer.add(answer.add(completion.text, final=True))
+    writer.add(answer.add(completion.text, finish_reason=completion.finish_reason))
     writer.finish(complete=completion.finish_reason != "length")
     return json_response(_response(generation, body, answer, writer))
 
@@ -127,8 +127,8 @@ async def _events(
     try:
         async with aclosing(generation.deltas()) as deltas:
             async for _, delta in deltas:
-                final = delta.finish_reason is not None
-                for event in writer.add(answer.add(delta.text, final=final)):
+                new = answer.add(delta.text, finish_reason=delta.finish_reason)
+                for event in writer.add(new):
                     yield event
         complete = generation.outputs[0].outputs[0].finish_reason != "length"
         for event in writer.finish(complete=complete):

@@ -6,7 +6,9 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, mode
 
 from quatom.engine.sampling import SamplingParams
 from quatom.serving.chat_protocol import MAX_MESSAGES, OpenModel
-from quatom.serving.protocol import ApiModel, GenerationRequest, ResponseFormat
+from quatom.serving.closed_model import ApiModel, ClosedModel
+from quatom.serving.constraint_protocol import ResponseFormat
+from quatom.serving.protocol import GenerationRequest
 from quatom.serving.tool_protocol import ToolOptions
 
 _UNSUPPORTED = (
@@ -84,7 +86,7 @@ def _as_items(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
-class FunctionTool(ApiModel):
+class FunctionTool(ClosedModel):
     """A function that may be called."""
 
     type: Literal["function"]
@@ -94,14 +96,14 @@ class FunctionTool(ApiModel):
     strict: bool | None = None
 
 
-class FunctionChoice(ApiModel):
+class FunctionChoice(ClosedModel):
     """One function."""
 
     type: Literal["function"]
     name: str
 
 
-class AllowedFunctions(ApiModel):
+class AllowedFunctions(ClosedModel):
     """Only some of the functions may be called."""
 
     type: Literal["allowed_tools"]
@@ -109,7 +111,7 @@ class AllowedFunctions(ApiModel):
     tools: list[FunctionChoice] = Field(min_length=1)
 
 
-class TextFormat(ApiModel):
+class TextFormat(ClosedModel):
     """What the text must fit."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -126,16 +128,19 @@ class TextFormat(ApiModel):
         return ResponseFormat.model_validate(wanted)
 
 
-class TextOptions(ApiModel):
+class TextOptions(ClosedModel):
     """How text is answered."""
 
     format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
 
 
-class ReasoningOptions(ApiModel):
+class ReasoningOptions(ClosedModel):
     """How much is reasoned."""
 
     effort: str | None = None
+    summary: str | None = None  # reasoning is answered whole
+    generate_summary: str | None = None
 
 
 class ResponsesRequest(GenerationRequest):
@@ -151,10 +156,8 @@ class ResponsesRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    store: bool | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
-    metadata: dict[str, str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     previous_response_id: str | None = None
     conversation: Any = None

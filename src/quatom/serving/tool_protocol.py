@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from quatom.errors import RequestError
-from quatom.serving.protocol import ApiModel
+from quatom.serving.closed_model import ApiModel, ClosedModel
 from quatom.serving.tools.function import Function, by_name, make_function
 
 
@@ -20,7 +20,7 @@ class FunctionDefinition(ApiModel):
     strict: bool | None = None
 
 
-class Tool(ApiModel):
+class Tool(ClosedModel):
     """Something that may be called."""
 
     type: Literal["function"]
@@ -34,34 +34,34 @@ class Tool(ApiModel):
         return {"type": "function", "function": function}
 
 
-class FunctionName(ApiModel):
+class FunctionName(ClosedModel):
     """A function by name."""
 
     name: str
 
 
-class NamedTool(ApiModel):
+class NamedTool(ClosedModel):
     """One function."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class AllowedTools(ApiModel):
+class AllowedTools(ClosedModel):
     """Some of the functions."""
 
     mode: Literal["auto", "required"]
     tools: list[NamedTool] = Field(min_length=1)
 
 
-class AllowedToolChoice(ApiModel):
+class AllowedToolChoice(ClosedModel):
     """Only some of the functions may be called."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 
 
-class ToolOptions(ApiModel):
+class ToolOptions(ClosedModel):
     """What a request offers to be called."""
 
     tools: list[Tool] | None = None

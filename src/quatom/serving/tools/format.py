@@ -37,6 +37,8 @@ class ToolFormat:
     special_tokens: tuple[str, ...] = ()
     """Strings that may be special tokens and that the parser has to see."""
     call_id: Callable[[], str] = openai_call_id
+    one_call: bool = False
+    """An answer holds one call at most."""
     reasons: bool = False
     """The parser splits off reasoning itself."""
 
@@ -46,10 +48,12 @@ class ToolFormat:
 
     def required(self, functions: Iterable[Function], parallel: bool) -> Grammar:
         """The grammar of an answer that is one or more calls."""
+        parallel = parallel and not self.one_call
         return one_or_more(self.tags(functions, parallel), self.separator, parallel)
 
     def allowed(self, functions: Iterable[Function], parallel: bool) -> Grammar:
         """The grammar of text in which every call fits its schema."""
+        parallel = parallel and not self.one_call
         tags = self.tags(functions, parallel)
         if not self.trigger:
             first = re.escape(self.parser.bare)

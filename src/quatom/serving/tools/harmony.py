@@ -25,7 +25,7 @@ class HarmonyParser(CallParser):
         self._decided = Parsed()
         self._next = 0  # what stands before is decided
 
-    def parse(self, text: str, *, final: bool) -> Parsed:
+    def parse(self, text: str, *, final: bool, cut: bool = False) -> Parsed:
         """The answer so far."""
         while True:
             rest = text[self._next :]
@@ -33,7 +33,7 @@ class HarmonyParser(CallParser):
             if begins.startswith(_HEADERS):
                 size = rest.find(_MESSAGE)
                 if size < 0:
-                    return self._with("", rest if final else "")
+                    return self._with("", rest if final and not cut else "")
                 header, ends = rest[:size], _ENDS
             elif not final and any(known.startswith(begins) for known in _HEADERS):
                 return self._with("", "")
@@ -85,4 +85,5 @@ HARMONY = ToolFormat(
     trigger=f"{_CHANNEL}commentary to=",
     special_tokens=(_START, _CHANNEL, _MESSAGE, "<|constrain|>", "<|end|>", "<|call|>"),
     reasons=True,
+    one_call=True,
 )

@@ -58,8 +58,14 @@ class CallParser(ABC):
         self.functions = functions
 
     @abstractmethod
-    def parse(self, text: str, *, final: bool) -> Parsed:
-        """The answer so far; `text` starts with what was given before."""
+    def parse(self, text: str, *, final: bool, cut: bool = False) -> Parsed:
+        """The answer so far.
+
+        Args:
+            text: all of it; it starts with what was given before.
+            final: no more comes.
+            cut: no more comes because a limit is reached: a half-written call is no content then.
+        """
 
 
 class BlockParser(CallParser):
@@ -81,16 +87,19 @@ class BlockParser(CallParser):
             NotACallError: it is none.
         """
 
-    def parse(self, text: str, *, final: bool) -> Parsed:
-        """The answer so far; `text` starts with what was given before."""
-        self.source.update(text, final=final)
+    def parse(self, text: str, *, final: bool, cut: bool = False) -> Parsed:
+        """The answer so far."""
+        self.source.update(text, final=final and not cut)
         while (found := self._find()) is not None:
             start, length = found
             before = text[self._pos : start]
             try:
                 block = self.read(start)
             except PendingError:
-                return self._shown(before)
+                if not cut or text.startswith(self.markers, start):
+                    return self._shown(before)
+                self._decide(text[self._pos : start + length], start + length)
+                continue
             except NotACallError:
                 self._decide(text[self._pos : start + length], start + length)
                 continue
