@@ -17,7 +17,8 @@ HERMES = (
 )
 QWEN3 = (
     HERMES.removesuffix(BEGIN)
-    + "{% if add_generation_prompt %}<assistant>{% if enable_thinking is defined and "
+    + "{% if enable_thinking is defined and not enable_thinking %}/no_think{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking is defined and "
     "not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 OPENED = (

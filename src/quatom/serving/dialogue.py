@@ -179,13 +179,14 @@ def _structured(
     """The constraint of a whole answer: reasoning is free, what follows is not."""
     if use is None and (content is None or reasoning is None or start is Start.CLOSED):
         return content
-    grammar = None if content is None else as_grammar(content)
-    if use is not None:
-        grammar = use.grammar(grammar)
+    plain = None if content is None else as_grammar(content)
+    grammar = plain if use is None else use.grammar(plain)
     if grammar is None:
         return None
     if reasoning is not None:
-        grammar = reasoning.before(grammar, start)
+        alone = grammar if use is None else use.grammar(plain, not_first=reasoning.begin[0])
+        assert alone is not None
+        grammar = reasoning.before(grammar, start, alone=alone)
     tag = {"type": "structural_tag", "format": grammar}
     return StructuredOutput("structural_tag", json.dumps(tag))
 

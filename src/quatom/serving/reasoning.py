@@ -69,8 +69,15 @@ class ReasoningTags:
             reasoning = reasoning[: len(reasoning) - _held_back(reasoning, self.end)]
         return reasoning.strip(), ""
 
-    def before(self, grammar: Grammar, start: Start) -> Grammar:
-        """A structural tag's grammar that constrains what follows the reasoning."""
+    def before(self, grammar: Grammar, start: Start, *, alone: Grammar) -> Grammar:
+        """A structural tag's grammar that constrains what follows the reasoning.
+
+        Args:
+            grammar: of what follows.
+            start: how the answer begins.
+            alone: of an answer without reasoning. It does not allow the opening tag: a parser
+                could not tell the two apart.
+        """
         if start is Start.CLOSED:
             return grammar
         space = {"type": "regex", "pattern": r"[ \n]{0,4}"}
@@ -82,7 +89,7 @@ class ReasoningTags:
         if start is Start.OPEN:
             return {"type": "sequence", "elements": [tag(""), space, grammar]}
         reasoned = {"type": "sequence", "elements": [tag(self.begin), space, grammar]}
-        return {"type": "or", "elements": [reasoned, grammar]}
+        return {"type": "or", "elements": [reasoned, alone]}
 
 
 def _held_back(text: str, end: str) -> int:

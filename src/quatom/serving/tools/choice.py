@@ -19,11 +19,12 @@ class ToolUse:
     parallel: bool = True
     """More than one call may be made at once."""
 
-    def grammar(self, content: Grammar | None) -> Grammar | None:
+    def grammar(self, content: Grammar | None, *, not_first: str = "") -> Grammar | None:
         """The grammar of an answer; None: it is free.
 
         Args:
             content: the grammar of an answer without calls, if it has one.
+            not_first: a character that free text does not begin with.
         """
         functions = list(self.functions.values())
         if self.required:
@@ -35,4 +36,4 @@ class ToolUse:
             return None
         anything: dict[str, Any] = {"type": "object"}
         enforced = [f if f.strict else replace(f, parameters=anything) for f in functions]
-        return self.format.allowed(enforced, self.parallel)
+        return self.format.allowed(enforced, self.parallel, not_first=not_first)

@@ -51,21 +51,39 @@ class ToolFormat:
         parallel = parallel and not self.one_call
         return one_or_more(self.tags(functions, parallel), self.separator, parallel)
 
-    def allowed(self, functions: Iterable[Function], parallel: bool) -> Grammar:
-        """The grammar of text in which every call fits its schema."""
+    def allowed(
+        self, functions: Iterable[Function], parallel: bool, *, not_first: str = ""
+    ) -> Grammar:
+        """The grammar of text in which every call fits its schema.
+
+        Args:
+            functions: those that may be called.
+            parallel: whether several may be called at once.
+            not_first: a character that the text does not begin with.
+        """
         parallel = parallel and not self.one_call
         tags = self.tags(functions, parallel)
         if not self.trigger:
-            first = re.escape(self.parser.bare)
+            calls = one_or_more(tags, self.separator, parallel)
+            marked = [
+                {"type": "sequence", "elements": [{"type": "const_string", "value": m}, calls]}
+                for m in self.parser.markers
+            ]
+            first = re.escape(self.parser.bare + not_first)
             text = {"type": "regex", "pattern": rf"([^\s{first}](.|\n)*)?"}
-            return {"type": "or", "elements": [one_or_more(tags, self.separator, parallel), text]}
-        return {
+            return {"type": "or", "elements": [calls, *marked, text]}
+        text = {
             "type": "triggered_tags",
             "triggers": [self.trigger],
             "tags": tags,
             "at_least_one": False,
             "stop_after_first": not parallel,
         }
+        if not not_first:
+            return text
+        other = {"type": "regex", "pattern": f"[^{re.escape(not_first)}]"}
+        begun = {"type": "sequence", "elements": [other, text]}
+        return {"type": "or", "elements": [begun, {**text, "at_least_one": True}]}
 
 
 def one_or_more(tags: list[Grammar], separator: str, parallel: bool) -> Grammar:
