@@ -9,7 +9,7 @@ from quatom.serving.chat_protocol import MAX_MESSAGES, OpenModel
 from quatom.serving.closed_model import ApiModel, ClosedModel
 from quatom.serving.constraint_protocol import ResponseFormat
 from quatom.serving.protocol import GenerationRequest
-from quatom.serving.tool_protocol import ToolOptions
+from quatom.serving.tool_protocol import NO_TOOLS, ToolOptions
 
 _UNSUPPORTED = (
     "previous_response_id",
@@ -120,6 +120,12 @@ class TextFormat(ClosedModel):
     strict: bool | None = None
     description: str | None = None
 
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("type 'json_schema' needs a schema")
+        return self
+
     def response_format(self) -> ResponseFormat:
         """The same as /v1/chat/completions has it."""
         wanted: dict[str, Any] = {"type": self.type}
@@ -179,6 +185,8 @@ class ResponsesRequest(GenerationRequest):
             raise ValueError("n must be 1")
         if self.response_format is not None:
             raise ValueError("response_format is called text.format here")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError(NO_TOOLS)
         return self
 
     def tool_options(self) -> ToolOptions:

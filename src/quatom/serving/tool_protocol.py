@@ -9,6 +9,9 @@ from quatom.serving.closed_model import ApiModel, ClosedModel
 from quatom.serving.tools.function import Function, by_name, make_function
 
 
+NO_TOOLS = "tool_choice needs tools to choose from"
+
+
 class FunctionDefinition(ApiModel):
     """A function; fields that are not named here go to the chat template."""
 
@@ -71,7 +74,7 @@ class ToolOptions(ClosedModel):
     @model_validator(mode="after")
     def _tools_are_offered(self) -> Self:
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice needs tools to choose from")
+            raise ValueError(NO_TOOLS)
         return self
 
     @property
