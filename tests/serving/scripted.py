@@ -25,9 +25,11 @@ class ScriptedModel(HashModel):
     _known: dict = field(default_factory=dict)
 
     def forward(self, input_ids, context, kv_cache):
-        super().forward(input_ids, context, kv_cache)
         (cache,) = kv_cache
         size = cache.ids.shape[1]
+        stored = context.slot_mapping >= 0
+        slots = context.slot_mapping[stored]
+        cache.ids[slots // size, slots % size] = input_ids[stored]
         cu = context.cu_seqlens_q.tolist()
         hidden = torch.zeros(len(input_ids), 2, dtype=torch.float64)
         for b, length in enumerate(context.seq_lens.tolist()):
@@ -35,21 +37,21 @@ class ScriptedModel(HashModel):
                 continue
             table = context.block_tables[b, : -(-length // size)].long()
             token_ids = cache.ids[table].flatten()[:length].tolist()
-            for row in range(cu[b], cu[b + 1]):
-                seen = token_ids[: length - (cu[b + 1] - 1 - row)]
-                hidden[row, 0] = self._next(seen)
+            # Rows in the middle of a prompt are not sampled.
+            hidden[cu[b + 1] - 1, 0] = self._next(token_ids)
         return hidden
 
     def _next(self, token_ids):
         if ASSISTANT not in token_ids:
             return 0
         start = len(token_ids) - token_ids[::-1].index(ASSISTANT)
-        prompt = self.tokenizer.decode(token_ids[:start])
+        prompt = tuple(token_ids[:start])
         if prompt not in self._known:
-            self.prompts.append(prompt)
-            answer = self.tokenizer.encode(self.answer(prompt), add_special_tokens=False)
-            assert ASSISTANT not in answer
-            self._known[prompt] = [*answer, EOS]
+            self.prompts.append(self.tokenizer.decode(prompt))
+            answer = self.answer(self.prompts[-1])
+            assert "<assistant>" not in answer
+            script = self.tokenizer.encode(answer, add_special_tokens=False)
+            self._known[prompt] = [*script, EOS]
         script, written = self._known[prompt], len(token_ids) - start
         return script[written] if written < len(script) else EOS
 

@@ -43,9 +43,9 @@ def client(server):
         yield made
 
 
-def ask(client, text, **options):
+def ask(client, given, **options):
     options = {"temperature": 0, "max_output_tokens": 300, **options}
-    return client.responses.create(model="hash", input=text, **options)
+    return client.responses.create(model="hash", input=given, **options)
 
 
 def test_text(client):
@@ -130,7 +130,7 @@ def test_text_formats(client):
         events = list(stream)
         assert stream.get_final_response().output_parsed.degrees == 12
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == text
-    made = ask(client, "say:no JSON", text={"format": {"type": "json_object"}})
+    made = ask(client, "say:no JSON", text={"format": {"type": "json_object"}}, **NO_THINKING)
     assert isinstance(json.loads(made.output_text), dict)
 
 
