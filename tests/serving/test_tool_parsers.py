@@ -10,6 +10,8 @@ from quatom.errors import RequestError
 from quatom.serving.answer import Answer
 from quatom.serving.reasoning import ReasoningTags, Start
 from quatom.serving.tools.function import by_name, make_function
+from quatom.serving.tools.partial_text import NotACallError
+from quatom.serving.tools.python_arguments import read_arguments
 from quatom.serving.tools.registry import FORMATS, detect, format_named
 from tests.serving.templates import HERMES, LLAMA, TEMPLATES
 
@@ -343,3 +345,29 @@ def test_functions_are_checked(name, parameters, match):
 def test_functions_have_names_of_their_own():
     with pytest.raises(RequestError, match="two tools are named 'f'"):
         by_name([make_function("f", None, None)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("", []),
+        ("1", [(None, 1)]),
+        ("a=1, b='x'", [("a", 1), ("b", "x")]),
+        ("a = [1, -2.5, (True, None,),], b={'k': {\"l\": false}}", [("a", [1, -2.5, [True, None]]), ("b", {"k": {"l": False}})]),
+        ("0x1F, 1_000, 1e-3, .5, +2", [(None, x) for x in (31, 1000, 0.001, 0.5, 2)]),
+        (r"'it\'s \"q\" \n\x41\u00fc\ud83d\ude00\/\d'", [(None, 'it\'s "q" \nAü😀/\\d')]),
+        ("'a,b=(c', x=\")]\"", [(None, "a,b=(c"), ("x", ")]")]),
+    ],
+)  # fmt: skip
+def test_python_arguments(text, arguments):
+    assert read_arguments(text) == arguments
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a", "a=", "a=b", "a=1 2", "f(1)", "a=f(1)", "*x", ",", "1,,2", "a=1e999", "a=1j", "a=b'x'",
+     "a={1: 2}", "a={1}", "a=[", "a=]", "'", "a=\"\\U00110000\"", "a=" + "[" * 9999 + "]" * 9999],
+)  # fmt: skip
+def test_what_is_no_literal_is_no_argument(text):
+    with pytest.raises(NotACallError):
+        read_arguments(text)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from quatom.engine.sampling import StructuredOutput
+from quatom.engine.vocabulary import vocabulary_of
 from quatom.errors import RequestError
 from quatom.serving.answer import Answer
 from quatom.serving.chat_template import ChatTemplate, Message
@@ -162,11 +163,7 @@ class Dialogue:
         return ToolUse(known, turn.functions, turn.call_required, parallel)
 
     def _ids(self, strings: tuple[str, ...]) -> tuple[int, ...]:
-        special = {
-            token.content: token_id
-            for token_id, token in self._tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
+        special = vocabulary_of(self._tokenizer).special_ids
         return tuple(special[s] for s in strings if s in special)
 
 

@@ -1,9 +1,7 @@
 """Llama 3.2 and 4: the answer is a Python list of calls, [f(a=1), g()]."""
 
-import ast
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from keyword import iskeyword
 from typing import Any
@@ -13,10 +11,10 @@ from quatom.serving.tools.by_argument import arguments, const, json_value, seque
 from quatom.serving.tools.format import Grammar, ToolFormat, one_or_more
 from quatom.serving.tools.function import Function
 from quatom.serving.tools.parser import Block, BlockParser, ToolCall
+from quatom.serving.tools.python_arguments import read_arguments
 from quatom.serving.tools.partial_text import PYTHON, NotACallError, PendingError
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
-_JSON_NAMES = {"true": True, "false": False, "null": None}
 _BEGIN, _END = "<|python_start|>", "<|python_end|>"
 
 
@@ -69,47 +67,20 @@ class PythonicParser(BlockParser):
         end = source.value(begin, PYTHON)
         if begin not in self._arguments:
             function = self.functions[name[0]]
-            self._arguments[begin] = _arguments(source.text[begin:end], function)
+            self._arguments[begin] = _arguments(source.text[begin + 1 : end - 1], function)
         return ToolCall(name[0], self._arguments[begin]), end
 
 
 def _arguments(text: str, function: Function) -> str:
-    """Python's arguments as a JSON object; those without a name in the schema's order."""
-    source = f"f{text}"
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about escapes that Python does not know
-            call = ast.parse(source, mode="eval").body
-        assert isinstance(call, ast.Call)
-        names = list(function.parameters.get("properties", {}))
-        given = {
-            name: _value(node, source) for name, node in zip(names, call.args, strict=False)
-        }
-        if len(given) < len(call.args):
+    """The arguments as a JSON object; those without a name are in the schema's order."""
+    names = iter(function.parameters.get("properties", {}))
+    given: dict[str, Any] = {}
+    for name, value in read_arguments(text):
+        key = next(names, None) if name is None else name
+        if key is None or key in given:
             raise NotACallError
-        for keyword in call.keywords:
-            if keyword.arg is None or keyword.arg in given:
-                raise NotACallError
-            given[keyword.arg] = _value(keyword.value, source)
-        return json.dumps(given, ensure_ascii=False, allow_nan=False)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        raise NotACallError from None
-
-
-def _value(node: ast.expr, source: str) -> Any:
-    """A value in JSON, or in Python."""
-    try:
-        return json.loads(ast.get_source_segment(source, node) or "")
-    except ValueError:
-        pass
-    match node:
-        case ast.Name(id) if id in _JSON_NAMES:
-            return _JSON_NAMES[id]
-        case ast.List(items) | ast.Tuple(items):
-            return [_value(item, source) for item in items]
-        case ast.Dict(keys, values):
-            pairs = zip(keys, values, strict=True)
-            return {str(_value(k, source)): _value(v, source) for k, v in pairs if k is not None}
-    return ast.literal_eval(node)  # json.dumps refuses what is no JSON value
+        given[key] = value
+    return json.dumps(given, ensure_ascii=False)
 
 
 def _tags(functions: Any, parallel: bool) -> list[Grammar]:
