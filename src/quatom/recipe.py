@@ -68,9 +68,9 @@ class WeightSpec:
     """Search the ratio of each group below 1.0 instead of using the constant: by the squared error
     of the weights, or by that error weighted with the second moment of each input channel."""
     scale_format: Literal["float16", "multiples"] = "float16"
-    """Groups have scales of their own, or multiples, 1 to 16, of one scale a row: INT8 then holds a
-    code times its group's multiple, and with activations of one INT8 scale a token a GEMM adds up
-    in int32 over all groups. Stored as float16 either way. For int2 to int4."""
+    """float16: every group has a scale of its own. multiples: the scale of a group is a multiple, 1
+    to 16, of one scale per row. A code times its multiple then fits INT8, and a product adds up all
+    groups in int32. Stored as float16 either way. For int2 to int4."""
     rounding: Literal["nearest", "gptq"] = "gptq"
     """Round each weight alone, or push its error onto the columns that are not rounded yet."""
     damping: float = 0.01
@@ -110,7 +110,7 @@ class WeightSpec:
 
     @property
     def bits(self) -> int:
-        """Bits a code, scales not counted."""
+        """Bits per code, scales not counted."""
         return _BITS[self.format]
 
 
@@ -125,7 +125,8 @@ class ActivationSpec:
     token share one, whatever the groups of the weights. 8 bits lose little by it where groups are
     rotated."""
     scale_format: Literal["float16", "multiples"] = "float16"
-    """Groups have scales of their own, or multiples of one scale a token, as weights may have."""
+    """float16: every group has a scale of its own. multiples: as for weights, of one scale per
+    token."""
     clip_ratio: float = 1.0
     """Fraction of a group's absolute maximum that maps onto the largest code."""
     rotation: Literal["none", "hadamard"] = "none"
@@ -145,20 +146,21 @@ class ActivationSpec:
 
     @property
     def bits(self) -> int:
-        """Bits a code, scales not counted."""
+        """Bits per code, scales not counted."""
         return _BITS[self.format]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """Asymmetric quantization of the KV cache, one group a token and KV head."""
+    """Asymmetric quantization of the KV cache, one group per token and KV head."""
 
     format: KVFormat = "int4"
     """Number format of a code; float16 keeps the cache in the activations' dtype."""
     clip_ratio: float = 1.0
     """Fraction of a group's range that maps onto the code range."""
     keys: Literal["pre_rope", "post_rope"] = "pre_rope"
-    """Quantize K before rotary embedding, as the original does, or after it, as fast kernels do."""
+    """Quantize K before rotary embedding, as the original does, or after it. The CUDA kernels read
+    post_rope."""
     rotation: Literal["none", "hadamard"] = "none"
     """Rotate q and k of every head by the same Hadamard matrix after rotary embedding, which
     leaves scores unchanged and spreads K's outlier channels. Needs post_rope."""
@@ -167,8 +169,8 @@ class KVSpec:
     a KV head, which adds the same to all scores of a query and so changes no attention. Biased keys
     (Qwen2) otherwise spend the range on what all tokens share. Needs post_rope."""
     key_scaling: Literal["none", "balanced"] = "none"
-    """Fold powers of two into k_proj and their inverses into q_proj, one a rotary pair of channels,
-    so that no channel's error weighs much more than the others'."""
+    """Fold powers of two into k_proj and their inverses into q_proj, one per rotary pair of
+    channels, so that no channel's error weighs much more than the others'."""
     value_rotation: Literal["none", "hadamard"] = "none"
     """Fold a Hadamard rotation of every head into v_proj's rows and o_proj's columns."""
 
@@ -188,13 +190,13 @@ class KVSpec:
 
     @property
     def bits(self) -> int:
-        """Bits a code, scales not counted."""
+        """Bits per code, scales not counted."""
         return _BITS[self.format]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutlierSpec:
-    """Channels that are moved behind all others and kept in a wider format."""
+    """Channels that are moved to the end and kept in a wider format."""
 
     channels: int = 128
     """Outlier channels of a linear's input (of each tensor-parallel block of it); 0: none."""
@@ -220,11 +222,11 @@ class CalibrationSpec:
     """The text that statistics are measured on."""
 
     num_samples: int = 128
-    """Sequences."""
+    """Number of sequences."""
     sequence_length: int = 2048
     """Tokens in each sequence."""
     seed: int = 0
-    """Chooses the sequences; the same seed and text give a bit-identical checkpoint."""
+    """Seed that chooses the sequences. The same seed and text give a bit-identical checkpoint."""
 
     def __post_init__(self) -> None:
         _check_types("calibration", self)

@@ -63,7 +63,7 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(recipe: Recipe, base: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Every field in which two recipes differ: its full name -> (value of base, value of recipe)."""
+    """Every field in which two recipes differ, by its full name: (value of base, of recipe)."""
     values, before = _flat(recipe.to_dict()), _flat(base.to_dict())
     return {
         name: (before[name], value)

@@ -1,4 +1,4 @@
-"""docs/checkpoint-format.md: its code reads a checkpoint, its numbers are the schema's."""
+"""The page on the checkpoint format: its code reads one, its numbers are the schema's."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,8 @@ from quatom.recipe import PRESETS
 from tests.checkpoint.models import CONFIG, SMOLLM2, write_model
 from tests.checkpoint.test_writer import write
 
-PAGE = (Path(__file__).parents[2] / "docs" / "checkpoint-format.md").read_text(encoding="utf-8")
+FILE = Path(__file__).parents[2] / "docs" / "reference" / "checkpoint-format.md"
+PAGE = FILE.read_text(encoding="utf-8")
 ATOM = PRESETS["atom-w4a4kv4"]
 
 
@@ -52,4 +53,4 @@ def test_the_sizes_of_the_page():
         row = next(x for x in PAGE.splitlines() if x[0:1] == "|" and kind in x[:24])
         assert [int(n) for n in re.findall(r"\| (\d+) (?=\|)", row)] == sizes
     assert f"{block:,} bytes" in PAGE
-    assert f"{bits_per_weight(resolved):.3f} bits a weight" in PAGE
+    assert f"{bits_per_weight(resolved):.3f} bits per weight" in PAGE

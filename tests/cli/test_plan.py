@@ -9,6 +9,7 @@ from quatom.benchmark.memory_plan import GIB, GPUS, plan_memory
 from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.random_weights import random_model
 from quatom.recipe import PRESETS
+from tests.checkpoint.gguf_models import write_gguf
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -59,10 +60,12 @@ def test_a_gpu_is_called_tested_if_there_are_results_of_it():
 def test_the_command(shell, small_dir, small_checkpoint):
     done = shell("plan", small_dir, "--gpu", "h100", "--gpu", "RTX4090")
     assert done.status == 0, done
-    assert "fp16" in done.out and "quatom-w4a8kv4" in done.out
+    assert "fp16" in done.out
+    assert "quatom-w4a8kv4" in done.out
     assert "RTX4090 (not tested)" in done.out
     out = shell("plan", small_checkpoint, "--gpu-memory", 8).out
-    assert "atom-w4a4kv4" in out and "fp16" not in out
+    assert "atom-w4a4kv4" in out
+    assert "fp16" not in out
     assert "does not fit" in shell("plan", "random:llama-2-70b", "--gpu", "L4").out
     assert "unknown GPU 'H300'" in shell.fails("plan", small_dir, "--gpu", "H300")
 
@@ -70,4 +73,6 @@ def test_the_command(shell, small_dir, small_checkpoint):
 def test_it_needs_no_weights(shell, small_dir, tmp_path):
     (tmp_path / "config.json").write_bytes((small_dir / "config.json").read_bytes())
     assert shell("plan", tmp_path, "--gpu", "H100").status == 0
+    gguf = write_gguf(tmp_path / "model.gguf")
+    assert shell("plan", gguf, "--gpu", "H100").status == 0
     assert "does not exist" in shell.fails("plan", tmp_path / "none")

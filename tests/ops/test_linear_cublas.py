@@ -78,7 +78,7 @@ def test_what_it_cannot_run_is_named():
     if torch.cuda.is_available():
         with pytest.raises(BackendError, match="32 outlier channels"):
             prepare(GroupLayout(64, 64, 32), "int8", "int8", "cuda")
-        with pytest.raises(BackendError, match="one scale a row, this layout has 2"):
+        with pytest.raises(BackendError, match="one scale per row, this layout has 2"):
             prepare(GroupLayout(128, 64), "int8", "int8", "cuda")
     with pytest.raises(BackendError, match="activations, got float32"):
         linear_cublas(torch.zeros(1, 64), (torch.zeros(1),) * 3, GroupLayout(64, 64), 8, None)

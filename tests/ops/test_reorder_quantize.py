@@ -239,7 +239,7 @@ def test_errors_name_the_numbers_and_the_remedy():
         QuantizeSpec(layout=layout, byte_layout="groups")
     with pytest.raises(ShapeError, match=r"not int7 and int8"):
         QuantizeSpec(layout=GroupLayout(64, 64), normal="int7", byte_layout="groups")
-    with pytest.raises(ShapeError, match=r"int8 groups of one scale a token.*'row'"):
+    with pytest.raises(ShapeError, match=r"int8 groups of one scale per token.*'row'"):
         QuantizeSpec(layout=GroupLayout(128, 64), normal="int8", byte_layout="groups")
     with pytest.raises(ShapeError, match=r"multiples of int2 to int4 codes, not of int8"):
         QuantizeSpec(

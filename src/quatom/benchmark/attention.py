@@ -307,7 +307,7 @@ def plot_attention(results: list[dict[str, Any]], path: Path, gpu: str) -> None:
             title=f"{heads} heads, {kv_heads} KV heads x 128",
         )
         axis.grid(visible=True, which="both", alpha=0.3)
-    axes[0].set_ylabel("microseconds a layer")
+    axes[0].set_ylabel("microseconds per layer")
     axes[0].legend()
     figure.suptitle(f"Latency of the self-attention layer, decode, {gpu}")
     figure.tight_layout()

@@ -33,7 +33,7 @@ from quatom.loading import load
 def measure(
     checkpoint: str, *, batch: int, new_tokens: int, prompt: int, rounds: int
 ) -> dict[str, Any]:
-    """Tokens a second of both, decode and a short prompt together."""
+    """Tokens per second of both, decode and a short prompt together."""
     loaded = load(checkpoint, device="cpu")
     config = EngineConfig(
         max_num_seqs=batch,

@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps=args.steps if kind == "greedy" else max(20, args.steps // 10),
             tokenizer=tokenizer,
         )
-        print(f"{kind:12} {result['ms_per_step']:8.3f} ms a step", file=sys.stderr)
+        print(f"{kind:12} {result['ms_per_step']:8.3f} ms per step", file=sys.stderr)
         results.append(result)
     if args.output:
         command = command_line("python", "-m", "quatom.benchmark.engine_overhead")

@@ -29,7 +29,7 @@ class HopperOperands:
     grouped: list[PreparedLinear]
     """For activations with scales of their own a group."""
     integer: list[PreparedLinear]
-    """For activations that are held as INT8 under one scale a token."""
+    """For activations that are held as INT8 under one scale per token."""
 
     def layers(self, fmt: str, scale_mode: ScaleMode) -> list[PreparedLinear]:
         """Copies for activations of this format."""
@@ -72,7 +72,7 @@ def random_weights(channels: int, layout: GroupLayout) -> tuple[Tensor, Tensor]:
 
 
 def _random_multiples(rows: int, groups: int) -> Tensor:
-    """Scales (rows, groups) float16: multiples of one scale a row."""
+    """Scales (rows, groups) float16: multiples of one scale per row."""
     row_scales = torch.randint(64, 128, (rows, 1), device="cuda") * 2.0**-17
     most = LARGEST_MULTIPLE
     return (row_scales * torch.randint(most // 2, most + 1, (rows, groups), device="cuda")).half()

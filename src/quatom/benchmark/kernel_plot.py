@@ -6,7 +6,7 @@ from typing import Any
 SERIES = (
     ("w4a4", "cuda", "Quatom W4A4 (INT8 outliers)", "tab:red", "o"),
     ("w4a8", "cuda", "Quatom W4A8 (INT8 outliers)", "tab:orange", "s"),
-    ("w4a4-groups", "cuda", "W4A4, free scales a group", "tab:olive", "."),
+    ("w4a4-groups", "cuda", "W4A4, free scales per group", "tab:olive", "."),
     ("peer:humming-w4a8-fp8", "peer", "humming W4A8 FP8", "tab:blue", "^"),
     ("peer:humming-w4a8-int8", "peer", "humming W4A8 INT8", "tab:cyan", "v"),
     ("peer:fp8-no-groups", "peer", "cuBLASLt FP8, no groups", "tab:gray", "x"),

@@ -31,7 +31,8 @@ def random_source(
 
     Args:
         shape: a name in `quatom.benchmark.random_weights.SHAPES`.
-        device: where numbers are drawn, None as in `quatom.load`: a GPU draws a 7B block in milliseconds.
+        device: where numbers are drawn, None as in `quatom.load`; a GPU draws a 7B block in
+            milliseconds.
         dtype: of all tensors.
         seed: same seed, shape and device: same weights.
 

@@ -53,7 +53,7 @@ def plot_batches(entries: Sequence[Entry], title: str, path: Path) -> None:
     equal_batch = [e for e in entries if e["comparison"] == "equal batch"]
     for axis, value, label in (
         (axes[0][0], _tokens_per_second, "tokens/s"),
-        (axes[0][1], _milliseconds, "ms a token"),
+        (axes[0][1], _milliseconds, "ms per token"),
     ):
         for recipe, name, color, marker in SERIES:
             points = _largest_budget(e for e in equal_batch if e["recipe"] == recipe)
@@ -74,7 +74,7 @@ def plot_batches(entries: Sequence[Entry], title: str, path: Path) -> None:
     axes[0][0].legend(fontsize=8)
     equal_memory = [e for e in entries if e["comparison"] == "equal memory"]
     _bars(axes[1][0], equal_memory, _tokens_per_second, "tokens/s")
-    _bars(axes[1][1], equal_memory, _milliseconds, "ms a token")
+    _bars(axes[1][1], equal_memory, _milliseconds, "ms per token")
     figure.suptitle(f"{title}, {entries[0]['workload']} cached tokens")
     _save(pyplot, figure, path)
 

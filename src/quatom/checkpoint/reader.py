@@ -170,6 +170,9 @@ def read_model_config(path_or_id: str | Path) -> tuple[ModelConfig, Recipe | Non
     if gguf is None and not (path / "config.json").exists():
         gguf = choose_gguf(path)
     if gguf is not None:
+        from quatom.checkpoint.gguf_file import read_split_gguf
+        from quatom.checkpoint.gguf_model import hf_config
+
         return _model_config(gguf, hf_config(read_split_gguf(gguf))), None
     config = read_json(path / "config.json")
     return _model_config(path / "config.json", config), _recipe(path, config)

@@ -10,7 +10,8 @@ groups and B outlier groups per row is stored as
     p.order           int32    (K,)                              if the input is gathered by it
     p.bias            as in the source  (N,)                     if the model has it
 
-and all other tensors as in the source. docs/checkpoint-format.md says what the numbers mean.
+and all other tensors as in the source. docs/reference/checkpoint-format.md says what the numbers
+mean.
 """
 
 from dataclasses import dataclass

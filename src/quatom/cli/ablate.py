@@ -31,7 +31,7 @@ def ablate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Windows to score.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,

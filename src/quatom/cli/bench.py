@@ -74,7 +74,7 @@ def throughput(
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of one step, prompt chunks and decodes.")
     ] = 2048,
-    block_size: Annotated[int, typer.Option(min=16, help="Tokens a KV block.")] = 32,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
     layers: Annotated[
         int | None, typer.Option(min=1, help="Only so many blocks of a random model, for trials.")
     ] = None,
@@ -89,13 +89,13 @@ def throughput(
     seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
     json: JsonOption = None,
 ) -> None:
-    """Tokens a second of an engine in this process, with latencies and the share of the limit."""
+    """Tokens per second of an engine in this process, with latencies and the share of the limit."""
+    from quatom.engine.startup import release_memory
     from quatom.benchmark.serving_results import add_entries, read_entries, summary
     from quatom.benchmark.throughput import Setting, measure_fixed_batches, measure_throughput
     from quatom.benchmark.throughput_models import benchmark_models
     from quatom.cli.common import read_dtype, read_recipe
     from quatom.engine.config import EngineConfig
-    from quatom.engine.startup import release_memory
 
     device = device or default_device()
     if json is not None:

@@ -46,7 +46,7 @@ def serve(
     max_model_len: Annotated[
         int, typer.Option(min=1, help="Longest request, prompt and output.")
     ] = 2048,
-    block_size: Annotated[int, typer.Option(min=16, help="Tokens a KV block.")] = 32,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
     api_key: Annotated[
         str | None, typer.Option(envvar="QUATOM_API_KEY", help="Of the server at --url.")
     ] = None,

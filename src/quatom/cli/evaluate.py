@@ -17,7 +17,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Plain-text file to measure perplexity on, or wikitext2, ptb or c4."),
     ] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Score only the first windows.")
     ] = None,
@@ -92,7 +92,7 @@ def _perplexity(
     entry = accuracy_entry(loaded, title, corpus.name, measured)
     print_table(
         f"{title}, {corpus.name}, {measured.windows} windows of {sequence_length} tokens",
-        ("recipe", "perplexity", "bits a weight", "bits an activation", "bits a KV value"),
+        ("recipe", "perplexity", "bits per weight", "bits per activation", "bits per KV value"),
         [
             (
                 str(entry["recipe"]),

@@ -22,21 +22,14 @@ def generate(
     ] = None,
 ) -> None:
     """Generate text from a model or a packed checkpoint."""
-    from quatom.checkpoint.chat import render_chat
     from quatom.cli.common import read_dtype
     from quatom.engine.llm import LLM
     from quatom.engine.sampling import SamplingParams
-    from quatom.errors import ModelError
 
     llm = LLM(model, device=device, dtype=read_dtype(dtype), max_num_seqs=1)
     engine = llm.engine
     if chat:
-        tokenizer = engine.tokenizer
-        if tokenizer is None:
-            raise ModelError(f"{model} has no tokenizer, and so no chat template: leave --chat out")
-        messages = [{"role": "user", "content": prompt}]
-        text = render_chat(tokenizer, messages, add_generation_prompt=True)
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        token_ids = llm.encode_chat([{"role": "user", "content": prompt}])
     else:
         token_ids = llm.encode(prompt)
         typer.echo(prompt, nl=False)

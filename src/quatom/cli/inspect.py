@@ -84,7 +84,7 @@ def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, 
         ],
     )
     print_table(
-        f"bits a weight in {prefix.removesuffix('.')}",
+        f"bits per weight in {prefix.removesuffix('.')}",
         ("linear", "bits"),
         [(n.removeprefix(prefix), f"{b:.3f}") for n, b in by_layer.items() if n.startswith(prefix)],
     )

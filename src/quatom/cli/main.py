@@ -71,7 +71,7 @@ _register()
 
 
 def _show_progress_of_compilers() -> None:
-    """Events of the operations, as compiling a kernel, on stderr; a server's JSON logs replace it."""
+    """Show on stderr when kernels are compiled. A server replaces this by its JSON logs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("quatom: %(message)s"))
     logging.getLogger("quatom").handlers = [handler]

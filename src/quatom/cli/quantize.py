@@ -30,19 +30,28 @@ def quantize(
         ),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help="Number of calibration sequences; default: the recipe's, 128 in the presets.")
+        int | None,
+        typer.Option(
+            help="Number of calibration sequences; default: the recipe's, 128 in the presets."
+        ),
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per calibration sequence; default: the recipe's, 2048 in the presets.")
+        int | None,
+        typer.Option(
+            help="Tokens per calibration sequence; default: the recipe's, 2048 in the presets."
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed that chooses the sequences; default: the recipe's.")
     ] = None,
     device: DeviceOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Number format of the computation: float32, bfloat16 or float16.")
+        str | None,
+        typer.Option(help="Number format of the computation: float32, bfloat16 or float16."),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run of the same command.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Continue an interrupted run of the same command.")
+    ] = False,
     json: Annotated[
         Path | None, typer.Option(help="Result file: time, memory and size of this run.")
     ] = None,

@@ -50,7 +50,7 @@ def serve(
         float | None,
         typer.Option(min=0.001, help="GiB of KV cache; default: what is free (1 GiB on a CPU)."),
     ] = None,
-    block_size: Annotated[int, typer.Option(min=16, help="Tokens a KV block.")] = 32,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
     prefix_caching: Annotated[bool, typer.Option(help="Use known prefixes again.")] = True,
     keep_freed_memory: Annotated[
         bool,

@@ -24,7 +24,7 @@ class EngineConfig:
     max_waiting: int | None = None
     """Sequences that may queue; more are refused (HTTP 429). None: no bound."""
     block_size: int = 32
-    """Tokens a KV block."""
+    """Tokens per KV block."""
     kv_cache_memory: int | None = None
     """Bytes of KV cache; None: on a GPU what is left of memory_fraction after a measured run, on a
     CPU enough for max_num_seqs sequences, at most 1 GiB."""

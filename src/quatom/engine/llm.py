@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from quatom.checkpoint.chat import render_chat
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.outputs import CompletionOutput, RequestOutput
@@ -119,6 +121,33 @@ class LLM:
                 self.engine.abort(request_id)
             raise
         return list(outputs.values())
+
+    def chat(
+        self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """Answer a conversation, through the model's chat template.
+
+        Args:
+            messages: objects with `role` and `content`, as in OpenAI's API.
+            params: None: the defaults of SamplingParams.
+
+        Raises:
+            RequestError: the model has no tokenizer, or a parameter is invalid.
+            ModelError: the model has no chat template, or the template fails on these messages.
+        """
+        return self.generate(self.encode_chat(messages), params)[0]
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation and of the beginning of the assistant's answer.
+
+        Raises:
+            RequestError: the model has no tokenizer.
+            ModelError: the model has no chat template, or the template fails on these messages.
+        """
+        if (tokenizer := self.engine.tokenizer) is None:
+            raise RequestError("this model has no tokenizer, and so no chat template")
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
     def _run(self, outputs: dict[str, RequestOutput], total: int, progress: bool) -> None:
         columns = (

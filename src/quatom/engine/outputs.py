@@ -26,7 +26,7 @@ class TokenLogprobs:
     """(token id, log-probability), most likely first."""
 
 
-@dataclass(slots=True, kw_only=True)  # one a token: frozen would double the time to make it
+@dataclass(slots=True, kw_only=True)  # one per token: frozen would double the time to make it
 class SequenceDelta:
     """What one step added to one completion."""
 

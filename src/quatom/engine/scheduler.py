@@ -25,7 +25,7 @@ WATERMARK = 0.01
 """Share of blocks that admission leaves free, so that running sequences can grow for a while."""
 
 
-@dataclass(slots=True)  # one a token: frozen would double the time to make it
+@dataclass(slots=True)  # one per token: frozen would double the time to make it
 class ScheduledSequence:
     """Tokens start to start + count of a sequence run in this step."""
 

@@ -146,7 +146,7 @@ def load_corpus(
             (wiki.test.raw, ptb.valid.txt, c4-validation.00000-of-00008.json.gz) is read by its
             protocol; of any other .jsonl file the `text` fields are joined with two newlines; any
             other text is used as it is.
-        sequence_length: tokens a window; only c4 is drawn by it.
+        sequence_length: tokens per window; only c4 is drawn by it.
         data_dir: folder in which a named corpus lies, itself or in a folder called like the
             corpus; without it the corpus comes from the hub through `datasets`.
 

@@ -117,7 +117,7 @@ def read_rows(task: str, path: Path) -> list[Row]:
             except (ValueError, TypeError, IndexError) as error:
                 raise CalibrationError(f"{path}:{number} is no row of {task}: {error}") from None
     if not rows:
-        raise CalibrationError(f"{path} is empty: put the rows of {task} there, one a line")
+        raise CalibrationError(f"{path} is empty: put the rows of {task} there, one per line")
     return rows
 
 

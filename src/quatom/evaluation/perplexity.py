@@ -139,7 +139,7 @@ def measure_perplexity(
     """Perplexity of a model on a text.
 
     Args:
-        sequence_length: tokens a window.
+        sequence_length: tokens per window.
         max_windows: score only the first ones.
         on_window: called after each window with (windows done, windows in all, perplexity so far).
 

@@ -29,7 +29,7 @@ class Format:
 
     name: str
     bits: int
-    """Bits a code."""
+    """Bits per code."""
     largest: float
     """The value that clip_ratio * absmax is mapped onto."""
     round: Callable[[Tensor], Tensor]

@@ -73,7 +73,7 @@ class GroupLayout:
 
     @property
     def num_scales(self) -> int:
-        """S: scales a row."""
+        """S: scales per row."""
         return self.num_normal_groups + self.num_outlier_groups
 
     @property

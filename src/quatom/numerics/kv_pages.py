@@ -11,7 +11,7 @@ pair (scale, minimum) for each of the two:
 so one-sided and constant groups come out right without an integer zero point. With clip_ratio c < 1
 both ends of the range first move towards its middle by (1 - c) / 2 of its width.
 
-A block stores one contiguous record for each KV head (S tokens a block, D channels; INT4 shown):
+A block stores one contiguous record for each KV head (S tokens per block, D channels; INT4 shown):
 
     | K codes (S, D / 2) | V codes (S, D / 2) | K pairs (S, 2) float16 | V pairs (S, 2) float16 |
 
@@ -39,7 +39,7 @@ from quatom.numerics.kv_plans import AppendPlan, GatherPlan
 KVDtype = Literal["int4", "int8", "float16", "bfloat16", "float32"]
 HEAD_DIMS = (64, 80, 96, 100, 112, 128, 192, 256)
 BLOCK_MULTIPLE = 16
-"""Tokens a block must be a multiple of this: the rows of a tensor-core tile."""
+"""Tokens per block must be a multiple of this: the rows of a tensor-core tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class KVPages:
         Tensor  # (P, KV, record_bytes) uint8, contiguous; the layout is in the module docstring
     )
     block_size: int
-    """S: tokens a block."""
+    """S: tokens per block."""
     head_dim: int
     """D: channels a head."""
     dtype: KVDtype

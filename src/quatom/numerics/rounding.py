@@ -42,7 +42,7 @@ class RoundingOptions:
         importance: Tensor | None,  # (K,)
         row_scales: Tensor | None = None,  # (N,) of `find_row_scales`
     ) -> Tensor:  # (N,) float16
-        """Scale of one group for every row. Outliers have a scale a row and are not clipped."""
+        """Scale of one group for every row. Outliers have a scale per row and are not clipped."""
         weight = weight[:, columns]
         if is_outlier:
             if not self.outlier.is_quantized:

@@ -12,7 +12,7 @@ tokens into shared memory ready for use. int4 codes are e4m3 bytes of value code
 magnitude in the low bits: e4m3 is linear below 0x10), int8 and e4m3 codes are themselves.
 
 int8 groups share one scale and need no corrections (0): their weights have no offset. Codes whose
-scales are multiples of one a token are held as int8 too, code * multiple, under that one scale.
+scales are multiples of one per token are held as int8 too, code * multiple, under that one scale.
 """
 
 import torch
@@ -46,8 +46,8 @@ def check_fits_groups(
         )
     if normal == "int8" and layout.num_normal_groups > 1 and scale_mode != "row":
         raise ShapeError(
-            "byte layout 'groups' holds int8 groups of one scale a token, these have one each: use "
-            "scale_mode 'row' or byte layout 'rows'"
+            "byte layout 'groups' holds int8 groups of one scale per token, these have one each: "
+            "use scale_mode 'row' or byte layout 'rows'"
         )
     if scale_mode == "multiples" and normal not in ("int2", "int3", "int4"):
         raise ShapeError(
@@ -57,7 +57,7 @@ def check_fits_groups(
 
 
 def holds_int8(normal: str, scale_mode: ScaleMode) -> bool:
-    """Whether the `groups` byte layout holds int8 normal groups under one scale a token."""
+    """Whether the `groups` byte layout holds int8 normal groups under one scale per token."""
     return normal == "int8" or scale_mode == "multiples"
 
 

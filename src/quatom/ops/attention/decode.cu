@@ -1,4 +1,4 @@
-// Decode attention over INT4 pages, sm_80 and later. docs/kernels-attention.md explains the design.
+// Decode attention over INT4 pages, sm_80 and later. docs/lab/kernels-attention.md explains the design.
 //
 // One CTA takes 8 * NT query rows (row = new token * G + head of the group) of one KV head over one
 // run of tokens. Its warps work alone: each streams its own tiles of TILE tokens into shared memory,

@@ -12,11 +12,11 @@ Limits of the backends:
 reference  every format, any device; holds the weights in float32
 cpu        integer weights and activations of at most 8 bits; x86 with AVX-512 VNNI
 triton     integer weights; integer, e4m3 or floating-point activations; sm_80 and later
-cublas     int8 by int8 with one scale a row, and int2 to int4 weights under floating-point
+cublas     int8 by int8 with one scale per row, and int2 to int4 weights under floating-point
            activations, without outliers; CUDA
 cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, or, where scales of weights
-           are multiples of one a row (`quatom.numerics.multiples`), with int8 activations of one
-           scale a token or int2 to int4 ones of multiples; groups of at most 128 channels, INT8
+           are multiples of one per row (`quatom.numerics.multiples`), with int8 activations of one
+           scale per token or int2 to int4 ones of multiples; groups of at most 128 channels, INT8
            outliers, N a multiple of 4; sm_90 (Hopper)
 """
 
@@ -98,7 +98,7 @@ def prepare_weights(
     rows = values.shape[0]
     if scales.shape != (rows, layout.num_scales):
         raise ShapeError(
-            f"expected scales ({rows}, {layout.num_scales}): one a row and group; got "
+            f"expected scales ({rows}, {layout.num_scales}): one per row and group; got "
             f"{tuple(scales.shape)}"
         )
     if bias is not None and bias.shape != (rows,):
@@ -237,7 +237,7 @@ def _cublas_obstacle(
         return f"it multiplies one format, this layout has {layout.outliers} outlier channels"
     if (weight, activation) == ("int8", "int8"):
         if layout.num_scales != 1:
-            return f"its INT8 product has one scale a row, this layout has {layout.num_scales}"
+            return f"its INT8 product has one scale per row, this layout has {layout.num_scales}"
         if values.shape[0] % 8 or layout.channels % 8:
             return f"INT8 sizes must be multiples of 8, got {tuple(values.shape)}"
         return None

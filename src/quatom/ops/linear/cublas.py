@@ -1,6 +1,6 @@
 """`linear` through cuBLAS, for the two schemes whose inner product is a plain matrix product.
 
-INT8 by INT8 with one scale a token and one a channel (w8a8) is cuBLASLt's INT8 product and one
+INT8 by INT8 with one scale per token and one per channel (w8a8) is cuBLASLt's INT8 product and one
 pass that scales it. INT4 weights under floating-point activations (w4a16) are dequantized to the
 activations' dtype first, which rounds each weight once. While few tokens leave the weights the
 larger part of the bytes, the Triton kernel multiplies both.

@@ -1,4 +1,4 @@
-// Group-scaled low-bit GEMM for Hopper (sm_90a), y = x w^T. See docs/kernels-linear.md.
+// Group-scaled low-bit GEMM for Hopper (sm_90a), y = x w^T. See docs/lab/kernels-linear.md.
 //
 // Orientation: 64 output channels are the rows (M) of a wgmma, BM tokens its columns (N). Weights are
 // INT4 in device memory, become e4m3 in registers and enter as the register operand A; activations are
