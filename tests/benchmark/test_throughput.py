@@ -6,11 +6,8 @@ import weakref
 from dataclasses import replace
 
 import pytest
-import torch
 
-from quatom.benchmark import memory_budget
 from quatom.benchmark.fixed_batch import largest_batch, measure_batches, prompt_lengths
-from quatom.benchmark.memory_budget import GIB, build_engine, bytes_in_use, step_sizes
 from quatom.benchmark.offline_run import run_offline
 from quatom.benchmark.random_weights import random_model
 from quatom.benchmark.roofline import Ceilings
@@ -20,6 +17,7 @@ from quatom.benchmark.throughput_models import benchmark_models
 from quatom.benchmark.workloads import Workload, fixed_lengths
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
+from quatom.engine.startup import GIB, bytes_in_use
 from quatom.errors import EngineError, ModelError
 from quatom.recipe import PRESETS
 
@@ -106,48 +104,6 @@ def test_preemptions_are_counted(loaded, monkeypatch):
     assert result.preemptions == result.steps
 
 
-def test_a_budget_is_weights_and_cache(loaded):
-    used = bytes_in_use(loaded)
-    config = replace(CONFIG, max_model_len=64, prefix_caching=False)
-    engine = build_engine(loaded, config, (used + 300_000) / GIB)
-    per_block = engine.kv_cache_bytes // engine.pool.num_blocks
-    assert 300_000 - per_block < engine.kv_cache_bytes <= 300_000
-    with pytest.raises(EngineError, match=r"atom-w4a4kv4 takes .* the budget is 0\.00 GiB"):
-        build_engine(loaded, config, 0.5 * used / GIB)
-
-
-class FakeEngine:
-    """Takes the cache that it is told to, and half a GiB besides."""
-
-    max_model_len = 4096
-    used = 3 * GIB  # context and weights, before any engine
-    made = ()
-
-    def __init__(self, loaded, config):
-        self.kv_cache_bytes = config.kv_cache_memory
-        FakeEngine.made += (config.kv_cache_memory,)
-        FakeEngine.used += self.kv_cache_bytes + GIB // 2
-
-    def __del__(self):
-        FakeEngine.used -= self.kv_cache_bytes + GIB // 2
-
-
-def test_on_a_gpu_the_cache_gets_what_a_trial_leaves(loaded, monkeypatch):
-    on_gpu = replace(loaded, device=torch.device("cuda"))
-    total = 80 * GIB
-    monkeypatch.setattr(memory_budget, "Engine", FakeEngine)
-    monkeypatch.setattr(memory_budget, "warm_up", lambda engine: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - FakeEngine.used, total))
-    config = replace(CONFIG, max_model_len=64)
-    engine = build_engine(on_gpu, config, 24.0)
-    trial, final = FakeEngine.made
-    assert final == engine.kv_cache_bytes == 24 * GIB - 3 * GIB - GIB // 2 - memory_budget.RESERVE
-    assert 0 < trial < final
-    assert FakeEngine.used == 24 * GIB - memory_budget.RESERVE
-    with pytest.raises(EngineError, match=r"90\.00 GiB is more than the GPU's 80\.00 GiB"):
-        build_engine(on_gpu, config, 90.0)
-
-
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_stays_within_its_budget():
     model = random_model("tiny", PRESETS["atom-w4a4kv4"], device="cuda")
@@ -160,31 +116,6 @@ def test_a_run_on_a_gpu_stays_within_its_budget():
     # What is not cache is small: a tiny model's activations, its graphs, and the reserve.
     cache = entry["kv_tokens"] * 4 * 2 * 36  # 2 layers x 2 heads x K and V of 32 + 4 bytes
     assert cache > 2 * GIB
-
-
-@pytest.mark.parametrize("options", [{"prefix_caching": False}, {"max_waiting": 2}], ids=str)
-def test_warm_up_runs_every_size(options, loaded, monkeypatch):
-    assert step_sizes(20) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
-    engine = Engine(loaded, replace(CONFIG, max_model_len=48, **options))
-    sizes, batches = set(), set()
-    launch = engine.runner.launch
-
-    def recording(step):
-        sizes.add(step.num_tokens)
-        batches.add((len(step.items), max(item.count for item in step.items)))
-        return launch(step)
-
-    monkeypatch.setattr(engine.runner, "launch", recording)
-    memory_budget.warm_up(engine)
-    assert {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128} - sizes <= {48, 96, 64, 128}
-    assert max(sizes) >= 64  # longer steps on a CPU end at whole chunks of 64 tokens
-    # A full decode batch, or as many as the queue lets in at a time.
-    assert (min(4, options.get("max_waiting", 4)), 1) in batches
-    assert any(count == 2 and most > 1 for count, most in batches)  # a decode beside a prompt
-    scheduler = engine.scheduler  # a server's metrics begin at zero
-    assert (scheduler.prefix_queries, scheduler.prefix_hits, scheduler.num_preemptions) == (0, 0, 0)
-    assert not engine.has_work
-    engine.check_accounting()
 
 
 def test_fixed_batches(loaded):

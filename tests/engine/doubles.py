@@ -83,6 +83,9 @@ class HashModel:
     nan_on: int = -1
     """A row whose newest token is this one gets logits that are no numbers."""
 
+    def limit_length(self, max_length):
+        pass
+
     def allocate_kv_cache(self, num_blocks, block_size):
         shape = (num_blocks, block_size)
         return [HashCache(torch.full(shape, -7, dtype=torch.int32)) for _ in range(2)]
@@ -168,5 +171,6 @@ def hash_loaded(vocab_size=VOCAB, max_position=512, tokenizer=None, **options) -
         ),
         tokenizer=tokenizer,
         device=torch.device("cpu"),
+        dtype=torch.float64,
         recipe=SimpleNamespace(name="hash"),
     )

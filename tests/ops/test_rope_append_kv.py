@@ -79,16 +79,22 @@ def test_kernel_matches_reference_for_every_format(backend, dtype, options):
         (9, 3, 64, 16, torch.bfloat16),  # SmolLM2-135M: head counts that are no power of two
         (12, 12, 96, 16, torch.float16),  # Phi-3: halves of 48 channels
         (8, 1, 256, 48, torch.bfloat16),  # Gemma
+        (4, 4, 80, 16, torch.float16),  # StableLM 3B
+        (4, 4, 100, 16, torch.float16),  # OpenLLaMA 3B: rows of 50 bytes
+        (4, 2, 112, 32, torch.float16),
+        (3, 1, 192, 16, torch.float16),
     ],
 )
+@pytest.mark.parametrize("rotate_kv", [False, True])
 def test_kernel_matches_reference_for_model_shapes(
-    backend, heads, kv_heads, head_dim, block_size, dtype
+    backend, heads, kv_heads, head_dim, block_size, dtype, rotate_kv
 ):
     inputs = make_inputs(3, heads, kv_heads, head_dim, dtype=dtype)
     inputs[-1][1] = -1  # padding
     pages, expected = (make_pages("int4", kv_heads, head_dim, block_size) for _ in range(2))
-    got = rope_append_kv(*inputs, pages, clip_ratio=0.95, backend=backend)
-    want = rope_append_kv(*inputs, expected, clip_ratio=0.95, backend=Backend.REFERENCE)
+    options = {"clip_ratio": 0.95, "rotate_kv": rotate_kv}
+    got = rope_append_kv(*inputs, pages, **options, backend=backend)
+    want = rope_append_kv(*inputs, expected, **options, backend=Backend.REFERENCE)
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
     assert_codes_agree(pages, expected)
     assert got.is_contiguous()
@@ -160,6 +166,9 @@ def test_what_the_cuda_kernel_cannot_do_is_said_and_left_to_triton():
     rope_append_kv(*inputs, pages)
     rope_append_kv(*inputs, expected, backend=Backend.TRITON)
     assert torch.equal(pages.storage, expected.storage)
+    inputs = make_inputs(2, head_dim=100, dtype=torch.float16)
+    with pytest.raises(BackendError, match="8 channels of half a head, these heads have 100"):
+        rope_append_kv(*inputs, make_pages("int4", head_dim=100), backend=Backend.CUDA)
     inputs = make_inputs(2, dtype=torch.float16)
     with pytest.raises(BackendError, match=r"caches, not float32"):
         rope_append_kv(*inputs, make_pages("float32"), backend=Backend.CUDA)

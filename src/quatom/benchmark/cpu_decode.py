@@ -24,24 +24,24 @@ import torch
 
 from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.engine.config import EngineConfig
+from quatom.engine.engine import Engine
 from quatom.engine.llm import LLM
 from quatom.engine.sampling import SamplingParams
+from quatom.loading import load
 
 
 def measure(
     checkpoint: str, *, batch: int, new_tokens: int, prompt: int, rounds: int
 ) -> dict[str, Any]:
     """Tokens per second of both, decode and a short prompt together."""
-    llm = LLM(
-        checkpoint,
-        device="cpu",
-        config=EngineConfig(
-            max_num_seqs=batch,
-            max_model_len=prompt + new_tokens + 1,
-            prefix_caching=False,
-            keep_freed_memory=True,
-        ),
+    loaded = load(checkpoint, device="cpu")
+    config = EngineConfig(
+        max_num_seqs=batch,
+        max_model_len=prompt + new_tokens + 1,
+        prefix_caching=False,
+        keep_freed_memory=True,
     )
+    llm = LLM.from_engine(Engine(loaded, config))
     theirs = _transformers(checkpoint, new_tokens)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, 10_000, (batch, prompt), generator=generator)
@@ -63,7 +63,7 @@ def measure(
     return {
         "mode": "cpu_decode",
         "model": Path(checkpoint).name,
-        "recipe": llm.recipe.name,
+        "recipe": loaded.recipe.name,
         "batch": batch,
         "input_tokens": prompt,
         "output_tokens": new_tokens,

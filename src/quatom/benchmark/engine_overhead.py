@@ -12,9 +12,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
 from quatom.modeling.context import ForwardContext
-from quatom.recipe import PRESETS
+from quatom.recipe import PRESETS, Recipe
 
 PROMPT_TOKENS = 1024
 KINDS: dict[str, dict[str, Any]] = {
@@ -60,6 +59,9 @@ class StubModel:
         """One layer."""
         return [StubCache()]
 
+    def limit_length(self, max_length: int) -> None:
+        """Nothing depends on it."""
+
     def forward(
         self, input_ids: Tensor, context: ForwardContext, kv_cache: Sequence[StubCache]
     ) -> Tensor:
@@ -71,15 +73,34 @@ class StubModel:
         return self._logits[: hidden.shape[0]]
 
 
+@dataclass(frozen=True, slots=True)
+class StubLimits:
+    """Sizes of the stub."""
+
+    vocab_size: int
+    hidden_size: int = 1
+    max_position: int = 8192
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStub:
+    """The stub with what belongs to a model."""
+
+    model: StubModel
+    config: StubLimits
+    tokenizer: Any
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    recipe: Recipe = PRESETS["fp16"]
+
+
 def measure(
     kind: str, *, num_seqs: int, vocab_size: int, steps: int, tokenizer: Any = None
 ) -> dict[str, Any]:
     """Milliseconds of a decode step of `num_seqs` sequences that hold 1024 tokens of prompt."""
     model = StubModel(vocab_size, -(-num_seqs // 64) * 64)
-    config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=(), max_position=8192)
-    loaded = SimpleNamespace(
-        model=model, config=config, tokenizer=tokenizer, device="cpu", recipe=PRESETS["fp16"]
-    )
+    loaded = LoadedStub(model, StubLimits(vocab_size), tokenizer)
     early = num_seqs * PROMPT_TOKENS // 1024  # steps in which the first decode and others prefill
     length = PROMPT_TOKENS + steps + early
     limits = EngineConfig(

@@ -7,9 +7,9 @@ from statistics import fmean
 
 import numpy as np
 
-from quatom.benchmark.offline_run import greedy
 from quatom.engine.engine import Engine
 from quatom.engine.scheduler import WATERMARK
+from quatom.engine.startup import greedy
 from quatom.errors import EngineError
 
 SETTLE = 4

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from quatom.benchmark.latency import RequestTimes, Timeline
 from quatom.engine.engine import Engine
 from quatom.engine.outputs import SequenceDelta
-from quatom.engine.sampling import SamplingParams
+from quatom.engine.startup import greedy
 from quatom.errors import EngineError
 
 
@@ -68,11 +68,6 @@ def run_offline(engine: Engine, prompts: list[list[int]], output_tokens: list[in
         preemptions=engine.scheduler.num_preemptions - preemptions,
         steps=steps,
     )
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    """Exactly `max_tokens` tokens, the most likely each time."""
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
 
 
 def _record(times: RequestTimes, delta: SequenceDelta, start: float) -> None:

@@ -19,11 +19,11 @@ from quatom.benchmark.fixed_batch import (
     fill_batch,
     longest_sequence,
 )
-from quatom.benchmark.offline_run import greedy
 from quatom.benchmark.roofline import Ceilings, Roofline, Work
 from quatom.benchmark.serving_results import make_entry
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
+from quatom.engine.startup import greedy
 from quatom.errors import EngineError
 from quatom.loading import LoadedModel
 

@@ -12,18 +12,18 @@ from quatom.benchmark.fixed_batch import (
     measure_batches,
 )
 from quatom.benchmark.latency import percentiles_ms, summarize_latencies
-from quatom.benchmark.memory_budget import (
-    GIB,
-    MIN_MODEL_LEN,
-    build_engine,
-    bytes_in_use,
-)
 from quatom.benchmark.offline_run import run_offline
 from quatom.benchmark.roofline import Ceilings, Roofline
 from quatom.benchmark.serving_results import make_entry
 from quatom.benchmark.workloads import Workload, random_prompts
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
+from quatom.engine.startup import (
+    GIB,
+    MIN_MODEL_LEN,
+    build_engine,
+    bytes_in_use,
+)
 from quatom.loading import LoadedModel
 
 MOST_SEQUENCES = 1024

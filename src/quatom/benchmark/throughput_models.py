@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from quatom.benchmark.memory_budget import GIB
 from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.random_weights import random_model
 from quatom.checkpoint.schema import bits_per_weight
+from quatom.engine.startup import GIB
 from quatom.errors import EngineError, ModelError
 from quatom.families.spec import ModelConfig
 from quatom.loading import LoadedModel, load

@@ -53,8 +53,8 @@ def default_device() -> str:
 def read_ceilings(text: str | None, device: str) -> "tuple[Ceilings | None, dict[str, float]]":
     """Ceilings given or measured, and as a result file stores them; none on a CPU."""
     from quatom.benchmark.environment import measure_ceilings
-    from quatom.benchmark.memory_budget import release_memory
     from quatom.benchmark.roofline import Ceilings
+    from quatom.engine.startup import release_memory
 
     if text is not None:
         parts = text.split(",")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from quatom.engine.config import EngineConfig
     from quatom.engine.engine import Engine
+    from quatom.loading import LoadedModel
 
 
 def serve(
@@ -122,25 +123,45 @@ def serving_engine(
     """
     import torch
 
-    from quatom.benchmark.memory_budget import build_engine
-    from quatom.benchmark.throughput_models import benchmark_models
-    from quatom.cli.common import read_recipe
     from quatom.engine.engine import Engine
+    from quatom.engine.startup import build_engine
+    from quatom.loading import load
     from quatom.serving.server import default_name
 
-    models = benchmark_models(
-        model,
-        random_weights,
-        [] if recipe is None else [read_recipe(recipe)],
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=dtype,
-        num_layers=None,
-        seed=0,
-        gpu_memory=gpu_memory,
-    )
-    name, loaded = next(models)
-    if gpu_memory is None and loaded.device.type == "cpu":
-        engine = Engine(loaded, config)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model is not None and random_weights is None and recipe is None:
+        name, loaded = default_name(model), load(model, device=device, dtype=dtype)
     else:
-        engine = build_engine(loaded, config, gpu_memory)
-    return engine, name if model is None else default_name(model)
+        name, loaded = _random_model(
+            model, random_weights, recipe, device=device, dtype=dtype, gpu_memory=gpu_memory
+        )
+    if gpu_memory is None and loaded.device.type == "cpu":
+        return Engine(loaded, config), name
+    return build_engine(loaded, config, gpu_memory), name
+
+
+def _random_model(
+    model: str | None,
+    random_weights: str | None,
+    recipe: str | None,
+    *,
+    device: str,
+    dtype: "torch.dtype | None",
+    gpu_memory: float | None,
+) -> "tuple[str, LoadedModel]":
+    """What a benchmark runs; options that contradict each other are refused there."""
+    from quatom.benchmark.throughput_models import benchmark_models
+    from quatom.cli.common import read_recipe
+
+    return next(
+        benchmark_models(
+            model,
+            random_weights,
+            [] if recipe is None else [read_recipe(recipe)],
+            device=device,
+            dtype=dtype,
+            num_layers=None,
+            seed=0,
+            gpu_memory=gpu_memory,
+        )
+    )

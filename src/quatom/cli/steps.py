@@ -23,12 +23,12 @@ def steps(
 ) -> None:
     """Profile engine steps: each part's own time beside the least it could take."""
     from quatom.benchmark.environment import measure_ceilings
-    from quatom.benchmark.memory_budget import GIB, release_memory
     from quatom.benchmark.random_weights import random_model
     from quatom.benchmark.roofline import Ceilings
     from quatom.benchmark.serving_results import add_entries, read_entries
     from quatom.benchmark.step_profile import profile_steps
     from quatom.cli.common import read_recipe
+    from quatom.engine.startup import GIB, release_memory
     from quatom.loading import usable_device
 
     device = usable_device("cuda")

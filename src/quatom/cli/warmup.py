@@ -26,7 +26,7 @@ def warmup(
     ] = None,
 ) -> None:
     """Compile the kernels of a model and keep them in QUATOM_CACHE_DIR."""
-    from quatom.benchmark.memory_budget import build_engine
+    from quatom.engine.startup import build_engine
     from quatom.benchmark.throughput_models import benchmark_models
     from quatom.cli.common import read_dtype, read_recipe
     from quatom.engine.config import EngineConfig

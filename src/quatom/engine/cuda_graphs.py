@@ -10,18 +10,16 @@ starts, so their memory is handed back after capture and used again by the graph
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quatom.engine.batch import Batch
+from quatom.engine.model import KVCacheLayer, Model
 from quatom.modeling.context import ForwardContext
 from quatom.ops import attention
 from quatom.ops.backend import Backend, choose_backend
-
-if TYPE_CHECKING:
-    from quatom.engine.runner import KVCacheLayer, Model
 
 
 def size_classes(max_num_seqs: int) -> list[int]:
@@ -41,8 +39,8 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: "Model",
-        kv_cache: "Sequence[KVCacheLayer]",
+        model: Model,
+        kv_cache: Sequence[KVCacheLayer],
         *,
         max_num_seqs: int,
         max_model_len: int,
@@ -97,7 +95,7 @@ class DecodeGraphs:
         return logits[:used]
 
     def _capture(
-        self, model: "Model", kv_cache: "Sequence[KVCacheLayer]", size: int, pool: Any
+        self, model: Model, kv_cache: Sequence[KVCacheLayer], size: int, pool: Any
     ) -> tuple[Any, Tensor]:
         full = self._context
         context = ForwardContext(

@@ -13,7 +13,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt_ids: list[int], params: SamplingParams) -> None:
         vocabulary = vocabulary_of(tokenizer)
-        self._hidden = vocabulary.special if params.skip_special_tokens else frozenset()
+        self._hidden: frozenset[int] = frozenset()
+        if params.skip_special_tokens:
+            self._hidden = vocabulary.special.difference(params.shown_token_ids)
         self._text = TextStream(vocabulary, prompt_ids, hidden=self._hidden)
         self._stops = StopFinder(params.stop, vocabulary, hidden=self._hidden)
         self._keep_stop = params.include_stop_str_in_output

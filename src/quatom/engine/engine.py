@@ -4,7 +4,7 @@ Not thread-safe but for `make_request`: one thread owns an engine and calls ever
 """
 
 import time
-from typing import Any
+from collections.abc import Sequence as Layers
 
 import torch
 
@@ -13,6 +13,7 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.cuda_graphs import DecodeGraphs, can_capture
 from quatom.engine.host_memory import keep_freed_pages
 from quatom.engine.kv_cache import count_blocks
+from quatom.engine.model import KVCacheLayer, ServableModel
 from quatom.engine.outputs import FinishReason, SequenceDelta, TokenLogprobs
 from quatom.engine.requests import Request, RequestFactory
 from quatom.engine.runner import LaunchedStep, ModelRunner
@@ -20,19 +21,20 @@ from quatom.engine.sampler import INVALID_TOKEN
 from quatom.engine.sampling import SamplingParams
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
 from quatom.engine.sequence import Sequence, Status
+from quatom.engine.structured.compiler import CompiledConstraint
+from quatom.engine.structured.masks import wait_for_any
 from quatom.errors import EngineError, QueueFullError, RequestError
 from quatom.recipe import Recipe
 
+MASK_WAIT_SECONDS = 0.05
+"""How long a step waits that has nothing to run but sequences whose masks are missing."""
+
 
 class Engine:
-    """Continuous batching of requests on one model.
+    """Continuous batching of requests on one model."""
 
-    `loaded` is a `quatom.loading.LoadedModel`, or anything with its fields model, config,
-    tokenizer and device.
-    """
-
-    def __init__(self, loaded: Any, config: EngineConfig | None = None) -> None:
-        self.device = torch.device(loaded.device)
+    def __init__(self, loaded: ServableModel, config: EngineConfig | None = None) -> None:
+        self.device = loaded.device
         self.config = (config or EngineConfig()).resolve(self.device, loaded.config.max_position)
         if self.config.keep_freed_memory:
             keep_freed_pages()
@@ -40,21 +42,22 @@ class Engine:
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = self.config.max_model_len or loaded.config.max_position
+        loaded.model.limit_length(self.max_model_len)
         self.requests = RequestFactory(loaded.config, loaded.tokenizer, self.max_model_len)
         num_blocks = count_blocks(
             loaded.model,
             self.config,
             self.max_model_len,
             self.device,
-            lambda: self._run_largest_step(loaded.model),
+            lambda: self._run_largest_step(loaded),
         )
         kv_cache = loaded.model.allocate_kv_cache(num_blocks, self.config.block_size)
         self.kv_cache_bytes = num_blocks * sum(layer.bytes_per_block for layer in kv_cache)
         self.pool = BlockPool(num_blocks, prefix_caching=self.config.prefix_caching)
         self.scheduler = Scheduler(self.config, self.pool)
-        self.runner = self._make_runner(loaded.model, kv_cache)
+        graphs = None
         if self.config.cuda_graphs and can_capture(self.device):
-            self.runner.graphs = DecodeGraphs(
+            graphs = DecodeGraphs(
                 loaded.model,
                 kv_cache,
                 max_num_seqs=self.config.max_num_seqs,
@@ -62,6 +65,7 @@ class Engine:
                 block_size=self.config.block_size,
                 device=self.device,
             )
+        self.runner = self._make_runner(loaded, kv_cache, graphs)
         self._running: dict[str, list[Sequence]] = {}
         self._launched: LaunchedStep | None = None
 
@@ -71,10 +75,14 @@ class Engine:
         return self.scheduler.has_work or self._launched is not None
 
     def make_request(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        constraint: CompiledConstraint | None = None,
     ) -> Request:
         """Check a request and build its sequences; see `RequestFactory.make`."""
-        return self.requests.make(request_id, prompt_ids, params)
+        return self.requests.make(request_id, prompt_ids, params, constraint)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -148,6 +156,8 @@ class Engine:
                     f"request {waiting.request_id} of {waiting.num_tokens} tokens does not fit "
                     f"into {self.pool.num_free} free KV blocks of {self.config.block_size} tokens"
                 )
+            if self._launched is None:  # else there are tokens to collect meanwhile
+                wait_for_any((s.matcher for s in self.scheduler.running), MASK_WAIT_SECONDS)
             return None
         now = time.monotonic()
         for item in step.items:
@@ -176,7 +186,7 @@ class Engine:
         if token_id == INVALID_TOKEN:
             return self._fail(sequence, "the model's logits are not numbers")
         if sequence.matcher is not None and not sequence.matcher.accept(token_id):
-            return self._fail(sequence, f"token {token_id} violates the requested structure")
+            return self._fail(sequence, sequence.matcher.error, refused=True)
         first, before = sequence.times.first_token is None, sequence.times.last_token
         sequence.times.last_token = now
         if first:
@@ -232,7 +242,7 @@ class Engine:
             text += detokenizer.finish()
         return reason, text
 
-    def _fail(self, sequence: Sequence, error: str) -> SequenceDelta:
+    def _fail(self, sequence: Sequence, error: str, *, refused: bool = False) -> SequenceDelta:
         self._finish(sequence, "error")
         return SequenceDelta(
             request_id=sequence.request_id,
@@ -241,6 +251,7 @@ class Engine:
             text="",
             finish_reason="error",
             error=error,
+            refused=refused,
             times=sequence.times,
         )
 
@@ -252,29 +263,36 @@ class Engine:
         if siblings is not None and all(s.status is Status.FINISHED for s in siblings):
             del self._running[sequence.request_id]
 
-    def _make_runner(self, model: Any, kv_cache: Any) -> ModelRunner:
+    def _make_runner(
+        self,
+        loaded: ServableModel,
+        kv_cache: Layers[KVCacheLayer],
+        graphs: DecodeGraphs | None = None,
+    ) -> ModelRunner:
         return ModelRunner(
-            model,
+            loaded.model,
             kv_cache,
             self.config,
-            vocab_size=self.model_config.vocab_size,
-            eos_token_ids=self.model_config.eos_token_ids,
+            vocab_size=loaded.config.vocab_size,
+            eos_token_ids=loaded.config.eos_token_ids,
             device=self.device,
+            graphs=graphs,
         )
 
-    def _run_largest_step(self, model: Any) -> None:
+    def _run_largest_step(self, loaded: ServableModel) -> None:
         """One prefill of max_num_batched_tokens tokens and logits for max_num_seqs rows."""
         length = min(self.config.max_num_batched_tokens, self.max_model_len - 1)
         blocks = -(-length // self.config.block_size)
         params = SamplingParams(max_tokens=1)
         sequence = self.make_request("warm-up", [0] * length, params).sequences[0]
         sequence.block_table.extend(range(blocks))
-        runner = self._make_runner(model, model.allocate_kv_cache(blocks, self.config.block_size))
+        kv_cache = loaded.model.allocate_kv_cache(blocks, self.config.block_size)
+        runner = self._make_runner(loaded, kv_cache)
         item = ScheduledSequence(sequence, 0, length, samples=True)
         runner.launch(ScheduledStep(items=[item], num_tokens=length)).wait()
         hidden = torch.zeros(
-            (self.config.max_num_seqs, self.model_config.hidden_size),
-            dtype=next(model.parameters()).dtype,
+            (self.config.max_num_seqs, loaded.config.hidden_size),
+            dtype=loaded.dtype,
             device=self.device,
         )
-        model.compute_logits(hidden).softmax(dim=-1)
+        loaded.model.compute_logits(hidden).softmax(dim=-1)

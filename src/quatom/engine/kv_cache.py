@@ -1,18 +1,18 @@
 """How many KV blocks there are: by a given number of bytes, or by the memory measured free."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from quatom.engine.config import EngineConfig
+from quatom.engine.model import Model
 from quatom.errors import EngineError
 
 CPU_DEFAULT_BYTES = 2**30
 
 
 def count_blocks(
-    model: Any,
+    model: Model,
     config: EngineConfig,
     max_model_len: int,
     device: torch.device,

@@ -7,7 +7,6 @@ unknown input tokens are taken on the device from the tokens sampled last.
 
 from collections.abc import Sequence as Layers
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,41 +15,15 @@ from torch import Tensor
 from quatom.engine.batch import Batch, build_batch, to_device
 from quatom.engine.config import EngineConfig
 from quatom.engine.cuda_graphs import DecodeGraphs
+from quatom.engine.model import KVCacheLayer, Model
 from quatom.engine.outputs import TokenLogprobs
 from quatom.engine.sampler import INVALID_TOKEN, Sampled, build_inputs, gather_logprobs, sample
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep
 from quatom.engine.sequence import Sequence
-from quatom.engine.structured import build_mask
-from quatom.modeling.context import ForwardContext
+from quatom.engine.structured.masks import build_mask
 
 LOGPROB_ROWS = 256
 """Prompt positions whose logits are held at once; 128 MiB at a vocabulary of 131072."""
-
-
-class KVCacheLayer(Protocol):
-    """What the engine asks of one layer's cache (`quatom.numerics.kv_pages.KVPages`)."""
-
-    @property
-    def bytes_per_block(self) -> int:
-        """Bytes of one block of this layer."""
-
-    def copy_blocks(self, source: Tensor, target: Tensor) -> None:
-        """Copy whole blocks, (n,) int64 each."""
-
-
-class Model(Protocol):
-    """What the engine asks of a model (`quatom.modeling.decoder.Decoder`)."""
-
-    def forward(
-        self, input_ids: Tensor, context: ForwardContext, kv_cache: Layers[KVCacheLayer]
-    ) -> Tensor:
-        """Hidden states (T, hidden) of T new tokens, appended to the cache."""
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """(M, hidden) -> (M, vocab) float32."""
-
-    def allocate_kv_cache(self, num_blocks: int, block_size: int) -> Layers[KVCacheLayer]:
-        """One cache a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +104,7 @@ class ModelRunner:
             nothing = torch.empty(0, dtype=torch.int64)
             return LaunchedStep(batch.items, sequences, nothing, None, None, None)
         inputs = build_inputs(sequences, self.vocab_size, self.eos_token_ids, self.device)
-        mask = build_mask([s.matcher for s in sequences], self.vocab_size)
-        if mask is not None:
-            mask = mask.to(self.device, non_blocking=True)
+        mask = build_mask([s.matcher for s in sequences])
         sampled = sample(logits, inputs, mask)
         self._last_tokens = sampled.token_ids
         return self._to_host(batch, sequences, sampled)

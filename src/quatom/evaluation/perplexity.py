@@ -153,6 +153,7 @@ def measure_perplexity(
             f"{loaded.config.max_position} positions: choose --sequence-length from 2 to that"
         )
     windows = cut_windows(tokens, sequence_length, max_windows)
+    loaded.model.limit_length(sequence_length)
     check_token_ids(windows, loaded.config.vocab_size, "the text")
     started = time.perf_counter()
     losses: list[float] = []

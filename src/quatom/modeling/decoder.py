@@ -48,7 +48,13 @@ class Decoder(nn.Module):
         return self.embed.table
 
     def limit_length(self, max_length: int) -> None:
-        """Say how long the longest sequence will be: longrope's frequencies depend on it."""
+        """Say how many tokens the longest sequence will have: longrope's frequencies depend on it.
+
+        Shorter than the pre-training length they are other ones than beyond it, for all tokens.
+        """
+        scalings = [rope.scaling for rope in self.config.ropes()]
+        if not any(scaling is not None and scaling.kind == "longrope" for scaling in scalings):
+            return
         config, device = self.config, self.embedding.device
         self.rotary = RotaryTables(config, config.max_position, device, max_length=max_length)
 

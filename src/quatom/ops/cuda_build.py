@@ -162,13 +162,6 @@ def multiprocessors(device: int) -> int:
     return count
 
 
-@cache
-def shared_memory(device: int) -> int:
-    """Bytes of shared memory that a CTA of a CUDA device may take."""
-    bytes_: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return bytes_
-
-
 class CudaKernel:
     """A loaded kernel of one device, ready to launch.
 

@@ -3,21 +3,22 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 import quatom
 from quatom.engine.engine import Engine
 from quatom.errors import QuatomError
 from quatom.serving import responses
-from quatom.serving.api_errors import ApiError, from_quatom, from_validation, json_response
+from quatom.serving.agent_routes import add_agent_routes
+from quatom.serving.api_errors import ApiError, from_quatom, json_response
 from quatom.serving.async_engine import AsyncEngine
 from quatom.serving.chat import create_chat_completion
 from quatom.serving.chat_protocol import (
@@ -29,15 +30,14 @@ from quatom.serving.completions import create_completion
 from quatom.serving.generation import Service
 from quatom.serving.metrics import Metrics
 from quatom.serving.middleware import ApiKeyMiddleware, RequestLogMiddleware
-from quatom.serving.openapi import describe, request_body
+from quatom.serving.openapi import describe
 from quatom.serving.prompt import PromptEncoder
 from quatom.serving.protocol import CompletionRequest
+from quatom.serving.routing import errors, post_route, read_body
 from quatom.serving.tokenize import detokenize, tokenize
 
 STATIC = Path(__file__).parent / "static"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,10 @@ class ServerOptions:
     """Asked of every request but those to /health and /metrics."""
     max_body_bytes: int = 16 * 2**20
     """Larger bodies are refused (413)."""
+    tool_format: str | None = None
+    """How the model writes tool calls; None: as its chat template shows."""
+    reasoning_format: str = "auto"
+    """See `quatom.serving.reasoning.FORMATS`."""
 
 
 def create_app(
@@ -61,7 +65,12 @@ def create_app(
     """The application around an engine, which runs while the application does."""
     metrics = Metrics(engine, options.model_names[0])
     async_engine = AsyncEngine(engine, observe=metrics.observe, on_stop=on_engine_stop)
-    service = Service(async_engine, PromptEncoder(engine.tokenizer), options.model_names)
+    encoder = PromptEncoder(
+        engine.tokenizer,
+        tool_format=options.tool_format,
+        reasoning_format=options.reasoning_format,
+    )
+    service = Service(async_engine, encoder, options.model_names)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -78,6 +87,7 @@ def create_app(
     )
     app.state.async_engine = async_engine
     _add_generation_routes(app, service, options.max_body_bytes)
+    add_agent_routes(app, service, options.max_body_bytes)
     _add_information_routes(app, service, metrics)
     _add_page(app)
     _add_error_handlers(app)
@@ -88,51 +98,13 @@ def create_app(
     return app
 
 
-async def _read(http: Request, model: type[Body], limit: int) -> Body:
-    """The request's body, checked.
-
-    Raises:
-        ApiError: it is too large, no JSON, or does not fit `model`.
-    """
-    parts, size = [], 0
-    async for part in http.stream():
-        size += len(part)
-        if size > limit:
-            raise ApiError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body is larger than {limit} bytes",
-                code="body_too_large",
-            )
-        parts.append(part)
-    try:
-        return model.model_validate_json(b"".join(parts))
-    except ValidationError as error:
-        raise from_validation(error) from error
-
-
 def _add_generation_routes(app: FastAPI, service: Service, limit: int) -> None:
-    def route(
-        path: str, body: type[BaseModel], response: type[BaseModel], *, streams: bool = False
-    ) -> Any:
-        done: dict[str, Any] = {"model": response}
-        if streams:  # where the body says so; the schema is that of an event
-            event = {
-                "type": "object",
-                "properties": {"data": {"type": "string"}},
-                "required": ["data"],
-            }
-            done["content"] = {"text/event-stream": {"schema": event}}
-        return app.post(
-            path,
-            openapi_extra=request_body(body),
-            response_model=None,
-            responses={200: done, **_errors(400, 404, 413, 429, 500, 503)},
-        )
+    route = partial(post_route, app)
 
     @route("/v1/completions", CompletionRequest, responses.CompletionResponse, streams=True)
     async def completions(http: Request) -> Response:
         """Complete prompts: text, token ids, or lists of either."""
-        body = await _read(http, CompletionRequest, limit)
+        body = await read_body(http, CompletionRequest, limit)
         return await create_completion(service, body, http)
 
     @route(
@@ -143,18 +115,18 @@ def _add_generation_routes(app: FastAPI, service: Service, limit: int) -> None:
     )
     async def chat_completions(http: Request) -> Response:
         """Answer a conversation."""
-        body = await _read(http, ChatCompletionRequest, limit)
+        body = await read_body(http, ChatCompletionRequest, limit)
         return await create_chat_completion(service, body, http)
 
     @route("/tokenize", TokenizeRequest, responses.TokenizeResponse)
     async def tokenize_text(http: Request) -> Response:
         """Token ids of a text or a conversation."""
-        return await tokenize(service, await _read(http, TokenizeRequest, limit))
+        return await tokenize(service, await read_body(http, TokenizeRequest, limit))
 
     @route("/detokenize", DetokenizeRequest, responses.DetokenizeResponse)
     async def detokenize_tokens(http: Request) -> Response:
         """Text of token ids."""
-        return await detokenize(service, await _read(http, DetokenizeRequest, limit))
+        return await detokenize(service, await read_body(http, DetokenizeRequest, limit))
 
 
 def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -175,7 +147,7 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
 
     @app.get(
         "/v1/models/{name:path}",
-        responses={200: {"model": responses.ModelCard}, **_errors(404)},
+        responses={200: {"model": responses.ModelCard}, **errors(404)},
         response_model=None,
     )
     async def model(name: str) -> Response:
@@ -187,7 +159,7 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
         """This server's version."""
         return json_response({"version": quatom.__version__})
 
-    @app.get("/health", response_class=Response, responses=_errors(503))
+    @app.get("/health", response_class=Response, responses=errors(503))
     async def health() -> Response:
         """200 while the engine runs."""
         if service.engine.error is not None:
@@ -217,10 +189,6 @@ def _add_page(app: FastAPI) -> None:
         )
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": responses.ErrorResponse} for status in statuses}
 
 
 def _add_error_handlers(app: FastAPI) -> None:

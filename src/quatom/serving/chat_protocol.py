@@ -5,9 +5,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from quatom.engine.sampling import MAX_LOGPROBS, SamplingParams
-from quatom.serving.protocol import ApiModel, GenerationRequest, TokenId
+from quatom.serving.closed_model import ApiModel, ClosedModel, NeutralChatFields
+from quatom.serving.protocol import GenerationRequest, TokenId
+from quatom.serving.tool_protocol import ToolOptions
 
 MAX_MESSAGES = 4096
+
+
+class OpenModel(ApiModel):
+    """Fields that are not named here are kept: the chat template may know them."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
 
 class ContentPart(ApiModel):
@@ -18,14 +26,29 @@ class ContentPart(ApiModel):
     refusal: str | None = None
 
 
-class Message(ApiModel):
-    """One message of a conversation; other fields go to the chat template as they are."""
+class CalledFunction(OpenModel):
+    """What was called."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MadeCall(OpenModel):
+    """A call that the assistant made earlier."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(OpenModel):
+    """One message of a conversation."""
 
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: list[MadeCall] | None = None
+    tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
         """The message with its content as one string."""
@@ -39,13 +62,12 @@ class Message(ApiModel):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class ChatTemplateOptions(ApiModel):
+class ChatTemplateOptions(ToolOptions):
     """How a conversation becomes a prompt."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
     def _one_ending(self) -> Self:
@@ -54,7 +76,7 @@ class ChatTemplateOptions(ApiModel):
         return self
 
 
-class ChatCompletionRequest(GenerationRequest, ChatTemplateOptions):
+class ChatCompletionRequest(GenerationRequest, ChatTemplateOptions, NeutralChatFields):
     """POST /v1/chat/completions."""
 
     messages: Messages
@@ -62,7 +84,7 @@ class ChatCompletionRequest(GenerationRequest, ChatTemplateOptions):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    reasoning_effort: str | None = None
 
     @model_validator(mode="after")
     def _logprobs_are_asked_for(self) -> Self:
@@ -94,7 +116,7 @@ class TokenizeRequest(ChatTemplateOptions):
         return self
 
 
-class DetokenizeRequest(ApiModel):
+class DetokenizeRequest(ClosedModel):
     """POST /detokenize."""
 
     model: str | None = None

@@ -12,10 +12,12 @@ from quatom.serving.chat_protocol import (
     TokenizeRequest,
 )
 from quatom.serving.protocol import CompletionRequest
+from quatom.serving.responses_protocol import ResponsesRequest
 
 BODIES: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     ChatCompletionRequest,
+    ResponsesRequest,
     TokenizeRequest,
     DetokenizeRequest,
 )

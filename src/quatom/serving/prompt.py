@@ -4,21 +4,56 @@ import threading
 from http import HTTPStatus
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from quatom.engine.sampling import StructuredOutput
 from quatom.engine.text_stream import text_of
 from quatom.engine.vocabulary import Vocabulary, vocabulary_of
 from quatom.serving.api_errors import ApiError
 from quatom.serving.chat_protocol import ChatTemplateOptions, Message
+from quatom.serving.dialogue import Dialogue, Turn
+
+RESERVED = {
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
+"""Arguments of transformers' apply_chat_template that chat_template_kwargs may not hold."""
 
 
 class PromptEncoder:
-    """A tokenizer and its chat template. Any thread may use it."""
+    """A tokenizer and its way to converse. Any thread may use it."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, *, tool_format: str | None = None, reasoning_format: str = "auto"
+    ) -> None:
+        """Wrap a tokenizer; for the other arguments see `Dialogue`."""
         self._tokenizer = tokenizer
+        self._dialogue = Dialogue(
+            tokenizer, tool_format=tool_format, reasoning_format=reasoning_format
+        )
         # A tokenizer's Rust core refuses to be changed while it works; `encode` may change it.
         self._lock = threading.Lock()
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """How the model converses.
+
+        Raises:
+            ApiError: it has no tokenizer.
+        """
+        self._need()
+        return self._dialogue
 
     def encode(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
         """Token ids of a prompt; a list of ids stays as it is."""
@@ -34,30 +69,7 @@ class PromptEncoder:
         Raises:
             ApiError: the model has no template, or the template refuses the conversation.
         """
-        tokenizer = self._need()
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ApiError(
-                HTTPStatus.BAD_REQUEST, "this model has no chat template: use /v1/completions"
-            )
-        goes_on = bool(options.continue_final_message)
-        begins = options.add_generation_prompt
-        try:
-            # transformers renders templates in jinja2's immutable sandbox.
-            text = tokenizer.apply_chat_template(
-                [message.for_template() for message in messages],
-                tools=options.tools,
-                tokenize=False,
-                add_generation_prompt=not goes_on if begins is None else begins,
-                continue_final_message=goes_on,
-                **_template_arguments(options.chat_template_kwargs),
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            raise ApiError(
-                HTTPStatus.BAD_REQUEST,
-                f"the chat template refuses these messages: {error}",
-                param="messages",
-            ) from error
-        return self.encode(text, special=False)
+        return self.encode(self.dialogue.prompt(turn_of(messages, options)), special=False)
 
     def places(self, text: str, *, special: bool = True) -> list[int]:
         """Where each token of a text begins in it, after what the token before it took.
@@ -105,30 +117,40 @@ class PromptEncoder:
         return self._tokenizer
 
 
-def _template_arguments(given: dict[str, Any] | None) -> dict[str, Any]:
-    """chat_template_kwargs, without the arguments that are not the template's own."""
-    reserved = {
-        "conversation",
-        "messages",
-        "tools",
-        "documents",
-        "chat_template",
-        "tokenize",
-        "add_generation_prompt",
-        "continue_final_message",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-    }
-    refused = sorted(reserved & (given or {}).keys())
+def turn_of(
+    messages: list[Message],
+    options: ChatTemplateOptions,
+    structured: StructuredOutput | None = None,
+    effort: str | None = None,
+) -> Turn:
+    """What a request says, for `Dialogue`.
+
+    Args:
+        messages: the conversation.
+        options: how it becomes a prompt.
+        structured: what the content must fit.
+        effort: reasoning_effort, which some templates know.
+
+    Raises:
+        ApiError: chat_template_kwargs hold what is not the template's own.
+        RequestError: a tool is not valid.
+    """
+    arguments = options.chat_template_kwargs or {}
+    refused = sorted(RESERVED & arguments.keys())
     if refused:
         raise ApiError(
             HTTPStatus.BAD_REQUEST,
             f"chat_template_kwargs may not hold {', '.join(refused)}",
             param="chat_template_kwargs",
         )
-    return given or {}
+    return Turn(
+        messages=[message.for_template() for message in messages],
+        tools=options.tools_for_template(),
+        functions=options.callable_functions(),
+        call_required=options.call_required,
+        parallel=options.parallel,
+        add_generation_prompt=options.add_generation_prompt,
+        continue_final_message=bool(options.continue_final_message),
+        arguments=arguments if effort is None else {"reasoning_effort": effort, **arguments},
+        structured=structured,
+    )

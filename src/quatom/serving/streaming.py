@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -15,26 +15,10 @@ from quatom.serving.api_errors import ApiError, from_quatom
 logger = logging.getLogger("quatom.serving")
 
 
-class EventStream(StreamingResponse):
-    """Sends chunks as events. When the client vanishes the source is closed at once."""
-
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
-        self._chunks = chunks
-        super().__init__(
-            events(chunks),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
-
-    async def stream_response(self, send: Send) -> None:
-        """Send everything; closing `chunks` aborts what still runs."""
-        try:
-            await super().stream_response(send)
-        finally:
-            await self._chunks.aclose()
+Chunks = AsyncGenerator[dict[str, Any], None]
 
 
-async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
+async def events(chunks: Chunks) -> AsyncIterator[str]:
     """Frame chunks."""
     try:
         async with aclosing(chunks):
@@ -50,3 +34,25 @@ async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[
 def frame(content: dict[str, Any]) -> str:
     """One event."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Sends chunks as events. When the client vanishes the source is closed at once."""
+
+    def __init__(
+        self, chunks: Chunks, events: Callable[[Chunks], AsyncIterator[str]] = events
+    ) -> None:
+        """Send `chunks` as `events` frames them."""
+        self._chunks = chunks
+        super().__init__(
+            events(chunks),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+
+    async def stream_response(self, send: Send) -> None:
+        """Send everything; closing `chunks` aborts what still runs."""
+        try:
+            await super().stream_response(send)
+        finally:
+            await self._chunks.aclose()

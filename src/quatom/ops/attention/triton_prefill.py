@@ -5,13 +5,14 @@ It reads the same packed workspace. One program takes BLOCK_M new tokens of one 
 tokens they see; only tiles that touch the diagonal or the window's edge are masked.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quatom.ops.attention import AttentionOptions
-from quatom.ops.cuda_build import shared_memory
 
 _LOG2E = 1.4426950408889634
 
@@ -204,10 +205,16 @@ def prefill_softcap(
     return out
 
 
+@cache
+def _shared_memory(device: int) -> int:
+    """Bytes that a CTA may take."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+
+
 def _tile(d_pad: int, device: torch.device) -> tuple[int, int, int, int]:
     """Rows, tokens, warps and stages: as large as shared memory and registers allow."""
     if device.type != "cuda":
         return 32, 32, 4, 1
-    if shared_memory(device.index) < 200 * 1024:
+    if _shared_memory(device.index) < 200 * 1024:
         return 64, 32, 4, 2
     return 128, 64, 8, 3 if d_pad <= 128 else 2

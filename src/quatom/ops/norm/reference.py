@@ -1,6 +1,7 @@
 """What `norm` means, in plain torch."""
 
 from torch import Tensor
+from torch.nn import functional
 
 from quatom.families.spec import Norm
 from quatom.ops.norm import rounds_before_weight
@@ -8,9 +9,9 @@ from quatom.ops.norm import rounds_before_weight
 
 def normalize(rows: Tensor, norm: Norm) -> Tensor:  # (..., K) float32
     """Rows of mean square 1, of mean 0 too where norm is a layer norm."""
-    if norm.kind == "layer":
+    if norm.kind == "layer":  # torch's layer_norm loses digits of a mean that is large
         rows = rows - rows.mean(dim=-1, keepdim=True)
-    return rows * (rows.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt()
+    return functional.rms_norm(rows, rows.shape[-1:], eps=norm.eps)
 
 
 def norm_weight(weight: Tensor, norm: Norm) -> Tensor:

@@ -1,4 +1,4 @@
-"""An engine within a memory budget that counts everything: weights, activations, graphs, KV cache.
+"""Start an engine: within a memory budget that counts everything, and with nothing left to compile.
 
 What the model takes besides its KV cache is measured, not estimated: an engine with the smallest
 useful cache runs the largest steps, and what the driver then counts as used, less that cache, is
@@ -11,9 +11,9 @@ from itertools import cycle
 
 import torch
 
-from quatom.benchmark.offline_run import greedy
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
+from quatom.engine.sampling import SamplingParams
 from quatom.errors import EngineError
 from quatom.loading import LoadedModel
 
@@ -96,6 +96,11 @@ def step_sizes(most: int) -> list[int]:
     """Tokens of the steps that warm-up runs: powers of two, once and a half, up to `most`."""
     powers = [2**i for i in range(most.bit_length())]
     return sorted({n for p in powers for n in (p, p * 3 // 2) if n <= most} | {most})
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    """Exactly `max_tokens` tokens, the most likely each time."""
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
 
 
 def generate(engine: Engine, prompts: list[list[int]], count: int) -> None:

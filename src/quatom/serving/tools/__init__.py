@@ -1,0 +1,1 @@
+"""Tool calls: one module per format, each with its parser and its constraint."""
