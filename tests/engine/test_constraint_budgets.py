@@ -201,5 +201,5 @@ def test_what_a_tokenizer_must_have():
         ConstraintCompiler(byte_tokenizer(), VOCAB, ())
     with pytest.raises(RequestError, match=r"tokenizer\.json"):
         ConstraintCompiler(object(), VOCAB, (EOS,))
-    with pytest.raises(RequestError, match="cannot use this model's tokenizer: .*200 vs 260"):
+    with pytest.raises(RequestError, match=r"cannot use this model's tokenizer: .*200 vs 260"):
         ConstraintCompiler(byte_tokenizer(), 200, (100,))

@@ -90,12 +90,12 @@ def throughput(
     json: JsonOption = None,
 ) -> None:
     """Tokens per second of an engine in this process, with latencies and the share of the limit."""
-    from quatom.engine.startup import release_memory
     from quatom.benchmark.serving_results import add_entries, read_entries, summary
     from quatom.benchmark.throughput import Setting, measure_fixed_batches, measure_throughput
     from quatom.benchmark.throughput_models import benchmark_models
     from quatom.cli.common import read_dtype, read_recipe
     from quatom.engine.config import EngineConfig
+    from quatom.engine.startup import release_memory
 
     device = device or default_device()
     if json is not None:
