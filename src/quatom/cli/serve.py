@@ -30,7 +30,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(help="Ask this key of every request; else QUATOM_API_KEY, else none."),
+        typer.Option(help="Key that every request must have. Default: QUATOM_API_KEY, else none."),
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
@@ -44,14 +44,16 @@ def serve(
         int | None, typer.Option(min=1, help="Longest sequence; default: the model's own limit.")
     ] = None,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Sequences that may queue; more get HTTP 429.")
+        int, typer.Option(min=1, help="Sequences that may wait; further requests get HTTP 429.")
     ] = 1024,
     kv_cache_memory: Annotated[
         float | None,
         typer.Option(min=0.001, help="GiB of KV cache; default: what is free (1 GiB on a CPU)."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
-    prefix_caching: Annotated[bool, typer.Option(help="Use known prefixes again.")] = True,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse the KV cache of prompts with the same beginning.")
+    ] = True,
     keep_freed_memory: Annotated[
         bool,
         typer.Option(
@@ -60,11 +62,14 @@ def serve(
         ),
     ] = False,
     drain_seconds: Annotated[
-        int, typer.Option(min=0, help="How long requests may go on after SIGTERM.")
+        int, typer.Option(min=0, help="Seconds that running requests may take after SIGTERM.")
     ] = 60,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if any.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda. Default: the GPU if there is one, else the CPU."),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+        str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
