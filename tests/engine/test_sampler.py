@@ -11,6 +11,7 @@ from quatom.engine.outputs import Timestamps
 from quatom.engine.sampler import build_inputs, sample, uniform_from_seed
 from quatom.engine.sampling import SamplingParams
 from quatom.engine.sequence import Sequence
+from quatom.engine.token_rules import TokenBias
 from quatom.errors import RequestError
 
 CPU = torch.device("cpu")
@@ -28,6 +29,7 @@ def make_sequence(params, prompt=(1,), output=(), seed=0):
         max_total=1000,
         times=Timestamps(arrival=0.0),
         in_flight=1,  # the token that is being sampled
+        bias=TokenBias.of(params.logit_bias),
     )
 
 

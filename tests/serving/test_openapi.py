@@ -109,11 +109,12 @@ def test_models_and_errors(server, validate):
 
 def test_streams_are_documented(server):
     paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
-    for path in ("/v1/completions", "/v1/chat/completions"):
+    bodies = {"/v1/completions": {"prompt": "a"}, "/v1/chat/completions": {"messages": MESSAGES}}
+    for path, body in bodies.items():
         content = paths[path]["post"]["responses"]["200"]["content"]
         assert content.keys() == {"application/json", "text/event-stream"}
         assert (
-            post(server, path, prompt="a", messages=MESSAGES, max_tokens=1, stream=True)
+            post(server, path, **body, max_tokens=1, stream=True)
             .headers["content-type"]
             .startswith("text/event-stream")
         )

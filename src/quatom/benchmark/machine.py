@@ -22,7 +22,7 @@ from quatom.ops.nvrtc import nvrtc_version
 from quatom.recipe import Recipe
 
 EXTRAS = {
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "xgrammar"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "llguidance", "jsonschema_rs"),
     "eval": ("lm_eval", "datasets"),
     "sentencepiece": ("sentencepiece",),
 }

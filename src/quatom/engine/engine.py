@@ -20,8 +20,13 @@ from quatom.engine.sampler import INVALID_TOKEN
 from quatom.engine.sampling import SamplingParams
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
 from quatom.engine.sequence import Sequence, Status
+from quatom.engine.structured.compiler import CompiledConstraint
+from quatom.engine.structured.masks import wait_for_any
 from quatom.errors import EngineError, QueueFullError, RequestError
 from quatom.recipe import Recipe
+
+MASK_WAIT_SECONDS = 0.05
+"""How long a step waits that has nothing to run but sequences whose masks are missing."""
 
 
 class Engine:
@@ -71,10 +76,14 @@ class Engine:
         return self.scheduler.has_work or self._launched is not None
 
     def make_request(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        constraint: CompiledConstraint | None = None,
     ) -> Request:
         """Check a request and build its sequences; see `RequestFactory.make`."""
-        return self.requests.make(request_id, prompt_ids, params)
+        return self.requests.make(request_id, prompt_ids, params, constraint)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -148,6 +157,8 @@ class Engine:
                     f"request {waiting.request_id} of {waiting.num_tokens} tokens does not fit "
                     f"into {self.pool.num_free} free KV blocks of {self.config.block_size} tokens"
                 )
+            if self._launched is None:  # else there are tokens to collect meanwhile
+                wait_for_any((s.matcher for s in self.scheduler.running), MASK_WAIT_SECONDS)
             return None
         now = time.monotonic()
         for item in step.items:
@@ -176,7 +187,7 @@ class Engine:
         if token_id == INVALID_TOKEN:
             return self._fail(sequence, "the model's logits are not numbers")
         if sequence.matcher is not None and not sequence.matcher.accept(token_id):
-            return self._fail(sequence, f"token {token_id} violates the requested structure")
+            return self._fail(sequence, sequence.matcher.error, refused=True)
         first, before = sequence.times.first_token is None, sequence.times.last_token
         sequence.times.last_token = now
         if first:
@@ -232,7 +243,7 @@ class Engine:
             text += detokenizer.finish()
         return reason, text
 
-    def _fail(self, sequence: Sequence, error: str) -> SequenceDelta:
+    def _fail(self, sequence: Sequence, error: str, *, refused: bool = False) -> SequenceDelta:
         self._finish(sequence, "error")
         return SequenceDelta(
             request_id=sequence.request_id,
@@ -241,6 +252,7 @@ class Engine:
             text="",
             finish_reason="error",
             error=error,
+            refused=refused,
             times=sequence.times,
         )
 

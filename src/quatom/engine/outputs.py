@@ -54,6 +54,8 @@ class SequenceDelta:
     """The completion's clock, for latency metrics."""
     error: str | None = None
     """With finish_reason "error": what went wrong."""
+    refused: bool = False
+    """With finish_reason "error": the request is at fault, its constraint turned out too costly."""
 
 
 @dataclass(slots=True, kw_only=True)

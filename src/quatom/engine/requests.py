@@ -1,12 +1,13 @@
 """A prompt and SamplingParams -> a checked request. Any thread may make one.
 
-Slow parts, such as compiling a grammar, happen here and not in the engine's thread.
+Slow parts, such as compiling a constraint, happen here and not in the engine's thread.
 """
 
 import itertools
 import random
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,12 @@ from quatom.engine.detokenize import Detokenizer
 from quatom.engine.outputs import Timestamps
 from quatom.engine.sampling import SamplingParams, StructuredOutput
 from quatom.engine.sequence import Sequence
-from quatom.engine.structured import GrammarCompiler, Matcher
+from quatom.engine.structured.compiler import (
+    Compilation,
+    CompiledConstraint,
+    ConstraintCompiler,
+)
+from quatom.engine.token_rules import BadWords, TokenBias
 from quatom.errors import RequestError
 
 SEED_STEP = 0x9E3779B97F4A7C15
@@ -36,25 +42,75 @@ class RequestFactory:
         self._model_config = model_config
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
-        self._grammars: GrammarCompiler | None = None
-        self._grammars_lock = threading.Lock()
+        self._compiler: ConstraintCompiler | None = None
+        self._compiler_lock = threading.Lock()
         self._arrivals = itertools.count()
         self._seeds = random.SystemRandom()
 
-    def make(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Request:
+    @property
+    def constraints(self) -> ConstraintCompiler:
+        """Compiles constraints; made when it is first asked for, which takes about a second.
+
+        Raises:
+            RequestError: the model has no tokenizer that can be used for them.
+        """
+        with self._compiler_lock:
+            if self._compiler is None:
+                config = self._model_config
+                self._compiler = ConstraintCompiler(
+                    self._tokenizer, config.vocab_size, config.eos_token_ids
+                )
+            return self._compiler
+
+    def warm_up(self) -> None:
+        """Build what the first constrained request would wait for."""
+        with suppress(RequestError):  # each such request will be refused with it
+            _ = self.constraints
+
+    def close(self) -> None:
+        """End the processes that try constraints."""
+        if self._compiler is not None:
+            self._compiler.close()
+
+    def compile(self, wanted: StructuredOutput) -> Compilation:
+        """Start to compile a constraint; its result goes to `make`.
+
+        Raises:
+            RequestError: the model has no tokenizer that can be used for it.
+            QueueFullError: too many constraints wait to be compiled.
+        """
+        return self.constraints.submit(wanted)
+
+    def make(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        constraint: CompiledConstraint | None = None,
+    ) -> Request:
         """Check a request and build its sequences.
+
+        Args:
+            request_id: what deltas are marked with.
+            prompt_ids: token ids of the prompt.
+            params: how to sample.
+            constraint: what `params.structured` was compiled to; None: compile it now, and wait.
 
         Raises:
             RequestError: the prompt is empty, too long or holds ids that the model does not have,
-                a parameter does not fit the model, or a grammar is not valid.
+                a parameter does not fit the model, or a constraint cannot be enforced.
         """
         params.check_vocabulary(self._model_config.vocab_size)
         # A prompt that is only scored samples one token too, which nobody sees.
         max_total = len(prompt_ids) + max(1, self._check_lengths(prompt_ids, params))
         if self._tokenizer is None and params.stop:
             raise RequestError("stop strings need a tokenizer, and this model has none")
+        if constraint is None and params.structured is not None:
+            constraint = self.compile(params.structured).future.result()
         arrival, now = next(self._arrivals), time.monotonic()
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        bias = TokenBias.of(params.logit_bias)
+        bad_words = BadWords.of(params.bad_words, self._tokenizer)
         sequences = [
             Sequence(
                 request_id=request_id,
@@ -67,7 +123,9 @@ class RequestFactory:
                 max_total=max_total,
                 times=Timestamps(arrival=now),
                 detokenizer=self._detokenizer(prompt_ids, params),
-                matcher=self._matcher(params.structured),
+                matcher=None if constraint is None else constraint.matcher(),
+                bias=bias,
+                bad_words=bad_words,
             )
             for index in range(params.n)
         ]
@@ -107,14 +165,3 @@ class RequestFactory:
         if self._tokenizer is None or not params.detokenize:
             return None
         return Detokenizer(self._tokenizer, prompt_ids, params)
-
-    def _matcher(self, wanted: StructuredOutput | None) -> Matcher | None:
-        if wanted is None:
-            return None
-        with self._grammars_lock:
-            if self._grammars is None:
-                config = self._model_config
-                self._grammars = GrammarCompiler(
-                    self._tokenizer, config.vocab_size, config.eos_token_ids
-                )
-        return self._grammars.matcher(wanted)

@@ -20,7 +20,7 @@ from quatom.engine.outputs import TokenLogprobs
 from quatom.engine.sampler import INVALID_TOKEN, Sampled, build_inputs, gather_logprobs, sample
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep
 from quatom.engine.sequence import Sequence
-from quatom.engine.structured import build_mask
+from quatom.engine.structured.masks import build_mask
 from quatom.modeling.context import ForwardContext
 
 LOGPROB_ROWS = 256
@@ -131,9 +131,7 @@ class ModelRunner:
             nothing = torch.empty(0, dtype=torch.int64)
             return LaunchedStep(batch.items, sequences, nothing, None, None, None)
         inputs = build_inputs(sequences, self.vocab_size, self.eos_token_ids, self.device)
-        mask = build_mask([s.matcher for s in sequences], self.vocab_size)
-        if mask is not None:
-            mask = mask.to(self.device, non_blocking=True)
+        mask = build_mask([s.matcher for s in sequences])
         sampled = sample(logits, inputs, mask)
         self._last_tokens = sampled.token_ids
         return self._to_host(batch, sequences, sampled)

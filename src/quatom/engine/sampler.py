@@ -1,7 +1,7 @@
 """Logits -> token ids, for a whole batch at once, on the logits' own device.
 
-In order: logit_bias, banned tokens (min_tokens), the mask of structured output, penalties,
-temperature; then min_p, top_k and top_p cut the distribution, and
+In order: logit_bias, banned tokens (min_tokens, bad_words), the mask of structured output,
+penalties, temperature; then min_p, top_k and top_p cut the distribution, and
 
     token = first id whose cumulative probability exceeds u * total,   u in [0, 1)
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from quatom.engine.batch import to_device
 from quatom.engine.sequence import Sequence
+from quatom.engine.structured.masks import TokenMask
+from quatom.engine.token_rules import gather_bias
 
 INVALID_TOKEN = -1
 """Reported instead of a token where the model's logits are not numbers."""
@@ -78,32 +80,34 @@ def build_inputs(
 
     Call after the step was scheduled: a sequence's num_output counts the token to be sampled.
     """
-    bias, banned, wanted = [], [], None
+    banned, wanted = [], None
     for row, sequence in enumerate(sequences):
         params = sequence.params
-        if params.logit_bias:
-            bias += [(row, token_id, value) for token_id, value in params.logit_bias.items()]
+        if sequence.bad_words is not None:
+            found = sequence.bad_words.banned(sequence.token_ids, sequence.num_prompt)
+            banned += [(row, token_id) for token_id in found]
         if sequence.num_output <= params.min_tokens:
             stops = {*eos_token_ids, *params.stop_token_ids}
             banned += [(row, token_id) for token_id in stops]
         if params.logprobs is not None:
             wanted = max(wanted or 0, params.logprobs)
+    bias = gather_bias([sequence.bias for sequence in sequences])
     return SamplerInputs(
         random=_random_rows(sequences, vocab_size, device),
         penalties=_penalties(sequences, device),
-        bias=_bias(bias, device) if bias else None,
+        bias=None if bias is None else (to_device(bias[0], device), to_device(bias[1], device)),
         banned=_pairs(banned, device) if banned else None,
         num_logprobs=wanted,
     )
 
 
-def sample(logits: Tensor, inputs: SamplerInputs, mask: Tensor | None = None) -> Sampled:
+def sample(logits: Tensor, inputs: SamplerInputs, mask: TokenMask | None = None) -> Sampled:
     """Choose a token for each row.
 
     Args:
         logits: (M, vocab) float32; changed in place.
         inputs: what `build_inputs` made for these rows.
-        mask: (M, ceil(vocab / 32)) int32 bits of allowed tokens, on the logits' device.
+        mask: the tokens that constraints allow.
     """
     raw = logits.clone() if inputs.num_logprobs is not None else logits
     if inputs.bias is not None:
@@ -112,9 +116,7 @@ def sample(logits: Tensor, inputs: SamplerInputs, mask: Tensor | None = None) ->
     if inputs.banned is not None:
         logits[inputs.banned[0], inputs.banned[1]] = -torch.inf
     if mask is not None:
-        import xgrammar  # only requests with structured output need it
-
-        xgrammar.apply_token_bitmask_inplace(logits, mask)
+        mask.forbid(logits)
     if inputs.penalties is not None:
         _apply_penalties(logits, inputs.penalties)
     token_ids = argmax_rows(logits)
@@ -290,9 +292,3 @@ def _apply_penalties(logits: Tensor, penalties: Penalties) -> None:
 
 def _pairs(pairs: list[tuple[int, int]], device: torch.device) -> Tensor:  # -> (2, n) int64
     return to_device(np.array(pairs, dtype=np.int64).reshape(-1, 2).T.copy(), device)
-
-
-def _bias(entries: list[tuple[int, int, float]], device: torch.device) -> tuple[Tensor, Tensor]:
-    where = _pairs([(row, token_id) for row, token_id, _ in entries], device)
-    values = np.array([value for _, _, value in entries], dtype=np.float32)
-    return where, to_device(values, device)

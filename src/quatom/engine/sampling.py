@@ -11,6 +11,10 @@ from quatom.errors import RequestError
 MAX_LOGPROBS = 20
 """Most alternatives returned for one position; OpenAI's own limit for chat."""
 MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIAS = 300
+"""Most tokens that one request may bias: OpenAI's own limit."""
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 200
 _INT64_MAX = 2**63 - 1
 
 
@@ -18,10 +22,12 @@ _INT64_MAX = 2**63 - 1
 class StructuredOutput:
     """A constraint on the generated text, enforced token by token."""
 
-    kind: Literal["json_schema", "json_object", "regex", "grammar"]
-    """json_schema: a schema as a JSON string; json_object: any JSON object; grammar: GBNF/EBNF."""
+    kind: Literal["json_schema", "json_object", "regex", "grammar", "choice", "structural_tag"]
+    """json_object: any JSON object; regex: the whole text matches; choice: one of some texts;
+    grammar: Lark or GBNF; structural_tag: free text with enforced pieces."""
     value: str = ""
-    """The schema, the regular expression or the grammar; unused for json_object."""
+    """The regular expression or the grammar; a schema, a list of choices or a structural tag as
+    JSON; unused for json_object."""
 
 
 def _check_number(
@@ -41,6 +47,17 @@ def _check_count(name: str, value: object, low: int, high: int | None = None) ->
     if value < low or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"from {low} to {high}"
         raise RequestError(f"{name} must be {limit}, got {value}")
+
+
+def _check_bad_words(words: Sequence[str]) -> None:
+    if len(words) > MAX_BAD_WORDS:
+        raise RequestError(f"at most {MAX_BAD_WORDS} bad_words, got {len(words)}")
+    for word in words:
+        if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_CHARS:
+            raise RequestError(
+                f"bad_words must be strings of 1 to {MAX_BAD_WORD_CHARS} characters, got "
+                f"{str(word)[:40]!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +88,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time it is in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of token ids before anything else."""
+    """Added to the logits of token ids before anything else; at most MAX_LOGIT_BIAS tokens."""
+    bad_words: Sequence[str] = ()
+    """Words whose tokens, with or without a space before them, are not generated one after the
+    other. The same text made of other tokens is not excluded."""
     seed: int | None = None
     """Same seed: same draws, whatever else is running, from logits that may differ in their last
     bits with the batch. None: random."""
@@ -94,7 +114,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens after the first; disables reuse of cached prefixes."""
     structured: StructuredOutput | None = None
-    """Constrain the text to a JSON schema, a regular expression or a grammar."""
+    """Hold the text to a JSON schema, a regular expression, a grammar, choices or tags."""
 
     def __post_init__(self) -> None:
         _check_count("n", self.n, 1, 128)
@@ -123,6 +143,10 @@ class SamplingParams:
                 f"min_tokens {self.min_tokens} and structured output contradict each other: the "
                 "grammar alone says when the text may end"
             )
+        if self.structured is not None and self.bad_words:
+            raise RequestError(
+                "bad_words and structured output together may leave no token: give only one"
+            )
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True: they are found in the text")
 
@@ -133,12 +157,20 @@ class SamplingParams:
             raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings, got {len(stop)}")
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop must be non-empty strings, got {list(stop)!r}")
+        bad_words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words)
+        _check_bad_words(bad_words)
         for token_id in self.stop_token_ids:
             _check_count("stop_token_ids", token_id, 0)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are "
+                "accepted"
+            )
         for token_id, bias in self.logit_bias.items():
             _check_count("logit_bias token id", token_id, 0)
             _check_number("logit_bias", bias, -100.0, 100.0)
         object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "bad_words", bad_words)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
 
@@ -159,7 +191,7 @@ class SamplingParams:
     @property
     def needs_known_tokens(self) -> bool:
         """Whether the next token can be sampled only after the host has read the last one."""
-        return self.has_penalties or self.structured is not None
+        return self.has_penalties or self.structured is not None or bool(self.bad_words)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have.

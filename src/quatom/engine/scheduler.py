@@ -134,7 +134,8 @@ class Scheduler:
         i = 0
         while i < len(self.running):
             sequence = self.running[i]
-            if sequence.num_uncomputed == 1 and not sequence.at_length_limit:
+            decodes = sequence.num_uncomputed == 1 and not sequence.at_length_limit
+            if decodes and sequence.ready:
                 while not self._grow(sequence, step):
                     self._preempt(self.running[-1])
                     preempted = True

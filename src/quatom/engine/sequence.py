@@ -19,7 +19,8 @@ from quatom.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from quatom.engine.detokenize import Detokenizer
-    from quatom.engine.structured import Matcher
+    from quatom.engine.structured.masks import Matcher
+    from quatom.engine.token_rules import BadWords, TokenBias
 
 
 class Status(Enum):
@@ -48,6 +49,8 @@ class Sequence:
     times: Timestamps
     detokenizer: "Detokenizer | None" = None
     matcher: "Matcher | None" = None
+    bias: "TokenBias | None" = None
+    bad_words: "BadWords | None" = None
 
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -89,6 +92,11 @@ class Sequence:
     def finished(self) -> bool:
         """Whether no more tokens will be given out."""
         return self.status is Status.FINISHED
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next step can sample: a slow mask of its constraint may be missing."""
+        return self.matcher is None or self.matcher.ready
 
     @property
     def at_length_limit(self) -> bool:

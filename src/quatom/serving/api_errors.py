@@ -10,6 +10,11 @@ from starlette.responses import Response
 from quatom.errors import EngineError, QueueFullError, RequestError
 
 RETRY_AFTER_S = 1
+MESSAGES = {
+    "extra_forbidden": ("this request has no such field", "unknown_parameter"),
+    "none_required": ("this field is not supported: leave it out", "unsupported_parameter"),
+}
+"""Errors of pydantic -> what is said instead, and OpenAI's code."""
 
 
 class ApiError(Exception):
@@ -64,12 +69,14 @@ def from_validation(error: ValidationError) -> ApiError:
     """The first thing that pydantic found, by the field's name."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = [str(part) for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
+    message, code = MESSAGES.get(
+        first["type"], (first["msg"].removeprefix("Value error, "), "invalid_value")
+    )
     return ApiError(
         HTTPStatus.BAD_REQUEST,
         f"{'.'.join(path)}: {message}" if path else message,
         param=".".join(path) or None,
-        code="invalid_json" if first["type"] == "json_invalid" else "invalid_value",
+        code="invalid_json" if first["type"] == "json_invalid" else code,
     )
 
 

@@ -70,20 +70,31 @@ class AsyncEngine:
     def start(self) -> None:
         """Start the thread; call inside the event loop that will read the streams."""
         self._loop = asyncio.get_running_loop()
+        self.engine.requests.warm_up()
         self._thread.start()
 
     async def stop(self) -> None:
         """End the thread after its current step. Requests still running are dropped."""
         self._commands.put(_Stop())
         await asyncio.to_thread(self._thread.join)
+        self.engine.requests.close()
 
     async def make_request(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams
     ) -> Request:
-        """`Engine.make_request`; compiling a grammar does not block the event loop."""
+        """`Engine.make_request`; compiling a constraint does not block the event loop.
+
+        Cancelling gives the compilation up.
+        """
         if params.structured is None:
             return self.engine.make_request(request_id, prompt_ids, params)
-        return await asyncio.to_thread(self.engine.make_request, request_id, prompt_ids, params)
+        compilation = self.engine.requests.compile(params.structured)
+        try:
+            constraint = await asyncio.wrap_future(compilation.future)
+        except asyncio.CancelledError:
+            compilation.cancel()
+            raise
+        return self.engine.make_request(request_id, prompt_ids, params, constraint)
 
     def check_room(self, num_requests: int) -> None:
         """Refuse requests that the queue has no room for.

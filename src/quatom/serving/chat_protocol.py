@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from quatom.engine.sampling import MAX_LOGPROBS, SamplingParams
-from quatom.serving.protocol import ApiModel, GenerationRequest, TokenId
+from quatom.serving.closed_model import ApiModel, ClosedModel, NeutralChatFields
+from quatom.serving.protocol import GenerationRequest, TokenId
 
 MAX_MESSAGES = 4096
 
@@ -39,7 +40,7 @@ class Message(ApiModel):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class ChatTemplateOptions(ApiModel):
+class ChatTemplateOptions(ClosedModel):
     """How a conversation becomes a prompt."""
 
     add_generation_prompt: bool | None = None
@@ -54,7 +55,7 @@ class ChatTemplateOptions(ApiModel):
         return self
 
 
-class ChatCompletionRequest(GenerationRequest, ChatTemplateOptions):
+class ChatCompletionRequest(GenerationRequest, ChatTemplateOptions, NeutralChatFields):
     """POST /v1/chat/completions."""
 
     messages: Messages
@@ -94,7 +95,7 @@ class TokenizeRequest(ChatTemplateOptions):
         return self
 
 
-class DetokenizeRequest(ApiModel):
+class DetokenizeRequest(ClosedModel):
     """POST /detokenize."""
 
     model: str | None = None

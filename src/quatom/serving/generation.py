@@ -3,10 +3,11 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
@@ -72,6 +73,12 @@ class Generation:
             shorten: where fewer tokens fit than max_tokens, generate those; else that is an error.
         """
         self.service.engine.check_room(len(prompts))
+        if self.params.structured is None:
+            await self._make_requests(prompts, shorten)
+        else:  # compiling a constraint may take a while
+            await self._while_connected(self._make_requests(prompts, shorten))
+
+    async def _make_requests(self, prompts: list[list[int]], shorten: bool) -> None:
         for i, token_ids in enumerate(prompts):
             request_id = f"{self.id}-{i}"
             params = self._that_fit(token_ids) if shorten else self.params
@@ -104,7 +111,15 @@ class Generation:
         Raises:
             ApiError: the engine failed, or the client is gone.
         """
-        running = asyncio.ensure_future(self._run_all())
+        await self._while_connected(self._run_all())
+
+    async def _while_connected(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do some work, and give it up when the client leaves.
+
+        Raises:
+            ApiError: the client is gone.
+        """
+        running = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(self._wait_for_disconnect())
         try:
             await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -150,12 +165,7 @@ class Generation:
             async for deltas in stream:
                 for delta in deltas:
                     if delta.finish_reason == "error":
-                        raise ApiError(
-                            HTTPStatus.INTERNAL_SERVER_ERROR,
-                            f"generation failed: {delta.error}",
-                            kind="server_error",
-                            code="engine_error",
-                        )
+                        raise failure(delta)
                     self.outputs[i].add(delta)
                     yield i, delta
 
@@ -167,3 +177,15 @@ class Generation:
     async def _wait_for_disconnect(self) -> None:
         while (await self._http.receive())["type"] != "http.disconnect":
             pass
+
+
+def failure(delta: SequenceDelta) -> ApiError:
+    """Why a completion ended early: the request's own constraint, or the engine."""
+    if delta.refused:
+        return ApiError(HTTPStatus.BAD_REQUEST, str(delta.error), code="constraint_too_costly")
+    return ApiError(
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        f"generation failed: {delta.error}",
+        kind="server_error",
+        code="engine_error",
+    )

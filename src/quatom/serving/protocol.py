@@ -1,16 +1,17 @@
-"""Requests: OpenAI's fields, and vLLM's where OpenAI has none. Unknown fields are ignored.
+"""Requests: OpenAI's fields, and vLLM's where OpenAI has none. Unknown fields are refused.
 
 Types are strict (no "5" for 5), numbers finite, and JSON is parsed by pydantic itself, so that
 nesting, UTF-8 and numbers are checked before anything else sees them.
 """
 
-import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from quatom.engine.sampling import MAX_LOGPROBS, SamplingParams, StructuredOutput
+from quatom.engine.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from quatom.errors import RequestError
+from quatom.serving.closed_model import ClosedModel, HarmlessFields, NeutralFields
+from quatom.serving.constraint_protocol import ConstraintFields
 
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -18,72 +19,15 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 MAX_PROMPTS = 2048
 
 
-class ApiModel(BaseModel):
-    """Strict types, finite numbers, unknown fields ignored."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
-
-
-class StreamOptions(ApiModel):
+class StreamOptions(ClosedModel):
     """What a stream reports besides text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # random padding; there is none
 
 
-class StructuredOutputs(ApiModel):
-    """vLLM's constraint object; at most one field."""
-
-    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
-    json_object: bool | None = None
-    regex: str | None = None
-    grammar: str | None = None
-
-    def wanted(self) -> list[StructuredOutput]:
-        """The constraints that are set."""
-        found: list[StructuredOutput] = []
-        if self.json_ is not None:
-            text = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
-            found.append(StructuredOutput("json_schema", text))
-        if self.json_object:
-            found.append(StructuredOutput("json_object"))
-        if self.regex is not None:
-            found.append(StructuredOutput("regex", self.regex))
-        if self.grammar is not None:
-            found.append(StructuredOutput("grammar", self.grammar))
-        return found
-
-
-class JsonSchemaFormat(ApiModel):
-    """response_format.json_schema."""
-
-    name: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(ApiModel):
-    """OpenAI's constraint."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> Self:
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError("json_schema is required for type 'json_schema'")
-        return self
-
-    def wanted(self) -> list[StructuredOutput]:
-        """The constraint, if any."""
-        if self.type == "json_object":
-            return [StructuredOutput("json_object")]
-        if self.json_schema is None or self.json_schema.schema_ is None:
-            return []
-        return [StructuredOutput("json_schema", json.dumps(self.json_schema.schema_))]
-
-
-class GenerationRequest(ApiModel):
+class GenerationRequest(ConstraintFields, HarmlessFields, NeutralFields):
     """Fields that completions and chat share."""
 
     model: str | None = None
@@ -95,10 +39,14 @@ class GenerationRequest(ApiModel):
     stream_options: StreamOptions | None = None
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]],
+            Field(max_length=MAX_LOGIT_BIAS),
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    user: str | None = None
-    response_format: ResponseFormat | None = None
     # Beyond OpenAI, as vLLM has them.
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
@@ -108,7 +56,7 @@ class GenerationRequest(ApiModel):
     stop_token_ids: list[TokenId] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    structured_outputs: StructuredOutputs | None = None
+    bad_words: list[str] | None = None
     return_token_ids: bool | None = None
 
     def sampling(self, *, max_tokens: int | None, **more: Any) -> SamplingParams:
@@ -130,6 +78,7 @@ class GenerationRequest(ApiModel):
             "min_tokens",
             "ignore_eos",
             "stop_token_ids",
+            "bad_words",
             "skip_special_tokens",
             "include_stop_str_in_output",
         )
@@ -138,17 +87,9 @@ class GenerationRequest(ApiModel):
             given["stop"] = self.stop
         if self.logit_bias:
             given["logit_bias"] = _token_ids(self.logit_bias)
-        given["structured"] = self._structured()
+        given["structured"] = self.structured()
         given = {k: v for k, v in {**given, **more}.items() if v is not None}
         return SamplingParams(max_tokens=max_tokens, **given)
-
-    def _structured(self) -> StructuredOutput | None:
-        found = self.response_format.wanted() if self.response_format else []
-        found += self.structured_outputs.wanted() if self.structured_outputs else []
-        if len(found) > 1:
-            kinds = ", ".join(item.kind for item in found)
-            raise RequestError(f"ask for one kind of structured output, not for {kinds} at once")
-        return found[0] if found else None
 
 
 class CompletionRequest(GenerationRequest):
