@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -203,3 +205,8 @@ def test_what_a_tokenizer_must_have():
         ConstraintCompiler(object(), VOCAB, (EOS,))
     with pytest.raises(RequestError, match=r"cannot use this model's tokenizer: .*200 vs 260"):
         ConstraintCompiler(byte_tokenizer(), 200, (100,))
+
+
+def test_a_trial_starts_without_torch():
+    command = "import sys, quatom.engine.structured.trial; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

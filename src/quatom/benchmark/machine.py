@@ -22,7 +22,7 @@ from quatom.recipe import Recipe
 from quatom.version import __version__
 
 EXTRAS = {
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "xgrammar"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "llguidance", "jsonschema_rs"),
     "eval": ("lm_eval", "datasets"),
     "sentencepiece": ("sentencepiece",),
 }
