@@ -78,9 +78,7 @@ def block_progress(title: str) -> Iterator[Callable[["QuantizedBlock"], None]]:
                 task,
                 total=block.num_blocks,
                 completed=block.index + 1,
-                error=seconds
-                if error is None
-                else f"{seconds}, output error {error:.3f}",
+                error=seconds if error is None else f"{seconds}, output error {error:.3f}",
             )
 
         yield on_block
