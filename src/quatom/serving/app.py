@@ -13,7 +13,6 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-import quatom
 from quatom.engine.engine import Engine
 from quatom.errors import QuatomError
 from quatom.serving import responses
@@ -35,6 +34,7 @@ from quatom.serving.prompt import PromptEncoder
 from quatom.serving.protocol import CompletionRequest
 from quatom.serving.routing import errors, post_route, read_body
 from quatom.serving.tokenize import detokenize, tokenize
+from quatom.version import __version__
 
 STATIC = Path(__file__).parent / "static"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -80,7 +80,7 @@ def create_app(
 
     app = FastAPI(
         title="Quatom",
-        version=quatom.__version__,
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,  # Swagger's page would load scripts from the network
         redoc_url=None,
@@ -157,7 +157,7 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
     @app.get("/version", responses={200: {"model": responses.VersionResponse}}, response_model=None)
     async def version() -> Response:
         """This server's version."""
-        return json_response({"version": quatom.__version__})
+        return json_response({"version": __version__})
 
     @app.get("/health", response_class=Response, responses=errors(503))
     async def health() -> Response:
