@@ -20,37 +20,33 @@ class ScriptedModel(HashModel):
 
     tokenizer: object = None
     answer: Callable[[str], str] = lambda prompt: ""
+    begin: int = ASSISTANT
+    """The token after which the answer begins."""
     prompts: list[str] = field(default_factory=list)
     """What it was asked, specials included."""
     _known: dict = field(default_factory=dict)
 
     def forward(self, input_ids, context, kv_cache):
-        (cache,) = kv_cache
-        size = cache.ids.shape[1]
-        stored = context.slot_mapping >= 0
-        slots = context.slot_mapping[stored]
-        cache.ids[slots // size, slots % size] = input_ids[stored]
+        cache = kv_cache[0]
+        cache.write(context.slot_mapping, input_ids)
         cu = context.cu_seqlens_q.tolist()
         hidden = torch.zeros(len(input_ids), 2, dtype=torch.float64)
         for b, length in enumerate(context.seq_lens.tolist()):
-            if not length:
-                continue
-            table = context.block_tables[b, : -(-length // size)].long()
-            token_ids = cache.ids[table].flatten()[:length].tolist()
-            # Rows in the middle of a prompt are not sampled.
-            hidden[cu[b + 1] - 1, 0] = self._next(token_ids)
+            if length:  # rows in the middle of a prompt are not sampled
+                token_ids = cache.read(context.block_tables[b], length)
+                hidden[cu[b + 1] - 1, 0] = self._next(token_ids)
         return hidden
 
     def _next(self, token_ids):
-        if ASSISTANT not in token_ids:
+        if self.begin not in token_ids:
             return 0
-        start = len(token_ids) - token_ids[::-1].index(ASSISTANT)
+        start = len(token_ids) - token_ids[::-1].index(self.begin)
         prompt = tuple(token_ids[:start])
         if prompt not in self._known:
             self.prompts.append(self.tokenizer.decode(prompt))
             answer = self.answer(self.prompts[-1])
-            assert "<assistant>" not in answer
             script = self.tokenizer.encode(answer, add_special_tokens=False)
+            assert self.begin not in script
             self._known[prompt] = [*script, EOS]
         script, written = self._known[prompt], len(token_ids) - start
         return script[written] if written < len(script) else EOS
@@ -59,7 +55,9 @@ class ScriptedModel(HashModel):
         wanted = hidden[:, 0].long()
         ids = torch.arange(self.vocab_size)
         logits = ((wanted[:, None] * 31 + ids * 7907) % 1009).float() / 252.25
-        logits[:, [ord(c) for c in '"]})']] += 10.0  # under a constraint, it comes to an end
+        # Under a constraint it comes to an end: brackets close, and strings before them.
+        logits[:, [ord(c) for c in "]})"]] += 10.0
+        logits[:, ord('"')] += 20.0
         logits[torch.arange(len(wanted)), wanted] = 60.0
         return logits
 
@@ -73,20 +71,25 @@ def scripted_tokenizer(template: str | None, special=()):
 
 
 @contextmanager
-def scripted_server(template, answer, *, special=(), max_position=2048, **options):
+def scripted_server(
+    template, answer, *, special=(), begin="<assistant>", max_position=2048, **options
+):
     """Yields what `running_server` does, and the model.
 
     Args:
         template: the chat template.
         answer: a text, or a function of the prompt that gives one.
         special: special tokens of the tokenizer.
+        begin: the token after which the answer begins.
         max_position: the model's limit.
         options: of `ServerOptions`.
     """
     tokenizer = scripted_tokenizer(template, special)
     loaded = hash_loaded(tokenizer=tokenizer, max_position=max_position)
     loaded.model = ScriptedModel(
-        tokenizer=tokenizer, answer=answer if callable(answer) else lambda prompt: answer
+        tokenizer=tokenizer,
+        answer=answer if callable(answer) else lambda prompt: answer,
+        begin=tokenizer.convert_tokens_to_ids(begin),
     )
     config = EngineConfig(
         max_num_seqs=16,
