@@ -25,20 +25,14 @@ class ScriptedModel(HashModel):
     _known: dict = field(default_factory=dict)
 
     def forward(self, input_ids, context, kv_cache):
-        (cache,) = kv_cache
-        size = cache.ids.shape[1]
-        stored = context.slot_mapping >= 0
-        slots = context.slot_mapping[stored]
-        cache.ids[slots // size, slots % size] = input_ids[stored]
+        cache = kv_cache[0]
+        cache.write(context.slot_mapping, input_ids)
         cu = context.cu_seqlens_q.tolist()
         hidden = torch.zeros(len(input_ids), 2, dtype=torch.float64)
         for b, length in enumerate(context.seq_lens.tolist()):
-            if not length:
-                continue
-            table = context.block_tables[b, : -(-length // size)].long()
-            token_ids = cache.ids[table].flatten()[:length].tolist()
-            # Rows in the middle of a prompt are not sampled.
-            hidden[cu[b + 1] - 1, 0] = self._next(token_ids)
+            if length:  # rows in the middle of a prompt are not sampled
+                token_ids = cache.read(context.block_tables[b], length)
+                hidden[cu[b + 1] - 1, 0] = self._next(token_ids)
         return hidden
 
     def _next(self, token_ids):
