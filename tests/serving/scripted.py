@@ -20,6 +20,8 @@ class ScriptedModel(HashModel):
 
     tokenizer: object = None
     answer: Callable[[str], str] = lambda prompt: ""
+    begin: int = ASSISTANT
+    """The token after which the answer begins."""
     prompts: list[str] = field(default_factory=list)
     """What it was asked, specials included."""
     _known: dict = field(default_factory=dict)
@@ -36,15 +38,15 @@ class ScriptedModel(HashModel):
         return hidden
 
     def _next(self, token_ids):
-        if ASSISTANT not in token_ids:
+        if self.begin not in token_ids:
             return 0
-        start = len(token_ids) - token_ids[::-1].index(ASSISTANT)
+        start = len(token_ids) - token_ids[::-1].index(self.begin)
         prompt = tuple(token_ids[:start])
         if prompt not in self._known:
             self.prompts.append(self.tokenizer.decode(prompt))
             answer = self.answer(self.prompts[-1])
-            assert "<assistant>" not in answer
             script = self.tokenizer.encode(answer, add_special_tokens=False)
+            assert self.begin not in script
             self._known[prompt] = [*script, EOS]
         script, written = self._known[prompt], len(token_ids) - start
         return script[written] if written < len(script) else EOS
@@ -67,20 +69,25 @@ def scripted_tokenizer(template: str | None, special=()):
 
 
 @contextmanager
-def scripted_server(template, answer, *, special=(), max_position=2048, **options):
+def scripted_server(
+    template, answer, *, special=(), begin="<assistant>", max_position=2048, **options
+):
     """Yields what `running_server` does, and the model.
 
     Args:
         template: the chat template.
         answer: a text, or a function of the prompt that gives one.
         special: special tokens of the tokenizer.
+        begin: the token after which the answer begins.
         max_position: the model's limit.
         options: of `ServerOptions`.
     """
     tokenizer = scripted_tokenizer(template, special)
     loaded = hash_loaded(tokenizer=tokenizer, max_position=max_position)
     loaded.model = ScriptedModel(
-        tokenizer=tokenizer, answer=answer if callable(answer) else lambda prompt: answer
+        tokenizer=tokenizer,
+        answer=answer if callable(answer) else lambda prompt: answer,
+        begin=tokenizer.convert_tokens_to_ids(begin),
     )
     config = EngineConfig(
         max_num_seqs=16,
