@@ -69,26 +69,31 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialogueStyle:
+    """What is said about a model's way to converse, in the place of what its template shows."""
+
+    chat_template: str | None = None
+    """Text of a Jinja template; None: the tokenizer's own."""
+    tool_format: str | None = None
+    """Name of the format of calls; None: as the template shows."""
+    reasoning_format: str = "auto"
+    """See `quatom.serving.reasoning.FORMATS`."""
+
+
 class Dialogue:
     """A tokenizer's chat template, its tool format and its reasoning. Any thread may use it."""
 
-    def __init__(
-        self, tokenizer: Any, *, tool_format: str | None = None, reasoning_format: str = "auto"
-    ) -> None:
-        """Read what can be read without a conversation.
-
-        Args:
-            tokenizer: with a chat template, or without.
-            tool_format: name of the format of calls; None: as the template shows.
-            reasoning_format: see `quatom.serving.reasoning.FORMATS`.
+    def __init__(self, tokenizer: Any, style: DialogueStyle = DialogueStyle()) -> None:
+        """Take a tokenizer, with a chat template or without.
 
         Raises:
-            RequestError: there is no such format.
+            RequestError: a format is not known.
         """
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
-        self._given = None if tool_format is None else format_named(tool_format)
-        self._reasoning_format = check_reasoning_format(reasoning_format)
+        self._template = ChatTemplate(tokenizer, style.chat_template)
+        self._given = None if style.tool_format is None else format_named(style.tool_format)
+        self._reasoning_format = check_reasoning_format(style.reasoning_format)
 
     @cached_property
     def reasoning(self) -> ReasoningTags | None:

@@ -9,7 +9,7 @@ from quatom.engine.text_stream import text_of
 from quatom.engine.vocabulary import Vocabulary, vocabulary_of
 from quatom.serving.api_errors import ApiError
 from quatom.serving.chat_protocol import ChatTemplateOptions, Message
-from quatom.serving.dialogue import Dialogue, Turn
+from quatom.serving.dialogue import Dialogue, DialogueStyle, Turn
 from quatom.serving.fim import FillInTheMiddle
 
 RESERVED = {
@@ -35,14 +35,10 @@ RESERVED = {
 class PromptEncoder:
     """A tokenizer and its way to converse. Any thread may use it."""
 
-    def __init__(
-        self, tokenizer: Any, *, tool_format: str | None = None, reasoning_format: str = "auto"
-    ) -> None:
-        """Wrap a tokenizer; for the other arguments see `Dialogue`."""
+    def __init__(self, tokenizer: Any, style: DialogueStyle = DialogueStyle()) -> None:
+        """Wrap a tokenizer; `style`: what is said of how its model converses."""
         self._tokenizer = tokenizer
-        self._dialogue = Dialogue(
-            tokenizer, tool_format=tool_format, reasoning_format=reasoning_format
-        )
+        self._dialogue = Dialogue(tokenizer, style)
         self._fim = FillInTheMiddle(tokenizer)
         # A tokenizer's Rust core refuses to be changed while it works; `encode` may change it.
         self._lock = threading.Lock()
