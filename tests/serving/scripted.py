@@ -55,7 +55,9 @@ class ScriptedModel(HashModel):
         wanted = hidden[:, 0].long()
         ids = torch.arange(self.vocab_size)
         logits = ((wanted[:, None] * 31 + ids * 7907) % 1009).float() / 252.25
-        logits[:, [ord(c) for c in '"]})']] += 10.0  # under a constraint, it comes to an end
+        # Under a constraint it comes to an end: brackets close, and strings before them.
+        logits[:, [ord(c) for c in "]})"]] += 10.0
+        logits[:, ord('"')] += 20.0
         logits[torch.arange(len(wanted)), wanted] = 60.0
         return logits
 
