@@ -165,6 +165,12 @@ def test_harmony_has_channels():
         assert streamed(server) == ("Hm.", "Hello.")
         message = ask(server, tools=[NOW], tool_choice="required").message
         assert message.tool_calls[0].function.name == "now"
+        assert message.reasoning_content == "Hm."
+        message = ask(server, response_format=JSON).message
+        assert message.reasoning_content == "Hm."
+        assert 1 <= json.loads(message.content)["n"] <= 9
+        message = ask(server, tools=[NOW], response_format=JSON).message
+        assert 1 <= json.loads(message.content)["n"] <= 9
 
 
 def test_formats_have_names():

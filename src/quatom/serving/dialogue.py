@@ -142,7 +142,7 @@ class Dialogue:
             tokens = (*tokens, reasoning.begin, reasoning.end)
         return Plan(
             prompt=prompt,
-            structured=_structured(turn.structured, use, reasoning, start),
+            structured=_structured(turn.structured, use, known, reasoning, start),
             shown_tokens=self._ids(tokens),
             reasoning=reasoning,
             start=start,
@@ -175,14 +175,20 @@ class Dialogue:
 def _structured(
     content: StructuredOutput | None,
     use: ToolUse | None,
+    known: ToolFormat | None,
     reasoning: ReasoningTags | None,
     start: Start,
 ) -> StructuredOutput | None:
     """The constraint of a whole answer: reasoning is free, what follows is not."""
-    if use is None and (content is None or reasoning is None or start is Start.CLOSED):
+    if use is None and (content is None or (known is None and start is Start.CLOSED)):
         return content
     plain = None if content is None else as_grammar(content)
-    grammar = plain if use is None else use.grammar(plain)
+    if use is not None:
+        grammar = use.grammar(plain)
+    elif known is not None and plain is not None:
+        grammar = known.led(known.content(plain))
+    else:
+        grammar = plain
     if grammar is None:
         return None
     if reasoning is not None:
