@@ -8,6 +8,7 @@ from quatom.errors import RequestError
 from quatom.serving.api_errors import ApiError
 from quatom.serving.chat_protocol import ChatCompletionRequest
 from quatom.serving.chat_template import read_chat_template
+from quatom.serving.dialogue import DialogueStyle
 from quatom.serving.prompt import PromptEncoder, turn_of
 from tests.serving.scripted import scripted_tokenizer
 from tests.serving.templates import HERMES, LLAMA, MISTRAL, OPENED, PHI, TEMPLATES
@@ -234,6 +235,17 @@ def test_a_model_may_have_a_template_for_tools():
     assert "# Tools" in encoder.dialogue.prompt(turn_of(body.messages, body))
     body = ChatCompletionRequest.model_validate({"messages": [USER]})
     assert encoder.dialogue.prompt(turn_of(body.messages, body)) == "[user]hi"
+
+
+def test_a_template_in_the_place_of_the_model_s():
+    for tokenizer in (scripted_tokenizer(None), scripted_tokenizer(PLAIN)):
+        encoder = PromptEncoder(tokenizer, DialogueStyle(chat_template=HERMES))
+        assert encoder.dialogue.tool_format.name == "hermes"
+        body = ChatCompletionRequest.model_validate({"messages": [USER]})
+        assert encoder.dialogue.prompt(turn_of(body.messages, body)) == "<user>user: hi<assistant>"
+    with pytest.raises(ApiError, match="--chat-template FILE"):
+        body = ChatCompletionRequest.model_validate({"messages": [USER]})
+        PromptEncoder(scripted_tokenizer(None)).dialogue.prompt(turn_of(body.messages, body))
 
 
 def test_template_files(tmp_path):

@@ -6,6 +6,7 @@ import openai
 import pytest
 
 from quatom.errors import RequestError
+from quatom.serving.dialogue import DialogueStyle
 from quatom.serving.prompt import PromptEncoder
 from tests.serving.scripted import scripted_server, scripted_tokenizer
 from tests.serving.templates import HARMONY, OPENED, QWEN3, SPECIAL
@@ -129,7 +130,8 @@ def test_a_call_in_the_reasoning_is_none(opened):
 
 
 def test_none_leaves_it_in_the_content():
-    with scripted_server(QWEN3, THOUGHT + "Hello.", reasoning_format="none") as server:
+    style = DialogueStyle(reasoning_format="none")
+    with scripted_server(QWEN3, THOUGHT + "Hello.", dialogue=style) as server:
         message = ask(server).message
         assert message.content == THOUGHT + "Hello."
         assert not hasattr(message, "reasoning_content")
@@ -140,7 +142,8 @@ def test_deepseek_expects_reasoning_whatever_the_template_says():
     answer = "The user says hi.</think>Hello."
     with scripted_server(plain, answer) as server:
         assert ask(server).message.content == answer
-    with scripted_server(plain, answer, reasoning_format="deepseek") as server:
+    style = DialogueStyle(reasoning_format="deepseek")
+    with scripted_server(plain, answer, dialogue=style) as server:
         assert streamed(server) == ("The user says hi.", "Hello.")
 
 
@@ -160,8 +163,14 @@ def test_harmony_has_channels():
         assert streamed(server) == ("Hm.", "Hello.")
         message = ask(server, tools=[NOW], tool_choice="required").message
         assert message.tool_calls[0].function.name == "now"
+        assert message.reasoning_content == "Hm."
+        message = ask(server, response_format=JSON).message
+        assert message.reasoning_content == "Hm."
+        assert 1 <= json.loads(message.content)["n"] <= 9
+        message = ask(server, tools=[NOW], response_format=JSON).message
+        assert 1 <= json.loads(message.content)["n"] <= 9
 
 
 def test_formats_have_names():
     with pytest.raises(RequestError, match="no reasoning format is named 'x'; there are auto"):
-        PromptEncoder(scripted_tokenizer(None), reasoning_format="x")
+        PromptEncoder(scripted_tokenizer(None), DialogueStyle(reasoning_format="x"))

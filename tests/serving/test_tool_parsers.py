@@ -219,7 +219,7 @@ def test_random_texts_of_pieces_of_the_formats_stream_exactly():
 
 
 @pytest.mark.parametrize("name", ["hermes", "llama", "mistral-args", "qwen-coder", "pythonic"])
-@pytest.mark.parametrize("kind", ["arguments", "markers", "text"])
+@pytest.mark.parametrize("kind", ["arguments", "calls", "markers", "text"])
 def test_time_grows_with_the_text_and_not_with_its_square(name, kind):
     """8,000 deltas of 8 characters; a reparse from the start would take minutes."""
     long = 'abc \\n\\" def ' * 5000 if kind == "arguments" else ""
@@ -232,6 +232,14 @@ def test_time_grows_with_the_text_and_not_with_its_square(name, kind):
     }[name]
     if kind == "markers":
         text = (format_named(name).parser.markers[0] + "x") * (64000 // 10)
+    elif kind == "calls":
+        text = {
+            "hermes": "<tool_call>" + '{"name": "add", "arguments": {}}, ' * 2000,
+            "llama": '{"name": "add", "parameters": {}}; ' * 2000,
+            "mistral-args": "[TOOL_CALLS]add[ARGS]{}" * 2000,
+            "qwen-coder": "<tool_call><function=add></function></tool_call>" * 1500,
+            "pythonic": "[" + "add(), " * 5000,
+        }[name]
     elif kind == "text":
         text = "word [ { < " * 6000
     answer = Answer(parser=parser_of(name), call_id=lambda: "x")

@@ -7,6 +7,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from quatom.serving.dialogue import DialogueStyle
 from tests.serving.scripted import scripted_server
 from tests.serving.templates import HERMES, LLAMA, MISTRAL, SPECIAL, TEMPLATES
 
@@ -337,7 +338,8 @@ def test_an_unknown_format_is_an_error_that_says_what_was_looked_for():
         for sign in ("<tool_call> (hermes)", "[TOOL_CALLS", "--tool-format", "tool_choice: none"):
             assert sign in str(caught.value).replace("\\", "")
         assert ask(client, tool_choice="none").choices[0].message.content == NOW
-    with scripted_server(template, NOW, tool_format="hermes") as server, connect(server) as client:
+    style = DialogueStyle(tool_format="hermes")
+    with scripted_server(template, NOW, dialogue=style) as server, connect(server) as client:
         assert ask(client).choices[0].message.tool_calls[0].function.name == "now"
 
 

@@ -5,6 +5,13 @@ from typing import Annotated
 
 import typer
 
+from quatom.cli.dialogue_options import (
+    ChatTemplateOption,
+    ReasoningFormatOption,
+    ToolFormatOption,
+    read_style,
+)
+
 
 def run_batch(
     source: Annotated[Path, typer.Argument(help="JSONL of requests.", exists=True, dir_okay=False)],
@@ -30,6 +37,9 @@ def run_batch(
     dtype: Annotated[
         str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
+    chat_template: ChatTemplateOption = None,
+    tool_format: ToolFormatOption = None,
+    reasoning_format: ReasoningFormatOption = "auto",
 ) -> None:
     """Answer every request of a batch file. Run again, it answers what is missing or has failed."""
     import asyncio
@@ -46,6 +56,7 @@ def run_batch(
     from quatom.serving.batch_run import run_batch as run
     from quatom.serving.server import default_name
 
+    style = read_style(chat_template, tool_format, reasoning_format)
     lines = read_batch(source)
     found = check_output(source, target, lines)
     app = None
@@ -58,7 +69,7 @@ def run_batch(
         )
         llm = LLM(model, device=device, dtype=read_dtype(dtype), config=config)
         names = tuple(served_model_name or (default_name(model),))
-        app = create_app(llm.engine, ServerOptions(model_names=names))
+        app = create_app(llm.engine, ServerOptions(model_names=names, dialogue=style))
     with Progress(console=Console(stderr=True)) as bar:
         missing = len(found.waiting) + len(found.unnoted)
         task = bar.add_task("answering", total=len(lines), completed=len(lines) - missing)

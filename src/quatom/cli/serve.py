@@ -5,6 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quatom.cli.dialogue_options import (
+    ChatTemplateOption,
+    ReasoningFormatOption,
+    ToolFormatOption,
+    read_style,
+)
+
 if TYPE_CHECKING:
     import torch
 
@@ -71,6 +78,9 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
+    chat_template: ChatTemplateOption = None,
+    tool_format: ToolFormatOption = None,
+    reasoning_format: ReasoningFormatOption = "auto",
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Serve a model over OpenAI's HTTP API, with a chat page at /."""
@@ -80,6 +90,7 @@ def serve(
     from quatom.serving.server import configure_logging, serve_engine
 
     configure_logging(log_level.upper())
+    style = read_style(chat_template, tool_format, reasoning_format)
     config = EngineConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -101,6 +112,7 @@ def serve(
     )
     options = ServerOptions(
         model_names=tuple(served_model_name or (name,)),
+        dialogue=style,
         api_key=api_key or os.environ.get("QUATOM_API_KEY") or None,
     )
     serve_engine(engine, options, host=host, port=port, drain_seconds=drain_seconds)

@@ -77,6 +77,7 @@ class DecodeGraphs:
             batch.context.max_seqlen_q == 1
             and batch.sample_rows.shape[0] == size <= self._sizes[-1]
             and all(item.sequence.params.prompt_logprobs is None for item in batch.items)
+            and not any(item.sequence.params.embed for item in batch.items)
         )
 
     def replay(self, input_ids: Tensor, batch: Batch) -> Tensor:

@@ -175,7 +175,9 @@ class Engine:
             sequence.in_flight -= 1
             if not sequence.finished:  # it may have been aborted, or have ended a step ago
                 logprobs = None if step.logprobs is None else step.token_logprobs(row, token_id)
-                deltas.append(self._append(sequence, token_id, logprobs, now))
+                delta = self._append(sequence, token_id, logprobs, now)
+                delta.hidden = step.last_hidden(row)
+                deltas.append(delta)
         for item in step.items:
             self.scheduler.computed(item.sequence)
         return deltas

@@ -54,6 +54,8 @@ class SequenceDelta:
     """The completion's clock, for latency metrics."""
     error: str | None = None
     """With finish_reason "error": what went wrong."""
+    hidden: tuple[float, ...] = ()
+    """With `SamplingParams.embed`: the last hidden state of the prompt's last token."""
     refused: bool = False
     """With finish_reason "error": the request is at fault, its constraint turned out too costly."""
 
@@ -66,6 +68,8 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
+    hidden: tuple[float, ...] = ()
+    """With `SamplingParams.embed`: the last hidden state of the prompt's last token."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -102,5 +106,6 @@ class RequestOutput:
             self.prompt_logprobs = list(delta.prompt_logprobs)
         if delta.index == 0:
             self.num_cached_tokens = delta.num_cached
+        completion.hidden = delta.hidden
         completion.finish_reason = delta.finish_reason
         completion.stop_reason = delta.stop_reason

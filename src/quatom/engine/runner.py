@@ -36,6 +36,7 @@ class LaunchedStep:
     tokens: Tensor  # (M,) int64 on the host, INVALID_TOKEN where logits were no numbers
     logprobs: Tensor | None  # (M,) float32 on the host
     top_logprobs: tuple[Tensor, Tensor] | None  # (M, k) on the host
+    hidden: Tensor | None  # (M, hidden) float32 on the host, if a sequence asks for it
     done: torch.cuda.Event | None
 
     def wait(self) -> list[int]:
@@ -54,6 +55,12 @@ class LaunchedStep:
             values, ids = (column[row, :wanted].tolist() for column in self.top_logprobs)
             top = list(zip(ids, values, strict=True))
         return TokenLogprobs(token_id, self.logprobs[row].item(), tuple(top))
+
+    def last_hidden(self, row: int) -> tuple[float, ...]:
+        """The hidden state of row `row` of a finished step, if its request asked."""
+        if self.hidden is None or not self.sampled[row].params.embed:
+            return ()
+        return tuple(self.hidden[row].tolist())
 
 
 class ModelRunner:
@@ -92,25 +99,31 @@ class ModelRunner:
             rows = (-1 - input_ids).clamp(min=0)
             input_ids = torch.where(input_ids < 0, self._last_tokens[rows], input_ids)
         if self.graphs is not None and self.graphs.accepts(batch):
-            logits = self.graphs.replay(input_ids, batch)
+            rows, logits = None, self.graphs.replay(input_ids, batch)
         else:
             hidden = self.model.forward(input_ids, batch.context, self.kv_cache)
             self._record_prompt_logprobs(hidden, batch)
-            logits = self.model.compute_logits(hidden[batch.sample_rows])
-        return self._sample(logits, batch)
+            rows = hidden[batch.sample_rows]
+            logits = self.model.compute_logits(rows)
+        return self._sample(logits, rows, batch)
 
-    def _sample(self, logits: Tensor, batch: Batch) -> LaunchedStep:
+    def _sample(self, logits: Tensor, rows: Tensor | None, batch: Batch) -> LaunchedStep:
         sequences = [item.sequence for item in batch.sampled]
         if not sequences:
             nothing = torch.empty(0, dtype=torch.int64)
-            return LaunchedStep(batch.items, sequences, nothing, None, None, None)
+            return LaunchedStep(batch.items, sequences, nothing, None, None, None, None)
         inputs = build_inputs(sequences, self.vocab_size, self.eos_token_ids, self.device)
         mask = build_mask([s.matcher for s in sequences])
         sampled = sample(logits, inputs, mask)
         self._last_tokens = sampled.token_ids
-        return self._to_host(batch, sequences, sampled)
+        hidden = None
+        if rows is not None and any(sequence.params.embed for sequence in sequences):
+            hidden = rows.float()
+        return self._to_host(batch, sequences, sampled, hidden)
 
-    def _to_host(self, batch: Batch, sequences: list[Sequence], sampled: Sampled) -> LaunchedStep:
+    def _to_host(
+        self, batch: Batch, sequences: list[Sequence], sampled: Sampled, hidden: Tensor | None
+    ) -> LaunchedStep:
         tokens = torch.where(sampled.valid, sampled.token_ids, INVALID_TOKEN)
         logprobs, top = sampled.logprobs, sampled.top_logprobs
         done = None
@@ -120,9 +133,11 @@ class ModelRunner:
                 logprobs = logprobs.to("cpu", non_blocking=True)
             if top is not None:
                 top = (top[0].to("cpu", non_blocking=True), top[1].to("cpu", non_blocking=True))
+            if hidden is not None:
+                hidden = hidden.to("cpu", non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return LaunchedStep(batch.items, sequences, tokens, logprobs, top, done)
+        return LaunchedStep(batch.items, sequences, tokens, logprobs, top, hidden, done)
 
     def _record_prompt_logprobs(self, hidden: Tensor, batch: Batch) -> None:
         """Append to prompt_logprobs of the sequences that want them. This waits for the device."""

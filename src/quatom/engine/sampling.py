@@ -115,6 +115,8 @@ class SamplingParams:
     of the model, before penalties and temperature."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens after the first; disables reuse of cached prefixes."""
+    embed: bool = False
+    """Give the last hidden state of the prompt's last token; it needs max_tokens 0."""
     structured: StructuredOutput | None = None
     """Hold the text to a JSON schema, a regular expression, a grammar, choices or tags."""
 
@@ -140,6 +142,10 @@ class SamplingParams:
             if (value := getattr(self, name)) is not None:
                 _check_count(name, value, 0, MAX_LOGPROBS)
         self._normalize()
+        if self.embed and (self.max_tokens != 0 or self.n != 1):
+            raise RequestError(
+                f"embed needs max_tokens 0 and n 1, got {self.max_tokens} and {self.n}"
+            )
         if self.structured is not None and self.min_tokens:
             raise RequestError(
                 f"min_tokens {self.min_tokens} and structured output contradict each other: the "

@@ -3,6 +3,11 @@
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from quatom.serving.embeddings import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    create_embeddings,
+)
 from quatom.serving.generation import Service
 from quatom.serving.responses_api import create_response
 from quatom.serving.responses_protocol import ResponseObject, ResponsesRequest
@@ -17,3 +22,9 @@ def add_agent_routes(app: FastAPI, service: Service, limit: int) -> None:
         """Answer a conversation of items; nothing is stored."""
         body = await read_body(http, ResponsesRequest, limit)
         return await create_response(service, body, http)
+
+    @post_route(app, "/v1/embeddings", EmbeddingRequest, EmbeddingResponse)
+    async def embeddings(http: Request) -> Response:
+        """Vectors of texts."""
+        body = await read_body(http, EmbeddingRequest, limit)
+        return await create_embeddings(service, body, http)

@@ -70,8 +70,9 @@ class Answer:
         before, now = self.parsed, self._parse(finish_reason)
         self.parsed = now
         calls = []
-        for index, call in enumerate(now.calls):
-            known = index < len(before.calls)
+        # Of the calls that are known only the last one grows.
+        for index in range(max(0, len(before.calls) - 1), len(now.calls)):
+            call, known = now.calls[index], index < len(before.calls)
             if not known:
                 self.call_ids.append(self._call_id())
             sent = len(before.calls[index].arguments) if known else 0

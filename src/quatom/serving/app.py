@@ -26,6 +26,7 @@ from quatom.serving.chat_protocol import (
     TokenizeRequest,
 )
 from quatom.serving.completions import create_completion
+from quatom.serving.dialogue import DialogueStyle
 from quatom.serving.generation import Service
 from quatom.serving.metrics import Metrics
 from quatom.serving.middleware import ApiKeyMiddleware, RequestLogMiddleware
@@ -50,10 +51,8 @@ class ServerOptions:
     """Asked of every request but those to /health and /metrics."""
     max_body_bytes: int = 16 * 2**20
     """Larger bodies are refused (413)."""
-    tool_format: str | None = None
-    """How the model writes tool calls; None: as its chat template shows."""
-    reasoning_format: str = "auto"
-    """See `quatom.serving.reasoning.FORMATS`."""
+    dialogue: DialogueStyle = DialogueStyle()
+    """What is said of how the model converses."""
 
 
 def create_app(
@@ -65,11 +64,7 @@ def create_app(
     """The application around an engine, which runs while the application does."""
     metrics = Metrics(engine, options.model_names[0])
     async_engine = AsyncEngine(engine, observe=metrics.observe, on_stop=on_engine_stop)
-    encoder = PromptEncoder(
-        engine.tokenizer,
-        tool_format=options.tool_format,
-        reasoning_format=options.reasoning_format,
-    )
+    encoder = PromptEncoder(engine.tokenizer, options.dialogue)
     service = Service(async_engine, encoder, options.model_names)
 
     @asynccontextmanager

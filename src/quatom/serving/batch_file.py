@@ -18,7 +18,7 @@ from typing import Any
 
 from quatom.serving.api_errors import ApiError
 
-URLS = ("/v1/completions", "/v1/chat/completions")
+URLS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 ANSWER_START = b'{"id": "batch_req_'
 """How every line out begins."""
 

@@ -57,15 +57,17 @@ def read_chat_template(path: Path) -> str:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. Any thread may use it."""
+    """A tokenizer's chat template, or one in its place. Any thread may use it."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, given: str | None = None) -> None:
+        """Take the tokenizer, and the text of another template."""
         self._tokenizer = tokenizer
+        self._given = given
 
     @property
     def exists(self) -> bool:
         """Whether the model has one."""
-        return getattr(self._tokenizer, "chat_template", None) is not None
+        return self._given is not None or bool(getattr(self._tokenizer, "chat_template", None))
 
     @property
     def one_call_at_a_time(self) -> bool:
@@ -79,7 +81,12 @@ class ChatTemplate:
             ApiError: the model has none.
         """
         if not self.exists:
-            raise _refusal("this model has no chat template: use /v1/completions")
+            raise _refusal(
+                "this model has no chat template: use /v1/completions, or start the server with "
+                "--chat-template FILE"
+            )
+        if self._given is not None:
+            return self._given
         try:
             return str(self._tokenizer.get_chat_template(tools=[{}] if tools else None))
         except ValueError as error:  # it has several, and none for this
@@ -116,6 +123,7 @@ class ChatTemplate:
                 self._tokenizer.apply_chat_template(
                     messages,
                     tools=tools,
+                    chat_template=self._given,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,

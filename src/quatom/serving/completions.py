@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -21,15 +22,22 @@ async def create_completion(
 ) -> Response:
     """Complete every prompt, at once or as a stream."""
     model = service.check_model(body.model)
-    generation = Generation(service, "cmpl", model, body.params(), http)
+    params = body.params()
     special = body.add_special_tokens is not False
 
     def read_prompts() -> tuple[list[list[int]], list[Echo]]:
         encoder, given = service.encoder, body.prompts()
-        prompts = [encoder.encode(prompt, special=special) for prompt in given]
+        if body.suffix:
+            prompts = [encoder.encode_around(p, body.suffix, special=special) for p in given]
+        else:
+            prompts = [encoder.encode(prompt, special=special) for prompt in given]
         return prompts, [make_echo(encoder, body, p) if body.echo else Echo() for p in given]
 
     prompts, echoes = await asyncio.to_thread(read_prompts)
+    if body.suffix and not params.ignore_eos:
+        ends = (*params.stop_token_ids, *service.encoder.ends_of_middle())
+        params = replace(params, stop_token_ids=ends)
+    generation = Generation(service, "cmpl", model, params, http)
     await generation.prepare(prompts, shorten=body.max_tokens is None)
     choices = _Choices(generation, body, echoes)
     if body.stream:

@@ -69,26 +69,31 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialogueStyle:
+    """What is said about a model's way to converse, in the place of what its template shows."""
+
+    chat_template: str | None = None
+    """Text of a Jinja template; None: the tokenizer's own."""
+    tool_format: str | None = None
+    """Name of the format of calls; None: as the template shows."""
+    reasoning_format: str = "auto"
+    """See `quatom.serving.reasoning.FORMATS`."""
+
+
 class Dialogue:
     """A tokenizer's chat template, its tool format and its reasoning. Any thread may use it."""
 
-    def __init__(
-        self, tokenizer: Any, *, tool_format: str | None = None, reasoning_format: str = "auto"
-    ) -> None:
-        """Read what can be read without a conversation.
-
-        Args:
-            tokenizer: with a chat template, or without.
-            tool_format: name of the format of calls; None: as the template shows.
-            reasoning_format: see `quatom.serving.reasoning.FORMATS`.
+    def __init__(self, tokenizer: Any, style: DialogueStyle = DialogueStyle()) -> None:
+        """Take a tokenizer, with a chat template or without.
 
         Raises:
-            RequestError: there is no such format.
+            RequestError: a format is not known.
         """
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
-        self._given = None if tool_format is None else format_named(tool_format)
-        self._reasoning_format = check_reasoning_format(reasoning_format)
+        self._template = ChatTemplate(tokenizer, style.chat_template)
+        self._given = None if style.tool_format is None else format_named(style.tool_format)
+        self._reasoning_format = check_reasoning_format(style.reasoning_format)
 
     @cached_property
     def reasoning(self) -> ReasoningTags | None:
@@ -137,7 +142,7 @@ class Dialogue:
             tokens = (*tokens, reasoning.begin, reasoning.end)
         return Plan(
             prompt=prompt,
-            structured=_structured(turn.structured, use, reasoning, start),
+            structured=_structured(turn.structured, use, known, reasoning, start),
             shown_tokens=self._ids(tokens),
             reasoning=reasoning,
             start=start,
@@ -170,14 +175,20 @@ class Dialogue:
 def _structured(
     content: StructuredOutput | None,
     use: ToolUse | None,
+    known: ToolFormat | None,
     reasoning: ReasoningTags | None,
     start: Start,
 ) -> StructuredOutput | None:
     """The constraint of a whole answer: reasoning is free, what follows is not."""
-    if use is None and (content is None or reasoning is None or start is Start.CLOSED):
+    if use is None and (content is None or (known is None and start is Start.CLOSED)):
         return content
     plain = None if content is None else as_grammar(content)
-    grammar = plain if use is None else use.grammar(plain)
+    if use is not None:
+        grammar = use.grammar(plain)
+    elif known is not None and plain is not None:
+        grammar = known.led(known.content(plain))
+    else:
+        grammar = plain
     if grammar is None:
         return None
     if reasoning is not None:

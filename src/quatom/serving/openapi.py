@@ -11,6 +11,7 @@ from quatom.serving.chat_protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from quatom.serving.embeddings import EmbeddingRequest
 from quatom.serving.protocol import CompletionRequest
 from quatom.serving.responses_protocol import ResponsesRequest
 
@@ -18,6 +19,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     ChatCompletionRequest,
     ResponsesRequest,
+    EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,
 )

@@ -9,7 +9,8 @@ from quatom.engine.text_stream import text_of
 from quatom.engine.vocabulary import Vocabulary, vocabulary_of
 from quatom.serving.api_errors import ApiError
 from quatom.serving.chat_protocol import ChatTemplateOptions, Message
-from quatom.serving.dialogue import Dialogue, Turn
+from quatom.serving.dialogue import Dialogue, DialogueStyle, Turn
+from quatom.serving.fim import FillInTheMiddle
 
 RESERVED = {
     "conversation",
@@ -34,14 +35,11 @@ RESERVED = {
 class PromptEncoder:
     """A tokenizer and its way to converse. Any thread may use it."""
 
-    def __init__(
-        self, tokenizer: Any, *, tool_format: str | None = None, reasoning_format: str = "auto"
-    ) -> None:
-        """Wrap a tokenizer; for the other arguments see `Dialogue`."""
+    def __init__(self, tokenizer: Any, style: DialogueStyle = DialogueStyle()) -> None:
+        """Wrap a tokenizer; `style`: what is said of how its model converses."""
         self._tokenizer = tokenizer
-        self._dialogue = Dialogue(
-            tokenizer, tool_format=tool_format, reasoning_format=reasoning_format
-        )
+        self._dialogue = Dialogue(tokenizer, style)
+        self._fim = FillInTheMiddle(tokenizer)
         # A tokenizer's Rust core refuses to be changed while it works; `encode` may change it.
         self._lock = threading.Lock()
 
@@ -62,6 +60,22 @@ class PromptEncoder:
         tokenizer = self._need()
         with self._lock:
             return list(tokenizer.encode(prompt, add_special_tokens=special))
+
+    def encode_around(
+        self, before: str | list[int], after: str, *, special: bool = True
+    ) -> list[int]:
+        """Token ids that ask for the text between two others.
+
+        Raises:
+            RequestError: the model was not trained for that.
+        """
+        self._need()
+        with self._lock:
+            return self._fim.encode(before, after, special=special)
+
+    def ends_of_middle(self) -> list[int]:
+        """Tokens that end what `encode_around` asks for."""
+        return self._fim.stop_token_ids()
 
     def encode_chat(self, messages: list[Message], options: ChatTemplateOptions) -> list[int]:
         """Token ids of a conversation under the model's chat template.

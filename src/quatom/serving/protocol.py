@@ -110,8 +110,8 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _is_supported(self) -> Self:
-        if self.suffix:
-            raise ValueError("suffix is not supported")
+        if self.suffix and self.echo:
+            raise ValueError("suffix excludes echo: the prompt is not one text")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(f"best_of {self.best_of} must equal n {self.n or 1}")
         if self.max_tokens == 0 and not self.echo:

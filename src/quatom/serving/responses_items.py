@@ -18,7 +18,6 @@ class ItemWriter:
     def __init__(self) -> None:
         self.items: list[Item] = []
         self._open = False
-        self._call = -1
 
     def add(self, delta: AnswerDelta) -> list[Event]:
         """Append what is new of an answer."""

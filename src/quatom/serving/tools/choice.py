@@ -28,10 +28,11 @@ class ToolUse:
         """
         functions = list(self.functions.values())
         if self.required:
-            return self.format.required(functions, self.parallel)
+            return self.format.led(self.format.required(functions, self.parallel))
         if content is not None:
             calls = self.format.required(functions, self.parallel)
-            return {"type": "or", "elements": [calls, content]}
+            either = {"type": "or", "elements": [calls, self.format.content(content)]}
+            return self.format.led(either)
         if not any(function.strict for function in functions):
             return None
         anything: dict[str, Any] = {"type": "object"}

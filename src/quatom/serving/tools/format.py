@@ -41,10 +41,28 @@ class ToolFormat:
     """An answer holds one call at most."""
     reasons: bool = False
     """The parser splits off reasoning itself."""
+    lead: Grammar | None = None
+    """What may stand before a constrained answer: reasoning, if `reasons`."""
+    content_begin: str = ""
+    """What a constrained answer without calls begins with."""
 
     def is_in(self, template: str) -> bool:
         """Whether a chat template has this format."""
         return any(re.search(sign, template) for sign in self.signs)
+
+    def content(self, grammar: Grammar) -> Grammar:
+        """The grammar of an answer without calls that fits another grammar."""
+        if not self.content_begin:
+            return grammar
+        begin = {"type": "const_string", "value": self.content_begin}
+        return {"type": "sequence", "elements": [begin, grammar]}
+
+    def led(self, grammar: Grammar) -> Grammar:
+        """The grammar, and what may stand before it."""
+        if self.lead is None:
+            return grammar
+        with_lead = {"type": "sequence", "elements": [self.lead, grammar]}
+        return {"type": "or", "elements": [with_lead, grammar]}
 
     def required(self, functions: Iterable[Function], parallel: bool) -> Grammar:
         """The grammar of an answer that is one or more calls."""
@@ -65,14 +83,14 @@ class ToolFormat:
         tags = self.tags(functions, parallel)
         if not self.trigger:
             calls = one_or_more(tags, self.separator, parallel)
-            marked = [
+            marked: list[Grammar] = [
                 {"type": "sequence", "elements": [{"type": "const_string", "value": m}, calls]}
                 for m in self.parser.markers
             ]
             first = re.escape(self.parser.bare + not_first)
             plain = {"type": "regex", "pattern": rf"([^\s{first}](.|\n)*)?"}
             return {"type": "or", "elements": [calls, *marked, plain]}
-        text: dict[str, Any] = {
+        text: Grammar = {
             "type": "triggered_tags",
             "triggers": [self.trigger],
             "tags": tags,

@@ -84,6 +84,13 @@ HARMONY = ToolFormat(
     ],
     trigger=f"{_CHANNEL}commentary to=",
     special_tokens=(_START, _CHANNEL, _MESSAGE, "<|constrain|>", "<|end|>", "<|call|>"),
-    reasons=True,
     one_call=True,
+    reasons=True,
+    lead={
+        "type": "tag",
+        "begin": f"{_CHANNEL}analysis{_MESSAGE}",
+        "content": {"type": "any_text"},
+        "end": f"<|end|>{_START}assistant",
+    },
+    content_begin=f"{_CHANNEL}final{_MESSAGE}",
 )

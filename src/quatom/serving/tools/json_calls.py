@@ -9,7 +9,7 @@ handed on as the model writes them, even if they turn out not to be JSON, as Ope
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quatom.serving.tools.format import Grammar, one_or_more
@@ -29,33 +29,41 @@ class JsonCallParser(BlockParser):
 
     end_markers: tuple[str, ...] = ()
 
+    def __init__(self, functions: Mapping[str, Function]) -> None:
+        super().__init__(functions)
+        # By where a block begins: its whole calls, the end of the last one, and what is next.
+        self._progress: dict[int, tuple[list[ToolCall], int, int]] = {}
+
     def read(self, start: int) -> Block:
         """The calls after the marker at `start`."""
         marker = next((m for m in self.markers if self.source.text.startswith(m, start)), "")
         return self.read_json(start + len(marker))
 
-    def read_json(self, pos: int) -> Block:
+    def read_json(self, start: int) -> Block:
         """One call, or several with or without a list around them."""
         source = self.source
-        pos = source.space(pos)
-        if source.char(pos) == "[":
-            pos = source.space(pos + 1)
-        calls: list[ToolCall] = []
-        last = pos
+        if start not in self._progress:
+            pos = source.space(start)
+            if source.char(pos) == "[":
+                pos = source.space(pos + 1)
+            self._progress[start] = [], pos, pos
+        calls, last, pos = self._progress[start]
         while True:
             try:
                 call, end = self._call(pos)
             except (PendingError, NotACallError) as reason:
                 if not calls:
                     raise
-                return Block(calls, None if isinstance(reason, PendingError) else self._close(last))
-            calls.append(call)
+                ended = self._close(last) if isinstance(reason, NotACallError) else None
+                return Block(calls.copy(), ended)
             if end is None:
-                return Block(calls, None)
+                return Block([*calls, call], None)
             following = _NEXT.match(source.text, end)
             if following is None:
-                return Block(calls, self._close(end))
+                return Block([*calls, call], self._close(end))
+            calls.append(call)
             last, pos = end, following.end()
+            self._progress[start] = calls, last, pos
 
     def _call(self, pos: int) -> tuple[ToolCall, int | None]:
         """One object, and the position after it (None: it goes on)."""

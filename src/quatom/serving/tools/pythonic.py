@@ -26,32 +26,43 @@ class PythonicParser(BlockParser):
 
     def __init__(self, functions: Mapping[str, Function]) -> None:
         super().__init__(functions)
-        self._arguments: dict[int, str] = {}  # of the calls whose brackets open there
+        # By where a list begins: its calls that are followed by another one, and what is next.
+        self._progress: dict[int, tuple[list[ToolCall], int]] = {}
 
     def read(self, start: int) -> Block:
         """The list of calls."""
         source = self.source
-        pos = start + len(_BEGIN) if source.text.startswith(_BEGIN, start) else start
-        pos = source.expect("[", source.space(pos))
-        calls: list[ToolCall] = []
-        last = pos
+        if start not in self._progress:
+            pos = start + len(_BEGIN) if source.text.startswith(_BEGIN, start) else start
+            self._progress[start] = [], source.expect("[", source.space(pos))
+        calls, pos = self._progress[start]
+        last = pos - 1  # the comma: what follows it is content if it is no call
         try:
             while True:
-                call, pos = self._call(source.space(pos))
-                calls.append(call)
-                last = pos
-                pos = source.space(pos)
-                if source.char(pos) != ",":
-                    last = source.expect("]", pos)
-                    after = source.space(last)
-                    if source.starts(_END, after):
-                        last = after + len(_END)
-                    return Block(calls, last)
-                pos += 1
+                call, end = self._call(source.space(pos))
+                follows = source.space(end)
+                if source.starts(",", follows):
+                    calls.append(call)
+                    last, pos = follows, follows + 1
+                    self._progress[start] = calls, pos
+                    continue
+                return self._closed([*calls, call], end)
         except (PendingError, NotACallError) as reason:
             if not calls:
                 raise
-            return Block(calls, None if isinstance(reason, PendingError) else last)
+            return Block(calls.copy(), None if isinstance(reason, PendingError) else last)
+
+    def _closed(self, calls: list[ToolCall], end: int) -> Block:
+        """The list, whose last call ends at `end`."""
+        source = self.source
+        try:
+            end = source.expect("]", source.space(end))
+            after = source.space(end)
+            return Block(calls, after + len(_END) if source.starts(_END, after) else end)
+        except PendingError:
+            return Block(calls, None)
+        except NotACallError:
+            return Block(calls, end)
 
     def _call(self, pos: int) -> tuple[ToolCall, int]:
         source = self.source
@@ -65,10 +76,8 @@ class PythonicParser(BlockParser):
         begin = source.space(name.end())
         source.expect("(", begin)
         end = source.value(begin, PYTHON)
-        if begin not in self._arguments:
-            function = self.functions[name[0]]
-            self._arguments[begin] = _arguments(source.text[begin + 1 : end - 1], function)
-        return ToolCall(name[0], self._arguments[begin]), end
+        given = _arguments(source.text[begin + 1 : end - 1], self.functions[name[0]])
+        return ToolCall(name[0], given), end
 
 
 def _arguments(text: str, function: Function) -> str:
