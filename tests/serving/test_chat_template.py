@@ -243,8 +243,8 @@ def test_a_template_in_the_place_of_the_model_s():
         assert encoder.dialogue.tool_format.name == "hermes"
         body = ChatCompletionRequest.model_validate({"messages": [USER]})
         assert encoder.dialogue.prompt(turn_of(body.messages, body)) == "<user>user: hi<assistant>"
+    body = ChatCompletionRequest.model_validate({"messages": [USER]})
     with pytest.raises(ApiError, match="--chat-template FILE"):
-        body = ChatCompletionRequest.model_validate({"messages": [USER]})
         PromptEncoder(scripted_tokenizer(None)).dialogue.prompt(turn_of(body.messages, body))
 
 

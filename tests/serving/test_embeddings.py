@@ -116,9 +116,7 @@ def test_offline(tiny_llama_dir, reference):
     llm = LLM(tiny_llama_dir, device="cpu", max_model_len=256, kv_cache_memory=2**24)
     (made,) = llm.generate("hello", SamplingParams(max_tokens=0, embed=True))
     hidden = np.array(made.outputs[0].hidden)
-    np.testing.assert_allclose(
-        hidden / np.linalg.norm(hidden), reference("hello"), atol=TOLERANCE
-    )
+    np.testing.assert_allclose(hidden / np.linalg.norm(hidden), reference("hello"), atol=TOLERANCE)
     (plain,) = llm.generate("hello", SamplingParams(max_tokens=1))
     assert plain.outputs[0].hidden == ()
     with pytest.raises(RequestError, match="embed needs max_tokens 0"):

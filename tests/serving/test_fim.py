@@ -57,7 +57,7 @@ def test_tokenizers_without_the_tokens_are_refused():
 def test_over_http():
     special = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"]
     answer = "x + 1<file_sep>other file"
-    with scripted_server(None, answer, special=special, begin="<fim_middle>") as server:
+    with scripted_server(None, answer, special=special, begin="<fim_middle>") as server:  # noqa: SIM117
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
             ask = {"model": "hash", "prompt": "y = ", "suffix": "\nprint(y)", "temperature": 0}
             made = client.completions.create(**ask)

@@ -170,9 +170,7 @@ def litellm(server, monkeypatch):
 
     def complete(text, **options):
         messages = options.pop("messages", [{"role": "user", "content": text}])
-        return litellm.completion(
-            model="hosted_vllm/hash", messages=messages, **common, **options
-        )
+        return litellm.completion(model="hosted_vllm/hash", messages=messages, **common, **options)
 
     return complete
 

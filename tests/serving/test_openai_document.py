@@ -7,7 +7,7 @@ import pytest
 
 from tests.serving.scripted import scripted_server
 from tests.serving.templates import QWEN3
-from tests.serving.test_openapi import chunks, validate  # noqa: F401: a fixture
+from tests.serving.test_openapi import chunks, validate  # noqa: F401
 
 TOOL = {
     "name": "get_weather",

@@ -96,8 +96,9 @@ class ModelRunner:
         batch = build_batch(step.items, block_size=self.config.block_size, device=self.device)
         input_ids = batch.input_ids
         if batch.uses_last_tokens:
-            rows = (-1 - input_ids).clamp(min=0)
-            input_ids = torch.where(input_ids < 0, self._last_tokens[rows], input_ids)
+            sampled = (-1 - input_ids).clamp(min=0)
+            input_ids = torch.where(input_ids < 0, self._last_tokens[sampled], input_ids)
+        rows: Tensor | None
         if self.graphs is not None and self.graphs.accepts(batch):
             rows, logits = None, self.graphs.replay(input_ids, batch)
         else:

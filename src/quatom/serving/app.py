@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -51,7 +51,7 @@ class ServerOptions:
     """Asked of every request but those to /health and /metrics."""
     max_body_bytes: int = 16 * 2**20
     """Larger bodies are refused (413)."""
-    dialogue: DialogueStyle = DialogueStyle()
+    dialogue: DialogueStyle = field(default_factory=DialogueStyle)
     """What is said of how the model converses."""
 
 

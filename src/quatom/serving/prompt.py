@@ -35,10 +35,10 @@ RESERVED = {
 class PromptEncoder:
     """A tokenizer and its way to converse. Any thread may use it."""
 
-    def __init__(self, tokenizer: Any, style: DialogueStyle = DialogueStyle()) -> None:
+    def __init__(self, tokenizer: Any, style: DialogueStyle | None = None) -> None:
         """Wrap a tokenizer; `style`: what is said of how its model converses."""
         self._tokenizer = tokenizer
-        self._dialogue = Dialogue(tokenizer, style)
+        self._dialogue = Dialogue(tokenizer, style or DialogueStyle())
         self._fim = FillInTheMiddle(tokenizer)
         # A tokenizer's Rust core refuses to be changed while it works; `encode` may change it.
         self._lock = threading.Lock()

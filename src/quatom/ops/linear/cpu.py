@@ -36,12 +36,12 @@ def cpu_obstacle(values: Tensor, layout: GroupLayout, formats: tuple[str, ...]) 
     """Why this backend cannot run weights `values` in these formats, or None if it can."""
     if values.device.type != "cpu":
         return f"it runs on a CPU, the weights are on {values.device}"
-    if not torch.cpu._is_vnni_supported() or not torch.backends.mkldnn.is_available():
-        # Without these instructions oneDNN adds pairs of products in 16 bits, which saturate.
-        return "it needs a CPU with AVX-512 VNNI, and oneDNN, for exact int8 products"
     wrong = [name for name in formats if not name.startswith("int")]
     if wrong:
         return f"it multiplies integers of at most 8 bits, not {' and '.join(wrong)}"
+    if not torch.cpu._is_vnni_supported() or not torch.backends.mkldnn.is_available():
+        # Without these instructions oneDNN adds pairs of products in 16 bits, which saturate.
+        return "it needs a CPU with AVX-512 VNNI, and oneDNN, for exact int8 products"
     rows, groups, width = values.shape[0], layout.num_scales, max(layout.group_sizes)
     if not multiplies_exactly(_padded_rows(rows), groups, width, torch.get_num_threads()):
         return (
