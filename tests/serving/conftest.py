@@ -25,12 +25,18 @@ def make_engine(num_blocks=4000, *, loaded_options=None, max_position=512, **opt
 
 
 @contextmanager
-def running_server(engine, **options):
+def running_server(engine, *, uvicorn_options=None, **options):
     """Yields url, app and engine of a running server."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     app = create_app(engine, ServerOptions(model_names=("hash", "alias"), **options))
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        **(uvicorn_options or {}),
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -298,7 +298,7 @@ def test_an_engine_that_keeps_failing_stops_loudly():
 
 
 def test_the_api_key_is_needed_by_everything_but_health_and_metrics():
-    with running_server(make_engine(), api_key="sécret") as server:
+    with running_server(make_engine(), api_keys=("sécret",)) as server:
         paths = ("/", "/v1/models", "/version", "/openapi.json", "/static/app.js", "/nothing")
         for path in paths:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic ?"}):
@@ -370,14 +370,16 @@ def test_chat_templates_run_in_a_sandbox():
 SERVER_SCRIPT = """
 import sys
 from quatom.serving.app import ServerOptions
-from quatom.serving.server import configure_logging, serve_engine
+from quatom.serving.connections import open_listener
+from quatom.serving.server import Connections, configure_logging, serve_engine
 from tests.serving.conftest import make_engine
 import tests.engine.doubles as doubles, time
 forward = doubles.HashModel.forward
 doubles.HashModel.forward = lambda *a: (time.sleep(0.01), forward(*a))[1]
 configure_logging()
 options = ServerOptions(model_names=("hash",))
-serve_engine(make_engine(), options, host="127.0.0.1", port=int(sys.argv[1]), drain_seconds=20)
+listener = open_listener("127.0.0.1", int(sys.argv[1]))
+serve_engine(make_engine(), options, Connections(listener=listener, drain_seconds=20))
 """
 
 

@@ -1,9 +1,12 @@
 """`quatom serve`: an OpenAI-compatible HTTP server for one model."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from quatom.cli.config_file import apply_config
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +19,15 @@ def serve(
     model: Annotated[
         str | None, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=apply_config,
+            is_eager=True,
+            metavar="FILE",
+            help="YAML or TOML file of these options by name; the command line wins.",
+        ),
+    ] = None,
     random_weights: Annotated[
         str | None,
         typer.Option(help="Random weights of this shape instead of MODEL, to measure speed."),
@@ -26,11 +38,31 @@ def serve(
         typer.Option(min=0.001, help="GiB for everything: weights, activations, graphs, KV cache."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")
+    ] = 8000,
     api_key: Annotated[
-        str | None,
-        typer.Option(help="Ask this key of every request; else QUATOM_API_KEY, else none."),
+        list[str] | None,
+        typer.Option(help="Key that requests must have one of; may be repeated."),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File of such keys, one on each line. Default: QUATOM_API_KEY, if set."),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="Certificate chain in PEM: serve HTTPS.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key in PEM.")] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose pages may use this server, or * for all; may be repeated."),
+    ] = None,
+    keep_alive_seconds: Annotated[
+        int, typer.Option(min=0, help="How long an idle connection stays open.")
+    ] = 75,
+    drain_seconds: Annotated[
+        int, typer.Option(min=0, help="How long requests may go on after SIGTERM.")
+    ] = 60,
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(help="Name that requests use; may be repeated. Default: MODEL as given."),
@@ -49,11 +81,8 @@ def serve(
         float | None,
         typer.Option(min=0.001, help="GiB of KV cache; default: what is free (1 GiB on a CPU)."),
     ] = None,
-    block_size: Annotated[int, typer.Option(min=16, help="Tokens a KV block.")] = 32,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens of one KV block.")] = 32,
     prefix_caching: Annotated[bool, typer.Option(help="Use known prefixes again.")] = True,
-    drain_seconds: Annotated[
-        int, typer.Option(min=0, help="How long requests may go on after SIGTERM.")
-    ] = 60,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if any.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
@@ -64,10 +93,14 @@ def serve(
     from quatom.cli.common import read_dtype
     from quatom.engine.config import EngineConfig
     from quatom.serving.app import ServerOptions
-    from quatom.serving.server import configure_logging, serve_engine
+    from quatom.serving.connections import check_origins, open_listener, read_api_keys, read_tls
+    from quatom.serving.server import Connections, configure_logging, serve_engine
 
-    configure_logging(log_level.upper())
-    config = EngineConfig(
+    configure_logging(log_level)
+    # Everything that can be wrong without a model is found before minutes of loading one.
+    api_keys = read_api_keys(api_key, api_key_file, os.environ.get("QUATOM_API_KEY"))
+    origins = check_origins(allowed_origins or ())
+    limits = EngineConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
@@ -76,9 +109,15 @@ def serve(
         block_size=block_size,
         prefix_caching=prefix_caching,
     )
+    connections = Connections(
+        tls=read_tls(ssl_certfile, ssl_keyfile),
+        listener=open_listener(host, port),
+        keep_alive_seconds=keep_alive_seconds,
+        drain_seconds=drain_seconds,
+    )
     engine, name = serving_engine(
         model,
-        config,
+        limits,
         random_weights=random_weights,
         recipe=recipe,
         gpu_memory=gpu_memory,
@@ -87,9 +126,10 @@ def serve(
     )
     options = ServerOptions(
         model_names=tuple(served_model_name or (name,)),
-        api_key=api_key or os.environ.get("QUATOM_API_KEY") or None,
+        api_keys=api_keys,
+        allowed_origins=origins,
     )
-    serve_engine(engine, options, host=host, port=port, drain_seconds=drain_seconds)
+    serve_engine(engine, options, connections)
 
 
 def serving_engine(

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import quatom
 from quatom.engine.engine import Engine
@@ -28,7 +29,11 @@ from quatom.serving.chat_protocol import (
 from quatom.serving.completions import create_completion
 from quatom.serving.generation import Service
 from quatom.serving.metrics import Metrics
-from quatom.serving.middleware import ApiKeyMiddleware, RequestLogMiddleware
+from quatom.serving.middleware import (
+    ApiKeyMiddleware,
+    RequestLogMiddleware,
+    UnexpectedErrorMiddleware,
+)
 from quatom.serving.openapi import describe, request_body
 from quatom.serving.prompt import PromptEncoder
 from quatom.serving.protocol import CompletionRequest
@@ -38,6 +43,7 @@ STATIC = Path(__file__).parent / "static"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Body = TypeVar("Body", bound=BaseModel)
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +52,10 @@ class ServerOptions:
 
     model_names: tuple[str, ...]
     """Names that requests may use."""
-    api_key: str | None = None
-    """Asked of every request but those to /health and /metrics."""
+    api_keys: tuple[str, ...] = ()
+    """One of them is asked of every request but those to OPEN_PATHS; none: everybody may ask."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose pages may use this server from a browser; "*": all."""
     max_body_bytes: int = 16 * 2**20
     """Larger bodies are refused (413)."""
 
@@ -81,11 +89,25 @@ def create_app(
     _add_information_routes(app, service, metrics)
     _add_page(app)
     _add_error_handlers(app)
-    if options.api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=options.api_key)
-    app.add_middleware(RequestLogMiddleware)
+    _add_middleware(app, options)
     describe(app)
     return app
+
+
+def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+    """From the inside to the outside: an answer of any of them passes those after it."""
+    app.add_middleware(UnexpectedErrorMiddleware)
+    if options.api_keys:
+        app.add_middleware(ApiKeyMiddleware, api_keys=options.api_keys)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-ID", "Retry-After"),
+        )
+    app.add_middleware(RequestLogMiddleware)
 
 
 async def _read(http: Request, model: type[Body], limit: int) -> Body:
@@ -168,12 +190,22 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
             "max_model_len": service.engine.engine.max_model_len,
         }
 
-    @app.get("/v1/models", responses={200: {"model": responses.ModelList}}, response_model=None)
+    def get(path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
+        """A GET route that answers HEAD too, as HTTP asks of every server."""
+
+        def add(endpoint: Endpoint) -> Endpoint:
+            app.get(path, **options)(endpoint)
+            app.head(path, include_in_schema=False)(endpoint)
+            return endpoint
+
+        return add
+
+    @get("/v1/models", responses={200: {"model": responses.ModelList}}, response_model=None)
     async def models() -> Response:
         """All models: one, under each of its names."""
         return json_response({"object": "list", "data": [card(n) for n in service.model_names]})
 
-    @app.get(
+    @get(
         "/v1/models/{name:path}",
         responses={200: {"model": responses.ModelCard}, **_errors(404)},
         response_model=None,
@@ -182,12 +214,13 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
         """One model."""
         return json_response(card(service.check_model(name)))
 
-    @app.get("/version", responses={200: {"model": responses.VersionResponse}}, response_model=None)
+    @get("/version", responses={200: {"model": responses.VersionResponse}}, response_model=None)
     async def version() -> Response:
         """This server's version."""
         return json_response({"version": quatom.__version__})
 
-    @app.get("/health", response_class=Response, responses=_errors(503))
+    @get("/ping", response_class=Response, responses=_errors(503))
+    @get("/health", response_class=Response, responses=_errors(503))
     async def health() -> Response:
         """200 while the engine runs."""
         if service.engine.error is not None:
@@ -199,15 +232,14 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
             )
         return Response()
 
+    @get("/metrics", response_class=Response)
     async def exposition() -> Response:
         """Prometheus metrics."""
         return Response(metrics.exposition(), media_type=METRICS_TYPE)
 
-    app.get("/metrics", response_class=Response)(exposition)
-    app.head("/metrics", include_in_schema=False)(exposition)
-
 
 def _add_page(app: FastAPI) -> None:
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         # The page loads nothing from elsewhere, and nothing may be injected into it.
@@ -237,13 +269,4 @@ def _add_error_handlers(app: FastAPI) -> None:
         headers = dict(error.headers or {})
         return ApiError(
             error.status_code, f"{http.url.path}: {error.detail}", headers=headers
-        ).response()
-
-    @app.exception_handler(Exception)
-    async def unexpected(http: Request, error: Exception) -> Response:
-        return ApiError(
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            f"{type(error).__name__} while answering; the log has the details",
-            kind="server_error",
-            code="internal_error",
         ).response()
