@@ -371,7 +371,8 @@ SERVER_SCRIPT = """
 import sys
 from quatom.serving.app import ServerOptions
 from quatom.serving.connections import open_listener
-from quatom.serving.server import Connections, configure_logging, serve_engine
+from quatom.serving.logs import configure_logging
+from quatom.serving.server import Connections, serve_engine
 from tests.serving.conftest import make_engine
 import tests.engine.doubles as doubles, time
 forward = doubles.HashModel.forward

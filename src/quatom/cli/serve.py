@@ -94,7 +94,8 @@ def serve(
     from quatom.engine.config import EngineConfig
     from quatom.serving.app import ServerOptions
     from quatom.serving.connections import check_origins, open_listener, read_api_keys, read_tls
-    from quatom.serving.server import Connections, configure_logging, serve_engine
+    from quatom.serving.logs import configure_logging
+    from quatom.serving.server import Connections, serve_engine
 
     configure_logging(log_level)
     # Everything that can be wrong without a model is found before minutes of loading one.

@@ -37,6 +37,7 @@ from quatom.serving.middleware import (
 from quatom.serving.openapi import describe, request_body
 from quatom.serving.prompt import PromptEncoder
 from quatom.serving.protocol import CompletionRequest
+from quatom.serving.thread_engine import ThreadEngine
 from quatom.serving.tokenize import detokenize, tokenize
 
 STATIC = Path(__file__).parent / "static"
@@ -61,19 +62,26 @@ class ServerOptions:
 
 
 def create_app(
-    engine: Engine,
+    engine: Engine | AsyncEngine,
     options: ServerOptions,
     *,
     on_engine_stop: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The application around an engine, which runs while the application does."""
-    metrics = Metrics(engine, options.model_names[0])
-    async_engine = AsyncEngine(engine, observe=metrics.observe, on_stop=on_engine_stop)
-    service = Service(async_engine, PromptEncoder(engine.tokenizer), options.model_names)
+    """The application around an engine, which runs while the application does.
+
+    Args:
+        engine: a plain one runs in a thread of this process.
+        options: names, keys and limits.
+        on_engine_stop: called when the engine has failed for good.
+    """
+    async_engine = engine if isinstance(engine, AsyncEngine) else ThreadEngine(engine)
+    metrics = Metrics(async_engine, options.model_names[0])
+    async_engine.observe, async_engine.on_stop = metrics.observe, on_engine_stop
+    service = Service(async_engine, PromptEncoder(async_engine.tokenizer), options.model_names)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async_engine.start()
+        await async_engine.start()
         yield
         await async_engine.stop()
 
@@ -187,7 +195,7 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
             "created": service.created,
             "owned_by": "quatom",
             "root": service.model_names[0],
-            "max_model_len": service.engine.engine.max_model_len,
+            "max_model_len": service.engine.facts.max_model_len,
         }
 
     def get(path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
@@ -226,7 +234,7 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
         if service.engine.error is not None:
             raise ApiError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                f"the engine has stopped: {service.engine.error}",
+                service.engine.error,
                 kind="server_error",
                 code="engine_error",
             )

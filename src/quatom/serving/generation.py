@@ -12,10 +12,9 @@ from starlette.requests import Request as HttpRequest
 
 from quatom.engine.llm import empty_output
 from quatom.engine.outputs import RequestOutput, SequenceDelta
-from quatom.engine.requests import Request
 from quatom.engine.sampling import SamplingParams
 from quatom.serving.api_errors import ApiError
-from quatom.serving.async_engine import AsyncEngine
+from quatom.serving.async_engine import AsyncEngine, PreparedRequest
 from quatom.serving.prompt import PromptEncoder
 from quatom.serving.responses import usage
 
@@ -60,7 +59,7 @@ class Generation:
         self.model = model
         self.params = params
         self.created = int(time.time())
-        self.requests: list[Request] = []
+        self.requests: list[PreparedRequest] = []
         self.outputs: list[RequestOutput] = []
         self._http = http
 

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import hmac
-import json
 import logging
 import time
 import uuid
@@ -132,20 +131,3 @@ class RequestLogMiddleware:
                         }
                     },
                 )
-
-
-class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Time, level, event and the record's own fields."""
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)

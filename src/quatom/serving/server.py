@@ -9,32 +9,15 @@ from pathlib import Path
 import uvicorn
 
 from quatom.engine.engine import Engine
-from quatom.errors import EngineError, ServerError
+from quatom.errors import EngineError
 from quatom.serving.app import ServerOptions, create_app
+from quatom.serving.async_engine import AsyncEngine
 from quatom.serving.connections import Tls, url_of
-from quatom.serving.middleware import JsonFormatter
 
 logger = logging.getLogger("quatom.serving")
 
-
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-
-
-def configure_logging(level: str = "INFO") -> None:
-    """One JSON line for each event, on stderr, for ours and uvicorn's loggers.
-
-    Raises:
-        ServerError: there is no such level.
-    """
-    if level.upper() not in LEVELS:
-        raise ServerError(f"--log-level must be one of {', '.join(LEVELS)}, got {level!r}")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    for name in ("quatom", "uvicorn", "uvicorn.error"):
-        named = logging.getLogger(name)
-        named.handlers = [handler]
-        named.propagate = False
-        named.setLevel(level.upper())
+FAILED_DRAIN_SECONDS = 2
+"""How long answers may take to leave once the engine has failed for good: all of them are errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +44,9 @@ class _Server(uvicorn.Server):
         logger.info("listening", extra={"fields": {"url": self.url}})
 
 
-def serve_engine(engine: Engine, options: ServerOptions, connections: Connections) -> None:
+def serve_engine(
+    engine: Engine | AsyncEngine, options: ServerOptions, connections: Connections
+) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish.
 
     Raises:
@@ -71,6 +56,7 @@ def serve_engine(engine: Engine, options: ServerOptions, connections: Connection
 
     def stop() -> None:
         failures.append(str(app.state.async_engine.error))
+        server.config.timeout_graceful_shutdown = FAILED_DRAIN_SECONDS
         server.should_exit = True
 
     app = create_app(engine, options, on_engine_stop=stop)
@@ -94,7 +80,7 @@ def serve_engine(engine: Engine, options: ServerOptions, connections: Connection
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     server.run(sockets=[listener])
     if failures:
-        raise EngineError(f"the engine has stopped: {failures[0]}")
+        raise EngineError(failures[0])
 
 
 def default_name(model: str) -> str:
