@@ -195,8 +195,8 @@ def default_dtype(source: TensorSource, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
-def _tokenizer(source: TensorSource) -> "PreTrainedTokenizerBase | None":
-    """None where the folder holds no tokenizer: token ids still work."""
+def tokenizer_of(source: TensorSource) -> "PreTrainedTokenizerBase | None":
+    """A source's own tokenizer; None where the folder holds none: token ids still work."""
     if source.gguf is None and not any(source.folder.glob("tokenizer*")):
         return None
     return tokenizer_from_source(source)
@@ -235,7 +235,7 @@ def load(
     return LoadedModel(
         model=build_decoder(resolved, blocks, _reader(opened, device, dtype), backend),
         plan=resolved,
-        tokenizer=_tokenizer(opened),
+        tokenizer=tokenizer_of(opened),
         device=device,
         dtype=dtype,
         source=str(source),

@@ -4,7 +4,6 @@ import socket
 
 import pytest
 
-import quatom.cli.serve as serve_module
 from quatom.serving.connections import url_of
 
 TOML = """
@@ -36,17 +35,17 @@ def served(monkeypatch):
     """What `quatom serve` was about to do: nothing is loaded or served."""
     calls = {}
 
-    def engine(model, config, **options):
-        calls["model"], calls["config"] = model, config
+    def start_engine(arguments, **options):
+        calls.update(arguments)
         calls.update(options)
-        return "engine", "name"
+        return "engine"
 
     def serve_engine(engine, options, connections):
         calls["options"], calls["connections"] = options, connections
         calls["url"] = url_of(connections.listener, connections.tls)
         connections.listener.close()
 
-    monkeypatch.setattr(serve_module, "serving_engine", engine)
+    monkeypatch.setattr("quatom.serving.served_model.start_engine", start_engine)
     monkeypatch.setattr("quatom.serving.server.serve_engine", serve_engine)
     monkeypatch.delenv("QUATOM_API_KEY", raising=False)
     return calls
@@ -58,10 +57,11 @@ def test_a_file_of_options_and_the_command_line_over_it(served, shell, tmp_path,
     file.write_text(text)
     done = shell("serve", "--config", file, "--max-num-seqs", 5, "--api-key", "c")
     assert (done.status, done.err) == (0, "")
-    config, options = served["config"], served["options"]
+    limits, options = served["limits"], served["options"]
     assert (served["model"], served["gpu_memory"]) == ("from-file", 1.5)
-    assert (config.max_num_seqs, config.max_num_batched_tokens) == (5, 99)
-    assert config.prefix_caching is False
+    assert (limits["max_num_seqs"], limits["max_num_batched_tokens"]) == (5, 99)
+    assert limits["prefix_caching"] is False
+    assert (served["own_process"], served["restart"]) == (True, False)
     assert options.api_keys == ("c",)
     assert options.allowed_origins == ("*",)
     assert served["connections"].drain_seconds == 3
@@ -123,6 +123,9 @@ def test_what_is_wrong_without_a_model_is_said_without_loading_one(served, shell
             (("--log-level", "LOUD"), "--log-level must be one of DEBUG"),
             (("--max-num-seqs", 9, "--max-num-batched-tokens", 8), "below max_num_seqs"),
             (("--dtype", "int3"), "--dtype must be one of"),
+            (("--recipe", "w1a1"), "unknown recipe 'w1a1'"),
+            (("--random-weights", "llama-2-7b"), "give either MODEL or --random-weights"),
+            (("--no-engine-process", "--restart-engine"), "--restart-engine needs"),
         ]:
             done = shell("serve", "model", *options)
             assert (done.status, part in done.err) == (1, True), (options, done.err)

@@ -38,7 +38,7 @@ def run_batch(
     from quatom.serving.app import ServerOptions, create_app
     from quatom.serving.batch_file import answered_ids, read_batch
     from quatom.serving.batch_file import run_batch as run
-    from quatom.serving.server import default_name
+    from quatom.serving.served_model import default_name
 
     lines = read_batch(source)
     answered = answered_ids(target)

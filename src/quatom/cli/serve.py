@@ -2,17 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from quatom.cli.config_file import apply_config
-
-if TYPE_CHECKING:
-    import torch
-
-    from quatom.engine.config import EngineConfig
-    from quatom.engine.engine import Engine
 
 
 def serve(
@@ -83,6 +77,12 @@ def serve(
     ] = None,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens of one KV block.")] = 32,
     prefix_caching: Annotated[bool, typer.Option(help="Use known prefixes again.")] = True,
+    engine_process: Annotated[
+        bool, typer.Option(help="Run the engine in a process of its own.")
+    ] = True,
+    restart_engine: Annotated[
+        bool, typer.Option(help="Start that process anew when it ends, instead of ending too.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if any.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
@@ -90,17 +90,29 @@ def serve(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Serve a model over OpenAI's HTTP API, with a chat page at /."""
-    from quatom.cli.common import read_dtype
+    from dataclasses import asdict
+
+    from quatom.cli.common import read_dtype, read_recipe
     from quatom.engine.config import EngineConfig
+    from quatom.errors import ServerError
     from quatom.serving.app import ServerOptions
     from quatom.serving.connections import check_origins, open_listener, read_api_keys, read_tls
     from quatom.serving.logs import configure_logging
+    from quatom.serving.served_model import default_name, start_engine
     from quatom.serving.server import Connections, serve_engine
 
-    configure_logging(log_level)
     # Everything that can be wrong without a model is found before minutes of loading one.
-    api_keys = read_api_keys(api_key, api_key_file, os.environ.get("QUATOM_API_KEY"))
-    origins = check_origins(allowed_origins or ())
+    configure_logging(log_level)
+    if (model is None) == (random_weights is None):
+        raise ServerError("give either MODEL or --random-weights SHAPE")
+    if restart_engine and not engine_process:
+        raise ServerError("--restart-engine needs the engine in a process of its own")
+    name = random_weights if model is None else default_name(model)
+    options = ServerOptions(
+        model_names=tuple(served_model_name or (name,)),
+        api_keys=read_api_keys(api_key, api_key_file, os.environ.get("QUATOM_API_KEY")),
+        allowed_origins=check_origins(allowed_origins or ()),
+    )
     limits = EngineConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -110,65 +122,23 @@ def serve(
         block_size=block_size,
         prefix_caching=prefix_caching,
     )
+    read_dtype(dtype)
+    arguments = {
+        "model": model,
+        "random_weights": random_weights,
+        "recipe": None if recipe is None else read_recipe(recipe).to_dict(),
+        "gpu_memory": gpu_memory,
+        "device": device,
+        "dtype": dtype,
+        "limits": asdict(limits),
+    }
     connections = Connections(
         tls=read_tls(ssl_certfile, ssl_keyfile),
         listener=open_listener(host, port),
         keep_alive_seconds=keep_alive_seconds,
         drain_seconds=drain_seconds,
     )
-    engine, name = serving_engine(
-        model,
-        limits,
-        random_weights=random_weights,
-        recipe=recipe,
-        gpu_memory=gpu_memory,
-        device=device,
-        dtype=read_dtype(dtype),
-    )
-    options = ServerOptions(
-        model_names=tuple(served_model_name or (name,)),
-        api_keys=api_keys,
-        allowed_origins=origins,
+    engine = start_engine(
+        arguments, own_process=engine_process, restart=restart_engine, log_level=log_level
     )
     serve_engine(engine, options, connections)
-
-
-def serving_engine(
-    model: str | None,
-    config: "EngineConfig",
-    *,
-    random_weights: str | None,
-    recipe: str | None,
-    gpu_memory: float | None,
-    device: str | None,
-    dtype: "torch.dtype | None",
-) -> "tuple[Engine, str]":
-    """An engine for a checkpoint or for random weights, and the name that it is served under.
-
-    On a GPU, or with a memory budget, it has run every kind of step once, so that no request waits
-    for kernels to compile.
-    """
-    import torch
-
-    from quatom.benchmark.memory_budget import build_engine
-    from quatom.benchmark.throughput_models import benchmark_models
-    from quatom.cli.common import read_recipe
-    from quatom.engine.engine import Engine
-    from quatom.serving.server import default_name
-
-    models = benchmark_models(
-        model,
-        random_weights,
-        [] if recipe is None else [read_recipe(recipe)],
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=dtype,
-        num_layers=None,
-        seed=0,
-        gpu_memory=gpu_memory,
-    )
-    name, loaded = next(models)
-    if gpu_memory is None and loaded.device.type == "cpu":
-        engine = Engine(loaded, config)
-    else:
-        engine = build_engine(loaded, config, gpu_memory)
-    return engine, name if model is None else default_name(model)

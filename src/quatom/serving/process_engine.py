@@ -154,6 +154,7 @@ class ProcessEngine(AsyncEngine):
             self._call_soon(self._ended, process)
 
         threading.Thread(target=wait, name="quatom-wait", daemon=True).start()
+        logger.info("the engine runs", extra={"fields": {"pid": process.popen.pid}})
         self._loop.add_reader(process.reports.FD, self._read, process)
         self._read(process)
 
@@ -237,4 +238,3 @@ class ProcessEngine(AsyncEngine):
             raise
         self._process, self.facts, self.error = process, process.facts, None
         self._watch()
-        logger.info("the engine runs again")

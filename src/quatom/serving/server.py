@@ -4,7 +4,6 @@ import logging
 import signal
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 
 import uvicorn
 
@@ -81,8 +80,3 @@ def serve_engine(
     server.run(sockets=[listener])
     if failures:
         raise EngineError(failures[0])
-
-
-def default_name(model: str) -> str:
-    """The name a model is served under: its path or hub id as given, without a closing slash."""
-    return str(Path(model)) if Path(model).exists() else model
