@@ -25,6 +25,26 @@ class PreparedRequest(Protocol):
         """Completions that it asks for."""
 
 
+class _Mailbox:
+    """What has come for one request, and whether anything has. Cheaper than a queue: taken whole."""
+
+    __slots__ = ("arrival", "deltas", "error")
+
+    def __init__(self) -> None:
+        self.deltas: list[SequenceDelta] = []
+        self.error: Exception | None = None
+        self.arrival = asyncio.Event()
+
+    async def take(self) -> list[SequenceDelta]:
+        """Wait for deltas and take them all; an error comes before them."""
+        await self.arrival.wait()
+        self.arrival.clear()
+        if self.error is not None:
+            raise self.error
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+
 class AsyncEngine(ABC):
     """An engine and the streams of its requests. Methods belong to the event loop."""
 
@@ -37,7 +57,7 @@ class AsyncEngine(ABC):
         """Told of every step's deltas."""
         self.on_stop: Callable[[], None] = lambda: None
         """Called when the engine has failed for good."""
-        self._streams: dict[str, asyncio.Queue[SequenceDelta | Exception]] = {}
+        self._streams: dict[str, _Mailbox] = {}
 
     @property
     def num_streams(self) -> int:
@@ -104,19 +124,11 @@ class AsyncEngine(ABC):
         """
         self._check_running()
         request_id, open_sequences = request.request_id, request.num_sequences
-        stream: asyncio.Queue[SequenceDelta | Exception] = asyncio.Queue()
-        self._streams[request_id] = stream
+        mailbox = self._streams[request_id] = _Mailbox()
         self._submit(request)
         try:
             while open_sequences:
-                news = [await stream.get()]
-                while not stream.empty():
-                    news.append(stream.get_nowait())
-                deltas = []
-                for item in news:
-                    if isinstance(item, Exception):
-                        raise item
-                    deltas.append(item)
+                deltas = await mailbox.take()
                 open_sequences -= sum(d.finish_reason is not None for d in deltas)
                 yield deltas
         finally:
@@ -132,15 +144,20 @@ class AsyncEngine(ABC):
         """Hand a step's deltas to their streams."""
         self.observe(deltas)
         for delta in deltas:
-            self._put(delta.request_id, delta)
+            mailbox = self._streams.get(delta.request_id)
+            if mailbox is not None:
+                mailbox.deltas.append(delta)
+                mailbox.arrival.set()
 
-    def _put(self, request_id: str, item: SequenceDelta | Exception) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            stream.put_nowait(item)
+    def _refuse(self, request_id: str, error: Exception) -> None:
+        """End one request with an error."""
+        mailbox = self._streams.get(request_id)
+        if mailbox is not None:
+            mailbox.error = error
+            mailbox.arrival.set()
 
     def _fail(self, message: str) -> None:
         """End every request with an error, and let no other begin."""
         self.error = message
-        for stream in self._streams.values():
-            stream.put_nowait(EngineError(message))
+        for request_id in self._streams:
+            self._refuse(request_id, EngineError(message))

@@ -18,6 +18,7 @@ from typing import Any
 import zmq
 
 from quatom.engine.engine import Engine
+from quatom.engine.host_memory import forget_startup
 from quatom.errors import QuatomError
 from quatom.serving.engine_state import facts_of
 from quatom.serving.engine_worker import Channel, Worker
@@ -56,6 +57,7 @@ def main() -> int:
     worker = Worker(engine, channel)
     receiver = threading.Thread(target=worker.receive, args=(context, folder), daemon=True)
     receiver.start()
+    forget_startup()
     channel.send(Ready(facts_of(engine)))
     worker.loop.run()
     channel.close()

@@ -178,17 +178,18 @@ class ProcessEngine(AsyncEngine):
                     self._preparing[request_id].set_result(num_sequences)
             case messages.Refused(request_id, failure):
                 self._unseen.discard(request_id)
-                self._refuse(request_id, failure.error())
+                if request_id in self._preparing:
+                    self._refuse_to_prepare(request_id, failure.error())
+                else:
+                    self._refuse(request_id, failure.error())
             case messages.Stopped(message):
                 self._reason = f"the engine has stopped: {message}"
                 self._process.popen.kill()  # it is ending; `_ended` does the rest
 
-    def _refuse(self, request_id: str, error: QuatomError) -> None:
-        if request_id in self._preparing:
-            if not self._preparing[request_id].done():
-                self._preparing[request_id].set_exception(error)
-        else:
-            self._put(request_id, error)
+    def _refuse_to_prepare(self, request_id: str, error: QuatomError) -> None:
+        answer = self._preparing[request_id]
+        if not answer.done():
+            answer.set_exception(error)
 
     def _ended(self, process: EngineProcess) -> None:
         """The process is gone: answer everybody, then start it anew or stop for good."""
@@ -203,9 +204,8 @@ class ProcessEngine(AsyncEngine):
         self._stats, self._queued = EngineStats(), 0
         self._unseen.clear()
         self._fail(reason)
-        for answer in self._preparing.values():
-            if not answer.done():
-                answer.set_exception(EngineError(reason))
+        for request_id in self._preparing:
+            self._refuse_to_prepare(request_id, EngineError(reason))
         if self._may_restart():
             self.error = f"{reason}; it is being started anew"
             self._restarting = self._loop.create_task(self._restart())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from quatom.engine.engine import Engine
+from quatom.engine.host_memory import forget_startup
 from quatom.errors import EngineError
 from quatom.serving.app import ServerOptions, create_app
 from quatom.serving.async_engine import AsyncEngine
@@ -77,6 +78,7 @@ def serve_engine(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    forget_startup()
     server.run(sockets=[listener])
     if failures:
         raise EngineError(failures[0])

@@ -76,7 +76,7 @@ class ThreadEngine(AsyncEngine):
 
     def refused(self, request_id: str, error: QuatomError) -> None:
         """End the request's stream."""
-        self._call(self._put, request_id, error)
+        self._call(self._refuse, request_id, error)
 
     def failed(self, message: str) -> None:
         """End every stream."""
