@@ -13,10 +13,9 @@ from starlette.requests import Request as HttpRequest
 
 from quatom.engine.llm import empty_output
 from quatom.engine.outputs import RequestOutput, SequenceDelta
-from quatom.engine.requests import Request
 from quatom.engine.sampling import SamplingParams
 from quatom.serving.api_errors import ApiError
-from quatom.serving.async_engine import AsyncEngine
+from quatom.serving.async_engine import AsyncEngine, PreparedRequest
 from quatom.serving.prompt import PromptEncoder
 from quatom.serving.responses import usage
 
@@ -61,7 +60,7 @@ class Generation:
         self.model = model
         self.params = params
         self.created = int(time.time())
-        self.requests: list[Request] = []
+        self.requests: list[PreparedRequest] = []
         self.outputs: list[RequestOutput] = []
         self._http = http
 
@@ -74,11 +73,11 @@ class Generation:
         """
         self.service.engine.check_room(len(prompts))
         if self.params.structured is None:
-            await self._make_requests(prompts)
+            await self._make_requests(prompts, shorten=shorten)
         else:  # compiling a constraint may take a while
-            await self._while_connected(self._make_requests(prompts))
+            await self._while_connected(self._make_requests(prompts, shorten=shorten))
 
-    async def _make_requests(self, prompts: list[list[int]]) -> None:
+    async def _make_requests(self, prompts: list[list[int]], *, shorten: bool) -> None:
         for i, token_ids in enumerate(prompts):
             request_id = f"{self.id}-{i}"
             params = self._that_fit(token_ids) if shorten else self.params
@@ -87,7 +86,7 @@ class Generation:
             self.outputs.append(empty_output(request_id, token_ids, token_ids, params))
 
     def _that_fit(self, token_ids: list[int]) -> SamplingParams:
-        room = self.service.engine.engine.max_model_len - len(token_ids)
+        room = self.service.engine.facts.max_model_len - len(token_ids)
         wanted = self.params.max_tokens
         fits = wanted is None or room >= wanted or room < 1  # none at all: the engine says so
         return self.params if fits else replace(self.params, max_tokens=room)
