@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 PROMPTS = ["The capital of France is", "Two and two are", "The opposite of hot is"]
 
@@ -23,7 +24,7 @@ def main() -> None:
 
     args.folder.mkdir(parents=True, exist_ok=True)
     requests, answers = args.folder / "requests.jsonl", args.folder / "answers.jsonl"
-    lines = [
+    lines: list[dict[str, Any]] = [
         {
             "custom_id": f"prompt-{number}",
             "method": "POST",

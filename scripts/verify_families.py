@@ -108,12 +108,12 @@ def verify(
         recipe = replace(PRESETS[preset], calibration=CALIBRATION)
         entry = {"model": name, "family": loaded.config.family, "recipe": preset}
         try:
-            quantize_checkpoint(source, target, recipe, calibration=text)
+            quantize_checkpoint(source, target, recipe, calibration=text, device="cpu")
         except RecipeError as error:
             yield entry | {"refused": str(error)}
             continue
         packed = load(target, device=device)
-        reference = load(target)
+        reference = load(target, device="cpu")
         expected = prompt_logits(reference, tokens)
         yield entry | {
             "dtype": str(packed.dtype).removeprefix("torch."),
@@ -132,15 +132,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--presets", nargs="*", default=["atom-w4a4kv4", "quatom-w4a8kv4"])
     parser.add_argument("--output", type=Path, help="result file")
     args = parser.parse_args(arguments)
-    results = []
+    results: list[dict[str, Any]] = []
+    command, environment = command_line("python", "scripts/verify_families.py"), {}
+    if args.output:
+        environment = describe_environment()
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             for entry in verify(name, args.presets, args.device, Path(folder)):
                 print(entry, flush=True)
                 results.append(entry)
-    if args.output:
-        command = command_line("python", "scripts/verify_families.py")
-        write_results(args.output, command, describe_environment(), results)
+            if args.output:  # after each model: an interrupted run keeps what it has
+                write_results(args.output, command, environment, results)
 
 
 if __name__ == "__main__":

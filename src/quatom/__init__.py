@@ -6,6 +6,8 @@ Public names are imported when first used, so that `import quatom` and `quatom -
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quatom.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from quatom.engine.config import EngineConfig as EngineConfig
     from quatom.engine.llm import LLM as LLM
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from quatom.quantize.pipeline import quantize_checkpoint as quantize_checkpoint
     from quatom.recipe import PRESETS as PRESETS
     from quatom.recipe import Recipe as Recipe
-
-__version__ = "0.2.0"
 
 _PUBLIC = {
     "LLM": "quatom.engine.llm",

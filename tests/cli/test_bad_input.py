@@ -155,7 +155,7 @@ ARGUMENTS = {
         lambda d: ("--calibration", "no/data:config"),
         ["no/data is no file", ".jsonl"],
     ),
-    "no text at all": (lambda d: (), ["atom-w4a4kv4", "--calibration"]),
+    "no text at all": (lambda d: (), ["quatom-w4a8kv4", "--calibration"]),
     "sequences longer than the model's context": (
         lambda d: ("--calibration", text(d, b"a" * 5000), "--sequence-length", 4096),
         ["4096", "128"],

@@ -73,6 +73,7 @@ def test_the_command(shell, small_dir, small_checkpoint):
 def test_it_needs_no_weights(shell, small_dir, tmp_path):
     (tmp_path / "config.json").write_bytes((small_dir / "config.json").read_bytes())
     assert shell("plan", tmp_path, "--gpu", "H100").status == 0
-    gguf = write_gguf(tmp_path / "model.gguf")
-    assert shell("plan", gguf, "--gpu", "H100").status == 0
+    write_gguf(tmp_path / "model.gguf")
+    done = shell("plan", tmp_path / "model.gguf", "--gpu", "H100")
+    assert done.status == 0, done
     assert "does not exist" in shell.fails("plan", tmp_path / "none")

@@ -43,7 +43,7 @@ def serving(*arguments):
 def test_it_answers_and_ends_with_its_engine(small_dir, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
-    with serving(small_dir, "--api-key-file", keys) as (process, lines, url):
+    with serving(small_dir, MODES[0], "--api-key-file", keys) as (process, lines, url):
         body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
         for key in ("one", "two"):

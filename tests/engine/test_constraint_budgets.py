@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -201,5 +203,10 @@ def test_what_a_tokenizer_must_have():
         ConstraintCompiler(byte_tokenizer(), VOCAB, ())
     with pytest.raises(RequestError, match=r"tokenizer\.json"):
         ConstraintCompiler(object(), VOCAB, (EOS,))
-    with pytest.raises(RequestError, match="cannot use this model's tokenizer: .*200 vs 260"):
+    with pytest.raises(RequestError, match=r"cannot use this model's tokenizer: .*200 vs 260"):
         ConstraintCompiler(byte_tokenizer(), 200, (100,))
+
+
+def test_a_trial_starts_without_torch():
+    command = "import sys, quatom.engine.structured.trial; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

@@ -106,7 +106,8 @@ HARMONY = (
     "<|start|>assistant to=functions.{{ c.name }}<|channel|>commentary json<|message|>"
     "{{ c.arguments | tojson }}<|call|>{% elif m.role == 'tool' %}<|start|>functions to=assistant"
     "<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>"
-    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}" + BEGIN
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    + BEGIN
 )
 
 TEMPLATES = {

@@ -40,9 +40,7 @@ RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "name": "get_weather", "c
 
 def prompt(template, messages, **options):
     """What the model would be given."""
-    body = ChatCompletionRequest.model_validate_json(
-        json.dumps({"messages": messages, **options})
-    )
+    body = ChatCompletionRequest.model_validate_json(json.dumps({"messages": messages, **options}))
     encoder = PromptEncoder(scripted_tokenizer(template))
     return encoder.dialogue.prompt(turn_of(body.messages, body, None, body.reasoning_effort))
 
@@ -81,7 +79,9 @@ def test_arguments_that_are_no_json_are_shown_as_they_were(arguments):
 
 
 def test_no_tool_calls_are_no_tool_calls():
-    template = PLAIN + "{% for m in messages %}{% if 'tool_calls' in m %}CALLS{% endif %}{% endfor %}"
+    template = (
+        PLAIN + "{% for m in messages %}{% if 'tool_calls' in m %}CALLS{% endif %}{% endfor %}"
+    )
     answer = {"role": "assistant", "content": "a", "tool_calls": []}
     assert prompt(template, [USER, answer]) == "[user]hi[assistant]a"
     assert prompt(template, [USER, {**answer, "tool_calls": None}]) == "[user]hi[assistant]a"
@@ -100,7 +100,10 @@ def test_content_parts_are_joined():
 
 @pytest.mark.parametrize(
     ("template", "role"),
-    [(PLAIN, "system"), (PLAIN + "{% if messages[0].role == 'developer' %}{% endif %}", "developer")],
+    [
+        (PLAIN, "system"),
+        (PLAIN + "{% if messages[0].role == 'developer' %}{% endif %}", "developer"),
+    ],
 )
 def test_developer_is_system_where_the_template_does_not_know_it(template, role):
     messages = [{"role": "developer", "content": "Be brief."}, USER]
@@ -130,7 +133,9 @@ def test_phi_has_tools_in_its_system_message():
     assert "<|tool|>" not in prompt(PHI, [USER])
 
 
-ONLY_USER = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
+ONLY_USER = (
+    "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(

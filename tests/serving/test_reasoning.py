@@ -155,9 +155,7 @@ def test_tags_may_be_special_tokens():
 
 
 def test_harmony_has_channels():
-    answer = (
-        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello."
-    )
+    answer = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello."
     with scripted_server(HARMONY, answer, special=SPECIAL["harmony"]) as server:
         assert streamed(server) == ("Hm.", "Hello.")
         message = ask(server, tools=[NOW], tool_choice="required").message

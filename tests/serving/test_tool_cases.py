@@ -125,14 +125,18 @@ def test_single(urls, i):
 def test_parallel(urls, i):
     """Any number of calls of three functions."""
     names = [NAMES[(i + k) % 20] for k in (0, 7, 13)]
-    check(ask(urls[i % 4], f"case {i}", tools=offered(*names), tool_choice="required", seed=i), names)
+    check(
+        ask(urls[i % 4], f"case {i}", tools=offered(*names), tool_choice="required", seed=i), names
+    )
 
 
 @pytest.mark.parametrize("i", range(20))
 def test_no_call(urls, i):
     """Functions that may not be called, or that the model does not call."""
     choice = "none" if i % 2 else "auto"
-    made = ask(urls[i % 4], f"case {i}", tools=offered(NAMES[i]), tool_choice=choice, seed=i, max_tokens=30)
+    made = ask(
+        urls[i % 4], f"case {i}", tools=offered(NAMES[i]), tool_choice=choice, seed=i, max_tokens=30
+    )
     assert "tool_calls" not in made["message"]
     assert made["finish_reason"] in ("length", "stop")
 

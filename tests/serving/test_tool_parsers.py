@@ -13,7 +13,7 @@ from quatom.serving.tools.function import by_name, make_function
 from quatom.serving.tools.partial_text import NotACallError
 from quatom.serving.tools.python_arguments import read_arguments
 from quatom.serving.tools.registry import FORMATS, detect, format_named
-from tests.serving.templates import HERMES, LLAMA, TEMPLATES
+from tests.serving.templates import TEMPLATES
 
 WEATHER = {
     "type": "object",
@@ -222,7 +222,7 @@ def test_random_texts_of_pieces_of_the_formats_stream_exactly():
 @pytest.mark.parametrize("kind", ["arguments", "markers", "text"])
 def test_time_grows_with_the_text_and_not_with_its_square(name, kind):
     """8,000 deltas of 8 characters; a reparse from the start would take minutes."""
-    long = "abc \\n\\\" def " * 5000 if kind == "arguments" else ""
+    long = 'abc \\n\\" def ' * 5000 if kind == "arguments" else ""
     text = {
         "hermes": '<tool_call>{"name": "add", "arguments": {"b": "' + long + '"}}</tool_call>',
         "llama": '{"name": "add", "parameters": {"b": "' + long + '"}}',
@@ -241,7 +241,9 @@ def test_time_grows_with_the_text_and_not_with_its_square(name, kind):
     assert time.process_time() - start < 10  # it takes 0.1 to 2 s
 
 
-@pytest.mark.parametrize("text", ['{"a":' * 5000, "[" * 5000, '{"name": "add", "parameters": ' * 500])
+@pytest.mark.parametrize(
+    "text", ['{"a":' * 5000, "[" * 5000, '{"name": "add", "parameters": ' * 500]
+)
 def test_deep_nesting_is_harmless(text):
     for name in ("llama", "pythonic", "hermes"):
         marker = "<tool_call>" if name == "hermes" else ""
@@ -299,7 +301,9 @@ def test_reasoning_is_split_off_however_it_is_cut(start, text, reasoning, rest):
 
 
 def test_reasoning_then_a_call():
-    text = '<think>\nI call.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    text = (
+        '<think>\nI call.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    )
     for pieces in ([text], list(text)):
         parsed = stream(
             pieces,
@@ -324,7 +328,6 @@ def test_reasoning_then_a_call():
 )
 def test_the_prompt_says_whether_reasoning_has_begun(prompt, continued, start):
     assert THINK.start(prompt, continued) is start
-
 
 
 @pytest.mark.parametrize(

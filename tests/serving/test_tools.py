@@ -32,7 +32,8 @@ ANSWERS = {
     "granite": '<|tool_call|>[{"name": "get_weather", "arguments": %s}]' % CALL,
     "phi": '<|tool_call|>[{"name": "get_weather", "arguments": %s}]<|/tool_call|>' % CALL,
     "phi-functools": 'functools[{"name": "get_weather", "arguments": %s}]' % CALL,
-    "harmony": "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>%s" % CALL,
+    "harmony": "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>%s"
+    % CALL,
 }
 
 
@@ -143,7 +144,12 @@ def test_strict_functions_are_enforced_where_calling_is_free(family):
     assert said.message.content == "It is cold."
     # A city that the enum does not have cannot be written.
     schema = {**WEATHER, "properties": {"city": {"type": "string", "enum": ["Bern"]}}}
-    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": schema, "strict": True}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "get_weather", "parameters": schema, "strict": True},
+        }
+    ]
     call = ask(client, tools=tools).choices[0].message.tool_calls[0]
     assert json.loads(call.function.arguments) == {"city": "Bern"}
 
@@ -238,7 +244,7 @@ def test_logprobs_are_those_of_all_tokens(hermes):
 
 def test_special_tokens_other_than_the_format_s_are_hidden():
     special = [*SPECIAL["mistral"], "<|other|>"]
-    answer = "I <|other|>look.[TOOL_CALLS][{\"name\": \"now\", \"arguments\": {}}]"
+    answer = 'I <|other|>look.[TOOL_CALLS][{"name": "now", "arguments": {}}]'
     with scripted_server(MISTRAL, answer, special=special) as server, connect(server) as client:
         made = ask(client).choices[0].message
         assert made.content == "I look."
@@ -266,7 +272,9 @@ def test_the_client_s_parse_helpers(hermes):
     made = hermes.chat.completions.parse(
         model="hash", messages=say(text), tools=[tool], temperature=0
     )
-    assert made.choices[0].message.tool_calls[0].function.parsed_arguments == GetWeather(city="Bern")
+    assert made.choices[0].message.tool_calls[0].function.parsed_arguments == GetWeather(
+        city="Bern"
+    )
     with hermes.chat.completions.stream(
         model="hash", messages=say(text), tools=[tool], temperature=0
     ) as stream:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import quatom
 from quatom.benchmark.environment import describe_environment
 from quatom.benchmark.random_weights import random_model
 from quatom.engine.config import EngineConfig
@@ -20,9 +19,10 @@ from quatom.errors import BackendError, QuatomError
 from quatom.ops.backend import Backend, observe_choices
 from quatom.ops.nvrtc import nvrtc_version
 from quatom.recipe import Recipe
+from quatom.version import __version__
 
 EXTRAS = {
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "xgrammar"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "llguidance", "jsonschema_rs"),
     "eval": ("lm_eval", "datasets"),
     "sentencepiece": ("sentencepiece",),
 }
@@ -43,7 +43,7 @@ def find_software() -> list[Finding]:
     """Processor, GPU, compilers and packages."""
     machine = describe_environment()
     findings = [
-        Finding("quatom", f"{quatom.__version__} in {Path(quatom.__file__).parent}", ""),
+        Finding("quatom", f"{__version__} in {Path(__file__).parents[1]}", ""),
         Finding("Python", sys.version.split()[0], ""),
         Finding("torch", torch.__version__, ""),
         Finding("CPU", f"{machine['cpu']}, {machine['cores']} cores", ""),

@@ -30,13 +30,20 @@ def ablate(
         typer.Option(help="Only these rungs, separated by commas; float is one of them."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Windows to score.")] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(min=1, help="Number of windows to score; default: all.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
+    num_samples: Annotated[int, typer.Option(help="Number of calibration sequences.")] = 128,
+    calibration_length: Annotated[
+        int, typer.Option(help="Tokens per calibration sequence.")
+    ] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed that chooses the calibration sequences.")] = 0,
     device: DeviceOption = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the computation.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Number format of the computation: float32, bfloat16 or float16."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Model name in the result file; default: the folder's.")
     ] = None,

@@ -13,14 +13,16 @@ def agree(
     choices: Annotated[Path, typer.Argument(help="File of recorded choices.")],
     record: Annotated[
         Path | None,
-        typer.Option(help="Plain-text file: record choices after prompts from it, on a CPU say."),
+        typer.Option(help="Text file of prompts: record the choices after them."),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="With --record: prompts.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="With --record: their length.")] = 128,
-    num_tokens: Annotated[int, typer.Option(min=1, help="With --record: choices each.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="With --record: number of prompts.")] = 64,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="With --record: tokens per prompt.")
+    ] = 128,
+    num_tokens: Annotated[int, typer.Option(min=1, help="With --record: choices per prompt.")] = 64,
     device: DeviceOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+        str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Result file to write or add to.")] = None,
     name: Annotated[

@@ -37,7 +37,7 @@ def attention(
 
 @app.command()
 def kernels(
-    op: Annotated[str, typer.Option(help="all, linear or quantize.")] = "all",
+    op: Annotated[str, typer.Option(help="Operations: all, linear or quantize.")] = "all",
     json: Annotated[Path | None, typer.Option(help="Result file to write.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
 ) -> None:
@@ -59,9 +59,11 @@ def throughput(
         float | None,
         typer.Option(min=0.001, help="GiB for everything: weights, activations, graphs, KV cache."),
     ] = None,
-    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 1024,
-    output_len: Annotated[int, typer.Option(min=1, help="Generated tokens.")] = 512,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Requests, all at once.")] = 256,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 1024,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens generated per request.")] = 512,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Number of requests; all arrive at once.")
+    ] = 256,
     conversations: ConversationsOption = None,
     batch: Annotated[
         str | None,
@@ -76,26 +78,30 @@ def throughput(
     ] = 2048,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Only so many blocks of a random model, for trials.")
+        int | None,
+        typer.Option(min=1, help="Number of blocks of a random model, for trials; default: all."),
     ] = None,
     ceilings: Annotated[
         str | None,
         typer.Option(help="TB/s of a copy, BF16 and 8-bit TFLOPS, for the limit; else measured."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if any.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda. Default: the GPU if there is one, else the CPU."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights and prompts.")] = 0,
     json: JsonOption = None,
 ) -> None:
     """Tokens per second of an engine in this process, with latencies and the share of the limit."""
-    from quatom.engine.startup import release_memory
     from quatom.benchmark.serving_results import add_entries, read_entries, summary
     from quatom.benchmark.throughput import Setting, measure_fixed_batches, measure_throughput
     from quatom.benchmark.throughput_models import benchmark_models
     from quatom.cli.common import read_dtype, read_recipe
     from quatom.engine.config import EngineConfig
+    from quatom.engine.startup import release_memory
 
     device = device or default_device()
     if json is not None:

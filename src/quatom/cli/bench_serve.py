@@ -20,7 +20,7 @@ def serve(
     model: ModelArgument = None,
     random_weights: RandomOption = None,
     url: Annotated[
-        str | None, typer.Option(help="A server that runs already, instead of MODEL.")
+        str | None, typer.Option(help="Address of a running server, instead of MODEL.")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe of random weights; with --url a name for tables.")
@@ -29,15 +29,15 @@ def serve(
         float | None, typer.Option(min=0.001, help="GiB that the server may take, all together.")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(help="Closed loop: so many users. A list: 1,8,64.")
+        str | None, typer.Option(help="Closed loop: number of users. A list: 1,8,64.")
     ] = None,
     request_rate: Annotated[
         str | None,
-        typer.Option(help="Open loop: Poisson arrivals of so many requests a second. A list: 1,4."),
+        typer.Option(help="Open loop: mean requests per second, Poisson arrivals. A list: 1,4."),
     ] = None,
-    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 1024,
-    output_len: Annotated[int, typer.Option(min=1, help="Generated tokens.")] = 512,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 256,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 1024,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens generated per request.")] = 512,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Number of requests per load.")] = 256,
     client_processes: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that send; default: half of the cores, at most 8."),
@@ -52,13 +52,16 @@ def serve(
     ] = 2048,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
     api_key: Annotated[
-        str | None, typer.Option(envvar="QUATOM_API_KEY", help="Of the server at --url.")
+        str | None, typer.Option(envvar="QUATOM_API_KEY", help="Key of the server at --url.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if any.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda. Default: the GPU if there is one, else the CPU."),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+        str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
     json: JsonOption = None,
 ) -> None:
     """Latencies of a server under load, closed loop and open loop, over HTTP with streaming."""

@@ -68,7 +68,7 @@ def _progress(columns: str) -> Iterator[Any]:
 
 @contextmanager
 def block_progress(title: str) -> Iterator[Callable[["QuantizedBlock"], None]]:
-    """A bar over decoder blocks with the last one's seconds and relative error."""
+    """A bar over decoder blocks, with seconds and output error of the last one."""
     with _progress("{task.fields[error]}") as progress:
         task = progress.add_task(title, total=None, error="")
 
@@ -78,7 +78,7 @@ def block_progress(title: str) -> Iterator[Callable[["QuantizedBlock"], None]]:
                 task,
                 total=block.num_blocks,
                 completed=block.index + 1,
-                error=seconds if error is None else f"{seconds}, relative error {error:.3f}",
+                error=seconds if error is None else f"{seconds}, output error {error:.3f}",
             )
 
         yield on_block

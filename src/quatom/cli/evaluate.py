@@ -15,11 +15,11 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
     perplexity: Annotated[
         Path | None,
-        typer.Option(help="Plain-text file to measure perplexity on, or wikitext2, ptb or c4."),
+        typer.Option(help="Text file to measure perplexity on, or wikitext2, ptb or c4."),
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     max_windows: Annotated[
-        int | None, typer.Option(min=1, help="Score only the first windows.")
+        int | None, typer.Option(min=1, help="Number of windows to score; default: all.")
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Zero-shot tasks, separated by commas: piqa,arc_easy,...")
@@ -28,7 +28,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder with the data of tasks and corpora, to work offline."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples per task; default: all.")
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -38,7 +40,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+        str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Result file to write, or to add entries to.")

@@ -9,16 +9,23 @@ from quatom.cli.options import DeviceOption
 
 def generate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from, or the user's message.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    prompt: Annotated[
+        str, typer.Option(help="Text to continue, or the user's message with --chat.")
+    ],
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Largest number of tokens to generate.")
+    ] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the most likely token every time.")
+        float,
+        typer.Option(
+            min=0.0, help="Temperature of sampling; 0 takes the most likely token every time."
+        ),
     ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that makes sampling reproducible.")] = None,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template.")] = False,
     device: DeviceOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+        str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
 ) -> None:
     """Generate text from a model or a packed checkpoint."""

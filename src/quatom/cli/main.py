@@ -5,8 +5,8 @@ import sys
 
 import typer
 
-import quatom
 from quatom.errors import QuatomError
+from quatom.version import __version__
 
 app = typer.Typer(
     name="quatom",
@@ -20,7 +20,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"quatom {quatom.__version__}")
+        typer.echo(f"quatom {__version__}")
         raise typer.Exit()
 
 

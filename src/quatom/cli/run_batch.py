@@ -8,7 +8,9 @@ import typer
 
 def run_batch(
     source: Annotated[Path, typer.Argument(help="JSONL of requests.", exists=True, dir_okay=False)],
-    target: Annotated[Path, typer.Argument(help="JSONL of answers; an unfinished one goes on.")],
+    target: Annotated[
+        Path, typer.Argument(help="JSONL of answers; a file with answers is continued.")
+    ],
     model: Annotated[str, typer.Option(help="Hugging Face folder, hub id, GGUF or checkpoint.")],
     served_model_name: Annotated[
         list[str] | None,
@@ -21,9 +23,12 @@ def run_batch(
     kv_cache_memory: Annotated[
         float | None, typer.Option(min=0.001, help="GiB of KV cache; default: what is free.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if any.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda. Default: the GPU if there is one, else the CPU."),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+        str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
 ) -> None:
     """Answer every request of a batch file. Run again, it answers what is missing or has failed."""

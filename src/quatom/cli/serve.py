@@ -55,7 +55,7 @@ def serve(
         int, typer.Option(min=0, help="How long an idle connection stays open.")
     ] = 75,
     drain_seconds: Annotated[
-        int, typer.Option(min=0, help="How long requests may go on after SIGTERM.")
+        int, typer.Option(min=0, help="Seconds that running requests may take after SIGTERM.")
     ] = 60,
     served_model_name: Annotated[
         list[str] | None,
@@ -69,14 +69,16 @@ def serve(
         int | None, typer.Option(min=1, help="Longest sequence; default: the model's own limit.")
     ] = None,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Sequences that may queue; more get HTTP 429.")
+        int, typer.Option(min=1, help="Sequences that may wait; further requests get HTTP 429.")
     ] = 1024,
     kv_cache_memory: Annotated[
         float | None,
         typer.Option(min=0.001, help="GiB of KV cache; default: what is free (1 GiB on a CPU)."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
-    prefix_caching: Annotated[bool, typer.Option(help="Use known prefixes again.")] = True,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse the KV cache of prompts with the same beginning.")
+    ] = True,
     keep_freed_memory: Annotated[
         bool,
         typer.Option(
@@ -86,13 +88,16 @@ def serve(
     ] = False,
     engine_process: Annotated[
         bool, typer.Option(help="Run the engine in a process of its own.")
-    ] = True,
+    ] = False,
     restart_engine: Annotated[
         bool, typer.Option(help="Start that process anew when it ends, instead of ending too.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if any.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda. Default: the GPU if there is one, else the CPU."),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of activations: float32, bfloat16 or float16.")
+        str | None, typer.Option(help="Number format of activations: float32, bfloat16 or float16.")
     ] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:

@@ -26,10 +26,10 @@ def warmup(
     ] = None,
 ) -> None:
     """Compile the kernels of a model and keep them in QUATOM_CACHE_DIR."""
-    from quatom.engine.startup import build_engine
     from quatom.benchmark.throughput_models import benchmark_models
     from quatom.cli.common import read_dtype, read_recipe
     from quatom.engine.config import EngineConfig
+    from quatom.engine.startup import build_engine
     from quatom.loading import usable_device
     from quatom.ops.cuda_build import cache_folder
 

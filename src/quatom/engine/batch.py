@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quatom.engine.scheduler import ScheduledSequence
 from quatom.engine.sequence import Sequence
+from quatom.engine.transfer import to_device
 from quatom.modeling.context import ForwardContext
 
 
@@ -32,14 +33,6 @@ class Batch:
     def sampled(self) -> list[ScheduledSequence]:
         """Items that sample a token, in the order of sample_rows."""
         return [item for item in self.items if item.samples]
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to the device without waiting; on a CPU the tensor shares the array's memory."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
 
 
 def build_batch(items: list[ScheduledSequence], *, block_size: int, device: torch.device) -> Batch:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quatom.engine.batch import Batch, build_batch, to_device
+from quatom.engine.batch import Batch, build_batch
 from quatom.engine.config import EngineConfig
 from quatom.engine.cuda_graphs import DecodeGraphs
 from quatom.engine.model import KVCacheLayer, Model
@@ -21,6 +21,7 @@ from quatom.engine.sampler import INVALID_TOKEN, Sampled, build_inputs, gather_l
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep
 from quatom.engine.sequence import Sequence
 from quatom.engine.structured.masks import build_mask
+from quatom.engine.transfer import to_device
 
 LOGPROB_ROWS = 256
 """Prompt positions whose logits are held at once; 128 MiB at a vocabulary of 131072."""

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quatom.engine.batch import to_device
 from quatom.engine.sequence import Sequence
 from quatom.engine.structured.masks import TokenMask
 from quatom.engine.token_rules import gather_bias
+from quatom.engine.transfer import to_device
 
 INVALID_TOKEN = -1
 """Reported instead of a token where the model's logits are not numbers."""

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import quatom
 from quatom.checkpoint.reader import open_source
 from quatom.errors import CheckpointError
 from quatom.loading import LoadedModel
+from quatom.version import __version__
 
 CACHE_FORMAT = 1
 
@@ -31,7 +31,7 @@ def model_key(loaded: LoadedModel) -> str:
         "dtype": str(loaded.dtype),
         "device": loaded.device.type,
         "backends": [loaded.backend_name, *sorted({str(b.backend) for b in loaded.model.blocks})],
-        "version": quatom.__version__,
+        "version": __version__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -14,7 +14,6 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-import quatom
 from quatom.engine.engine import Engine
 from quatom.errors import QuatomError
 from quatom.serving import responses
@@ -41,6 +40,7 @@ from quatom.serving.protocol import CompletionRequest
 from quatom.serving.routing import errors, post_route, read_body
 from quatom.serving.thread_engine import ThreadEngine
 from quatom.serving.tokenize import detokenize, tokenize
+from quatom.version import __version__
 
 STATIC = Path(__file__).parent / "static"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -97,7 +97,7 @@ def create_app(
 
     app = FastAPI(
         title="Quatom",
-        version=quatom.__version__,
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,  # Swagger's page would load scripts from the network
         redoc_url=None,
@@ -198,7 +198,7 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
     @get("/version", responses={200: {"model": responses.VersionResponse}}, response_model=None)
     async def version() -> Response:
         """This server's version."""
-        return json_response({"version": quatom.__version__})
+        return json_response({"version": __version__})
 
     @get("/ping", response_class=Response, responses=errors(503))
     @get("/health", response_class=Response, responses=errors(503))

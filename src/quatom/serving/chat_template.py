@@ -6,6 +6,7 @@ place of each message's content, each tool's name and each call. A mark that is 
 stands for something that the model would not be told, and the request is refused.
 """
 
+import contextlib
 import copy
 import json
 import re
@@ -32,7 +33,7 @@ _TOOLS_IN_MESSAGE = re.compile(r"""message\[['"]tools['"]\]|message\.tools\b""")
 class _Generation(Extension):
     """transformers' tag around what an assistant wrote."""
 
-    tags = {"generation"}  # noqa: RUF012: as jinja2 declares it
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
@@ -126,7 +127,9 @@ class ChatTemplate:
             # transformers renders templates in jinja2's immutable sandbox.
             text = rendered(known, tools)
         except Exception as error:  # templates are programs: they fail in every way there is
-            raise _refusal(f"the chat template refuses these messages: {_one_line(error)}") from error
+            raise _refusal(
+                f"the chat template refuses these messages: {_one_line(error)}"
+            ) from error
         try:
             marked, marked_tools, wanted = _marked(known, tools)
             probe = rendered(marked, marked_tools)
@@ -134,7 +137,9 @@ class ChatTemplate:
             return text
         for mark, what in wanted.items():
             if mark not in probe:
-                raise _refusal(f"the chat template of this model leaves out {what}: leave it out too")
+                raise _refusal(
+                    f"the chat template of this model leaves out {what}: leave it out too"
+                )
         return text
 
 
@@ -157,10 +162,9 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     function = dict(call["function"])
     arguments = function.get("arguments") or "{}"
     if isinstance(arguments, str):
-        try:
+        # What a model wrote wrongly is shown to it as it was.
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments, strict=False)
-        except (ValueError, RecursionError):
-            pass  # what a model wrote wrongly is shown to it as it was
     function["arguments"] = {} if arguments is None else arguments
     return {**call, "function": function}
 

@@ -73,11 +73,11 @@ class Generation:
         """
         self.service.engine.check_room(len(prompts))
         if self.params.structured is None:
-            await self._make_requests(prompts, shorten=shorten)
+            await self._make_requests(prompts, shorten)
         else:  # compiling a constraint may take a while
-            await self._while_connected(self._make_requests(prompts, shorten=shorten))
+            await self._while_connected(self._make_requests(prompts, shorten))
 
-    async def _make_requests(self, prompts: list[list[int]], *, shorten: bool) -> None:
+    async def _make_requests(self, prompts: list[list[int]], shorten: bool) -> None:
         for i, token_ids in enumerate(prompts):
             request_id = f"{self.id}-{i}"
             params = self._that_fit(token_ids) if shorten else self.params

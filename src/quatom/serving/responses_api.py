@@ -21,9 +21,7 @@ from quatom.serving.responses_protocol import ResponsesRequest
 from quatom.serving.streaming import Chunks, EventStream, Frames, frame
 
 
-async def create_response(
-    service: Service, body: ResponsesRequest, http: HttpRequest
-) -> Response:
+async def create_response(service: Service, body: ResponsesRequest, http: HttpRequest) -> Response:
     """Answer a conversation, at once or as a stream."""
     model = service.check_model(body.model)
     params = body.params()

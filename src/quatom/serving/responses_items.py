@@ -60,7 +60,8 @@ class ItemWriter:
                 "id": f"{'msg' if kind == 'message' else 'rs'}_{uuid.uuid4().hex}",
                 "status": "in_progress",
             }
-            item |= {"role": "assistant"} if kind == "message" else {"summary": []}
+            own: Item = {"role": "assistant"} if kind == "message" else {"summary": []}
+            item |= own
             events += self._begin({**item, "content": []})
             added = self._event("response.content_part.added", content_index=0, part=dict(part))
             self.items[-1]["content"].append(part)

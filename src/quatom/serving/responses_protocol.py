@@ -156,9 +156,9 @@ class ResponsesRequest(GenerationRequest):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: (
-        Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions | None
-    ) = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions | None = (
+        None
+    )
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None

@@ -8,7 +8,6 @@ from quatom.errors import RequestError
 from quatom.serving.closed_model import ApiModel, ClosedModel
 from quatom.serving.tools.function import Function, by_name, make_function
 
-
 NO_TOOLS = "tool_choice needs tools to choose from"
 
 

@@ -134,8 +134,7 @@ LIMITS = {
     "exclusiveMinimum": "whole numbers up to 2^53",
     "exclusiveMaximum": "whole numbers up to 2^53",
     "multipleOf": "whole numbers",
-    "minProperties": "up to the number of `required` names, or 1 where all `properties` are "
-    "required",
+    "minProperties": "up to the number of `required` names; 1 where all `properties` are required",
     "maxProperties": "where all `properties` are required",
     "additionalItems": "before draft 2020-12",
     "required": "names in `properties` or not",
@@ -148,6 +147,6 @@ def markdown_table() -> str:
     lines = ["| keyword | enforced |", "|---|---|"]
     for name in ENFORCED:
         lines.append(f"| `{name}` | {LIMITS.get(name, 'yes')} |")
-    for name in sorted(REFUSED):
-        lines.append(f"| `{name}` | refused |")
+    for title, names in (("annotations", ANNOTATIONS), ("refused by name", REFUSED)):
+        lines.append(f"| {title} | {', '.join(f'`{name}`' for name in sorted(names))} |")
     return "\n".join(lines)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quatom.engine.batch import to_device
 from quatom.engine.structured.limits import SLOW_MASK_SECONDS
+from quatom.engine.transfer import to_device
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor

@@ -62,7 +62,7 @@ def parse_schema(text: str) -> Any:
     """
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestError(f"a schema must be JSON: {error}") from error
     if not isinstance(schema, dict | bool):
         raise RequestError(f"a JSON schema is an object, got {text[:40]!r}")

@@ -45,9 +45,7 @@ def argument_schemas(function: Function) -> dict[str, tuple[dict[str, Any], bool
         )
     shared = {key: schema[key] for key in _DEFINITIONS if key in schema}
     ordered = sorted(properties, key=lambda key: key not in required)  # stable
-    return {
-        key: ({**shared, **_as_object(properties[key])}, key in required) for key in ordered
-    }
+    return {key: ({**shared, **_as_object(properties[key])}, key in required) for key in ordered}
 
 
 def sequence(*elements: Grammar) -> Grammar:

@@ -70,9 +70,9 @@ class ToolFormat:
                 for m in self.parser.markers
             ]
             first = re.escape(self.parser.bare + not_first)
-            text = {"type": "regex", "pattern": rf"([^\s{first}](.|\n)*)?"}
-            return {"type": "or", "elements": [calls, *marked, text]}
-        text = {
+            plain = {"type": "regex", "pattern": rf"([^\s{first}](.|\n)*)?"}
+            return {"type": "or", "elements": [calls, *marked, plain]}
+        text: dict[str, Any] = {
             "type": "triggered_tags",
             "triggers": [self.trigger],
             "tags": tags,

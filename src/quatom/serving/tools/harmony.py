@@ -9,7 +9,7 @@ from quatom.serving.tools.parser import CallParser, Parsed, ToolCall
 from quatom.serving.tools.partial_text import held_back
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>", _START)
+_ENDS: tuple[str, ...] = ("<|end|>", "<|call|>", "<|return|>", _START)
 _HEADERS = (_START, _CHANNEL, "to=functions.")
 _RECIPIENT = re.compile(r"to=functions\.([A-Za-z0-9_.\-]+)")
 _ANALYSIS = re.compile(re.escape(_CHANNEL) + r"\s*analysis")

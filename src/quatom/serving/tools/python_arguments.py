@@ -1,8 +1,8 @@
-"""Arguments of a Python call as JSON values, read token by token.
+r"""Arguments of a Python call as JSON values, read token by token.
 
 Nothing is parsed by Python itself: its parser recurses, and gives warnings, on what a model writes.
-Values in JSON are Python here, too: `true` is True, `\\/` is `/`, and a pair of `\\u` escapes is one
-character.
+Values in JSON are Python here, too: `true` is True, `\/` is `/`, and a pair of `\u` escapes is
+one character.
 """
 
 import json

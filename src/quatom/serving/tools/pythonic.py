@@ -11,8 +11,8 @@ from quatom.serving.tools.by_argument import arguments, const, json_value, seque
 from quatom.serving.tools.format import Grammar, ToolFormat, one_or_more
 from quatom.serving.tools.function import Function
 from quatom.serving.tools.parser import Block, BlockParser, ToolCall
-from quatom.serving.tools.python_arguments import read_arguments
 from quatom.serving.tools.partial_text import PYTHON, NotACallError, PendingError
+from quatom.serving.tools.python_arguments import read_arguments
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 _BEGIN, _END = "<|python_start|>", "<|python_end|>"
