@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 import sys
+from typing import ClassVar
 
 TOKENS = re.compile(rb'"max_tokens": ?(\d+)')
 LENGTH = re.compile(rb"content-length: ?(\d+)", re.IGNORECASE)
@@ -34,7 +35,7 @@ MODELS = json.dumps({"object": "list", "data": [{"id": "m"}]}).encode()
 
 
 class Stream(asyncio.Protocol):
-    open: set = set()
+    open: ClassVar[set] = set()
 
     def connection_made(self, transport):
         self.transport, self.request = transport, b""

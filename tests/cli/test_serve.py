@@ -57,7 +57,9 @@ def test_it_answers_and_ends_with_its_engine(small_dir, tmp_path):
     assert lines[-1] == "quatom: the engine's process was killed by SIGKILL\n"
 
 
-@pytest.mark.parametrize(("mode", "number"), [(MODES[0], signal.SIGINT), (MODES[1], signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("mode", "number"), [(MODES[0], signal.SIGINT), (MODES[1], signal.SIGTERM)]
+)
 def test_a_signal_ends_it_without_an_error(small_dir, mode, number):
     with serving(small_dir, mode) as (process, lines, _):
         process.send_signal(number)

@@ -16,7 +16,6 @@ from quatom.serving.thread_engine import ThreadEngine
 from tests.engine.doubles import byte_tokenizer
 from tests.serving.engines import make_engine
 
-
 MODES = ("thread", "process")
 """Where the engine runs."""
 

@@ -20,7 +20,6 @@ import quatom
 from tests.engine.doubles import byte_tokenizer, expected_tokens
 from tests.serving.conftest import (
     MODES,
-    assert_idle,
     assert_server_idle,
     engine_in,
     make_engine,
@@ -257,9 +256,7 @@ def test_a_full_queue_answers_429_with_retry_after(mode):
             body = completion([i + 1] * 40, max_tokens=200, stream=True)
             threads.append(threading.Thread(target=abandon, args=(server.port, body, 10_000)))
             threads[-1].start()
-            wait_until(
-                lambda n=i: engine.stats.running + engine.stats.waiting > n
-            )
+            wait_until(lambda n=i: engine.stats.running + engine.stats.waiting > n)
         response = httpx.post(f"{server.url}/v1/completions", json=completion())
         if engine.num_streams == 3:  # the three may have finished on a fast machine
             assert response.status_code == 429

@@ -26,7 +26,7 @@ class PreparedRequest(Protocol):
 
 
 class _Mailbox:
-    """What has come for one request, and whether anything has. Cheaper than a queue: taken whole."""
+    """What has come for one request. It is taken whole, which costs less than a queue."""
 
     __slots__ = ("arrival", "deltas", "error")
 

@@ -1,4 +1,4 @@
-"""EnginePlan and EngineProcess: what the engine's process builds, and that process as seen from here."""
+"""EnginePlan: what the engine's process builds. EngineProcess: that process, seen from the server."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The engine's side of an engine process: takes the server's commands, reports what becomes of them."""
+"""Worker: takes the server's commands in the engine's process, and reports what becomes of them."""
 
 import logging
 import os

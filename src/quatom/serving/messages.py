@@ -1,7 +1,7 @@
-"""What the server's process and the engine's process tell each other: msgpack, one array a message.
+"""What the server's and the engine's process tell each other, in msgpack.
 
-The engine sends one message for a whole step. Engine types (`SamplingParams`, `SequenceDelta`) travel
-as they are, so a field that is added to one of them needs nothing here.
+The engine sends one message for a whole step. Engine types (`SamplingParams`, `SequenceDelta`)
+travel as they are, so a field that is added to one of them needs nothing here.
 """
 
 from collections.abc import Mapping

@@ -17,7 +17,7 @@ from quatom.serving.connections import Tls, url_of
 logger = logging.getLogger("quatom.serving")
 
 FAILED_DRAIN_SECONDS = 2
-"""How long answers may take to leave once the engine has failed for good: all of them are errors."""
+"""How long answers may take to leave once the engine has failed for good: all are errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
