@@ -1,4 +1,4 @@
-"""`quatom serve` as users run it: a process that listens, answers and ends with the right status."""
+"""`quatom serve` as users run it: it listens, answers and ends with the right status."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: whatever happens to either process, nobody waits for nothing."""
+"""The engine in a process of its own: whatever happens to either, nobody waits in vain."""
 
 import asyncio
 import gc

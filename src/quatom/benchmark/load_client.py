@@ -34,7 +34,7 @@ class Job(msgspec.Struct):
     port: int
     tls: bool
     requests: list[bytes]
-    """Every request of the load as it goes through the socket; each asks to close the connection."""
+    """Every request of the load as bytes for the socket; each asks to close the connection."""
     wanted: list[int]
     """Tokens that each must bring."""
     users: int = 0

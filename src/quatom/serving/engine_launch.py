@@ -1,4 +1,4 @@
-"""EnginePlan: what the engine's process builds. EngineProcess: that process, seen from the server."""
+"""EnginePlan: what the engine's process builds. EngineProcess: that process, from outside."""
 
 import contextlib
 import json
