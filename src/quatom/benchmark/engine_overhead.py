@@ -73,7 +73,6 @@ class StubModel:
         return self._logits[: hidden.shape[0]]
 
 
-<<<<<<< HEAD
 @dataclass(frozen=True, slots=True)
 class StubLimits:
     """Sizes of the stub."""
@@ -96,21 +95,10 @@ class LoadedStub:
     recipe: Recipe = PRESETS["fp16"]
 
 
-def measure(
-    kind: str, *, num_seqs: int, vocab_size: int, steps: int, tokenizer: Any = None
-) -> dict[str, Any]:
-    """Milliseconds of a decode step of `num_seqs` sequences that hold 1024 tokens of prompt."""
-    model = StubModel(vocab_size, -(-num_seqs // 64) * 64)
-    loaded = LoadedStub(model, StubLimits(vocab_size), tokenizer)
-    early = num_seqs * PROMPT_TOKENS // 1024  # steps in which the first decode and others prefill
-    length = PROMPT_TOKENS + steps + early
-=======
 def stub_engine(num_seqs: int, vocab_size: int, length: int, tokenizer: Any) -> Engine:
     """An engine for `num_seqs` sequences of `length` tokens whose model takes no time."""
     model = StubModel(vocab_size, -(-num_seqs // 64) * 64)
-    config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=(), max_position=8192)
-    loaded = SimpleNamespace(model=model, config=config, tokenizer=tokenizer, device="cpu")
->>>>>>> 448c3a2 (wip: docs)
+    loaded = LoadedStub(model, StubLimits(vocab_size), tokenizer)
     limits = EngineConfig(
         max_num_seqs=num_seqs,
         max_num_batched_tokens=2048 + num_seqs,
