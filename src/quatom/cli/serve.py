@@ -88,7 +88,7 @@ def serve(
     ] = False,
     engine_process: Annotated[
         bool, typer.Option(help="Run the engine in a process of its own.")
-    ] = False,
+    ] = True,
     restart_engine: Annotated[
         bool, typer.Option(help="Start that process anew when it ends, instead of ending too.")
     ] = False,
