@@ -1,6 +1,8 @@
 """`quatom serve`: an OpenAI-compatible HTTP server for one model."""
 
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -113,6 +115,9 @@ def serve(
     from quatom.serving.served_model import default_name, start_engine
     from quatom.serving.server import Connections, serve_engine
 
+    # SIGTERM ends it while a model is loaded too, even as the first process of a container, which the
+    # system does not end by itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Everything that can be wrong without a model is found before minutes of loading one.
     configure_logging(log_level)
     if (model is None) == (random_weights is None):
