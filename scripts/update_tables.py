@@ -244,7 +244,7 @@ def overhead(name: str) -> str:
         ]
         for e in read(name)["results"]
     ]
-    header = ["engine", "us a token, server", "us a token, engine's process", "tokens/s"]
+    header = ["engine", "us per token, server", "us per token, engine's process", "tokens/s"]
     return table(header, rows)
 
 

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         print(
             f"engine in a {place}: {result['output_tokens_per_s']:.0f} tokens/s, "
-            f"{result['server_us_per_token']} us of the server a token, "
+            f"{result['server_us_per_token']} us of the server per token, "
             f"{result['engine_us_per_token']} us of the engine",
             file=sys.stderr,
         )
