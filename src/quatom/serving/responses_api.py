@@ -103,7 +103,10 @@ def _usage(generation: Generation, answer: Answer) -> dict[str, Any]:
     num_input, num_output = len(used.prompt_token_ids), generation.num_completion_tokens
     return {
         "input_tokens": num_input,
-        "input_tokens_details": {"cached_tokens": used.num_cached_tokens},
+        "input_tokens_details": {
+            "cached_tokens": used.num_cached_tokens,
+            "cache_write_tokens": 0,  # nothing is billed for what a prompt leaves in the cache
+        },
         "output_tokens": num_output,
         "output_tokens_details": {"reasoning_tokens": min(num_reasoning, num_output)},
         "total_tokens": num_input + num_output,
