@@ -53,9 +53,9 @@ class Compilation:
         self.trials: Trials | None = None
 
     def cancel(self) -> None:
-        """Give it up: nobody waits for it any more."""
+        """Give it up: nobody waits for it any more. Returns at once."""
         if not self.future.cancel() and (trials := self.trials) is not None:
-            trials.cancel(self)
+            threading.Thread(target=trials.cancel, args=(self,), daemon=True).start()
 
 
 class ConstraintCompiler:

@@ -44,11 +44,14 @@ class Trials:
             RequestError: it is invalid, cannot be enforced, or is over the budget.
             EngineError: the process cannot be started, or has ended.
         """
-        with self._lock:
-            process, self._job = self._start(), job
         line = json.dumps({"kind": wanted.kind, "value": wanted.value}).encode()
         try:
-            answer = self._ask(process, line)
+            with self._lock:
+                process, self._job = self._start(), job
+                self._send(process, line)
+            answer = _answer(process)
+        except OSError as error:
+            raise EngineError(f"the process that checks constraints is gone: {error}") from error
         finally:
             with self._lock:
                 self._job = None
@@ -67,7 +70,10 @@ class Trials:
         return answer
 
     def cancel(self, job: object) -> None:
-        """End the trial under way if it is this one; `run` raises."""
+        """End the trial under way if it is this one; `run` raises.
+
+        Waits while the process starts: nothing for an event loop.
+        """
         with self._lock:
             if self._job is job and self._process is not None:
                 self._send(self._process, b"cancel")
@@ -78,7 +84,7 @@ class Trials:
             process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.communicate()
+            process.wait()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._process.poll() is None:
@@ -87,23 +93,22 @@ class Trials:
             [sys.executable, "-P", "-W", "ignore", "-m", "quatom.engine.structured.trial"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the server, which ends this process itself
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         weakref.finalize(self, self._process.kill)  # it would end by itself, but later
         self._send(self._process, json.dumps(self._setup).encode())
         return self._process
 
-    def _ask(self, process: "subprocess.Popen[bytes]", line: bytes) -> dict[str, Any]:
-        assert process.stdout is not None
-        self._send(process, line)
-        answer = process.stdout.readline()
-        if not answer:
-            raise EngineError(
-                f"the process that checks constraints ended with code {process.wait()}"
-            )
-        return json.loads(answer)
-
     def _send(self, process: "subprocess.Popen[bytes]", line: bytes) -> None:
         assert process.stdin is not None
         process.stdin.write(line + b"\n")
         process.stdin.flush()
+
+
+def _answer(process: "subprocess.Popen[bytes]") -> dict[str, Any]:
+    assert process.stdout is not None
+    answer = process.stdout.readline()
+    if not answer:
+        raise EngineError(f"the process that checks constraints ended with code {process.wait()}")
+    return json.loads(answer)
