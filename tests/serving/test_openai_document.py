@@ -62,7 +62,6 @@ def test_responses(server, validate):  # noqa: F811
         validate("OutputItem", item)
 
 
-@pytest.mark.xfail(reason="response.created fits no event of OpenAI's document: a field differs")
 def test_response_events(server, validate):  # noqa: F811
     events = [
         json.loads(block.partition("data: ")[2])

@@ -60,7 +60,7 @@ def _response(
     text = {"format": {"type": "text"}}
     if body.text is not None and body.text.format is not None:
         text = {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)}
-    return {
+    response = {
         "id": generation.id,
         "object": "response",
         "created_at": generation.created,
@@ -86,8 +86,10 @@ def _response(
         "tools": [_dumped(tool) for tool in body.tools or ()],
         "top_p": generation.params.top_p,
         "truncation": "disabled",
-        "usage": None if reason is None else _usage(generation, answer),
     }
+    if reason is not None:
+        response["usage"] = _usage(generation, answer)
+    return response
 
 
 def _dumped(value: Any) -> Any:
