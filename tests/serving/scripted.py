@@ -22,6 +22,8 @@ class ScriptedModel(HashModel):
     answer: Callable[[str], str] = lambda prompt: ""
     begin: int = ASSISTANT
     """The token after which the answer begins."""
+    message_end: int | None = None
+    """The token that ends one of several messages in an answer."""
     prompts: list[str] = field(default_factory=list)
     """What it was asked, specials included."""
     _known: dict = field(default_factory=dict)
@@ -55,9 +57,12 @@ class ScriptedModel(HashModel):
         wanted = hidden[:, 0].long()
         ids = torch.arange(self.vocab_size)
         logits = ((wanted[:, None] * 31 + ids * 7907) % 1009).float() / 252.25
-        # Under a constraint it comes to an end: brackets close, and strings before them.
+        # Under a constraint it comes to an end: brackets close, strings before them, and messages
+        # of free text, which a token of their own ends, first of all.
         logits[:, [ord(c) for c in "]})"]] += 10.0
         logits[:, ord('"')] += 20.0
+        if self.message_end is not None:
+            logits[:, self.message_end] += 30.0
         logits[torch.arange(len(wanted)), wanted] = 60.0
         return logits
 
@@ -90,6 +95,7 @@ def scripted_server(
         tokenizer=tokenizer,
         answer=answer if callable(answer) else lambda prompt: answer,
         begin=tokenizer.convert_tokens_to_ids(begin),
+        message_end=tokenizer.get_vocab().get("<|end|>"),
     )
     config = EngineConfig(
         max_num_seqs=16,
