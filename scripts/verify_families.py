@@ -19,12 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.families.models import TINY, save_tiny, tiny_model
+from tests.families.models import TINY, decode_context, save_tiny, tiny_model
 
 from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.errors import RecipeError
 from quatom.loading import LoadedModel, load
-from quatom.modeling.context import ForwardContext, full_sequences_context
+from quatom.modeling.context import full_sequences_context
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.recipe import PRESETS, CalibrationSpec
 
@@ -32,21 +32,6 @@ LENGTH = 72
 """Tokens of the text: longer than every window and than several KV blocks."""
 BLOCK = 32
 CALIBRATION = CalibrationSpec(num_samples=4, sequence_length=48)
-
-
-def decode_context(position: int, device: torch.device) -> ForwardContext:
-    """One new token at `position` of the only sequence, its KV blocks in order."""
-    blocks = position // BLOCK + 1
-    return ForwardContext(
-        positions=torch.tensor([position], device=device),
-        slot_mapping=torch.tensor([position], device=device),
-        block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
-        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([position + 1], dtype=torch.int32, device=device),
-        max_seqlen_q=1,
-        max_seq_len=position + 1,
-        num_decodes=1,
-    )
 
 
 @torch.inference_mode()
@@ -66,7 +51,9 @@ def decode_logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:  # (T,) -> (T,
     model.limit_length(LENGTH)
     cache = model.allocate_kv_cache(-(-len(tokens) // BLOCK), BLOCK)
     rows = [
-        model.compute_logits(model(token[None], decode_context(position, loaded.device), cache))
+        model.compute_logits(
+            model(token[None], decode_context(position, BLOCK, loaded.device), cache)
+        )
         for position, token in enumerate(tokens.to(loaded.device))
     ]
     return torch.cat(rows).cpu()

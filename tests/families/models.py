@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from quatom.modeling.context import ForwardContext
 from tests.conftest import write_byte_tokenizer
 
 COMMON = {
@@ -241,3 +242,18 @@ def save_tiny(folder: Path, name: str, *, seed: int = 0, dtype=torch.float32) ->
     tiny_model(name, seed).to(dtype).save_pretrained(folder)
     write_byte_tokenizer(folder)
     return folder
+
+
+def decode_context(position: int, block_size: int, device="cpu"):
+    """One new token at `position` of the only sequence, its KV blocks in order."""
+    blocks = position // block_size + 1
+    return ForwardContext(
+        positions=torch.tensor([position], device=device),
+        slot_mapping=torch.tensor([position], device=device),
+        block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([position + 1], dtype=torch.int32, device=device),
+        max_seqlen_q=1,
+        max_seq_len=position + 1,
+        num_decodes=1,
+    )

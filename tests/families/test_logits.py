@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from quatom.loading import load
-from quatom.modeling.context import ForwardContext, full_sequences_context
-from tests.families.models import TINY, save_tiny, tiny_model
+from quatom.modeling.context import full_sequences_context
+from tests.families.models import TINY, decode_context, save_tiny, tiny_model
 
 LENGTH = 72
 """Tokens of the text: longer than every window, than a KV block, than yarn's and llama3's
@@ -27,21 +27,6 @@ def pair(request, tmp_path_factory):
     return loaded, tokens, want
 
 
-def decode_context(position: int) -> ForwardContext:
-    """One new token at `position` of the only sequence, its KV blocks in order."""
-    blocks = position // BLOCK + 1
-    return ForwardContext(
-        positions=torch.tensor([position]),
-        slot_mapping=torch.tensor([position]),
-        block_tables=torch.arange(blocks, dtype=torch.int32)[None],
-        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
-        seq_lens=torch.tensor([position + 1], dtype=torch.int32),
-        max_seqlen_q=1,
-        max_seq_len=position + 1,
-        num_decodes=1,
-    )
-
-
 @torch.inference_mode()
 def test_a_prompt_gives_the_logits_of_transformers(pair):
     loaded, tokens, want = pair
@@ -61,7 +46,7 @@ def test_decoding_gives_the_logits_of_transformers(pair):
     cache = model.allocate_kv_cache(-(-LENGTH // BLOCK), BLOCK)
     got = torch.cat(
         [
-            model.compute_logits(model(token[None], decode_context(position), cache))
+            model.compute_logits(model(token[None], decode_context(position, BLOCK), cache))
             for position, token in enumerate(tokens)
         ]
     )

@@ -72,11 +72,11 @@ def measured(qwen_dir):
     with observe(module, see_heads=see):
         run_block(module, hidden, rotary)
     q, k = (torch.cat(x).unflatten(0, (3, 24)) for x in zip(*heads, strict=True))
-    return source, weights, hidden, rotary, statistics.finish(rotary), q, k
+    return source, weights, hidden, rotary, statistics.finish(rotary.of(0)), q, k
 
 
 def tables(source, rotary):
-    return rotary.of(source.model_config.layers[0].attention)
+    return rotary.of(0)
 
 
 def test_statistics_are_the_means_over_all_tokens(measured):

@@ -53,10 +53,16 @@ def hf_name(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def read_as_hf(file: GGUFFile, name: str) -> Tensor:
-    """The tensor with the Hugging Face name `name`, float32, as Hugging Face's file holds it."""
+def read_as_hf(file: GGUFFile, name: str, own_name: str) -> Tensor:
+    """A tensor, float32, as Hugging Face's file holds it.
+
+    Args:
+        file: the file.
+        name: Hugging Face's name of the tensor.
+        own_name: the file's: see `hf_names`.
+    """
     family = find_family(file)
-    tensor = read_gguf_tensor(file.tensors[hf_names(file)[name]])
+    tensor = read_gguf_tensor(file.tensors[own_name])
     kind = name.split(".")[-2]
     if family.norm_offset and kind.endswith("norm"):
         return tensor - family.norm_offset

@@ -201,9 +201,10 @@ def _open_gguf(path: Path) -> TensorSource:
     config = hf_config(file)
     model_config = _model_config(path, config)
     check_blocks(path, model_config.num_layers, len(file.tensors))
+    own_names = hf_names(file)
     stored = {
         name: TensorSpec(file.tensors[own].shape, torch.float32)
-        for name, own in hf_names(file).items()
+        for name, own in own_names.items()
         if own not in IGNORED
     }
     tensors = check_names(path, checkpoint_tensors(plan(model_config, PRESETS["fp16"])), stored)
@@ -215,7 +216,7 @@ def _open_gguf(path: Path) -> TensorSource:
         gguf=file.path,
         _files=tuple(sorted({tensor.file for tensor in file.tensors.values()})),
         _tensors=tensors,
-        _read=lambda name: read_as_hf(file, name),
+        _read=lambda name: read_as_hf(file, name, own_names[name]),
         _locate=lambda name: path,
     )
 

@@ -127,7 +127,7 @@ class DecoderBlock(nn.Module):
         rotary: RotaryTables,
     ) -> Tensor:  # (T, H, D)
         spec, cache = self.spec.attention, self.plan.kv_cache
-        tables = rotary.of(spec)
+        tables = rotary.of(self.plan.index)
         rotates_cached = cache.keys == "post_rope"
         q = rope_append_kv(
             *heads,

@@ -1,6 +1,7 @@
 """A whole decoder: embedding, blocks, final norm and output head."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import cast
 
 import torch
@@ -114,13 +115,17 @@ def finish_embedding(
 ) -> Tensor:
     """Hidden states from the rows of the embedding matrix: scaled, positions added."""
     if config.embedding_multiplier != 1.0:
-        # A number, not a tensor: a CUDA graph could not capture its copy to the device.
-        rounded = torch.tensor(config.embedding_multiplier, dtype=tokens.dtype).item()
-        tokens = tokens * rounded
+        tokens = tokens * _rounded(config.embedding_multiplier, tokens.dtype)
     if table is not None:
         assert config.positions is not None
         tokens = tokens + nn.functional.embedding(positions + config.positions.offset, table)
     return tokens
+
+
+@cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """The nearest number of a dtype; no tensor, whose copy a CUDA graph could not capture."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
 def scale_logits(config: ModelConfig, logits: Tensor) -> Tensor:  # (M, vocab) float32

@@ -1,9 +1,11 @@
 """The tables of angles that the layers of a model turn q and k by."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from quatom.families.spec import Attention, ModelConfig, Rope
+from quatom.families.spec import ModelConfig, Rope
 from quatom.numerics.rotary import rotary_table
 
 
@@ -28,19 +30,21 @@ class RotaryTables(nn.Module):
                 num_positions.
         """
         super().__init__()
-        self._names: dict[tuple[Rope | None, int], int] = {}
+        names: dict[tuple[Rope | None, int], tuple[str, str]] = {}
+        # Found once: comparing rotary embeddings takes longer than many a kernel's launch.
+        self._names_by_layer: list[tuple[str, str]] = []
         for layer in config.layers:
             key = (layer.attention.rope, layer.attention.head_dim)
-            if key in self._names:
-                continue
-            number = self._names[key] = len(self._names)
-            cos, sin = rotary_table(
-                *key, num_positions, max_length=max_length or num_positions, device=device
-            )
-            self.register_buffer(f"cos_{number}", cos, persistent=False)
-            self.register_buffer(f"sin_{number}", sin, persistent=False)
+            if key not in names:
+                names[key] = (f"cos_{len(names)}", f"sin_{len(names)}")
+                tables = rotary_table(
+                    *key, num_positions, max_length=max_length or num_positions, device=device
+                )
+                for name, table in zip(names[key], tables, strict=True):
+                    self.register_buffer(name, table, persistent=False)
+            self._names_by_layer.append(names[key])
 
-    def of(self, attention: Attention) -> tuple[Tensor, Tensor]:
-        """Cos and sin of a layer, each (num_positions, head_dim / 2) float32."""
-        number = self._names[attention.rope, attention.head_dim]
-        return self.get_buffer(f"cos_{number}"), self.get_buffer(f"sin_{number}")
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin of layer number `layer`, each (num_positions, head_dim / 2) float32."""
+        cos, sin = self._names_by_layer[layer]
+        return cast("Tensor", self._buffers[cos]), cast("Tensor", self._buffers[sin])

@@ -64,12 +64,12 @@ class KeyStatistics:
             self.query_squares += queries
         self.count += len(k)
 
-    def finish(self, rotary: RotaryTables) -> dict[str, Tensor]:
+    def finish(self, rotary: tuple[Tensor, Tensor]) -> dict[str, Tensor]:  # cos, sin
         """Means over all tokens: of K after rotary embedding, and of the squares."""
         assert self.by_position is not None
         assert self.key_squares is not None
         assert self.query_squares is not None
-        cos, sin = (table[: self.length] for table in rotary.of(self.attention))
+        cos, sin = (table[: self.length] for table in rotary)
         return {
             "key_mean": rotate_halves(self.by_position, cos, sin).sum(dim=0) / self.count,
             "key_squares": self.key_squares / self.count,

@@ -176,7 +176,7 @@ class BlockQuantizer:
         with observe(module, scores.add, see_heads=keys.add):
             self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rotary)
         check_finite_block(self.streams.float_hidden, index, "in floating point", self.dtype)
-        return scores.sums | keys.finish(self.rotary)
+        return scores.sums | keys.finish(self.rotary.of(index))
 
     def _moments(
         self,
