@@ -11,7 +11,7 @@ demo: $(VENV)/ready $(VENV)/demo-model
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q
 
 test-slow: $(VENV)/ready $(VENV)/demo-model
 	$(BIN)/python -m pytest -q -m slow
