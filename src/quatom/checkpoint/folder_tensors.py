@@ -50,7 +50,8 @@ def read_headers(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} has no weight_map; download it again")
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or file_name in ("", "..") or Path(file_name).name != file_name:
+        named = isinstance(file_name, str) and file_name not in ("", "..")
+        if not named or Path(file_name).name != file_name:
             raise CheckpointError(
                 f"{index}: weight_map must give each tensor the name of a file in the folder, it "
                 f"gives {file_name!r} for {name}; download it again"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
-DIGITS, NUMERALS, PUNCTUATION = "each digit", "runs of digits", "runs of punctuation"
+DIGITS, PUNCTUATION = "each digit", "runs of punctuation"
 """Steps that are no patterns."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -79,7 +79,6 @@ class Pattern:
 
         named = {
             DIGITS: lambda: pre_tokenizers.Digits(individual_digits=True),
-            NUMERALS: lambda: pre_tokenizers.Digits(individual_digits=False),
             PUNCTUATION: lambda: pre_tokenizers.Punctuation("contiguous"),
         }
         steps = [
@@ -110,7 +109,7 @@ _BY_PATTERN: dict[str, Pattern] = {
     ),
     "deepseek-coder": Pattern((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, DIGITS)),
     "deepseek-v3 hunyuan-dense joyai-llm": _deepseek3,
-    "falcon": Pattern((PUNCTUATION, _GPT2, NUMERALS, "[0-9][0-9][0-9]")),
+    "falcon": Pattern((PUNCTUATION, _GPT2, "[0-9][0-9][0-9]")),
     "poro-chat bloom gpt3-finnish": Pattern((_BLOOM,)),
     "viking": Pattern((_BLOOM, DIGITS)),
 }

@@ -185,9 +185,10 @@ def read_model_config(path_or_id: str | Path) -> tuple[ModelConfig, Recipe | Non
 def _local(path_or_id: str | Path) -> Path | None:
     """The path of a model on disk; None: it is a name of the hub."""
     path = Path(path_or_id)
-    if str(path_or_id) and exists(path):
-        return path
-    check_contents(path, text=False)  # a broken link
+    if str(path_or_id):
+        if exists(path):
+            return path
+        check_contents(path, text=False)  # a broken link
     if hub_name(str(path_or_id)) is None:
         raise CheckpointError(f"{path_or_id!s:.200} does not exist")
     return None
