@@ -15,6 +15,17 @@ DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "win
 """The tasks of Atom's table."""
 
 
+def find_harness() -> None:
+    """Raise CalibrationError if lm-evaluation-harness is not installed."""
+    try:
+        import lm_eval.evaluator  # noqa: F401
+    except ImportError:
+        raise CalibrationError(
+            "zero-shot tasks run through lm-evaluation-harness, which is not installed: "
+            "pip install 'quatom[eval]'"
+        ) from None
+
+
 def evaluate_tasks(
     loaded: LoadedModel,
     tasks: Sequence[str] = DEFAULT_TASKS,
@@ -43,13 +54,9 @@ def evaluate_tasks(
     """
     if limit is not None and limit < 1:
         raise CalibrationError(f"--limit must be at least 1 example a task, got {limit}")
-    try:
-        from lm_eval.evaluator import evaluate
-    except ImportError:
-        raise CalibrationError(
-            "zero-shot tasks run through lm-evaluation-harness, which is not installed: "
-            "pip install 'quatom[eval]'"
-        ) from None
+    find_harness()
+    from lm_eval.evaluator import evaluate
+
     from quatom.evaluation.harness_model import QuatomLM
     from quatom.evaluation.harness_tasks import load_tasks, quiet
     from quatom.evaluation.request_cache import RequestCache, model_key

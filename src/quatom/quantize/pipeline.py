@@ -15,14 +15,14 @@ from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import bits_per_weight
-from quatom.checkpoint.tokenizer import tokenizer_from_source
+from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CalibrationError, RecipeError
 from quatom.families.spec import SITES
 from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
 from quatom.plan import ModelPlan, plan
-from quatom.quantize.calibration_data import calibration_tokens, check_token_ids
+from quatom.quantize.calibration_data import calibration_tokens, check_token_ids, check_tokens
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
@@ -66,8 +66,9 @@ def quantize_checkpoint(
         source: Hugging Face folder, hub id or GGUF of a floating-point model, or one opened.
         target: folder to write; it must not exist.
         recipe: a `Recipe`, or the name of one of `PRESETS`.
-        calibration: a text as `calibration_tokens` reads it, or tokens (samples, length) int64 in
-            place of a sample of it; recipes that order channels or use GPTQ need it.
+        calibration: a text as `calibration_tokens` reads it, or tokens (samples, length) of an
+            integer dtype in place of a sample of it. Recipes that order channels or use GPTQ need
+            it.
         device: where blocks are computed; None: the GPU if there is one, else the CPU.
         dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
         backend: implementation of the operations; None picks by device.
@@ -180,13 +181,18 @@ def _calibration_tokens(
 ) -> Tensor | None:
     """(samples, length) int64, or None for a recipe that measures nothing."""
     if not recipe.needs_calibration:
+        find_tokenizer(source)  # read before the work: it is written after it
         return None
     if text is None:
         raise CalibrationError(
             f"recipe {recipe.name!r} measures statistics on text: give a .txt or .jsonl file with "
             "--calibration"
         )
+    if isinstance(text, Tensor):
+        check_tokens(text)
+        text = text.to(device="cpu", dtype=torch.int64)
     length, limit = recipe.calibration.sequence_length, source.model_config.max_position
+    length = text.shape[1] if isinstance(text, Tensor) else length
     if length > limit:
         raise CalibrationError(
             f"calibration sequences of {length} tokens are longer than the model's {limit} "
