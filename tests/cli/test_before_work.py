@@ -22,10 +22,11 @@ RECIPE = replace(
 def never(monkeypatch):
     """Loading a model is a failure of the test."""
 
-    def load(*arguments, **options):
+    def open_source(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("quatom.loading.load", load)
+    # Not `load` itself: modules that are first imported meanwhile would keep the replacement.
+    monkeypatch.setattr("quatom.loading.open_source", open_source)
 
 
 @pytest.mark.parametrize("content", [None, b"a\0b", b"\xff\xfe"])

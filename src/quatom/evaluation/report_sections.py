@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from quatom.evaluation.report_charts import REFERENCE_COLOUR, Series, heat_map, line_chart
+from quatom.evaluation.report_checkpoint import bits_section, expected_section
 from quatom.evaluation.report_ladder import ladder_section
 from quatom.evaluation.report_model import (
     HEADLINE,
@@ -16,6 +17,7 @@ from quatom.evaluation.report_model import (
     number,
     unique,
 )
+from quatom.evaluation.report_outliers import outliers_section
 
 
 def _float_first(recipe: str) -> bool:
@@ -32,7 +34,7 @@ def perplexity_section(inputs: ReportInputs) -> Section | None:
         own = [entry for entry in entries if entry["model"] == model]
         key = ("corpus", "windows", "sequence_length", "all_windows")
         corpora = unique(tuple(entry.get(k) for k in key) for entry in own)
-        header = ["recipe", "bits a\nweight", "bits an\nactivation", "bits a\nKV value"]
+        header = ["recipe", "bits per\nweight", "bits per\nactivation", "bits per\nKV value"]
         for corpus, windows, length, whole in corpora:
             extent = f"all {windows}" if whole else f"first {windows}"
             header += [f"{corpus}\n{extent} windows\nof {length}", "over\nfloat"]
@@ -57,7 +59,7 @@ def perplexity_section(inputs: ReportInputs) -> Section | None:
 
 
 def zero_shot_section(inputs: ReportInputs) -> Section | None:
-    """Accuracy of tasks; the headline metrics first, every metric behind a fold."""
+    """Accuracy of tasks: the headline metrics, and every metric in a fold."""
     entries = inputs.having("task", "metric", "value", "examples")
     if not entries:
         return None
@@ -131,7 +133,7 @@ def layers_section(inputs: ReportInputs) -> Section | None:
         if any(error is not None for error in layer.relative_errors)
     ]
     if lines:
-        chart = line_chart("Relative error behind each block", lines, "block", "relative error")
+        chart = line_chart("Relative error after each block", lines, "block", "relative error")
         parts.append(Part(chart=chart, legend=lines))
     every = [
         e for layer in inputs.layers for errors in layer.linear_errors.values() for e in errors
@@ -152,7 +154,7 @@ def layers_section(inputs: ReportInputs) -> Section | None:
         "layers",
         "Error per layer",
         "Norm of the difference over the norm of the float result, on calibration text: of the "
-        "hidden states behind each block, where errors of earlier blocks add up, and of each "
+        "hidden states after each block, where errors of earlier blocks add up, and of each "
         f"site's own output, where darker is larger, up to {largest:.3g}, in all of them alike.",
         parts,
     )
@@ -176,7 +178,7 @@ def sizes_section(inputs: ReportInputs) -> Section | None:
             f"{entry['model']}, {entry['recipe']}",
             number(entry["checkpoint_bytes"] / 1e6, 1),
             number(entry.get("bits_per_weight")),
-            f"{entry.get('samples')} × {entry.get('sequence_length')}",
+            _sample(entry),
             number(entry.get("seconds"), 1),
             number(entry.get("peak_rss_gb"), 1),
             number(entry.get("peak_gpu_gb"), 1),
@@ -186,7 +188,7 @@ def sizes_section(inputs: ReportInputs) -> Section | None:
     header = (
         "checkpoint",
         "size, MB",
-        "bits a\nweight",
+        "bits per\nweight",
         "calibration\ntokens",
         "seconds",
         "peak\nmemory, GB",
@@ -194,6 +196,12 @@ def sizes_section(inputs: ReportInputs) -> Section | None:
     )
     text = "Embeddings, output head and norms stay in floating point and are counted in the size."
     return Section("sizes", "Sizes", text, [Part(table=Table(header, rows))])
+
+
+def _sample(entry: Entry) -> str:
+    """Calibration sequences and their length; a dash where a recipe reads no text."""
+    count, length = entry.get("samples"), entry.get("sequence_length")
+    return "–" if count is None or length is None else f"{count} × {length}"
 
 
 def other_section(inputs: ReportInputs) -> Section | None:
@@ -235,8 +243,11 @@ SECTIONS: tuple[Callable[[ReportInputs], Section | None], ...] = (
     perplexity_section,
     zero_shot_section,
     layers_section,
+    bits_section,
+    outliers_section,
     figures_section,
     sizes_section,
+    expected_section,
     other_section,
     origin_section,
 )
