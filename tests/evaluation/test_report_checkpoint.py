@@ -136,7 +136,7 @@ def test_what_inspect_writes_is_what_the_report_reads(tmp_path):
 
 @pytest.mark.parametrize("length", [5, 24, 45])
 def test_no_label_is_cut_off(length):
-    """An SVG of 720 pixels; letters of 13 pixels are at most 7.5 wide on average."""
+    """Letters of 13 pixels are at most 7.5 wide on average."""
     name = "n" * length
     one = Series(name, [1.0, 2.0])
     for chart in (
@@ -147,6 +147,15 @@ def test_no_label_is_cut_off(length):
         for mark in ElementTree.fromstring(chart).iter("text"):
             if mark.text == name:
                 assert float(mark.attrib["x"]) - 7.5 * length >= 0
+
+
+@pytest.mark.parametrize("largest", [9.0, 12891.4, 9e9])
+def test_the_last_tick_is_not_cut_off(largest):
+    chart = ElementTree.fromstring(ladder_chart("t", ["a", "b"], [Series("s", [5.0, largest])]))
+    width = float(chart.attrib["viewBox"].split()[2])
+    for mark in chart.iter("text"):
+        if mark.attrib["text-anchor"] == "middle":
+            assert float(mark.attrib["x"]) + 7.5 * len(mark.text) / 2 <= width
 
 
 def test_a_recipe_without_text_has_no_calibration(tmp_path):

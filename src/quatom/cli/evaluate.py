@@ -82,7 +82,12 @@ def _perplexity(
 ) -> None:
     from quatom.cli.common import print_table, window_progress
     from quatom.evaluation.perplexity import measure_perplexity
-    from quatom.evaluation.results import accuracy_entry, add_results
+    from quatom.evaluation.results import (
+        accuracy_entry,
+        add_results,
+        comparable,
+        read_results,
+    )
 
     corpus = text.tokenized(loaded.require_tokenizer(), sequence_length)
     with window_progress(f"{title} on {corpus.name}") as on_window:
@@ -94,19 +99,22 @@ def _perplexity(
             on_window=on_window,
         )
     entry = accuracy_entry(loaded, title, corpus.name, measured)
+    shown = [entry]
+    if out is not None:
+        add_results(out, [entry])
+        shown = comparable(read_results(out), entry)
     print_table(
         f"{title}, {corpus.name}, {measured.windows} windows of {sequence_length} tokens",
         ("recipe", "perplexity", "bits per weight", "bits per activation", "bits per KV value"),
         [
             (
-                str(entry["recipe"]),
-                f"{measured.perplexity:.3f}",
-                *(f"{entry[f'bits_per_{part}']:.2f}" for part in ("weight", "activation", "kv")),
+                "float" if e["recipe"] == "fp16" else str(e["recipe"]),
+                f"{e['perplexity']:.3f}",
+                *(f"{e[f'bits_per_{part}']:.2f}" for part in ("weight", "activation", "kv")),
             )
+            for e in shown
         ],
     )
-    if out is not None:
-        add_results(out, [entry])
 
 
 def _tasks(

@@ -15,7 +15,7 @@ NUM_COLOURS = 6
 REFERENCE_COLOUR = NUM_COLOURS - 1
 """The grey one, for numbers that were not measured here."""
 
-_WIDTH = 720
+_WIDTH = 1000
 _LABEL = 190  # least room for row labels, left of the plot
 _LETTER = 7.5  # width of a letter of 13 pixels, and a little more
 
@@ -76,7 +76,7 @@ def ladder_chart(title: str, rows: Sequence[str], series: Sequence[Series]) -> M
     """A row a rung and a dot a series, on a logarithmic axis of perplexity."""
     known = [value for one in series for value in one.values if value is not None]
     ticks = log_ticks(min(known), max(known))
-    left, right, top, step = _room(rows), _WIDTH - 20, 34, 30
+    left, right, top, step = _room(rows), _WIDTH - 40, 34, 30
     scale = (right - left) / math.log(ticks[-1] / ticks[0])
 
     def x(value: float) -> float:

@@ -152,6 +152,11 @@ def unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
+def shown_recipe(name: str) -> str:
+    """The name of a recipe in a table: what `fp16` leaves in floating point may have 32 bits."""
+    return "float" if name == "fp16" else name
+
+
 def number(value: object, digits: int = 2) -> str:
     """A number with thousands set apart, or a dash."""
     return "–" if value is None else f"{value:,.{digits}f}"

@@ -15,6 +15,7 @@ from quatom.evaluation.report_model import (
     Table,
     increase,
     number,
+    shown_recipe,
     unique,
 )
 from quatom.evaluation.report_outliers import outliers_section
@@ -42,7 +43,7 @@ def perplexity_section(inputs: ReportInputs) -> Section | None:
         for recipe in sorted(unique(entry["recipe"] for entry in own), key=_float_first):
             mine = [entry for entry in own if entry["recipe"] == recipe]
             bits = ("bits_per_weight", "bits_per_activation", "bits_per_kv")
-            row = [recipe, *(number(mine[0].get(name)) for name in bits)]
+            row = [shown_recipe(recipe), *(number(mine[0].get(name)) for name in bits)]
             for corpus in corpora:
                 cell = [e for e in mine if tuple(e.get(k) for k in key) == corpus]
                 value = cell[-1]["perplexity"] if cell else None
@@ -76,7 +77,7 @@ def zero_shot_section(inputs: ReportInputs) -> Section | None:
             values = [cell["value"] for cell in cells if cell is not None]
             complete = len(values) == len(HEADLINE)
             average = number(100 * math.fsum(values) / len(values)) if complete else "–"
-            rows.append([recipe, *map(_accuracy, cells), average])
+            rows.append([shown_recipe(recipe), *map(_accuracy, cells), average])
         note = (
             "Per cent ± one standard error of the sample. The average is over the six tasks of "
             "Atom's table. " + _examples(own)
@@ -84,7 +85,13 @@ def zero_shot_section(inputs: ReportInputs) -> Section | None:
         if tasks:
             parts.append(Part(title=model, table=Table(header, rows, note)))
         every = [
-            [e["recipe"], e["task"], e["metric"], number(e["value"], 4), str(e["examples"])]
+            [
+                shown_recipe(e["recipe"]),
+                e["task"],
+                e["metric"],
+                number(e["value"], 4),
+                str(e["examples"]),
+            ]
             for e in own
         ]
         head = ("recipe", "task", "metric", "value", "examples")

@@ -102,6 +102,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         ) from error
 
 
+def comparable(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Perplexities of other recipes of the same model on the same windows, floating point first."""
+    keys = ("model", "corpus", "sequence_length", "windows")
+    same = [
+        e for e in entries if "perplexity" in e and all(e.get(key) == entry[key] for key in keys)
+    ]
+    latest = {e["recipe"]: e for e in same if "bits_per_weight" in e}
+    return sorted(latest.values(), key=lambda e: bool(e["recipe"] != "fp16"))
+
+
 def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write entries to a result file, keeping those it has of other measurements.
 
