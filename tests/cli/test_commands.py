@@ -27,7 +27,6 @@ def test_quantize_writes_a_checkpoint_and_its_bits(small_dir, text_file, shell, 
     assert (recipe.calibration.num_samples, recipe.calibration.sequence_length) == (2, 24)
     assert recipe.calibration.seed == 3
     assert f"{bits_per_weight(plan(read_config(SMALL), recipe)):.3f}" in done.out
-    assert "2/2" in done.out  # the progress bar ended
     assert load(tmp_path / "q").recipe == recipe
 
 

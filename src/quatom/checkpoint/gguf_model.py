@@ -148,7 +148,7 @@ def _sizes(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     if rotary != head_dim or value_dim != head_dim:
         raise ModelError(
             f"{path}: rotary embedding of {rotary} and values of {value_dim} of {head_dim} "
-            "channels a head are not supported; all must be equal"
+            "channels per head are not supported; all must be equal"
         )
     return {
         "hidden_size": hidden,

@@ -53,7 +53,7 @@ class QuatomLM(TemplateLM):
         """Wrap a model that has a tokenizer.
 
         Args:
-            batch_tokens: tokens a forward pass.
+            batch_tokens: tokens per forward pass.
             cache: answers of earlier runs; new ones are added.
             progress: show a progress bar on stderr.
 

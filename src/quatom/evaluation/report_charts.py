@@ -73,7 +73,7 @@ def linear_ticks(high: float) -> list[float]:
 
 
 def ladder_chart(title: str, rows: Sequence[str], series: Sequence[Series]) -> Markup:
-    """A row a rung and a dot a series, on a logarithmic axis of perplexity."""
+    """A row per rung and a dot per series, on a logarithmic axis of perplexity."""
     known = [value for one in series for value in one.values if value is not None]
     ticks = log_ticks(min(known), max(known))
     left, right, top, step = _room(rows), _WIDTH - 40, 34, 30
@@ -109,7 +109,7 @@ def ladder_chart(title: str, rows: Sequence[str], series: Sequence[Series]) -> M
 
 
 def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str) -> Markup:
-    """A line a series over steps 0, 1, ...; the vertical axis begins at 0."""
+    """A line per series over steps 0, 1, ...; the vertical axis begins at 0."""
     steps = max(len(one.values) for one in series)
     known = [value for one in series for value in one.values if value is not None]
     ticks = linear_ticks(max(known))
@@ -141,7 +141,7 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str) -
 
 
 def heat_map(title: str, rows: Sequence[Series], x_name: str, largest: float) -> Markup:
-    """A row a series and a cell a step; the darker, the nearer to `largest`."""
+    """A row per series and a cell per step; the darker, the nearer to `largest`."""
     steps = max(len(one.values) for one in rows)
     left, top, height = _room([one.name for one in rows], 90), 6, 24
     cell = (_WIDTH - left - 16) / steps
@@ -166,7 +166,7 @@ def heat_map(title: str, rows: Sequence[Series], x_name: str, largest: float) ->
 
 
 def bar_chart(title: str, rows: Sequence[str], series: Series, x_name: str) -> Markup:
-    """A bar a row, from 0, with its number beside it."""
+    """A bar per row, from 0, with its number beside it."""
     known = [value for value in series.values if value is not None]
     ticks = linear_ticks(max(known))
     left, right, top, step = _room(rows), _WIDTH - 70, 10, 26

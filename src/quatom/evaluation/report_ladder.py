@@ -66,7 +66,7 @@ def _float_models(inputs: ReportInputs) -> dict[tuple[Any, ...], float]:
 def _ladder_parts(
     ladder: str, entries: Sequence[Entry], floats: dict[tuple[Any, ...], float]
 ) -> list[Part]:
-    """Chart and table of one ladder, a column a model and text."""
+    """Chart and table of one ladder, a column per model and text."""
     columns: dict[str, dict[str, float]] = {}
     for group in unique(map(_group, entries)):
         model, corpus, windows = group

@@ -139,7 +139,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and what is under it."""
 
     id: str
     title: str

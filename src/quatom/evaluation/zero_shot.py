@@ -37,13 +37,13 @@ def evaluate_tasks(
     model_name: str | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Run tasks and return one entry of `zeroshot-MODEL.json` a task and metric.
+    """Run tasks and return one entry of `zeroshot-MODEL.json` per task and metric.
 
     Args:
         tasks: names of the harness.
         data_dir: folder with TASK/SPLIT.jsonl; None downloads the data.
         limit: only the first examples of each task.
-        batch_tokens: tokens a forward pass.
+        batch_tokens: tokens per forward pass.
         cache: folder of answers; an interrupted run goes on from them.
         model_name: shown in tables; None: the last part of the source.
         progress: show a progress bar on stderr.
@@ -53,7 +53,7 @@ def evaluate_tasks(
         ModelError: the model has no tokenizer.
     """
     if limit is not None and limit < 1:
-        raise CalibrationError(f"--limit must be at least 1 example a task, got {limit}")
+        raise CalibrationError(f"--limit must be at least 1 example per task, got {limit}")
     find_harness()
     from lm_eval.evaluator import evaluate
 
@@ -84,7 +84,7 @@ def evaluate_tasks(
 def _entries(
     name: str, loaded: LoadedModel, task: str, outcome: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One entry a metric, in the harness's own words for them."""
+    """One entry per metric, in the harness's own words for them."""
     samples = outcome["n-samples"][task]
     entries = []
     for key, value in outcome["results"][task].items():

@@ -29,7 +29,7 @@ from quatom.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""
 LARGE_STATE = 2**28
-"""Bytes of hidden states from which on they are not saved behind every block."""
+"""Bytes of hidden states; larger ones are not saved after every block."""
 STATE_SECONDS = 60.0
 """Time between two saves of large hidden states: what an interruption can cost. A 7B model's, 4.3
 GB, would otherwise take longer to write than its blocks to quantize."""
@@ -58,6 +58,7 @@ def quantize_checkpoint(
     dtype: torch.dtype | None = None,
     backend: Backend | None = None,
     resume: bool = False,
+    on_start: Callable[[int, int], None] | None = None,
     on_block: Callable[[QuantizedBlock], None] | None = None,
 ) -> QuantizeReport:
     """Quantize the decoder of a model and write a checkpoint.
@@ -73,6 +74,7 @@ def quantize_checkpoint(
         dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
         backend: implementation of the operations; None picks by device.
         resume: go on with an interrupted run of the same source, recipe and text.
+        on_start: called with the blocks that are done and all blocks, once everything is checked.
         on_block: called after each finished block, for progress.
 
     Raises:
@@ -103,6 +105,8 @@ def quantize_checkpoint(
     try:
         # Killed between the last rename and the clean-up, an earlier run has left nothing to do.
         if not writer.finished:
+            if on_start is not None:
+                on_start(writer.completed_blocks(), opened.model_config.num_layers)
             _quantize_blocks(writer, opened, resolved, tokens, place, dtype, backend, on_block)
     finally:
         writer.close()
@@ -126,7 +130,7 @@ def _quantize_blocks(
 ) -> None:
     first = writer.completed_blocks()
     while first and not writer.has_state(_state_name(first - 1)):
-        first -= 1  # blocks behind the last saved state are made again, to the same bytes
+        first -= 1  # blocks after the last saved state are made again, to the same bytes
     saved, saved_at = first - 1, time.monotonic()
     # Row i: relative error of the hidden states after block i, then of each of its sites.
     errors = torch.zeros(0, 1 + len(SITES), dtype=torch.float64)
