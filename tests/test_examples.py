@@ -107,9 +107,9 @@ def test_evaluate_with_lm_eval(example, model, tmp_path):
     lines = example("evaluate_with_lm_eval", model, model, *words).splitlines()
     assert lines[0].split() == ["task", "metric", "float", "quantized"]
     assert [line.split()[:2] for line in lines[1:]] == [
-        ["boolq", "acc"],
         ["piqa", "acc"],
         ["piqa", "acc_norm"],
+        ["boolq", "acc"],
     ]
     for line in lines[1:]:
         before, after = line.split()[2:]
