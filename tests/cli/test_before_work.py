@@ -53,6 +53,15 @@ def test_a_missing_harness_is_found_before(never, small_dir, shell, monkeypatch)
     assert "pip install 'quatom[eval]'" in shell.fails("eval", small_dir, "--tasks", "piqa")
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_files_that_inspect_cannot_write_are_found_before(
+    option, small_dir, shell, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("quatom.checkpoint.reader.open_source", lambda _: pytest.fail("opened"))
+    assert "none is no folder" in shell.fails("inspect", small_dir, option, tmp_path / "none" / "x")
+    assert "is a folder: give the name" in shell.fails("inspect", small_dir, option, tmp_path)
+
+
 RECORDED = {
     "model": "m", "recipe": "r", "backend": "cpu",
     "prompts": [[1, 2]], "tokens": [[3]], "logprobs": [[-1.0]], "gaps": [[0.5]],

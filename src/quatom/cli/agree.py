@@ -32,9 +32,8 @@ def agree(
     """Record a model's greedy choices, or feed recorded ones to it and compare."""
     import torch
 
-    from quatom.cli.common import print_table, read_dtype
+    from quatom.cli.common import check_output, print_table, read_dtype
     from quatom.engine.config import EngineConfig
-    from quatom.errors import CheckpointError
     from quatom.evaluation.agreement import (
         Choices,
         agreement_entry,
@@ -49,8 +48,7 @@ def agree(
 
     recorded = None if record is not None else Choices.read(choices)
     text = None if record is None else read_text(record)
-    if record is not None and not choices.parent.is_dir():
-        raise CheckpointError(f"{choices.parent} is no folder: give a file in one that exists")
+    check_output(None if record is None else choices)
     if json is not None:
         read_results(json)
     loaded = load(model, device=device, dtype=read_dtype(dtype))

@@ -1,11 +1,13 @@
 """What several commands share: reading options, progress bars and tables."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quatom.errors import RecipeError
+from quatom.errors import CheckpointError, RecipeError
 from quatom.recipe import Recipe
 from quatom.recipe_file import differences, find_recipe
 
@@ -41,6 +43,18 @@ def read_dtype(name: str | None) -> "torch.dtype | None":
         raise RecipeError(f"--dtype must be one of {', '.join(allowed)}, got {name!r}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def check_output(file: Path | None) -> None:
+    """Raise CheckpointError if a file that is written at the end of the work cannot be."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder: give the name of a file")
+    if not file.parent.is_dir():
+        raise CheckpointError(f"{file} cannot be written: {file.parent} is no folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise CheckpointError(f"{file} cannot be written: give another file")
 
 
 class _Bar:
