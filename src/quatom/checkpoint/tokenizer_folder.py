@@ -35,6 +35,8 @@ _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenize
 # In transformers 4 these classes begin every text with bos_token, unless add_bos_token is false,
 # and end it with eos_token if add_eos_token is true. All other classes leave it to tokenizer.json.
 _BEGINNING_CLASSES = (*_SENTENCEPIECE_CLASSES, "CohereTokenizer")
+# Ids that no token has; the tokenizers library visits each when it copies a tokenizer.
+_MAX_HOLES = 1 << 20
 _TEMPLATES = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
 
@@ -91,12 +93,20 @@ def _read_core(file: Path) -> "Tokenizer":
 
     check_contents(file, text=True)
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        core = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(
             f"{file} cannot be read by tokenizers {tokenizers.__version__} ({_reason(error)}): it "
             "is damaged, or of a newer release (pip install -U tokenizers)"
         ) from error
+    vocabulary = core.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary and vocabulary[last] - len(vocabulary) > _MAX_HOLES:
+        raise CheckpointError(
+            f"{file} gives {last!r} the id {vocabulary[last]} and has {len(vocabulary)} tokens: it "
+            "is damaged; copy the model's own there"
+        )
+    return core
 
 
 def _byte_level_core(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer":

@@ -50,9 +50,11 @@ def build_from_gguf(path: Path) -> "PreTrainedTokenizerBase":
         core, special, add_bos = _byte_level(vocabulary, PATTERNS[pre])
     else:
         named = f"pre-tokenizer {pre!r}" if pre else "no tokenizer.ggml.pre"
+        with_pre = f" with {named}" if kind == "gpt2" else ""
+        known = f"gpt2 with one of {len(PATTERNS)} names of tokenizer.ggml.pre"
         raise ModelError(
-            f"{path}: tokenizer {kind!r} with {named} is not supported (llama is, and gpt2 with "
-            f"{', '.join(PATTERNS)}); {BESIDE}"
+            f"{path}: tokenizer {kind!r}{with_pre} is not supported; llama is, and {known}"
+            f" (docs/reference/model-files.md); {BESIDE}"
         )
     core.add_tokens(
         [
@@ -71,7 +73,12 @@ def build_from_gguf(path: Path) -> "PreTrainedTokenizerBase":
         special.get("eos_token") if vocabulary.flag("ggml.add_eos_token", False) else None,
     )
     template = entries.get("chat_template")
-    return wrap_core(core, special, template if isinstance(template, str) else None)
+    if not isinstance(template, str | None):
+        raise CheckpointError(
+            f"{path}: tokenizer.chat_template must be a text, got {template!r:.60}; correct it "
+            "with gguf-new-metadata"
+        )
+    return wrap_core(core, special, template)
 
 
 def _byte_level(
@@ -82,12 +89,11 @@ def _byte_level(
 
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     # A piece may be a space as far as the file goes: the first character never separates.
-    merges = [
-        (line[:cut], line[cut + 1 :])
-        for line in vocabulary.array("ggml.merges", str)
-        if (cut := line.find(" ", 1)) > 0
-    ]
-    for left, right in merges:
+    merges = []
+    for line in vocabulary.array("ggml.merges", str):
+        cut = line.find(" ", 1)
+        left, right = (line[:cut], line[cut + 1 :]) if cut > 0 else (line, "")
+        merges.append((left, right))
         if left not in ids or right not in ids or left + right not in ids:
             raise CheckpointError(
                 f"{vocabulary.path}: tokenizer.ggml.merges joins {left!r} and {right!r}, which are "

@@ -1,5 +1,6 @@
 """What stands beside tokenizer.json: roles of tokens, added tokens, chat templates."""
 
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def _listed_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, Any]:
         older = folder / "added_tokens.json"
         if not listed and is_present(older):
             return {
-                int(index): AddedToken(text, normalized=False)
+                operator.index(index): AddedToken(text, normalized=False)
                 for text, index in read_json(older).items()
             }
         return {
