@@ -293,3 +293,17 @@ def test_ids_of_added_tokens_are_integers(tmp_path):
         read_folder(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<z>": size}))
     assert read_folder(tmp_path)("<z>")["input_ids"] == [size]
+
+
+@pytest.mark.parametrize("place", ["single", "pair"])
+def test_a_template_of_an_unknown_token_is_damage(place, tmp_path):
+    """The tokenizers library would panic at the first text."""
+    core = template(byte_level(), "<s> $A")
+    write(tmp_path, core)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"][place].append({"SpecialToken": {"id": "<x>", "type_id": 0}})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"post-processor adds '<x>' and does not give its id"
+    ):
+        read_folder(tmp_path)

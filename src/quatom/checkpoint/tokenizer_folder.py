@@ -106,6 +106,14 @@ def _read_core(file: Path) -> "Tokenizer":
             f"{file} gives {last!r} the id {vocabulary[last]} and has {len(vocabulary)} tokens: it "
             "is damaged; copy the model's own there"
         )
+    for step in _post_processors(core):
+        known = step.get("special_tokens", {})
+        for piece in (*step.get("single", ()), *step.get("pair", ())):
+            if "SpecialToken" in piece and piece["SpecialToken"]["id"] not in known:
+                raise CheckpointError(
+                    f"{file}: its post-processor adds {piece['SpecialToken']['id']!r} and does not "
+                    "give its id; copy the model's own there"
+                )
     return core
 
 
@@ -167,11 +175,15 @@ def _class_name(settings: Mapping[str, Any]) -> str:
 
 def _has_template(core: "Tokenizer") -> bool:
     """Whether the file's own post-processor says what begins and ends a text."""
+    return any(step["type"] in _TEMPLATES for step in _post_processors(core))
+
+
+def _post_processors(core: "Tokenizer") -> list[dict[str, Any]]:
+    """The steps after the merges, as tokenizer.json has them."""
     if core.post_processor is None:
-        return False
+        return []
     state = json.loads(core.post_processor.__getstate__())
-    steps = state["processors"] if state["type"] == "Sequence" else [state]
-    return any(step["type"] in _TEMPLATES for step in steps)
+    return list(state["processors"]) if state["type"] == "Sequence" else [state]
 
 
 def _reason(error: Exception) -> str:
