@@ -131,6 +131,12 @@ def _hash(*tokens: "Tensor") -> str:
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()[:16]
 
 
+def _limits(values: list[float]) -> tuple[float, float]:
+    """Ends of a logarithmic axis: the smallest bar has a length, the largest room for its label."""
+    low, high = min(values) * 0.9, max(values) * 1.1
+    return low, high * (high / low) ** 0.15
+
+
 def _plot(entries: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
@@ -144,7 +150,7 @@ def _plot(entries: list[dict[str, Any]], path: Path) -> None:
     axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3)
     axis.axvline(values[0], color="grey", linewidth=0.8)
     axis.set_xscale("log")  # the first rung is orders of magnitude above the rest
-    axis.set_xlim(values[0] * 0.9, max(values) * 2)
+    axis.set_xlim(*_limits(values))
     axis.invert_yaxis()
     axis.set_xlabel(f"perplexity on {entries[0]['corpus']} (log scale)")
     axis.set_title(entries[0]["model"])
