@@ -51,7 +51,7 @@ def ablate(
     """Measure perplexity with each part of a recipe added to those before it."""
     from quatom.checkpoint.reader import open_source
     from quatom.checkpoint.tokenizer import tokenizer_from_source
-    from quatom.cli.common import print_table, read_dtype, rung_progress
+    from quatom.cli.common import check_output, print_table, read_dtype, rung_progress
     from quatom.errors import RecipeError
     from quatom.evaluation.corpora import load_corpus
     from quatom.evaluation.ladder import LadderRun
@@ -62,6 +62,7 @@ def ablate(
     from quatom.quantize.calibration_data import calibration_tokens, check_token_ids
     from quatom.recipe import CalibrationSpec, Recipe
 
+    check_output(plot)
     if ladder not in LADDERS:
         raise RecipeError(f"unknown ladder {ladder!r}; known: {', '.join(LADDERS)}")
     steps: dict[str, Recipe | None] = {"float": None, **LADDERS[ladder]}
