@@ -94,6 +94,9 @@ class QuatomLM(TemplateLM):
                 f"{self.loaded.source}: a task has a text without context, and the tokenizer has "
                 "neither bos_token nor eos_token to begin it: name one in tokenizer_config.json"
             )
+        # A token that tokenizer_config.json names and the vocabulary lacks gets an id beyond it.
+        vocab_size = self.loaded.config.vocab_size
+        check_token_ids(torch.tensor([prefix]), vocab_size, f"bos_token of {self.loaded.source}")
         return prefix
 
     @property
