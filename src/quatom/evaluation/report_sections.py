@@ -202,7 +202,9 @@ def sizes_section(inputs: ReportInputs) -> Section | None:
         "peak GPU\nmemory, GB",
     )
     text = "Embeddings, output head and norms stay in floating point and are counted in the size."
-    return Section("sizes", "Sizes", text, [Part(table=Table(header, rows))])
+    known = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
+    table = Table([header[i] for i in known], [[row[i] for i in known] for row in rows])
+    return Section("sizes", "Sizes", text, [Part(table=table)])
 
 
 def _sample(entry: Entry) -> str:

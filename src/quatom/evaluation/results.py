@@ -73,6 +73,7 @@ def quantize_entry(report: QuantizeReport, model: str, seconds: float) -> dict[s
         # ru_maxrss is in KiB on Linux.
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
         "peak_gpu_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3) if on_gpu else 0.0,
+        "bits_per_weight": report.bits_per_weight,
         "checkpoint_bytes": report.checkpoint_bytes,
     }
 
