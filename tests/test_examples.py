@@ -10,6 +10,7 @@ import pytest
 
 import quatom
 from tests.conftest import LLAMA, make_model
+from tests.evaluation.task_rows import write_task_rows
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RUN_HERE = {
@@ -18,6 +19,7 @@ RUN_HERE = {
     "custom_recipe",
     "chat_calibration",
     "python_service",
+    "evaluate_with_lm_eval",
 }
 SHORT = ("--samples", "2", "--length", "24")
 
@@ -96,6 +98,68 @@ def test_chat_calibration(example, model, tmp_path):
     out = example("chat_calibration", model, tmp_path / "q", *SHORT)
     assert "bits per weight" in out
     assert json.loads((tmp_path / "q.jsonl").read_text().splitlines()[0])["messages"]
+
+
+def test_evaluate_with_lm_eval(example, model, tmp_path):
+    pytest.importorskip("lm_eval")
+    write_task_rows(tmp_path)
+    words = "--tasks", "piqa,boolq", "--data-dir", tmp_path, "--limit", 2
+    lines = example("evaluate_with_lm_eval", model, model, *words).splitlines()
+    assert lines[0].split() == ["task", "metric", "float", "quantized"]
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["piqa", "acc"],
+        ["piqa", "acc_norm"],
+        ["boolq", "acc"],
+    ]
+    for line in lines[1:]:
+        before, after = line.split()[2:]
+        assert before == after  # the same model twice
+
+
+def cells(kind):
+    notebook = json.loads((EXAMPLES / "quantize_and_compare.ipynb").read_text())
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_notebook_is_stored_without_output_and_uses_public_names():
+    for cell in cells("code"):
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "quatom":
+                assert node.attr in quatom.__all__
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(model, text_file, monkeypatch, tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    import nbformat
+
+    pytest.importorskip("ipykernel")
+    environment = {
+        "QUATOM_MODEL": str(model),
+        "QUATOM_TEXT": str(text_file),
+        "QUATOM_SAMPLES": "2",
+        "QUATOM_LENGTH": "24",
+        "TMPDIR": str(tmp_path),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(EXAMPLES / "quantize_and_compare.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    shown = "".join(
+        output.get("text", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+    assert "bits per weight" in shown
+    assert shown.count("perplexity") == 2
+    assert shown.count(" -> ") == 2
+    assert any(
+        "image/png" in output.get("data", {})
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+    )
 
 
 def test_python_service(example, model):

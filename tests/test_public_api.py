@@ -63,3 +63,49 @@ def test_quantize_then_generate(tiny_llama_dir, text_file, tmp_path):
     assert all(isinstance(result.text, str) for result in texts)
     ids = llm.generate([llm.encode("Hello"), llm.encode("Once upon")], params)
     assert [result.token_ids for result in ids] == [result.token_ids for result in texts]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llama_dir):
+    return quatom.LLM(tiny_llama_dir, device="cpu")
+
+
+GREEDY = quatom.SamplingParams(max_tokens=12, temperature=0.0)
+
+
+def test_a_stream_is_the_text_piece_by_piece(llm):
+    whole = llm.generate("Once upon", GREEDY)[0]
+    pieces = list(llm.stream("Once upon", GREEDY))
+    assert len(pieces) > 1
+    assert all(pieces)
+    assert "".join(pieces) == whole.text
+    assert "".join(llm.stream(whole.prompt_token_ids, GREEDY)) == whole.text
+
+
+def test_a_stream_that_is_left_frees_the_engine(llm):
+    stream = llm.stream("Once upon", GREEDY)
+    next(stream)
+    with pytest.raises(quatom.QuatomError, match="another stream of this LLM is open"):
+        llm.stream("Another", GREEDY)
+    stream.close()
+    assert not llm.engine.has_work
+    assert next(llm.stream("Once upon", GREEDY))
+    whole = llm.generate("Once upon", GREEDY)[0]
+    assert "".join(llm.stream("Once upon", GREEDY)) == whole.text
+
+
+def test_what_cannot_be_streamed_is_refused_at_once(llm):
+    with pytest.raises(quatom.QuatomError, match="one completion, got n 2"):
+        llm.stream("a", quatom.SamplingParams(n=2))
+    for call in (llm.stream, llm.generate):
+        with pytest.raises(quatom.QuatomError, match=r"holds '\\ud83d', half .* at character 2"):
+            call("ab\ud83d", GREEDY)
+    with pytest.raises(quatom.QuatomError, match=r"half of a surrogate pair"):
+        llm.chat([{"role": "user", "content": "\udc00"}], GREEDY)
+
+
+def test_the_bar_of_generate_is_on_stderr(llm, capsys):
+    llm.generate(["a", "b"], GREEDY, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "generating" in err

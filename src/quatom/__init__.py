@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quatom.errors import QuatomError as QuatomError
     from quatom.evaluation.perplexity import Perplexity as Perplexity
     from quatom.evaluation.perplexity import measure_perplexity as measure_perplexity
+    from quatom.evaluation.zero_shot import evaluate_tasks as evaluate_tasks
     from quatom.loading import LoadedModel as LoadedModel
     from quatom.loading import load as load
     from quatom.quantize.pipeline import QuantizeReport as QuantizeReport
@@ -34,6 +35,7 @@ _PUBLIC = {
     "QuatomError": "quatom.errors",
     "Perplexity": "quatom.evaluation.perplexity",
     "measure_perplexity": "quatom.evaluation.perplexity",
+    "evaluate_tasks": "quatom.evaluation.zero_shot",
     "SamplingParams": "quatom.engine.sampling",
     "Recipe": "quatom.recipe",
     "PRESETS": "quatom.recipe",
@@ -54,6 +56,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "__version__",
+    "evaluate_tasks",
     "load",
     "measure_perplexity",
     "quantize_checkpoint",

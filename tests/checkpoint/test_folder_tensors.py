@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load as parse
 
 from quatom.checkpoint.reader import open_source
-from quatom.errors import CheckpointError
+from quatom.errors import CheckpointError, ModelError
 from tests.checkpoint.models import CONFIG, write_file, write_model
 
 
@@ -132,4 +132,91 @@ def test_a_folder_with_files_of_other_names_says_which(tmp_path):
         open_source(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     with pytest.raises(CheckpointError, match=r"asks for 2 blocks and there are 0 tensors"):
+        open_source(tmp_path)
+
+
+def test_files_that_the_index_does_not_name_are_noted(tmp_path):
+    write_model(tmp_path, shards=2)
+    (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"of another model")
+    assert open_source(tmp_path).notes == (
+        "model-00003-of-00003.safetensors passed over: model.safetensors.index.json does not name "
+        "them",
+    )
+
+
+def test_a_tensor_in_two_shards_must_be_the_same_in_both(tmp_path):
+    """transformers would take the last one, the index names one of them."""
+    write_model(tmp_path, shards=2)
+    first, last = sorted(tmp_path.glob("*.safetensors"))
+    one, two = parse(first.read_bytes()), parse(last.read_bytes())
+    name = next(name for name in one if "proj" in name)
+    write_file(last, two | {name: one[name]})
+    check(tmp_path, one | two)
+    write_file(last, two | {name: one[name] + 1})
+    with pytest.raises(
+        CheckpointError, match=rf"00001-of.* and .*00002-of.* both hold {name}, with"
+    ):
+        open_source(tmp_path)
+
+
+TIED = CONFIG | {"tie_word_embeddings": True}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head(tmp_path):
+    """What transformers reads."""
+    expected = rewrite(write_model(tmp_path, TIED), lambda n: HEAD if n == EMBEDDING else n)
+    assert check(tmp_path, expected).notes == (
+        f"embedding stored as the head alone: {HEAD} is read as {EMBEDDING}",
+    )
+
+
+def test_a_tied_head_that_differs_and_a_missing_one_say_what_to_set(tmp_path):
+    tensors = rewrite(write_model(tmp_path, TIED), lambda n: n)
+    head = {HEAD: tensors[EMBEDDING].clone()}
+    rewrite(tmp_path, lambda n: n, head)
+    check(tmp_path, tensors)
+    head[HEAD][3, 4] += 1
+    rewrite(tmp_path, lambda n: n, head)
+    with pytest.raises(CheckpointError, match=rf"differs from .* to false, or remove {HEAD}$"):
+        open_source(tmp_path)
+    write_model(tmp_path)
+    tensors = parse((tmp_path / "model.safetensors").read_bytes())
+    del tensors[HEAD]
+    write_file(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"lacks lm_head.*set tie_word_embeddings to true"):
+        open_source(tmp_path)
+
+
+def test_folders_without_a_model_say_what_they_are(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.bin"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(CheckpointError, match=r"holds an adapter \(PEFT\) and no model"):
+            open_source(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    write_file(tmp_path / "adapter_model.safetensors", {"a": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"holds an adapter \(PEFT\) and no model"):
+        open_source(tmp_path)
+    for name in ("consolidated.00.pth", "model.ckpt", "tf_model.h5"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).touch()
+        with pytest.raises(CheckpointError, match=rf"holds only {name}; convert it"):
+            open_source(folder)
+
+
+@pytest.mark.parametrize("never", [-1, 64, 2**40])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_ends_of_text_that_the_model_cannot_write_are_passed_over(file, never, tmp_path):
+    """A negative one would forbid the last token, one beyond the vocabulary stop the engine."""
+    write_model(tmp_path)
+    (tmp_path / file).write_text(
+        json.dumps((CONFIG if file == "config.json" else {}) | {"eos_token_id": [2, never]})
+    )
+    source = open_source(tmp_path)
+    assert source.model_config.eos_token_ids == (2,)
+    assert source.notes == (f"eos_token_id {never} passed over: the model has 64 tokens",)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [[2]]}')
+    with pytest.raises(ModelError, match=r"generation_config.json: eos_token_id must be"):
         open_source(tmp_path)

@@ -34,6 +34,19 @@ LAYOUTS = {  # suffix, scale of a weight, quantization_config
         lambda w: block_scales(w, 128, 64),
         {"quant_method": "fp8", "weight_block_size": [128, 64]},
     ),
+    "blocks, scales of one byte": (
+        "_scale_inv",
+        lambda w: (2.0 ** block_scales(w, 128, 64).round()).to(torch.float8_e8m0fnu),
+        {"quant_method": "fp8", "weight_block_size": [128, 64]},
+    ),
+    "blocks of compressed-tensors": (
+        "_scale",
+        lambda w: block_scales(w, 128, 64),
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"block_structure": [128, 64]}}},
+        },
+    ),
 }
 
 
@@ -50,11 +63,9 @@ def write_fp8(folder, layout, **config):
         scale = scale_of(tensor)
         stored[name], stored[name + suffix] = tensor.to(E4M3), scale
         stored[name.replace("weight", "input_scale")] = torch.tensor(1.0)
-        full = scale.double().reshape(scale.shape if scale.dim() == 2 else (-1, 1))
-        block = quantization.get("weight_block_size") or [
-            1 if full.shape[0] > 1 else 10**6,
-            10**6,
-        ]
+        full = scale.float().double().reshape(scale.shape if scale.dim() == 2 else (-1, 1))
+        rows = 1 if full.shape[0] > 1 else 10**6
+        block = [128, 64] if layout.startswith("blocks") else [rows, 10**6]
         i = torch.arange(tensor.shape[0]) // block[0]
         j = torch.arange(tensor.shape[1]) // block[1]
         expected[name] = stored[name].double() * full[i][:, j]
@@ -99,7 +110,7 @@ def test_scales_that_are_missing_or_fit_no_layout(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for block in (None, [128], "128", [0, 64], [128, 64.0]):
         write_fp8(tmp_path, "blocks", weight_block_size=block)
-        with pytest.raises(CheckpointError, match="nor one per block of weight_block_size"):
+        with pytest.raises(CheckpointError, match="nor one per block of the size"):
             open_source(tmp_path)
     assert config["quantization_config"]["weight_block_size"] == [128, 64]
 
@@ -108,6 +119,17 @@ def test_other_formats_of_the_same_methods_are_refused(tmp_path):
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     write_model(tmp_path, CONFIG | {"quantization_config": quantization})
     with pytest.raises(ModelError, match=r"'compressed-tensors' with weights in another format"):
+        open_source(tmp_path)
+
+
+def test_fp4_is_named_and_not_taken_for_fp8(tmp_path):
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    write_model(tmp_path, CONFIG | {"quantization_config": quantization})
+    packed = {UP: torch.zeros(160, 64, dtype=torch.uint8), f"{UP}_scale": torch.ones(160, 8)}
+    damage(
+        tmp_path, **{name: t.to(E4M3) if t.is_floating_point() else t for name, t in packed.items()}
+    )
+    with pytest.raises(ModelError, match=r"up_proj.weight_scale is in FP8 and is no weight: .*FP4"):
         open_source(tmp_path)
 
 

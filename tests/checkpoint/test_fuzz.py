@@ -43,6 +43,8 @@ TARGETS = [
     Target("single", "tokenizer.json"),
     Target("single", "tokenizer_config.json"),
     Target("single", "generation_config.json"),
+    Target("single", "special_tokens_map.json"),
+    Target("single", "added_tokens.json"),
     Target("single", "model.safetensors"),
     Target("sharded", "model.safetensors.index.json"),
     Target("gguf", "model.gguf"),
@@ -56,6 +58,9 @@ def whole(tmp_path_factory) -> Path:
     write_model(root / "single", CONFIG)
     write_byte_tokenizer(root / "single")
     (root / "single" / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    added = {"<s>": 256, "</s>": 257}
+    (root / "single" / "added_tokens.json").write_text(json.dumps(added))
+    (root / "single" / "special_tokens_map.json").write_text('{"unk_token": {"content": "<s>"}}')
     write_model(root / "sharded", CONFIG, shards=3)
     (root / "gguf").mkdir()
     write_gguf(root / "gguf" / "model.gguf")
@@ -114,6 +119,8 @@ def damage(folder: Path, file: str, draw: random.Random) -> None:
         for _ in range(draw.choice([1, 1, 1, 2, 3])):
             value = change_json(value, draw)
         content = json.dumps(value).encode()
+        if draw.random() < 0.05:  # a key twice
+            content = content.replace(b"{", b'{"x": 1, "x": 2, ', 1)
     elif path.suffix == ".safetensors" and draw.random() < 0.6:
         content = change_header(content, draw)
     else:

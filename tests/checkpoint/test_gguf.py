@@ -96,7 +96,7 @@ def test_every_truncation_is_an_error(tmp_path):
     last = max(t.start + t.num_bytes for t in read_gguf(path).tensors.values())
     for size in [0, 3, 4, 10, 30, 100, 500, 1000, 2000, 5000, last - 1]:
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=r"truncated|no GGUF file") as caught:
+        with pytest.raises(CheckpointError, match=r"truncated|no GGUF file|is empty") as caught:
             read_gguf(path)
         assert "\n" not in str(caught.value)
 

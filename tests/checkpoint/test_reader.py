@@ -164,6 +164,7 @@ DAMAGES = {
         r"weight_map must give each tensor the name of a file in the folder, it gives 3 for",
     ),
     "shard that is a list": (lambda f: name_shard(f, ["a"]), r"it gives \['a'\] for"),
+    "shard that is the parent": (lambda f: name_shard(f, ".."), r"it gives '..' for"),
     "shard without a name": (lambda f: name_shard(f, ""), r"it gives '' for"),
     "truncated shard": (
         truncate,
@@ -196,7 +197,7 @@ DAMAGES = {
         lambda f: (f / "config.json").write_text("[]"),
         r"config.json must hold an object, it holds a list",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), r"cannot read .*config.json: No such"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"has no config.json; copy the model's"),
     "another architecture": (
         lambda f: edit_json(f / "config.json", architectures=["GPT2LMHeadModel"]),
         r"config.json: architecture GPT2LMHeadModel is not supported",

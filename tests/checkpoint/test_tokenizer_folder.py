@@ -264,3 +264,46 @@ def test_chat_templates(files, settings, want, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert read_folder(write(tmp_path, byte_level(), **settings)).chat_template == want
+
+
+def test_an_id_far_beyond_the_others_is_damage(tmp_path):
+    """The tokenizers library would count up to it."""
+    core = byte_level()
+    write(tmp_path, core)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zz"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"gives 'zz' the id 2147483648 and has \d+ tokens"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["no", 1, [True]])
+def test_flags_are_true_or_false(value, tmp_path):
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "add_bos_token": value}
+    with pytest.raises(CheckpointError, match="add_bos_token must be true or false, got"):
+        read_folder(write(tmp_path, byte_level(), **settings))
+    assert read_folder(write(tmp_path, byte_level(), **settings | {"add_bos_token": None}))
+
+
+def test_ids_of_added_tokens_are_integers(tmp_path):
+    size = byte_level().get_vocab_size()
+    write(tmp_path, byte_level())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<z>": size + 0.5}))
+    with pytest.raises(CheckpointError, match=r"added tokens in .* are damaged"):
+        read_folder(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<z>": size}))
+    assert read_folder(tmp_path)("<z>")["input_ids"] == [size]
+
+
+@pytest.mark.parametrize("place", ["single", "pair"])
+def test_a_template_of_an_unknown_token_is_damage(place, tmp_path):
+    """The tokenizers library would panic at the first text."""
+    core = template(byte_level(), "<s> $A")
+    write(tmp_path, core)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"][place].append({"SpecialToken": {"id": "<x>", "type_id": 0}})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"post-processor adds '<x>' and does not give its id"
+    ):
+        read_folder(tmp_path)

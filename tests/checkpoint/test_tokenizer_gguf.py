@@ -50,6 +50,32 @@ REFUSED = {
         CheckpointError,
         "joins 'a' and 'b', which are not all tokens",
     ),
+    "a merge of one piece": (
+        {"ggml.merges": [*MERGES, "ab"]},
+        CheckpointError,
+        "joins 'ab' and '', which are not all tokens",
+    ),
+    "a token twice": (
+        {"ggml.tokens": [*WORDS[:-1], "a"]},
+        CheckpointError,
+        "ggml.tokens holds 'a' more than once",
+    ),
+    "a flag that is a number": (
+        {"ggml.add_bos_token": 1},
+        CheckpointError,
+        "add_bos_token must be true or false, got 1",
+    ),
+    "a template that is a number": (
+        {"chat_template": 5},
+        CheckpointError,
+        "chat_template must be a text, got 5",
+    ),
+    "ends of turn in a list": (
+        {"ggml.eot_token_id": [1, 2]},
+        ModelError,
+        r"must be an integer or a list of integers",
+    ),
+    "a pattern that is a list": ({"ggml.pre": ["a"]}, ModelError, r"with pre-tokenizer \['a'\]"),
     "merges that are numbers": (
         {"ggml.merges": [1, 2]},
         CheckpointError,
@@ -85,6 +111,15 @@ def test_what_is_refused_in_one_line(fault, tmp_path):
         read(tmp_path, tokenizer=change)
     assert str(tmp_path / "model.gguf") in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_tokens_without_a_name_keep_their_ids(tmp_path):
+    """llama.cpp calls them so."""
+    words = [*WORDS[:2], "", *WORDS[3:]]
+    tokenizer = read(tmp_path, tokenizer={"ggml.tokens": words})
+    assert tokenizer.convert_ids_to_tokens([2, 3]) == ["[EMPTY_2]", WORDS[3]]
+    assert tokenizer("b")["input_ids"] == [3]
 
 
 @pytest.fixture(scope="module")

@@ -213,7 +213,7 @@ def test_another_ladder_has_its_own_chart_and_the_same_float_model(tmp_path):
 def test_perplexities_have_the_float_model_first_and_say_their_windows(tables):
     header, *rows = tables["perplexity"]
     assert header[4::2] == ["wikitext2\nfirst 8 windows\nof 2048", "ptb\nall 3 windows\nof 2048"]
-    assert [cells[0] for cells in rows] == ["fp16", "atom-w4a4kv4", "w8a8"]
+    assert [cells[0] for cells in rows] == ["float", "atom-w4a4kv4", "w8a8"]
     assert row(rows, "atom-w4a4kv4") == (
         ["atom-w4a4kv4", "4.19", "4.25", "4.50", "25.00", "+25.0 %", "–", "–"]
     )
@@ -224,7 +224,7 @@ def test_accuracies_have_their_standard_error_and_count(page, tables):
     header, float_row, atom_row, *every = tables["zero-shot"]
     assert header[1:3] == ["piqa\nacc_norm", "arc_easy\nacc_norm"]
     # sqrt(0.5 * 0.5 / 100) = 0.05 and sqrt(0.75 * 0.25 / 100) = 0.0433.
-    assert float_row == ["fp16", *["50.00 ± 5.00"] * 6, "50.00"]
+    assert float_row == ["float", *["50.00 ± 5.00"] * 6, "50.00"]
     assert atom_row == ["atom-w4a4kv4", "75.00 ± 4.33", *["–"] * 6]
     assert ["atom-w4a4kv4", "lambada_openai", "perplexity", "33.2500", "101"] in every
     assert "Each task on the first 101 examples." in page
@@ -240,7 +240,7 @@ def test_errors_of_every_block_and_place_are_shown(page, tables):
 
 
 def test_sizes_other_measurements_and_origins_are_shown(page, tables):
-    assert tables["sizes"][1][:4] == ["tiny, atom-w4a4kv4", "131.1", "–", "128 × 2048"]
+    assert tables["sizes"][1][:3] == ["tiny, atom-w4a4kv4", "131.1", "128 × 2048"]
     assert tables["other"][1] == ["linear_w4a4", "16", "12.35"]
     assert row(tables["origin"], "kernels-h100.json")[1:4] == [
         "quatom --json kernels-h100.json",

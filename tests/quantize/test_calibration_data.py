@@ -99,6 +99,13 @@ UNREADABLE = {
     "rows.parquet": (b"PAR1", r"rows\.parquet is no plain text"),
     "rows.csv": (b"a,b", r"rows\.csv is no plain text"),
     "weights.safetensors": (b"abcdefgh{}", "is no plain text"),
+    "rows.txt": (
+        b'\n{"text": "a"}\n{"text": "b"}\n',
+        r"rows\.txt holds JSON lines \(name it \.jsonl\)",
+    ),
+    "list.txt": (b' [\n{"text": "a"}\n]', r"list\.txt holds JSON \(make it \.jsonl"),
+    "x" * 300: (None, r"is no name of a file: give the name of a text file, not the text itself"),
+    "a\0b": (None, "is no name of a file"),
 }
 
 
@@ -111,6 +118,23 @@ def test_what_is_no_text_is_refused(name, tmp_path):
         read_text(tmp_path / name)
     with pytest.raises(CalibrationError, match=message):
         calibrate(tmp_path / name)
+
+
+def test_brackets_alone_are_no_json(tmp_path):
+    for text in ("[Chapter 1]\nIt was a dark night.", "{x} is a set.\n{y} is another.", "[", "{}x"):
+        (tmp_path / "a.txt").write_text(text)
+        assert read_text(tmp_path / "a.txt") == text
+
+
+def test_a_text_in_place_of_its_file(tokenizer):
+    for text in ("The text itself. " * 50, "a line\nand another. " * 50, "a/b " * 2000):
+        with pytest.raises(CalibrationError) as caught:
+            calibrate(text, tokenizer)
+        assert len(str(caught.value)) < 400
+    with pytest.raises(CalibrationError, match="the name of a file or data set, got list"):
+        calibrate(["a", "b"], tokenizer)
+    with pytest.raises(CalibrationError, match=r"a data set of the hub is named ORGANIZATION/NAME"):
+        calibrate("wikitext2", tokenizer)
 
 
 def test_folders_are_no_text(tmp_path):
@@ -144,11 +168,12 @@ def whole(file, tokenizer, text):
     return tokenizer.decode(calibrate(file, tokenizer, length=length)[0])
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_json_lines_give_their_text(compressed, tokenizer, tmp_path):
-    file = rows_file(tmp_path, {"text": "one\ntwo", "id": 3}, {"text": " \n"}, {"text": "{x}"})
-    if compressed:
-        packed = tmp_path / "rows.JSONL.gz"
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.jsonlines", "rows.JSONL.gz"])
+def test_json_lines_give_their_text(name, tokenizer, tmp_path):
+    rows = {"text": "one\ntwo", "id": float("nan")}, {"text": " \n"}, {"text": "{x}"}
+    file = rows_file(tmp_path, *rows, name=name)
+    if name.endswith(".gz"):
+        packed = tmp_path / name
         packed.write_bytes(gzip.compress(file.read_bytes()))
         file = packed
     assert whole(file, tokenizer, "one\ntwo{x}") == "one\ntwo{x}"
@@ -167,10 +192,34 @@ def test_padding_is_not_measured(tokenizer, tmp_path):
     assert calibrate(file, tokenizer, length=5).tolist() == [[7, 8, 9, 7, 8]]
 
 
+def test_columns_of_other_rows_are_null(tokenizer, tmp_path):
+    none = {"text": None, "messages": None, "input_ids": None, "attention_mask": None}
+    messages = [{"role": "user", "content": "a"}]
+    given = {"text": "ab"}, {"messages": messages}, {"input_ids": [7], "attention_mask": [1]}
+    want = calibrate(rows_file(tmp_path, *given), tokenizer, length=6)
+    assert calibrate(
+        rows_file(tmp_path, *(none | row for row in given)), tokenizer, length=6
+    ).equal(want)
+
+
 BAD_ROWS = {
     "no JSON": ("{", r"rows\.jsonl: line 1 is no JSON"),
     "a list": ("[1]", "line 1 is a list, no object"),
-    "no text": ('{"body": "a"}', "every row must have a 'text', one has body"),
+    "no text": (
+        '{"body": "a", "text": null}',
+        "every row must have a 'text', 'messages' or 'input_ids', one has body",
+    ),
+    "half of a pair": ('{"text": "ab\\ud83d"}', r"holds '\\ud83d', half .* at character 2; remove"),
+    "half of a pair in a message": (
+        '{"messages": [{"role": "user", "content": "\\udc00"}]}',
+        r"holds '\\udc00', half of a surrogate pair",
+    ),
+    "ids that are no integers": ('{"input_ids": [1.5, 2, 3, 4]}', "must be lists of integers"),
+    "ids that are true": ('{"input_ids": [true, true, true, true]}', "must be lists of integers"),
+    "ids of several rows": ('{"input_ids": [[1, 2], [3, 4]]}', "must be lists of integers"),
+    "ids beyond 64 bits": (f'{{"input_ids": [{2**63}]}}', "must be lists of integers"),
+    "an empty mask": ('{"input_ids": [1, 2, 3, 4], "attention_mask": []}', "of one length"),
+    "one mask for all": ('{"input_ids": [1, 2, 3, 4], "attention_mask": 1}', "of one length"),
     "a text that is a number": ('{"text": 3}', "every row must have a 'text'"),
     "masks of another length": (
         '{"input_ids": [1, 2], "attention_mask": [1]}',

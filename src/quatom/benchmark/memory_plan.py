@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quatom.benchmark.roofline import Ceilings
 from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.errors import ModelError
 from quatom.families.spec import ModelConfig
@@ -30,19 +31,25 @@ class Gpu:
     memory_gib: float
     tested: bool
     """Whether Quatom's results include this GPU."""
+    ceilings: Ceilings | None = None
+    """Rates of the data sheet; None: not known."""
 
 
 GPUS: Mapping[str, Gpu] = {
-    "H200": Gpu(139.8, False),
-    "H100": Gpu(79.2, True),
-    "A100-80GB": Gpu(79.2, False),
-    "A100-40GB": Gpu(39.4, False),
-    "L40S": Gpu(44.5, False),
-    "RTX5090": Gpu(31.8, False),
-    "RTX4090": Gpu(23.5, False),
-    "L4": Gpu(22.0, False),
+    "H200": Gpu(139.8, False, Ceilings(4.8, 989, 1979)),
+    "H100": Gpu(79.2, True, Ceilings(3.35, 989, 1979)),
+    "A100-80GB": Gpu(79.2, False, Ceilings(2.039, 312, 624)),
+    "A100-40GB": Gpu(39.4, False, Ceilings(1.555, 312, 624)),
+    "L40S": Gpu(44.5, False, Ceilings(0.864, 362, 733)),
+    "RTX5090": Gpu(31.8, False, Ceilings(1.792, 209, 419)),
+    "RTX4090": Gpu(23.5, False, Ceilings(1.008, 165, 330)),
+    "L4": Gpu(22.0, False, Ceilings(0.3, 121, 242)),
 }
-"""Memory that the driver reports, in GiB, rounded down."""
+"""Memory that the driver reports, in GiB, rounded down; bandwidth in TB/s and dense matrix rates of
+16 and of 8 bits with 32-bit sums, in TFLOPS.
+
+Source: NVIDIA's data sheets, the SXM versions of H200, H100 and A100.
+"""
 
 
 @dataclass(frozen=True, slots=True)

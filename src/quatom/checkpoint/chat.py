@@ -21,7 +21,7 @@ def render_chat(
         ModelError: there is no template, or it fails on these messages.
     """
     if not tokenizer.chat_template:
-        raise ModelError("the model has no chat template: leave --chat out")
+        raise ModelError("the model has no chat template: give plain text instead of messages")
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
@@ -30,6 +30,6 @@ def render_chat(
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"the model's chat template fails on these messages ({type(error).__name__}: "
-            f"{reason}); mend chat_template.jinja or tokenizer_config.json, or leave --chat out"
+            f"{reason}); mend chat_template.jinja or tokenizer_config.json, or give plain text"
         ) from error
     return str(text)

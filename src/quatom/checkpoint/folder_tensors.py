@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from quatom.checkpoint.contents import is_present
 from quatom.checkpoint.safetensors_file import StoredTensor, read_header
-from quatom.checkpoint.validation import read_json
+from quatom.checkpoint.validation import read_json, same_values
 from quatom.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 # Prefixes that wrappers put before the names of a model, and what stands there in transformers'.
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
@@ -39,24 +41,25 @@ def read_headers(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         CheckpointError: a file is missing, damaged, or not what the index says.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists():
-        others = sorted(f.name for f in folder.glob("*.safetensors*") if f != single)
-        notes = [f"{', '.join(others)} passed over: {SINGLE} goes first"] if others else []
+    if is_present(single):
+        notes = _others(folder, {SINGLE}, f"{SINGLE} goes first")
         return read_header(single), notes
-    if not index.exists():
+    if not is_present(index):
         raise CheckpointError(_why_nothing(folder))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} has no weight_map; download it again")
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
+        named = isinstance(file_name, str) and file_name not in ("", "..")
+        if not named or Path(file_name).name != file_name:
             raise CheckpointError(
                 f"{index}: weight_map must give each tensor the name of a file in the folder, it "
                 f"gives {file_name!r} for {name}; download it again"
             )
     headers: dict[str, StoredTensor] = {}
+    unlisted: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
-        if not (folder / file_name).exists():
+        if not is_present(folder / file_name):
             count = sum(value == file_name for value in weight_map.values())
             raise CheckpointError(
                 f"{folder} lacks the shard {file_name} with {count} of {len(weight_map)} tensors; "
@@ -64,20 +67,40 @@ def read_headers(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             )
         stored = read_header(folder / file_name)
         headers |= {n: t for n, t in stored.items() if weight_map.get(n) == file_name}
+        unlisted |= {n: t for n, t in stored.items() if weight_map.get(n) != file_name}
     if missing := sorted(weight_map.keys() - headers.keys()):
         raise CheckpointError(
             f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {index.name} promises "
             f"({len(missing)} tensors in all); download the shard again"
         )
-    return headers, []
+    for name, tensor in unlisted.items():
+        listed = headers.setdefault(name, tensor)
+        if listed is not tensor and not same_values(listed, tensor):
+            raise CheckpointError(
+                f"{listed.file} and {tensor.file.name} both hold {name}, with other values; "
+                "download all shards again, into an empty folder"
+            )
+    return headers, _others(folder, {INDEX, *weight_map.values()}, f"{INDEX} does not name them")
+
+
+def _others(folder: Path, read: Iterable[str], reason: str) -> list[str]:
+    others = sorted({f.name for f in folder.glob("*.safetensors*")} - set(read))
+    return [f"{', '.join(others)} passed over: {reason}"] if others else []
+
+
+def adapter(folder: Path) -> str | None:
+    """What to do with a folder that holds an adapter and no model; None: it does not."""
+    if not any(is_present(folder / name) for name in _ADAPTER_FILES):
+        return None
+    return (
+        f"{folder} holds an adapter (PEFT) and no model; merge it into its base model with "
+        "merge_and_unload and save that"
+    )
 
 
 def _why_nothing(folder: Path) -> str:
-    if (folder / "adapter_model.safetensors").exists():
-        return (
-            f"{folder} holds an adapter (PEFT) and no model; merge it into its base model with "
-            "merge_and_unload and save that"
-        )
+    if (reason := adapter(folder)) is not None:
+        return reason
     found = ", ".join(sorted(f.name for f in folder.glob("*.safetensors"))[:3])
     return f"{folder} has neither {SINGLE} nor {INDEX} (it has {found}); download the missing one"
 
@@ -161,3 +184,13 @@ def _is_harmless(name: str, tensor: StoredTensor) -> bool:
     if name.endswith(("attn.bias", "attention.bias")) and len(tensor.shape) != 4:
         return False  # no causal mask (1, 1, length, length)
     return bool(_BUFFERS.fullmatch(name) or _OTHER_PARTS.match(name))
+
+
+def embedding_from_head(
+    headers: Mapping[str, StoredTensor], head: str, embedding: str
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Tensors of a tied model whose embedding may be stored as the head alone, and a note of it."""
+    if embedding in headers or head not in headers:
+        return dict(headers), []
+    renamed = {embedding if name == head else name: tensor for name, tensor in headers.items()}
+    return renamed, [f"embedding stored as the head alone: {head} is read as {embedding}"]

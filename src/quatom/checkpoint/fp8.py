@@ -4,6 +4,8 @@ A weight (N, K) comes with a scale beside it that each stored number is multipli
 its name says "inv": one for the tensor, one per row (N, 1), or one per block
 (ceil(N / rows), ceil(K / columns)). The product is float32, so that nothing is rounded.
 
+Scales may be powers of two in one byte (e8m0).
+
 Source: DeepSeek-V3's release (block scales); compressed-tensors and fbgemm (one scale, or rows).
 """
 
@@ -21,7 +23,10 @@ from quatom.errors import CheckpointError, ModelError
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 _SCALES = ("_scale_inv", "_scale")
 # Scales of activations and of the KV cache: neither is in FP8 here.
-_UNUSED = (".input_scale", ".activation_scale", ".input_scale_ub", ".k_scale", ".v_scale")
+_UNUSED = (
+    *(".input_scale", ".activation_scale", ".input_scale_ub", ".output_scale"),
+    *(".q_scale", ".k_scale", ".v_scale"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,11 @@ def scaled_tensors(
     for name, tensor in stored.items():
         if tensor.dtype != torch.float8_e4m3fn:
             continue
+        if not name.endswith(".weight"):
+            raise ModelError(
+                f"{where}: {name} is in FP8 and is no weight: scales in FP8 belong to FP4 weights "
+                "(NVFP4), which are not supported; use the floating-point model"
+            )
         scale = next((name + end for end in _SCALES if name + end in stored), None)
         if scale is None or len(tensor.shape) != 2:
             raise CheckpointError(
@@ -104,7 +114,7 @@ def _block(
         return rows, columns
     if scale in ((rows,), (rows, 1)):
         return 1, columns
-    block = quantization.get("weight_block_size")
+    block = _block_size(quantization)
     if (
         isinstance(block, list)
         and len(block) == 2
@@ -114,5 +124,16 @@ def _block(
         return block[0], block[1]
     raise CheckpointError(
         f"{where}: the scale of {name} {shape} has shape {scale}, which is neither one, one per "
-        f"row, nor one per block of weight_block_size {block!r}; use the model in bfloat16"
+        f"row, nor one per block of the size in quantization_config, {block!r}; use the model in "
+        "bfloat16"
     )
+
+
+def _block_size(quantization: Mapping[str, Any]) -> Any:
+    """Rows and columns of one scale as config.json gives them, unchecked; None: it does not."""
+    groups = quantization.get("config_groups")  # of compressed-tensors
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and weights.get("block_structure") is not None:
+            return weights["block_structure"]
+    return quantization.get("weight_block_size")

@@ -24,6 +24,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from quatom.checkpoint.contents import check_contents, is_present
 from quatom.checkpoint.gguf_parts import split_parts
 from quatom.checkpoint.gguf_types import quantization_type
 from quatom.checkpoint.safetensors_file import read_bytes
@@ -69,7 +70,7 @@ def read_split_gguf(path: Path) -> GGUFFile:
         ModelError: a tensor is coded in a way that is not supported.
     """
     parts = split_parts(path)
-    if missing := [part.name for part in parts if not part.exists()]:
+    if missing := [part.name for part in parts if not is_present(part)]:
         raise CheckpointError(
             f"{path} is one of {len(parts)} parts and {missing[0]} is missing ({len(missing)} in "
             "all); download it into the same folder"
@@ -96,6 +97,7 @@ def read_gguf(path: Path) -> GGUFFile:
         CheckpointError: the file is missing, truncated, damaged or of another version.
         ModelError: a tensor is coded in a way that is not supported.
     """
+    check_contents(path, text=False)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:

@@ -148,7 +148,7 @@ def _sizes(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     if rotary != head_dim or value_dim != head_dim:
         raise ModelError(
             f"{path}: rotary embedding of {rotary} and values of {value_dim} of {head_dim} "
-            "channels a head are not supported; all must be equal"
+            "channels per head are not supported; all must be equal"
         )
     return {
         "hidden_size": hidden,
@@ -186,5 +186,8 @@ def _table_scaling(file: GGUFFile, config: dict[str, Any], scaling: str) -> dict
 def _eos(metadata: dict[str, Any]) -> int | list[int] | None:
     """End of text, and end of turn where the file names another token for it."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    tokens = list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+    tokens: list[Any] = []
+    for key in keys:
+        if key in metadata and metadata[key] not in tokens:
+            tokens.append(metadata[key])
     return tokens if len(tokens) > 1 else tokens[0] if tokens else None

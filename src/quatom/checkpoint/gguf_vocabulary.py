@@ -1,5 +1,6 @@
 """The vocabulary in the metadata of a GGUF file, checked before anything is built of it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,23 @@ class Vocabulary:
             if kind in wanted:
                 yield index, token
 
-    def array(self, key: str, kind: type, length: int | None = None) -> list[Any]:
+    def flag(self, key: str, default: bool) -> bool:
+        """An entry that is true or false.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        value = self.entries.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(
+                f"{self.path}: tokenizer.{key} must be true or false, got {value!r}; correct it "
+                "with gguf-new-metadata"
+            )
+        return value
+
+    def array(
+        self, key: str, kind: type | tuple[type, ...], length: int | None = None
+    ) -> list[Any]:
         """A list of metadata.
 
         Raises:
@@ -55,9 +72,10 @@ class Vocabulary:
                 "convert the model to GGUF again"
             )
         if not all(isinstance(value, kind) for value in values):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
             raise CheckpointError(
-                f"{self.path}: tokenizer.{key} must hold {kind.__name__} values; convert the model "
-                "to GGUF again"
+                f"{self.path}: tokenizer.{key} must hold {' or '.join(k.__name__ for k in kinds)} "
+                "values; convert the model to GGUF again"
             )
         return values[:length]
 
@@ -96,7 +114,14 @@ def read_vocabulary(path: Path) -> Vocabulary:
     if "ggml.model" not in entries:
         raise CheckpointError(f"{path} holds no tokenizer; {BESIDE}")
     bare = Vocabulary(path, entries, [], [])
-    tokens = bare.array("ggml.tokens", str)
+    # llama.cpp's own names of tokens that have none.
+    tokens = [t or f"[EMPTY_{i}]" for i, t in enumerate(bare.array("ggml.tokens", str))]
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.tokens holds {twice!r} more than once; convert the model to "
+            f"GGUF again, or {BESIDE}"
+        )
     types = [NORMAL] * len(tokens)
     if "ggml.token_type" in entries:
         types = bare.array("ggml.token_type", int, len(tokens))

@@ -7,15 +7,23 @@ long run could stumble over later fails here, before it starts.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quatom.checkpoint.folder_tensors import pass_over, plain_names, read_headers
-from quatom.checkpoint.fp8 import ScaledTensor, is_fp8, scaled_tensors
+from quatom.checkpoint.configuration import as_model_config, read_recipe, with_ends
+from quatom.checkpoint.contents import check_contents, exists, is_present
+from quatom.checkpoint.folder_tensors import (
+    adapter,
+    embedding_from_head,
+    pass_over,
+    plain_names,
+    read_headers,
+)
+from quatom.checkpoint.fp8 import ScaledTensor, scaled_tensors
 from quatom.checkpoint.gguf_parts import models
 from quatom.checkpoint.hub import download, download_config, hub_name
 from quatom.checkpoint.safetensors_file import read_bytes, read_tensor
@@ -27,14 +35,12 @@ from quatom.checkpoint.validation import (
     check_tied,
     read_json,
 )
-from quatom.errors import CheckpointError, ModelError
-from quatom.families.keys import eos_tokens
-from quatom.families.registry import read_config
+from quatom.errors import CheckpointError
 from quatom.families.spec import ModelConfig
 from quatom.plan import plan
 from quatom.recipe import PRESETS, Recipe
 
-_MAX_BLOCKS = 1000
+_OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +139,8 @@ def open_source(path_or_id: str | Path) -> TensorSource:
         ModelError: the model is not supported.
         RecipeError: a Quatom checkpoint's recipe is unknown or does not fit its model.
     """
-    path = Path(path_or_id)
-    if not path.exists():
-        if hub_name(str(path_or_id)) is None:
-            raise CheckpointError(f"{path} does not exist")
+    path = _local(path_or_id)
+    if path is None:
         path = download(str(path_or_id))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -148,8 +152,10 @@ def open_source(path_or_id: str | Path) -> TensorSource:
         return _open_safetensors(path)
     if (gguf := choose_gguf(path)) is not None:
         return _open_gguf(gguf)
-    torch_files = sorted(f.name for f in path.glob("*.bin"))
-    reason = f"only {torch_files[0]}; convert it to safetensors" if torch_files else "no weights"
+    if (reason := adapter(path)) is not None:
+        raise CheckpointError(reason)
+    others = sorted(f.name for f in path.iterdir() if f.suffix.lower() in _OTHER_WEIGHTS)
+    reason = f"only {others[0]}; convert it to safetensors" if others else "no weights"
     raise CheckpointError(f"{path} holds {reason}: a *.safetensors or *.gguf file is needed")
 
 
@@ -160,12 +166,10 @@ def read_model_config(path_or_id: str | Path) -> tuple[ModelConfig, Recipe | Non
         CheckpointError: there is no config.json and no GGUF file.
         ModelError: the model is not supported.
     """
-    path = Path(path_or_id)
-    name = hub_name(str(path_or_id))
-    if not path.exists():
-        if name is None:
-            raise CheckpointError(f"{path} does not exist")
-        path = download_config(name[0]) if name[1] is None else download(str(path_or_id))
+    path = _local(path_or_id)
+    if path is None:
+        repository, file = hub_name(str(path_or_id)) or ("", None)
+        path = download_config(repository) if file is None else download(str(path_or_id))
     gguf = path if path.is_file() else None
     if gguf is None and not (path / "config.json").exists():
         gguf = choose_gguf(path)
@@ -173,9 +177,21 @@ def read_model_config(path_or_id: str | Path) -> tuple[ModelConfig, Recipe | Non
         from quatom.checkpoint.gguf_file import read_split_gguf
         from quatom.checkpoint.gguf_model import hf_config
 
-        return _model_config(gguf, hf_config(read_split_gguf(gguf))), None
+        return as_model_config(gguf, hf_config(read_split_gguf(gguf))), None
     config = read_json(path / "config.json")
-    return _model_config(path / "config.json", config), _recipe(path, config)
+    return as_model_config(path / "config.json", config), read_recipe(path, config)
+
+
+def _local(path_or_id: str | Path) -> Path | None:
+    """The path of a model on disk; None: it is a name of the hub."""
+    path = Path(path_or_id)
+    if str(path_or_id):
+        if exists(path):
+            return path
+        check_contents(path, text=False)  # a broken link
+    if hub_name(str(path_or_id)) is None:
+        raise CheckpointError(f"{path_or_id!s:.200} does not exist")
+    return None
 
 
 def choose_gguf(folder: Path) -> Path | None:
@@ -199,7 +215,7 @@ def _open_gguf(path: Path) -> TensorSource:
 
     file = read_split_gguf(path)
     config = hf_config(file)
-    model_config = _model_config(path, config)
+    model_config, ends = with_ends(as_model_config(path, config), None)
     check_blocks(path, model_config.num_layers, len(file.tensors))
     own_names = hf_names(file)
     stored = {
@@ -218,31 +234,37 @@ def _open_gguf(path: Path) -> TensorSource:
         _tensors=tensors,
         _read=lambda name: read_as_hf(file, name, own_names[name]),
         _locate=lambda name: path,
+        notes=tuple(ends),
     )
 
 
 def _open_safetensors(folder: Path) -> TensorSource:
+    if not is_present(folder / "config.json"):
+        raise CheckpointError(
+            adapter(folder)
+            or f"{folder} has no config.json; copy the model's own there, in the "
+            "form of transformers"
+        )
     config = read_json(folder / "config.json")
-    recipe = _recipe(folder, config)
-    model_config = _model_config(folder / "config.json", config)
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        extra = eos_tokens(read_json(generation).get("eos_token_id"))
-        # Chat models list the end of a turn there only.
-        tokens = tuple(dict.fromkeys(model_config.eos_token_ids + extra))
-        model_config = replace(model_config, eos_token_ids=tokens)
+    recipe = read_recipe(folder, config)
+    model_config = as_model_config(folder / "config.json", config)
+    model_config, ends = with_ends(model_config, folder / "generation_config.json")
     headers, notes = read_headers(folder)
     check_blocks(folder, model_config.num_layers, len(headers))
     expected = checkpoint_tensors(plan(model_config, recipe or PRESETS["fp16"]))
     headers, renamed = plain_names(folder, headers, expected)
     headers, passed = pass_over(headers, expected)
+    if model_config.tie_word_embeddings:
+        head, embedding = model_config.head_name, model_config.embedding_name
+        headers, moved = embedding_from_head(headers, head, embedding)
+        passed += moved
+        if head in headers:
+            check_tied(headers, head, embedding)
     scaled: dict[str, ScaledTensor] = {}
     converted: list[str] = []
     if recipe is None:
         quantization = config.get("quantization_config") or {}
         headers, scaled, converted = scaled_tensors(folder, headers, quantization)
-    if model_config.tie_word_embeddings and model_config.head_name in headers:
-        check_tied(headers, model_config.head_name, model_config.embedding_name)
     stored = {name: TensorSpec(t.shape, t.dtype) for name, t in headers.items()}
     tensors = check_names(folder, expected, stored)
 
@@ -259,36 +281,5 @@ def _open_safetensors(folder: Path) -> TensorSource:
         _tensors=tensors,
         _read=read,
         _locate=lambda name: headers[name].file,
-        notes=(*notes, *renamed, *passed, *converted),
+        notes=(*ends, *notes, *renamed, *passed, *converted),
     )
-
-
-def _model_config(file: Path, config: Mapping[str, Any]) -> ModelConfig:
-    blocks = config.get("num_hidden_layers")
-    if isinstance(blocks, int) and blocks > _MAX_BLOCKS:  # all would be listed before any check
-        raise ModelError(
-            f"{file}: num_hidden_layers {blocks} is above {_MAX_BLOCKS}, more than any model has"
-        )
-    try:
-        return read_config(config)
-    except ModelError as error:
-        raise ModelError(f"{file}: {error}") from error
-
-
-def _recipe(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    if isinstance(quantization, Mapping) and is_fp8(quantization):
-        return None
-    if method != "quatom":
-        raise ModelError(
-            f"{folder / 'config.json'}: quantization_config.quant_method {method!r} is not "
-            "supported; use the floating-point model, or a Quatom checkpoint"
-        )
-    if "recipe" not in quantization:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: quantization_config has no recipe; quantize the model again"
-        )
-    return Recipe.from_dict(quantization["recipe"])

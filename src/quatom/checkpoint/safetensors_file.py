@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from quatom.checkpoint.contents import check_contents
+from quatom.checkpoint.json_text import parse_json
 from quatom.errors import CheckpointError
 
 _DTYPES = {
@@ -27,6 +29,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -59,6 +62,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the file is missing, truncated or no safetensors file.
     """
+    check_contents(file, text=False)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -68,7 +72,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                     f"{file} is truncated or no safetensors file: its header would take {length} "
                     f"bytes, the file has {size}; download it again"
                 )
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             tensors = {
                 name: _entry(file, name, 8 + length, entry) for name, entry in entries.items()
@@ -79,9 +83,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file} has a damaged safetensors header ({error!r}); download it again"
         ) from error
-    end = max((t.start + t.num_bytes for t in tensors.values()), default=8 + length)
-    described = 8 + length + sum(t.num_bytes for t in tensors.values())
-    if not end == described == size:
+    described = 8 + length
+    for name, tensor in sorted(
+        tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)
+    ):
+        if tensor.start != described:
+            raise CheckpointError(
+                f"{file} is truncated or damaged: tensor {name} begins at byte {tensor.start} and "
+                f"the one before it ends at {described}; download it again"
+            )
+        described += tensor.num_bytes
+    if described != size:
         raise CheckpointError(
             f"{file} is truncated or damaged: its header describes {described} bytes, the file has "
             f"{size}; download it again"

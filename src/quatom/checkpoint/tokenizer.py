@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quatom.checkpoint.contents import is_present
 from quatom.checkpoint.reader import TensorSource
 from quatom.checkpoint.tokenizer_core import SPECIAL_NAMES
 from quatom.checkpoint.tokenizer_folder import has_files, read_folder
@@ -68,7 +69,7 @@ def write_tokenizer(source: TensorSource, target_folder: Path) -> None:
 
 def only_in_gguf(source: TensorSource) -> bool:
     """Whether the GGUF file's own tokenizer counts: a tokenizer.json beside it goes first."""
-    return source.gguf is not None and not (source.folder / "tokenizer.json").exists()
+    return source.gguf is not None and not is_present(source.folder / "tokenizer.json")
 
 
 def _save_built(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

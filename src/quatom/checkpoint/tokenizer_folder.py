@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quatom.checkpoint.contents import check_contents, is_present
 from quatom.checkpoint.tokenizer_core import add_template, wrap_core
 from quatom.checkpoint.tokenizer_settings import (
     CONFIG,
     add_listed_tokens,
     chat_template,
+    flag,
     read_settings,
     special_tokens,
 )
@@ -33,12 +35,14 @@ _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenize
 # In transformers 4 these classes begin every text with bos_token, unless add_bos_token is false,
 # and end it with eos_token if add_eos_token is true. All other classes leave it to tokenizer.json.
 _BEGINNING_CLASSES = (*_SENTENCEPIECE_CLASSES, "CohereTokenizer")
+# Ids that no token has; the tokenizers library visits each when it copies a tokenizer.
+_MAX_HOLES = 1 << 20
 _TEMPLATES = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
 
 def has_files(folder: Path) -> bool:
     """Whether there is any tokenizer file, readable or not."""
-    return any(folder.glob("tokenizer*")) or (folder / "vocab.json").exists()
+    return any(folder.glob("tokenizer*")) or is_present(folder / "vocab.json")
 
 
 def read_folder(folder: Path) -> "PreTrainedTokenizerBase":
@@ -48,11 +52,11 @@ def read_folder(folder: Path) -> "PreTrainedTokenizerBase":
         CheckpointError: there are no tokenizer files, or they do not say how text is cut.
     """
     settings = read_settings(folder)
-    if (folder / "tokenizer.json").exists():
+    if is_present(folder / "tokenizer.json"):
         core = _read_core(folder / "tokenizer.json")
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+    elif is_present(folder / "vocab.json") and is_present(folder / "merges.txt"):
         core = _byte_level_core(folder, settings)
-    elif (folder / "tokenizer.model").exists():
+    elif is_present(folder / "tokenizer.model"):
         settings.setdefault("tokenizer_class", "LlamaTokenizer")
         core = _sentencepiece_core(folder, settings)
     else:
@@ -63,8 +67,8 @@ def read_folder(folder: Path) -> "PreTrainedTokenizerBase":
     add_listed_tokens(core, folder, settings)
     special = special_tokens(folder, settings)
     if _begins_by_class(core, settings):
-        bos = special.get("bos_token") if settings.get("add_bos_token", True) else None
-        eos = special.get("eos_token") if settings.get("add_eos_token", False) else None
+        bos = special.get("bos_token") if flag(folder, settings, "add_bos_token", True) else None
+        eos = special.get("eos_token") if flag(folder, settings, "add_eos_token", False) else None
         add_template(core, bos, eos)
     return wrap_core(
         core,
@@ -77,7 +81,7 @@ def read_folder(folder: Path) -> "PreTrainedTokenizerBase":
 def class_counts(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `tokenizer_class` is asked for what tokenizer.json does not say."""
     file = folder / "tokenizer.json"
-    return not file.exists() or _begins_by_class(_read_core(file), settings)
+    return not is_present(file) or _begins_by_class(_read_core(file), settings)
 
 
 def _begins_by_class(core: "Tokenizer", settings: Mapping[str, Any]) -> bool:
@@ -87,13 +91,30 @@ def _begins_by_class(core: "Tokenizer", settings: Mapping[str, Any]) -> bool:
 def _read_core(file: Path) -> "Tokenizer":
     import tokenizers
 
+    check_contents(file, text=True)
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        core = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(
             f"{file} cannot be read by tokenizers {tokenizers.__version__} ({_reason(error)}): it "
             "is damaged, or of a newer release (pip install -U tokenizers)"
         ) from error
+    vocabulary = core.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary and vocabulary[last] - len(vocabulary) > _MAX_HOLES:
+        raise CheckpointError(
+            f"{file} gives {last!r} the id {vocabulary[last]} and has {len(vocabulary)} tokens: it "
+            "is damaged; copy the model's own there"
+        )
+    for step in _post_processors(core):
+        known = step.get("special_tokens", {})
+        for piece in (*step.get("single", ()), *step.get("pair", ())):
+            if "SpecialToken" in piece and piece["SpecialToken"]["id"] not in known:
+                raise CheckpointError(
+                    f"{file}: its post-processor adds {piece['SpecialToken']['id']!r} and does not "
+                    "give its id; copy the model's own there"
+                )
+    return core
 
 
 def _byte_level_core(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer":
@@ -107,9 +128,11 @@ def _byte_level_core(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer":
         )
     import transformers
 
-    vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    check_contents(vocab, text=True)
+    check_contents(merges, text=True)
     try:
-        built = getattr(transformers, name)(vocab=vocab, merges=merges)
+        built = getattr(transformers, name)(vocab=str(vocab), merges=str(merges))
     except Exception as error:  # tokenizers raises Exception itself
         raise CheckpointError(
             f"cannot read vocab.json and merges.txt of {folder}: {_reason(error)}"
@@ -119,6 +142,7 @@ def _byte_level_core(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer":
 
 def _sentencepiece_core(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer":
     file, name = folder / "tokenizer.model", _class_name(settings)
+    check_contents(file, text=False)
     remedy = "put the model's tokenizer.json beside it"
     if name not in _SENTENCEPIECE_CLASSES:
         raise CheckpointError(
@@ -151,11 +175,15 @@ def _class_name(settings: Mapping[str, Any]) -> str:
 
 def _has_template(core: "Tokenizer") -> bool:
     """Whether the file's own post-processor says what begins and ends a text."""
+    return any(step["type"] in _TEMPLATES for step in _post_processors(core))
+
+
+def _post_processors(core: "Tokenizer") -> list[dict[str, Any]]:
+    """The steps after the merges, as tokenizer.json has them."""
     if core.post_processor is None:
-        return False
+        return []
     state = json.loads(core.post_processor.__getstate__())
-    steps = state["processors"] if state["type"] == "Sequence" else [state]
-    return any(step["type"] in _TEMPLATES for step in steps)
+    return list(state["processors"]) if state["type"] == "Sequence" else [state]
 
 
 def _reason(error: Exception) -> str:

@@ -6,14 +6,13 @@ and only patterns that are known are read.
 
 transformers' own reader takes GPT-2's pattern for names that it does not know.
 
-Source: llama.cpp, src/llama-vocab.cpp, for the defaults; the models' own tokenizer.json files for
-the patterns.
+Source: llama.cpp, src/llama-vocab.cpp, for the defaults.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quatom.checkpoint.gguf_patterns import PATTERNS, Pattern
 from quatom.checkpoint.gguf_vocabulary import (
     BESIDE,
     CONTROL,
@@ -32,40 +31,6 @@ if TYPE_CHECKING:
 
 _SPACE = "\u2581"
 
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pattern:
-    """How byte-level BPE prepares text."""
-
-    split: str | None = None
-    """Pattern of the pieces; None: GPT-2's own."""
-    digits: bool = False
-    """Cut numerals into single ones first."""
-    compose: bool = False
-    """Normalize to NFC, as in training; llama.cpp leaves text as it is."""
-    ignore_merges: bool = False
-    """A piece that is a token is taken whole."""
-    add_bos: bool = False
-    """Begin texts with the BOS token where no key says so."""
-
-
-_LLAMA3 = _Pattern(
-    split=_QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"), ignore_merges=True, add_bos=True
-)
-_PATTERNS = {
-    "smollm": _Pattern(digits=True),
-    "qwen2": _Pattern(split=_QWEN2, compose=True),
-    "llama-bpe": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama3": _LLAMA3,
-    "gpt-2": _Pattern(),
-}
-
 
 def build_from_gguf(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a GGUF file.
@@ -81,13 +46,15 @@ def build_from_gguf(path: Path) -> "PreTrainedTokenizerBase":
     kind, pre = entries.get("ggml.model"), entries.get("ggml.pre")
     if kind == "llama":
         core, special, add_bos = _sentencepiece(vocabulary)
-    elif kind == "gpt2" and pre in _PATTERNS:
-        core, special, add_bos = _byte_level(vocabulary, _PATTERNS[pre])
+    elif kind == "gpt2" and isinstance(pre, str) and pre in PATTERNS:
+        core, special, add_bos = _byte_level(vocabulary, PATTERNS[pre])
     else:
         named = f"pre-tokenizer {pre!r}" if pre else "no tokenizer.ggml.pre"
+        with_pre = f" with {named}" if kind == "gpt2" else ""
+        known = f"gpt2 with one of {len(PATTERNS)} names of tokenizer.ggml.pre"
         raise ModelError(
-            f"{path}: tokenizer {kind!r} with {named} is not supported (llama is, and gpt2 with "
-            f"{', '.join(_PATTERNS)}); {BESIDE}"
+            f"{path}: tokenizer {kind!r}{with_pre} is not supported; llama is, and {known}"
+            f" (docs/reference/model-files.md); {BESIDE}"
         )
     core.add_tokens(
         [
@@ -102,27 +69,31 @@ def build_from_gguf(path: Path) -> "PreTrainedTokenizerBase":
     )
     add_template(
         core,
-        special.get("bos_token") if entries.get("ggml.add_bos_token", add_bos) else None,
-        special.get("eos_token") if entries.get("ggml.add_eos_token", False) else None,
+        special.get("bos_token") if vocabulary.flag("ggml.add_bos_token", add_bos) else None,
+        special.get("eos_token") if vocabulary.flag("ggml.add_eos_token", False) else None,
     )
     template = entries.get("chat_template")
-    return wrap_core(core, special, template if isinstance(template, str) else None)
+    if not isinstance(template, str | None):
+        raise CheckpointError(
+            f"{path}: tokenizer.chat_template must be a text, got {template!r:.60}; correct it "
+            "with gguf-new-metadata"
+        )
+    return wrap_core(core, special, template)
 
 
 def _byte_level(
-    vocabulary: Vocabulary, pattern: _Pattern
+    vocabulary: Vocabulary, pattern: Pattern
 ) -> tuple["Tokenizer", dict[str, str], bool]:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
     from tokenizers.processors import ByteLevel
 
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     # A piece may be a space as far as the file goes: the first character never separates.
-    merges = [
-        (line[:cut], line[cut + 1 :])
-        for line in vocabulary.array("ggml.merges", str)
-        if (cut := line.find(" ", 1)) > 0
-    ]
-    for left, right in merges:
+    merges = []
+    for line in vocabulary.array("ggml.merges", str):
+        cut = line.find(" ", 1)
+        left, right = (line[:cut], line[cut + 1 :]) if cut > 0 else (line, "")
+        merges.append((left, right))
         if left not in ids or right not in ids or left + right not in ids:
             raise CheckpointError(
                 f"{vocabulary.path}: tokenizer.ggml.merges joins {left!r} and {right!r}, which are "
@@ -131,13 +102,7 @@ def _byte_level(
     core = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pattern.ignore_merges))
     if pattern.compose:
         core.normalizer = normalizers.NFC()
-    steps: list[Any] = []
-    if pattern.digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if pattern.split is not None:
-        steps.append(pre_tokenizers.Split(Regex(pattern.split), behavior="isolated"))
-    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern.split is None)
-    core.pre_tokenizer = pre_tokenizers.Sequence([*steps, own]) if steps else own
+    core.pre_tokenizer = pattern.pre_tokenizer()
     core.decoder = decoders.ByteLevel()
     core.post_processor = ByteLevel(trim_offsets=False)
     return core, vocabulary.special({}), pattern.add_bos
@@ -147,7 +112,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple["Tokenizer", dict[str, str],
     """SentencePiece's BPE: the pair whose token scores most is merged first; rest in bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = vocabulary.array("ggml.scores", float, len(vocabulary.tokens))
+    scores = vocabulary.array("ggml.scores", (float, int), len(vocabulary.tokens))
     special = vocabulary.special({"bos_token": 1, "eos_token": 2, "unk_token": 0})
     pieces = {token: index for index, token in vocabulary.of_type(NORMAL, UNUSED)}
     merges = [
@@ -171,7 +136,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple["Tokenizer", dict[str, str],
         decoders.ByteFallback(),
         decoders.Fuse(),
     ]
-    if vocabulary.entries.get("ggml.add_space_prefix", True):
+    if vocabulary.flag("ggml.add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend(_SPACE))
         decoding.append(decoders.Strip(content=" ", left=1))
     core.normalizer = normalizers.Sequence(spaces)

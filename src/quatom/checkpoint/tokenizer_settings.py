@@ -1,9 +1,11 @@
 """What stands beside tokenizer.json: roles of tokens, added tokens, chat templates."""
 
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quatom.checkpoint.contents import check_contents, is_present
 from quatom.checkpoint.tokenizer_core import SPECIAL_NAMES
 from quatom.checkpoint.validation import read_json
 from quatom.errors import CheckpointError
@@ -25,9 +27,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: one of them is no JSON object.
     """
-    settings = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    settings = read_json(folder / CONFIG) if is_present(folder / CONFIG) else {}
     extra = folder / "special_tokens_map.json"
-    if extra.exists() and "added_tokens_decoder" not in settings:
+    if is_present(extra) and "added_tokens_decoder" not in settings:
         settings |= read_json(extra)
     return settings
 
@@ -55,9 +57,9 @@ def _listed_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, Any]:
     try:
         listed = settings.get("added_tokens_decoder") or {}
         older = folder / "added_tokens.json"
-        if not listed and older.exists():
+        if not listed and is_present(older):
             return {
-                int(index): AddedToken(text, normalized=False)
+                operator.index(index): AddedToken(text, normalized=False)
                 for text, index in read_json(older).items()
             }
         return {
@@ -71,6 +73,18 @@ def _listed_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, Any]:
             f"{folder}: the added tokens in {CONFIG} or added_tokens.json are damaged ({error!r}); "
             "copy the tokenizer files of the model there"
         ) from error
+
+
+def flag(folder: Path, settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    """An entry that is true or false; null is false, as in transformers.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = settings.get(name, default)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{folder / CONFIG}: {name} must be true or false, got {value!r}")
+    return bool(value)
 
 
 def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -97,8 +111,11 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, 
         CheckpointError: a file cannot be read, or the entry is neither a text nor a list of them.
     """
     files = {f.stem: f for f in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").exists():
+    if is_present(folder / "chat_template.jinja"):
         files["default"] = folder / "chat_template.jinja"
+    for file in files.values():
+        if not file.exists() or file.stat().st_size:  # an empty file is an empty template
+            check_contents(file, text=True)
     try:
         value: Any = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     except (OSError, UnicodeDecodeError) as error:

@@ -3,7 +3,6 @@
 Each is a CheckpointError of one line with the file, the numbers and what to do.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quatom.checkpoint.contents import check_contents
+from quatom.checkpoint.json_text import parse_json
 from quatom.checkpoint.safetensors_file import StoredTensor, read_bytes
 from quatom.checkpoint.schema import FLOAT_DTYPES, TensorSpec
 from quatom.errors import CheckpointError
@@ -24,8 +25,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or holds something else.
     """
+    check_contents(file, text=True)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -52,6 +54,11 @@ def check_names(
 ) -> dict[str, TensorSpec]:
     """The expected tensors with their stored dtypes; every difference is a CheckpointError."""
     if missing := [name for name in expected if name not in stored]:
+        if missing == ["lm_head.weight"]:
+            raise CheckpointError(
+                f"{where} lacks {missing[0]}, and config.json does not tie it to the embedding; "
+                "set tie_word_embeddings to true if they are one, else download the model again"
+            )
         raise CheckpointError(
             f"{where} lacks {missing[0]} ({len(missing)} of {len(expected)} tensors are missing); "
             "download the model again"
@@ -83,20 +90,25 @@ def check_names(
 def check_tied(headers: Mapping[str, StoredTensor], head_name: str, embedding_name: str) -> None:
     """Raise CheckpointError if a stored head differs from the embedding it is tied to."""
     head, embedding = headers[head_name], headers.get(embedding_name)
-    if embedding is None:
-        return  # reported as missing
-    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(2)]
-    for start in range(0, head.num_bytes if same else 0, _CHUNK):
-        parts = [b[: min(_CHUNK, head.num_bytes - start)] for b in buffers]
-        for part, tensor in zip(parts, (head, embedding), strict=True):
-            read_bytes(tensor.file, tensor.start + start, part)
-        same = same and parts[0] == parts[1]
-    if not same:
+    if embedding is not None and not same_values(head, embedding):  # a missing one is reported
         raise CheckpointError(
-            f"{head.file}: {head_name} differs from {embedding_name} although "
-            "config.json says tie_word_embeddings; set it to false, or remove {head_name}"
+            f"{head.file}: {head_name} differs from {embedding_name} although config.json ties "
+            f"them; set tie_word_embeddings to false, or remove {head_name}"
         )
+
+
+def same_values(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two stored tensors are the same, byte for byte."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(2)]
+    for start in range(0, left.num_bytes, _CHUNK):
+        parts = [b[: min(_CHUNK, left.num_bytes - start)] for b in buffers]
+        for part, tensor in zip(parts, (left, right), strict=True):
+            read_bytes(tensor.file, tensor.start + start, part)
+        if parts[0] != parts[1]:
+            return False
+    return True
 
 
 def check_finite(file: Path, name: str, tensor: Tensor) -> None:

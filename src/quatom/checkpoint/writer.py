@@ -34,6 +34,7 @@ from quatom.checkpoint.validation import check_finite, read_json
 from quatom.errors import CheckpointError
 from quatom.plan import ModelPlan
 
+_LONGEST_NAME = 255 - len(".partial")  # of Linux file systems, for the working folder beside it
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -80,6 +81,11 @@ class CheckpointWriter:
         self.target = Path(target)
         if self.target.name in ("", ".."):
             raise CheckpointError(f"{target} is an existing folder; give the name of a new one")
+        if (length := len(os.fsencode(self.target.name))) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"{self.target.name[:40]!r}... has {length} bytes, more than the {_LONGEST_NAME} "
+                "that names of folders may have; give a shorter name"
+            )
         self.source = source
         self.plan = resolved
         self.work = self.target.with_name(self.target.name + ".partial")

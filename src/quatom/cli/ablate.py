@@ -51,7 +51,7 @@ def ablate(
     """Measure perplexity with each part of a recipe added to those before it."""
     from quatom.checkpoint.reader import open_source
     from quatom.checkpoint.tokenizer import tokenizer_from_source
-    from quatom.cli.common import print_table, read_dtype, rung_progress
+    from quatom.cli.common import check_output, print_table, read_dtype, rung_progress
     from quatom.errors import RecipeError
     from quatom.evaluation.corpora import load_corpus
     from quatom.evaluation.ladder import LadderRun
@@ -62,6 +62,7 @@ def ablate(
     from quatom.quantize.calibration_data import calibration_tokens, check_token_ids
     from quatom.recipe import CalibrationSpec, Recipe
 
+    check_output(plot)
     if ladder not in LADDERS:
         raise RecipeError(f"unknown ladder {ladder!r}; known: {', '.join(LADDERS)}")
     steps: dict[str, Recipe | None] = {"float": None, **LADDERS[ladder]}
@@ -131,6 +132,12 @@ def _hash(*tokens: "Tensor") -> str:
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()[:16]
 
 
+def _limits(values: list[float]) -> tuple[float, float]:
+    """Ends of a logarithmic axis: the smallest bar has a length, the largest room for its label."""
+    low, high = min(values) * 0.9, max(values) * 1.1
+    return low, high * (high / low) ** 0.15
+
+
 def _plot(entries: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
@@ -144,7 +151,7 @@ def _plot(entries: list[dict[str, Any]], path: Path) -> None:
     axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3)
     axis.axvline(values[0], color="grey", linewidth=0.8)
     axis.set_xscale("log")  # the first rung is orders of magnitude above the rest
-    axis.set_xlim(values[0] * 0.9, max(values) * 2)
+    axis.set_xlim(*_limits(values))
     axis.invert_yaxis()
     axis.set_xlabel(f"perplexity on {entries[0]['corpus']} (log scale)")
     axis.set_title(entries[0]["model"])

@@ -30,7 +30,9 @@ def agree(
     ] = None,
 ) -> None:
     """Record a model's greedy choices, or feed recorded ones to it and compare."""
-    from quatom.cli.common import print_table, read_dtype
+    import torch
+
+    from quatom.cli.common import check_output, print_table, read_dtype
     from quatom.engine.config import EngineConfig
     from quatom.evaluation.agreement import (
         Choices,
@@ -39,19 +41,30 @@ def agree(
         cut_prompts,
         record_choices,
     )
-    from quatom.evaluation.results import add_results
+    from quatom.evaluation.results import add_results, read_results
     from quatom.loading import load
+    from quatom.quantize.calibration_data import check_token_ids
+    from quatom.quantize.text_files import read_text
 
     recorded = None if record is not None else Choices.read(choices)
+    text = None if record is None else read_text(record)
+    check_output(None if record is None else choices)
+    if json is not None:
+        read_results(json)
     loaded = load(model, device=device, dtype=read_dtype(dtype))
-    if record is not None:
-        text = record.read_text(encoding="utf-8")
+    if recorded is None:
+        assert text is not None
         tokens = loaded.require_tokenizer().encode(text, add_special_tokens=False)
+        check_token_ids(torch.tensor(tokens), loaded.config.vocab_size, str(record))
         prompts = cut_prompts(tokens, num_prompts, prompt_tokens)
         config = EngineConfig(max_num_seqs=num_prompts, max_model_len=prompt_tokens + num_tokens)
         record_choices(loaded, prompts, num_tokens, config).save(choices)
+        print(
+            f"Recorded {num_prompts * num_tokens} choices of {loaded.recipe.name} on "
+            f"{loaded.backend_name}, {num_tokens} after each of {num_prompts} prompts, in {choices}"
+        )
         return
-    assert recorded is not None
+    recorded.check_tokens(loaded.config.vocab_size)
     longest = max(map(len, recorded.prompts)) + len(recorded.tokens[0])
     config = EngineConfig(
         max_num_seqs=len(recorded.prompts),

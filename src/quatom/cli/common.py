@@ -1,11 +1,13 @@
 """What several commands share: reading options, progress bars and tables."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from quatom.errors import RecipeError
+from quatom.errors import CheckpointError, RecipeError
 from quatom.recipe import Recipe
 from quatom.recipe_file import differences, find_recipe
 
@@ -43,65 +45,100 @@ def read_dtype(name: str | None) -> "torch.dtype | None":
     return dtype
 
 
+def check_output(file: Path | None) -> None:
+    """Raise CheckpointError if a file that is written at the end of the work cannot be."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder: give the name of a file")
+    if not file.parent.is_dir():
+        raise CheckpointError(f"{file} cannot be written: {file.parent} is no folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise CheckpointError(f"{file} cannot be written: give another file")
+
+
+class _Bar:
+    """A progress bar on stderr, on a terminal only. It appears at its first `show`."""
+
+    def __init__(self, title: str, columns: str = "") -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._title, self._console = title, Console(stderr=True)
+        self._progress = Progress(  # narrow enough for 80 columns, the title is a line of its own
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left" + columns),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, start=False, last="")
+
+    def show(self, done: int, total: int, last: str = "") -> None:
+        """Say how much is done, and in `last` what the last step gave."""
+        if not self._progress.tasks[0].started and self._console.is_terminal:
+            self._console.print(self._title, highlight=False)
+            self._progress.start()
+            self._progress.start_task(self._task)
+        self._progress.update(self._task, total=total, completed=done, last=last)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+
 @contextmanager
-def _progress(columns: str) -> Iterator[Any]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("remaining"),
-        TimeRemainingColumn(),
-        TextColumn(columns),
-    ) as progress:
-        yield progress
+def _bar(title: str, columns: str = "") -> Iterator[_Bar]:
+    bar = _Bar(title, columns)
+    try:
+        yield bar
+    finally:
+        bar.stop()
 
 
 @contextmanager
-def block_progress(title: str) -> Iterator[Callable[["QuantizedBlock"], None]]:
-    """A bar over decoder blocks, with seconds and output error of the last one."""
-    with _progress("{task.fields[error]}") as progress:
-        task = progress.add_task(title, total=None, error="")
+def block_progress(
+    title: str,
+) -> Iterator[tuple[Callable[[int, int], None], Callable[["QuantizedBlock"], None]]]:
+    """A bar over decoder blocks, with seconds and output error of the last one.
+
+    Yields:
+        What to call with blocks done and in all before the first one, and after each block.
+    """
+    with _bar(title, "{task.fields[last]}") as bar:
 
         def on_block(block: "QuantizedBlock") -> None:
-            error, seconds = block.relative_error, f"{block.seconds:.1f} s for the last"
-            progress.update(
-                task,
-                total=block.num_blocks,
-                completed=block.index + 1,
-                error=seconds if error is None else f"{seconds}, output error {error:.3f}",
-            )
+            error = block.relative_error
+            last = f", last: {block.seconds:.1f} s"
+            last += "" if error is None else f", output error {error:.3f}"
+            bar.show(block.index + 1, block.num_blocks, last)
 
-        yield on_block
+        yield bar.show, on_block
 
 
 @contextmanager
 def rung_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over decoder blocks."""
-    with _progress("") as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, total=total, completed=done)
+    with _bar(title) as bar:
+        yield bar.show
 
 
 @contextmanager
 def window_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
     """A bar over evaluation windows with the perplexity so far."""
-    with _progress("perplexity {task.fields[perplexity]}") as progress:
-        task = progress.add_task(title, total=None, perplexity="...")
-
-        def on_window(done: int, total: int, perplexity: float) -> None:
-            progress.update(task, total=total, completed=done, perplexity=f"{perplexity:.3f}")
-
-        yield on_window
+    with _bar(title, "{task.fields[last]}") as bar:
+        yield lambda done, total, perplexity: bar.show(
+            done, total, f", perplexity {perplexity:.3f}"
+        )
 
 
 def print_recipe(recipe: Recipe, base: Recipe) -> None:

@@ -28,6 +28,9 @@ def doctor(
     """Say what was found on this machine, or which files and keys of a model are read."""
     from dataclasses import asdict
 
+    from quatom.cli.common import check_output
+
+    check_output(json)
     findings = _machine(recipe, device) if model is None else _model(model)
     if json is not None:
         from json import dumps

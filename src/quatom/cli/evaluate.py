@@ -8,6 +8,7 @@ import typer
 from quatom.cli.options import DeviceOption
 
 if TYPE_CHECKING:
+    from quatom.evaluation.corpora import CorpusText
     from quatom.loading import LoadedModel
 
 
@@ -51,17 +52,22 @@ def evaluate(
 ) -> None:
     """Measure perplexity (GPTQ's protocol) and zero-shot accuracy."""
     from quatom.cli.common import read_dtype
+    from quatom.evaluation.corpora import read_corpus
     from quatom.evaluation.results import read_results
+    from quatom.evaluation.zero_shot import find_harness
     from quatom.loading import load
 
     if perplexity is None and tasks is None:
         raise typer.BadParameter("give --perplexity FILE, --tasks NAMES, or both")
     if json is not None:
         read_results(json)
+    corpus = None if perplexity is None else read_corpus(perplexity, data_dir=data_dir)
+    if tasks is not None:
+        find_harness()
     loaded = load(model, device=device, dtype=read_dtype(dtype))
     title = name or Path(model).resolve().name
-    if perplexity is not None:
-        _perplexity(loaded, title, perplexity, sequence_length, max_windows, data_dir, json)
+    if corpus is not None:
+        _perplexity(loaded, title, corpus, sequence_length, max_windows, json)
     if tasks is not None:
         _tasks(loaded, title, tasks.split(","), data_dir, limit, cache, json)
 
@@ -69,20 +75,21 @@ def evaluate(
 def _perplexity(
     loaded: "LoadedModel",
     title: str,
-    text: Path,
+    text: "CorpusText",
     sequence_length: int,
     max_windows: int | None,
-    data_dir: Path | None,
     out: Path | None,
 ) -> None:
     from quatom.cli.common import print_table, window_progress
-    from quatom.evaluation.corpora import load_corpus
     from quatom.evaluation.perplexity import measure_perplexity
-    from quatom.evaluation.results import accuracy_entry, add_results
-
-    corpus = load_corpus(
-        text, loaded.require_tokenizer(), sequence_length=sequence_length, data_dir=data_dir
+    from quatom.evaluation.results import (
+        accuracy_entry,
+        add_results,
+        comparable,
+        read_results,
     )
+
+    corpus = text.tokenized(loaded.require_tokenizer(), sequence_length)
     with window_progress(f"{title} on {corpus.name}") as on_window:
         measured = measure_perplexity(
             loaded,
@@ -92,19 +99,22 @@ def _perplexity(
             on_window=on_window,
         )
     entry = accuracy_entry(loaded, title, corpus.name, measured)
+    shown = [entry]
+    if out is not None:
+        add_results(out, [entry])
+        shown = comparable(read_results(out), entry)
     print_table(
         f"{title}, {corpus.name}, {measured.windows} windows of {sequence_length} tokens",
         ("recipe", "perplexity", "bits per weight", "bits per activation", "bits per KV value"),
         [
             (
-                str(entry["recipe"]),
-                f"{measured.perplexity:.3f}",
-                *(f"{entry[f'bits_per_{part}']:.2f}" for part in ("weight", "activation", "kv")),
+                "float" if e["recipe"] == "fp16" else str(e["recipe"]),
+                f"{e['perplexity']:.3f}",
+                *(f"{e[f'bits_per_{part}']:.2f}" for part in ("weight", "activation", "kv")),
             )
+            for e in shown
         ],
     )
-    if out is not None:
-        add_results(out, [entry])
 
 
 def _tasks(

@@ -34,15 +34,12 @@ def generate(
     from quatom.engine.sampling import SamplingParams
 
     llm = LLM(model, device=device, dtype=read_dtype(dtype), max_num_seqs=1)
-    engine = llm.engine
     if chat:
         token_ids = llm.encode_chat([{"role": "user", "content": prompt}])
     else:
         token_ids = llm.encode(prompt)
         typer.echo(prompt, nl=False)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    engine.add(engine.make_request("generate", token_ids, params))
-    while engine.has_work:
-        for delta in engine.step():
-            typer.echo(delta.text, nl=False)
+    for text in llm.stream(token_ids, params):
+        typer.echo(text, nl=False)
     typer.echo()

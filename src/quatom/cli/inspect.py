@@ -23,7 +23,10 @@ def inspect(
 ) -> None:
     """Show a checkpoint's recipe, bits and sizes, or a model's activation outliers."""
     from quatom.checkpoint.reader import open_source
+    from quatom.cli.common import check_output
 
+    check_output(json)
+    check_output(plot)
     source = open_source(model)
     if source.recipe is None:
         found = _inspect_float(source, layer or 0, text, plot)

@@ -78,13 +78,18 @@ def _show_progress_of_compilers() -> None:
     logging.getLogger("quatom.ops").setLevel(logging.INFO)
 
 
+def _on_one_line(text: str) -> str:
+    """A text with escapes for what breaks a line or a terminal: file names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def main() -> None:
     """Run the command line: exit status 0 done, 1 failed with one line on stderr, 2 usage."""
     _show_progress_of_compilers()
     try:
         app()
     except (QuatomError, OSError) as error:  # files that --json and --plot name among them
-        print(f"quatom: {error}", file=sys.stderr)
+        print(f"quatom: {_on_one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("quatom: interrupted", file=sys.stderr)

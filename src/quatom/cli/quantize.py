@@ -93,7 +93,7 @@ def quantize(
     text = chosen.calibration
     samples = f", {text.num_samples} x {text.sequence_length} tokens"
     what = f"Quantizing to {chosen.name}{samples if chosen.needs_calibration else ''}"
-    with block_progress(what) as on_block:
+    with block_progress(what) as (on_start, on_block):
         report = quantize_checkpoint(
             opened,
             target,
@@ -102,6 +102,7 @@ def quantize(
             device=device,
             dtype=read_dtype(dtype),
             resume=resume,
+            on_start=on_start,
             on_block=on_block,
         )
     if json is not None:

@@ -1,18 +1,20 @@
 """LLM: offline generation for many prompts at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quatom.checkpoint.chat import render_chat
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.outputs import CompletionOutput, RequestOutput
+from quatom.engine.requests import Request
 from quatom.engine.sampling import SamplingParams
-from quatom.errors import RequestError
+from quatom.errors import EngineError, RequestError
 from quatom.loading import load
 from quatom.ops.backend import Backend
 from quatom.recipe import Recipe
@@ -51,6 +53,12 @@ class LLM:
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence in tokens.
             kv_cache_memory: bytes of KV cache.
+
+        Raises:
+            CheckpointError: files of the model are missing or damaged.
+            ModelError: the architecture or a configuration key is not supported.
+            BackendError: the device is not available, or a kernel cannot run the recipe.
+            EngineError: the limits do not fit each other or the memory.
         """
         options = {
             "max_num_seqs": max_num_seqs,
@@ -79,12 +87,13 @@ class LLM:
         """Token ids of a prompt, with the special tokens that the tokenizer adds.
 
         Raises:
-            RequestError: text was given but the model has no tokenizer.
+            RequestError: text was given but the model has no tokenizer, or it is no Unicode text.
         """
         if not isinstance(prompt, str):
             return list(prompt)
         if self.engine.tokenizer is None:
             raise RequestError("this model has no tokenizer: give prompts as lists of token ids")
+        _check_characters(prompt)
         return list(self.engine.tokenizer.encode(prompt))
 
     def generate(
@@ -122,6 +131,43 @@ class LLM:
             raise
         return list(outputs.values())
 
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Complete one prompt, piece by piece; `"".join` of the pieces is the whole text.
+
+        A caller who stops early ends the request: its KV blocks are free again.
+
+        Args:
+            prompt: a text or a list of token ids.
+            params: None: the defaults of SamplingParams; `n` must be 1.
+
+        Yields:
+            New text, as soon as it is certain.
+
+        Raises:
+            RequestError: the prompt or a parameter is invalid, or the engine runs other requests.
+            EngineError: the engine could not go on.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise RequestError(f"a stream is of one completion, got n {params.n}")
+        if self.engine.has_work:
+            raise RequestError("another stream of this LLM is open: read it to its end or close it")
+        return self._stream(self.engine.make_request("stream", self.encode(prompt), params))
+
+    def _stream(self, request: Request) -> Iterator[str]:
+        self.engine.add(request)
+        try:
+            while self.engine.has_work:
+                for delta in self.engine.step():
+                    if delta.error is not None:
+                        raise EngineError(delta.error)
+                    if delta.text:
+                        yield delta.text
+        finally:
+            self.engine.abort(request.request_id)
+            while self.engine.has_work:  # the step that was launched ahead
+                self.engine.step()
+
     def chat(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None
     ) -> RequestOutput:
@@ -141,12 +187,13 @@ class LLM:
         """Token ids of a conversation and of the beginning of the assistant's answer.
 
         Raises:
-            RequestError: the model has no tokenizer.
+            RequestError: the model has no tokenizer, or the messages are no Unicode text.
             ModelError: the model has no chat template, or the template fails on these messages.
         """
         if (tokenizer := self.engine.tokenizer) is None:
             raise RequestError("this model has no tokenizer, and so no chat template")
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        _check_characters(text)
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     def _run(self, outputs: dict[str, RequestOutput], total: int, progress: bool) -> None:
@@ -158,7 +205,7 @@ class LLM:
             TextColumn("{task.fields[tokens]} tokens"),
         )
         num_tokens = 0
-        with Progress(*columns, disable=not progress) as bar:
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("", total=total, tokens=0)
             while self.engine.has_work:
                 finished = 0
@@ -184,6 +231,17 @@ def empty_output(
             for i in range(params.n)
         ],
     )
+
+
+def _check_characters(text: str) -> None:
+    """Raise RequestError if a text holds half of a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text holds {text[error.start]!a}, half of a surrogate pair, at character "
+            f"{error.start}: it is no Unicode text"
+        ) from None
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

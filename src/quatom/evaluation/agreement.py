@@ -52,9 +52,42 @@ class Choices:
             CheckpointError: the file is something else.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            choices = cls(**json.loads(path.read_text(encoding="utf-8")))
+            choices._check_rows()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no recorded choices: {error}") from error
+            raise CheckpointError(
+                f"{path} holds no recorded choices: {error}; record them with --record"
+            ) from error
+        return choices
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise CheckpointError if a model of so many tokens cannot have been recorded."""
+        largest = max(max(row) for row in (*self.prompts, *self.tokens))
+        if largest >= vocab_size:
+            raise CheckpointError(
+                f"the recorded choices have token id {largest}, and the model has {vocab_size} "
+                f"tokens: they are of another model, {self.model}"
+            )
+
+    def _check_rows(self) -> None:
+        """Raise ValueError unless there are P prompts and P rows of n entries of each kind."""
+        count = len(self.prompts)
+        for name, rows in (
+            ("tokens", self.tokens),
+            ("logprobs", self.logprobs),
+            ("gaps", self.gaps),
+        ):
+            lengths = {len(row) for row in rows}
+            if len(rows) != count or len(lengths) != 1 or 0 in lengths:
+                raise ValueError(f"{name} are not {count} rows of one length")
+        for row in (*self.prompts, *self.tokens):
+            if not row or not all(type(token) is int and token >= 0 for token in row):
+                raise ValueError("a row holds something else than token ids")
+        for numbers in (*self.logprobs, *self.gaps):
+            if not all(type(value) in (int, float) for value in numbers):
+                raise ValueError("a row holds something else than numbers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,6 +132,28 @@ def c4_windows(
     return torch.stack(windows)
 
 
+@dataclass(frozen=True, slots=True)
+class CorpusText:
+    """A corpus before a tokenizer is known."""
+
+    name: str
+    documents: list[str]
+    """Of c4; one text otherwise."""
+
+    def tokenized(
+        self, tokenizer: "PreTrainedTokenizerBase", sequence_length: int = 2048
+    ) -> Corpus:
+        """The tokens; windows of c4 have `sequence_length` each.
+
+        Raises:
+            CalibrationError: no document of c4 is long enough.
+        """
+        if self.name == "c4":
+            windows = c4_windows(self.documents, tokenizer, sequence_length)
+            return Corpus(self.name, windows.flatten())
+        return Corpus(self.name, tokenize(self.documents[0], tokenizer))
+
+
 def load_corpus(
     name_or_path: str | Path,
     tokenizer: "PreTrainedTokenizerBase",
@@ -139,19 +161,33 @@ def load_corpus(
     sequence_length: int = 2048,
     data_dir: Path | None = None,
 ) -> Corpus:
-    """Tokens to measure perplexity on.
+    """Tokens to measure perplexity on: `read_corpus`, tokenized.
+
+    Args:
+        name_or_path: as in `read_corpus`.
+        tokenizer: of the model.
+        sequence_length: tokens per window; only c4 is drawn by it.
+        data_dir: as in `read_corpus`.
+
+    Raises:
+        CalibrationError: the text cannot be found, read or downloaded, or is too short.
+    """
+    return read_corpus(name_or_path, data_dir=data_dir).tokenized(tokenizer, sequence_length)
+
+
+def read_corpus(name_or_path: str | Path, *, data_dir: Path | None = None) -> CorpusText:
+    """The text to measure perplexity on.
 
     Args:
         name_or_path: one of `CORPORA`, or a file. A file with the official name of a corpus
             (wiki.test.raw, ptb.valid.txt, c4-validation.00000-of-00008.json.gz) is read by its
             protocol; of any other .jsonl file the `text` fields are joined with two newlines; any
             other text is used as it is.
-        sequence_length: tokens per window; only c4 is drawn by it.
         data_dir: folder in which a named corpus lies, itself or in a folder called like the
             corpus; without it the corpus comes from the hub through `datasets`.
 
     Raises:
-        CalibrationError: the text cannot be found, read or downloaded, or is too short.
+        CalibrationError: the text cannot be found, read or downloaded.
     """
     name = str(name_or_path)
     if name in _ORIGINS:
@@ -161,8 +197,7 @@ def load_corpus(
         name = next((n for n, o in _ORIGINS.items() if path.name in o.files), path.name)
 
     if name == "c4":
-        documents = _hub_rows(name) if path is None else _read_documents(path)
-        return Corpus(name, c4_windows(documents, tokenizer, sequence_length).flatten())
+        return CorpusText(name, _hub_rows(name) if path is None else _read_documents(path))
     if path is None:
         text = "\n\n".join(_hub_rows(name))
     elif name == "wikitext2":
@@ -173,7 +208,7 @@ def load_corpus(
         text = "\n\n".join(_read_documents(path))
     else:
         text = read_text(path)
-    return Corpus(name, tokenize(text, tokenizer))
+    return CorpusText(name, [text])
 
 
 def _find(name: str, data_dir: Path) -> Path:

@@ -53,7 +53,7 @@ class QuatomLM(TemplateLM):
         """Wrap a model that has a tokenizer.
 
         Args:
-            batch_tokens: tokens a forward pass.
+            batch_tokens: tokens per forward pass.
             cache: answers of earlier runs; new ones are added.
             progress: show a progress bar on stderr.
 
@@ -94,6 +94,9 @@ class QuatomLM(TemplateLM):
                 f"{self.loaded.source}: a task has a text without context, and the tokenizer has "
                 "neither bos_token nor eos_token to begin it: name one in tokenizer_config.json"
             )
+        # A token that tokenizer_config.json names and the vocabulary lacks gets an id beyond it.
+        vocab_size = self.loaded.config.vocab_size
+        check_token_ids(torch.tensor([prefix]), vocab_size, f"bos_token of {self.loaded.source}")
         return prefix
 
     @property

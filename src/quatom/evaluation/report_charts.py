@@ -15,8 +15,9 @@ NUM_COLOURS = 6
 REFERENCE_COLOUR = NUM_COLOURS - 1
 """The grey one, for numbers that were not measured here."""
 
-_WIDTH = 720
-_LABEL = 190  # room for row labels, left of the plot
+_WIDTH = 1000
+_LABEL = 190  # least room for row labels, left of the plot
+_LETTER = 7.5  # width of a letter of 13 pixels, and a little more
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
+def _room(labels: Sequence[str], least: float = _LABEL) -> float:
+    """Room that row labels need left of the plot."""
+    return max(least, 20 + _LETTER * max(map(len, labels)))
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten from just below `low` to just above `high`, thinned out."""
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
@@ -67,10 +73,10 @@ def linear_ticks(high: float) -> list[float]:
 
 
 def ladder_chart(title: str, rows: Sequence[str], series: Sequence[Series]) -> Markup:
-    """A row a rung and a dot a series, on a logarithmic axis of perplexity."""
+    """A row per rung and a dot per series, on a logarithmic axis of perplexity."""
     known = [value for one in series for value in one.values if value is not None]
     ticks = log_ticks(min(known), max(known))
-    left, right, top, step = _LABEL, _WIDTH - 20, 34, 30
+    left, right, top, step = _room(rows), _WIDTH - 40, 34, 30
     scale = (right - left) / math.log(ticks[-1] / ticks[0])
 
     def x(value: float) -> float:
@@ -103,7 +109,7 @@ def ladder_chart(title: str, rows: Sequence[str], series: Sequence[Series]) -> M
 
 
 def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str) -> Markup:
-    """A line a series over steps 0, 1, ...; the vertical axis begins at 0."""
+    """A line per series over steps 0, 1, ...; the vertical axis begins at 0."""
     steps = max(len(one.values) for one in series)
     known = [value for one in series for value in one.values if value is not None]
     ticks = linear_ticks(max(known))
@@ -135,9 +141,9 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str) -
 
 
 def heat_map(title: str, rows: Sequence[Series], x_name: str, largest: float) -> Markup:
-    """A row a series and a cell a step; the darker, the nearer to `largest`."""
+    """A row per series and a cell per step; the darker, the nearer to `largest`."""
     steps = max(len(one.values) for one in rows)
-    left, top, height = 90, 6, 24
+    left, top, height = _room([one.name for one in rows], 90), 6, 24
     cell = (_WIDTH - left - 16) / steps
     parts = []
     for row, one in enumerate(rows):
@@ -157,3 +163,65 @@ def heat_map(title: str, rows: Sequence[Series], x_name: str, largest: float) ->
     ]
     parts.append(_text(_WIDTH - 16, bottom + 30, x_name, "end", "tick"))
     return _svg(bottom + 36, title, parts)
+
+
+def bar_chart(title: str, rows: Sequence[str], series: Series, x_name: str) -> Markup:
+    """A bar per row, from 0, with its number beside it."""
+    known = [value for value in series.values if value is not None]
+    ticks = linear_ticks(max(known))
+    left, right, top, step = _room(rows), _WIDTH - 70, 10, 26
+    scale = (right - left) / ticks[-1]
+    bottom = top + step * len(rows)
+    parts = []
+    for tick in ticks:
+        x = left + scale * tick
+        parts.append(_line(x, top, x, bottom, "grid"))
+        parts.append(_text(x, bottom + 16, f"{tick:g}", "middle", "tick"))
+    for row, (name, value) in enumerate(zip(rows, series.values, strict=True)):
+        y = top + step * row
+        parts.append(_text(left - 12, y + 17, name, "end"))
+        if value is None:
+            continue
+        parts.append(
+            f'<rect x="{left}" y="{y + 4}" width="{max(scale * value, 1):.1f}" height="{step - 8}" '
+            f'class="cell"><title>{escape(name)}: {value:.3f} {escape(x_name)}</title></rect>'
+        )
+        parts.append(_text(left + scale * value + 6, y + 17, f"{value:.3f}", kind="tick"))
+    parts.append(_text(right, bottom + 34, x_name, "end", "tick"))
+    return _svg(bottom + 44, title, parts)
+
+
+def panels(
+    title: str,
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    *,
+    shaded: int,
+    y_name: str,
+) -> Markup:
+    """Curves side by side on one vertical axis; the last `shaded` steps of the last are marked."""
+    top, bottom, gap, first = 40, 170, 24, 56
+    width = (_WIDTH - first - gap * len(names)) / len(names)
+    ticks = linear_ticks(max(max(curve) for curve in values))
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * value / ticks[-1]
+
+    parts = [_text(6, 14, y_name, kind="tick")]
+    for tick in ticks:
+        parts.append(_text(first - 8, y(tick) + 4, f"{tick:g}", "end", "tick"))
+    for index, (name, curve) in enumerate(zip(names, values, strict=True)):
+        left = first + index * (width + gap)
+        scale = width / max(len(curve) - 1, 1)
+        parts.append(_text(left, 32, name, kind="tick"))
+        parts += [_line(left, y(tick), left + width, y(tick), "grid") for tick in ticks]
+        if index == len(names) - 1 and shaded < len(curve):
+            parts.append(
+                f'<rect x="{left + width - scale * shaded:.1f}" y="{top}" '
+                f'width="{scale * shaded:.1f}" height="{bottom - top}" class="shade"/>'
+            )
+        path = " ".join(f"{left + scale * i:.1f},{y(v):.1f}" for i, v in enumerate(curve))
+        parts.append(f'<polyline points="{path}" class="line s0"/>')
+        parts.append(_text(left, bottom + 18, "0", "start", "tick"))
+        parts.append(_text(left + width, bottom + 18, f"channel {len(curve) - 1}", "end", "tick"))
+    return _svg(bottom + 28, title, parts)

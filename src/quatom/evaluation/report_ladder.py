@@ -46,6 +46,10 @@ def _ladder(entry: Entry) -> str:
     return entry.get("ladder", "atom")
 
 
+def _in_words(rung: str) -> str:
+    return rung.replace("_scale_a_", "_scale per ").replace("_", " ")
+
+
 def _group(entry: Entry) -> tuple[Any, ...]:
     return tuple(entry[key] for key in _KEY)
 
@@ -62,7 +66,7 @@ def _float_models(inputs: ReportInputs) -> dict[tuple[Any, ...], float]:
 def _ladder_parts(
     ladder: str, entries: Sequence[Entry], floats: dict[tuple[Any, ...], float]
 ) -> list[Part]:
-    """Chart and table of one ladder, a column a model and text."""
+    """Chart and table of one ladder, a column per model and text."""
     columns: dict[str, dict[str, float]] = {}
     for group in unique(map(_group, entries)):
         model, corpus, windows = group
@@ -74,7 +78,7 @@ def _ladder_parts(
     rungs = [r for r in RUNGS if r in found] + [r for r in found if r not in RUNGS]
     if ladder == "atom":
         columns[ATOM_NAME] = ATOM_LADDER
-    labels = [RUNGS.get(rung, rung.replace("_", " ")) for rung in rungs]
+    labels = [RUNGS.get(rung) or _in_words(rung) for rung in rungs]
     series = [
         Series(
             name.replace("\n", ", "),

@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from quatom.evaluation.report_charts import Series
+from quatom.plan import ModelPlan
 
 Entry = dict[str, Any]
 """One measurement of a result file."""
@@ -65,6 +66,28 @@ class LayerReport:
     name: str
     relative_errors: tuple[float | None, ...]
     linear_errors: dict[str, tuple[float | None, ...]]
+    plan: ModelPlan | None = None
+    """What the checkpoint stores; None where its report alone was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteOutliers:
+    """Largest magnitudes of the channels that enter one site."""
+
+    name: str
+    largest: Sequence[float]
+    ordered: Sequence[float]
+    """The same by ascending second moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutlierReport:
+    """Activation magnitudes of one block of a floating-point model."""
+
+    name: str
+    layer: int
+    tokens: int
+    sites: Sequence[SiteOutliers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +98,9 @@ class ReportInputs:
     layers: tuple[LayerReport, ...]
     images: tuple[tuple[str, str], ...]
     """Caption and data: URI."""
+    outliers: tuple[OutlierReport, ...] = ()
+    gpus: tuple[str, ...] = ()
+    """GPUs to compute expectations for."""
 
     @property
     def entries(self) -> list[Entry]:
@@ -113,7 +139,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and what is under it."""
 
     id: str
     title: str
@@ -124,6 +150,11 @@ class Section:
 def unique(items: Iterable[Any]) -> list[Any]:
     """The items without repetitions, in their order."""
     return list(dict.fromkeys(items))
+
+
+def shown_recipe(name: str) -> str:
+    """The name of a recipe in a table: what `fp16` leaves in floating point may have 32 bits."""
+    return "float" if name == "fp16" else name
 
 
 def number(value: object, digits: int = 2) -> str:

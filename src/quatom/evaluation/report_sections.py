@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from quatom.evaluation.report_charts import REFERENCE_COLOUR, Series, heat_map, line_chart
+from quatom.evaluation.report_checkpoint import bits_section, expected_section
 from quatom.evaluation.report_ladder import ladder_section
 from quatom.evaluation.report_model import (
     HEADLINE,
@@ -14,8 +15,10 @@ from quatom.evaluation.report_model import (
     Table,
     increase,
     number,
+    shown_recipe,
     unique,
 )
+from quatom.evaluation.report_outliers import outliers_section
 
 
 def _float_first(recipe: str) -> bool:
@@ -32,7 +35,7 @@ def perplexity_section(inputs: ReportInputs) -> Section | None:
         own = [entry for entry in entries if entry["model"] == model]
         key = ("corpus", "windows", "sequence_length", "all_windows")
         corpora = unique(tuple(entry.get(k) for k in key) for entry in own)
-        header = ["recipe", "bits a\nweight", "bits an\nactivation", "bits a\nKV value"]
+        header = ["recipe", "bits per\nweight", "bits per\nactivation", "bits per\nKV value"]
         for corpus, windows, length, whole in corpora:
             extent = f"all {windows}" if whole else f"first {windows}"
             header += [f"{corpus}\n{extent} windows\nof {length}", "over\nfloat"]
@@ -40,7 +43,7 @@ def perplexity_section(inputs: ReportInputs) -> Section | None:
         for recipe in sorted(unique(entry["recipe"] for entry in own), key=_float_first):
             mine = [entry for entry in own if entry["recipe"] == recipe]
             bits = ("bits_per_weight", "bits_per_activation", "bits_per_kv")
-            row = [recipe, *(number(mine[0].get(name)) for name in bits)]
+            row = [shown_recipe(recipe), *(number(mine[0].get(name)) for name in bits)]
             for corpus in corpora:
                 cell = [e for e in mine if tuple(e.get(k) for k in key) == corpus]
                 value = cell[-1]["perplexity"] if cell else None
@@ -57,7 +60,7 @@ def perplexity_section(inputs: ReportInputs) -> Section | None:
 
 
 def zero_shot_section(inputs: ReportInputs) -> Section | None:
-    """Accuracy of tasks; the headline metrics first, every metric behind a fold."""
+    """Accuracy of tasks: the headline metrics, and every metric in a fold."""
     entries = inputs.having("task", "metric", "value", "examples")
     if not entries:
         return None
@@ -74,7 +77,7 @@ def zero_shot_section(inputs: ReportInputs) -> Section | None:
             values = [cell["value"] for cell in cells if cell is not None]
             complete = len(values) == len(HEADLINE)
             average = number(100 * math.fsum(values) / len(values)) if complete else "–"
-            rows.append([recipe, *map(_accuracy, cells), average])
+            rows.append([shown_recipe(recipe), *map(_accuracy, cells), average])
         note = (
             "Per cent ± one standard error of the sample. The average is over the six tasks of "
             "Atom's table. " + _examples(own)
@@ -82,7 +85,13 @@ def zero_shot_section(inputs: ReportInputs) -> Section | None:
         if tasks:
             parts.append(Part(title=model, table=Table(header, rows, note)))
         every = [
-            [e["recipe"], e["task"], e["metric"], number(e["value"], 4), str(e["examples"])]
+            [
+                shown_recipe(e["recipe"]),
+                e["task"],
+                e["metric"],
+                number(e["value"], 4),
+                str(e["examples"]),
+            ]
             for e in own
         ]
         head = ("recipe", "task", "metric", "value", "examples")
@@ -131,7 +140,7 @@ def layers_section(inputs: ReportInputs) -> Section | None:
         if any(error is not None for error in layer.relative_errors)
     ]
     if lines:
-        chart = line_chart("Relative error behind each block", lines, "block", "relative error")
+        chart = line_chart("Relative error after each block", lines, "block", "relative error")
         parts.append(Part(chart=chart, legend=lines))
     every = [
         e for layer in inputs.layers for errors in layer.linear_errors.values() for e in errors
@@ -152,7 +161,7 @@ def layers_section(inputs: ReportInputs) -> Section | None:
         "layers",
         "Error per layer",
         "Norm of the difference over the norm of the float result, on calibration text: of the "
-        "hidden states behind each block, where errors of earlier blocks add up, and of each "
+        "hidden states after each block, where errors of earlier blocks add up, and of each "
         f"site's own output, where darker is larger, up to {largest:.3g}, in all of them alike.",
         parts,
     )
@@ -176,7 +185,7 @@ def sizes_section(inputs: ReportInputs) -> Section | None:
             f"{entry['model']}, {entry['recipe']}",
             number(entry["checkpoint_bytes"] / 1e6, 1),
             number(entry.get("bits_per_weight")),
-            f"{entry.get('samples')} × {entry.get('sequence_length')}",
+            _sample(entry),
             number(entry.get("seconds"), 1),
             number(entry.get("peak_rss_gb"), 1),
             number(entry.get("peak_gpu_gb"), 1),
@@ -186,14 +195,22 @@ def sizes_section(inputs: ReportInputs) -> Section | None:
     header = (
         "checkpoint",
         "size, MB",
-        "bits a\nweight",
+        "bits per\nweight",
         "calibration\ntokens",
         "seconds",
         "peak\nmemory, GB",
         "peak GPU\nmemory, GB",
     )
     text = "Embeddings, output head and norms stay in floating point and are counted in the size."
-    return Section("sizes", "Sizes", text, [Part(table=Table(header, rows))])
+    known = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
+    table = Table([header[i] for i in known], [[row[i] for i in known] for row in rows])
+    return Section("sizes", "Sizes", text, [Part(table=table)])
+
+
+def _sample(entry: Entry) -> str:
+    """Calibration sequences and their length; a dash where a recipe reads no text."""
+    count, length = entry.get("samples"), entry.get("sequence_length")
+    return "–" if count is None or length is None else f"{count} × {length}"
 
 
 def other_section(inputs: ReportInputs) -> Section | None:
@@ -235,8 +252,11 @@ SECTIONS: tuple[Callable[[ReportInputs], Section | None], ...] = (
     perplexity_section,
     zero_shot_section,
     layers_section,
+    bits_section,
+    outliers_section,
     figures_section,
     sizes_section,
+    expected_section,
     other_section,
     origin_section,
 )

@@ -73,6 +73,7 @@ def quantize_entry(report: QuantizeReport, model: str, seconds: float) -> dict[s
         # ru_maxrss is in KiB on Linux.
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
         "peak_gpu_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3) if on_gpu else 0.0,
+        "bits_per_weight": report.bits_per_weight,
         "checkpoint_bytes": report.checkpoint_bytes,
     }
 
@@ -100,6 +101,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         raise CalibrationError(
             f"{path} exists and is no result file ({error!r}): give another --json"
         ) from error
+
+
+def comparable(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Perplexities of other recipes of the same model on the same windows, floating point first."""
+    keys = ("model", "corpus", "sequence_length", "windows")
+    same = [
+        e for e in entries if "perplexity" in e and all(e.get(key) == entry[key] for key in keys)
+    ]
+    latest = {e["recipe"]: e for e in same if "bits_per_weight" in e}
+    return sorted(latest.values(), key=lambda e: bool(e["recipe"] != "fp16"))
 
 
 def add_results(path: Path, entries: list[dict[str, Any]]) -> None:

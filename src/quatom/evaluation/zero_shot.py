@@ -15,6 +15,17 @@ DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "win
 """The tasks of Atom's table."""
 
 
+def find_harness() -> None:
+    """Raise CalibrationError if lm-evaluation-harness is not installed."""
+    try:
+        import lm_eval.evaluator  # noqa: F401
+    except ImportError:
+        raise CalibrationError(
+            "zero-shot tasks run through lm-evaluation-harness, which is not installed: "
+            "pip install 'quatom[eval]'"
+        ) from None
+
+
 def evaluate_tasks(
     loaded: LoadedModel,
     tasks: Sequence[str] = DEFAULT_TASKS,
@@ -26,13 +37,13 @@ def evaluate_tasks(
     model_name: str | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Run tasks and return one entry of `zeroshot-MODEL.json` a task and metric.
+    """Run tasks and return one entry of `zeroshot-MODEL.json` per task and metric.
 
     Args:
         tasks: names of the harness.
         data_dir: folder with TASK/SPLIT.jsonl; None downloads the data.
         limit: only the first examples of each task.
-        batch_tokens: tokens a forward pass.
+        batch_tokens: tokens per forward pass.
         cache: folder of answers; an interrupted run goes on from them.
         model_name: shown in tables; None: the last part of the source.
         progress: show a progress bar on stderr.
@@ -42,14 +53,10 @@ def evaluate_tasks(
         ModelError: the model has no tokenizer.
     """
     if limit is not None and limit < 1:
-        raise CalibrationError(f"--limit must be at least 1 example a task, got {limit}")
-    try:
-        from lm_eval.evaluator import evaluate
-    except ImportError:
-        raise CalibrationError(
-            "zero-shot tasks run through lm-evaluation-harness, which is not installed: "
-            "pip install 'quatom[eval]'"
-        ) from None
+        raise CalibrationError(f"--limit must be at least 1 example per task, got {limit}")
+    find_harness()
+    from lm_eval.evaluator import evaluate
+
     from quatom.evaluation.harness_model import QuatomLM
     from quatom.evaluation.harness_tasks import load_tasks, quiet
     from quatom.evaluation.request_cache import RequestCache, model_key
@@ -77,7 +84,7 @@ def evaluate_tasks(
 def _entries(
     name: str, loaded: LoadedModel, task: str, outcome: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One entry a metric, in the harness's own words for them."""
+    """One entry per metric, in the harness's own words for them."""
     samples = outcome["n-samples"][task]
     entries = []
     for key, value in outcome["results"][task].items():

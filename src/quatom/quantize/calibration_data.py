@@ -1,7 +1,9 @@
 """Token sequences to measure statistics on, sampled from text, conversations or a hub data set."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.chat import render_chat
+from quatom.checkpoint.contents import exists
 from quatom.errors import CalibrationError, ModelError
-from quatom.quantize.text_files import is_rows, read_rows, read_text, text_of
+from quatom.quantize.text_files import check_characters, is_rows, read_rows, read_text, text_of
 from quatom.recipe import CalibrationSpec
 
 if TYPE_CHECKING:
@@ -40,6 +43,18 @@ def check_token_ids(tokens: Tensor, vocab_size: int, origin: str) -> None:
         )
 
 
+def check_tokens(tokens: Tensor) -> None:
+    """Raise CalibrationError if a tensor cannot hold calibration sequences."""
+    integers = (
+        not (tokens.is_floating_point() or tokens.is_complex()) and tokens.dtype != torch.bool
+    )
+    if tokens.dim() != 2 or not tokens.numel() or not integers:
+        raise CalibrationError(
+            "calibration tokens must be (samples, length) integers, at least one, got "
+            f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
+        )
+
+
 def documentation_text() -> str:
     """English that every Python brings: the topics of its own documentation, 0.46 MB."""
     from pydoc_data.topics import topics
@@ -56,8 +71,8 @@ def calibration_tokens(
     """Random windows of a file or data set, (num_samples, sequence_length) int64.
 
     Args:
-        origin: a plain-text file; a .jsonl file, each line with a `text`, with chat `messages`, or
-            with `input_ids` and their `attention_mask`; or a data set of the hub,
+        origin: name of a plain-text file; of a .jsonl file, each line with a `text`, with chat
+            `messages`, or with `input_ids` and their `attention_mask`; or of a data set of the hub,
             ORGANIZATION/NAME[:CONFIGURATION[:SPLIT]], of such rows (split: train).
         tokenizer: of the model.
         spec: how many windows, how long, and the seed that chooses them.
@@ -67,8 +82,16 @@ def calibration_tokens(
         CalibrationError: there is no such text, it is of another kind, has too few tokens or
             tokens that the model does not know, or the chat template fails on messages.
     """
+    if not isinstance(origin, str | Path):
+        raise CalibrationError(
+            f"calibration must be the name of a file or data set, got {type(origin).__name__}"
+        )
     path, name = Path(origin), str(origin)
-    if not path.exists() and (match := _DATASET.fullmatch(name)) and not path.suffix:
+    if re.fullmatch(r"[\w-]{1,60}", name) and not exists(path):
+        raise CalibrationError(
+            f"{name}: no such text file; a data set of the hub is named ORGANIZATION/NAME"
+        )
+    if not exists(path) and (match := _DATASET.fullmatch(name)) and not path.suffix:
         wanted = _SURPLUS * spec.num_samples * spec.sequence_length
         tokens = _row_tokens(_dataset_rows(match), tokenizer, name, wanted)
     elif is_rows(path):
@@ -138,27 +161,45 @@ def _row_tokens(
 
 
 def _one_row(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", origin: str) -> Tensor:
-    if "input_ids" in row:
-        try:
-            ids = torch.tensor(row["input_ids"], dtype=torch.int64)
-            mask = torch.tensor(row.get("attention_mask") or [1] * len(ids))
-            return ids[mask != 0]  # padding is no text
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise CalibrationError(
-                f"{origin}: input_ids and attention_mask must be lists of integers of one length "
-                f"({error})"
-            ) from None
-    if "messages" in row:
+    # Data sets give null for columns that only other rows have.
+    if row.get("input_ids") is not None:
+        return _given_ids(row["input_ids"], row.get("attention_mask"), origin)
+    if row.get("messages") is not None:
         try:
             text = render_chat(tokenizer, row["messages"], add_generation_prompt=False)
         except (ModelError, TypeError) as error:
             raise CalibrationError(f"{origin}: {error}") from error
+        check_characters(text, origin)
         encoded = tokenizer(
             text, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         return torch.tensor(encoded["input_ids"], dtype=torch.int64)
-    text = text_of(row, origin)
+    text = text_of(row, origin, "a 'text', 'messages' or 'input_ids'")
     return tokenize(text, tokenizer) if text.strip() else torch.zeros(0, dtype=torch.int64)
+
+
+def _given_ids(ids: Any, mask: Any, origin: str) -> Tensor:  # (tokens,) int64
+    """Tokens of a row that is tokenized already, without its padding."""
+    mask = [1] * len(ids) if mask is None and isinstance(ids, list) else mask
+    lists = isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
+    # true is an integer for Python; 1.5 would be cut to 1.
+    if not lists or not all(type(i) is int and abs(i) < 2**63 for i in ids):
+        raise CalibrationError(
+            f"{origin}: input_ids and attention_mask must be lists of integers of one length"
+        )
+    return torch.tensor([i for i, kept in zip(ids, mask, strict=True) if kept], dtype=torch.int64)
+
+
+@contextmanager
+def _without_retries_shown() -> Iterator[None]:
+    """Leave out the hub client's warnings of each attempt: the error at the end says it all."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _dataset_rows(match: re.Match[str]) -> Iterator[dict[str, Any]]:
@@ -171,7 +212,9 @@ def _dataset_rows(match: re.Match[str]) -> Iterator[dict[str, Any]]:
             "not installed: pip install 'quatom[eval]', or give a .txt or .jsonl file"
         ) from None
     try:
-        yield from datasets.load_dataset(name, config, split=split, streaming=True)
+        with _without_retries_shown():
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        yield from rows
     # Offline, gated, misspelt or script-only data sets raise anything from OSError to RuntimeError.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]

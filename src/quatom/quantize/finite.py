@@ -10,7 +10,7 @@ def check_finite_block(hidden: Tensor, index: int, when: str, dtype: torch.dtype
     """Raise QuantizationError if the output of a block holds NaN or infinity.
 
     Args:
-        hidden: hidden states behind the block.
+        hidden: hidden states after the block.
         index: of the block.
         when: what was run, for the message.
         dtype: of the computation.

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import bits_per_weight
-from quatom.checkpoint.tokenizer import tokenizer_from_source
+from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CalibrationError, RecipeError
 from quatom.families.spec import SITES
 from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
 from quatom.plan import ModelPlan, plan
-from quatom.quantize.calibration_data import calibration_tokens, check_token_ids
+from quatom.quantize.calibration_data import calibration_tokens, check_token_ids, check_tokens
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""
 LARGE_STATE = 2**28
-"""Bytes of hidden states from which on they are not saved behind every block."""
+"""Bytes of hidden states; larger ones are not saved after every block."""
 STATE_SECONDS = 60.0
 """Time between two saves of large hidden states: what an interruption can cost. A 7B model's, 4.3
 GB, would otherwise take longer to write than its blocks to quantize."""
@@ -58,6 +58,7 @@ def quantize_checkpoint(
     dtype: torch.dtype | None = None,
     backend: Backend | None = None,
     resume: bool = False,
+    on_start: Callable[[int, int], None] | None = None,
     on_block: Callable[[QuantizedBlock], None] | None = None,
 ) -> QuantizeReport:
     """Quantize the decoder of a model and write a checkpoint.
@@ -66,12 +67,14 @@ def quantize_checkpoint(
         source: Hugging Face folder, hub id or GGUF of a floating-point model, or one opened.
         target: folder to write; it must not exist.
         recipe: a `Recipe`, or the name of one of `PRESETS`.
-        calibration: a text as `calibration_tokens` reads it, or tokens (samples, length) int64 in
-            place of a sample of it; recipes that order channels or use GPTQ need it.
+        calibration: a text as `calibration_tokens` reads it, or tokens (samples, length) of an
+            integer dtype in place of a sample of it. Recipes that order channels or use GPTQ need
+            it.
         device: where blocks are computed; None: the GPU if there is one, else the CPU.
         dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
         backend: implementation of the operations; None picks by device.
         resume: go on with an interrupted run of the same source, recipe and text.
+        on_start: called with the blocks that are done and all blocks, once everything is checked.
         on_block: called after each finished block, for progress.
 
     Raises:
@@ -102,6 +105,8 @@ def quantize_checkpoint(
     try:
         # Killed between the last rename and the clean-up, an earlier run has left nothing to do.
         if not writer.finished:
+            if on_start is not None:
+                on_start(writer.completed_blocks(), opened.model_config.num_layers)
             _quantize_blocks(writer, opened, resolved, tokens, place, dtype, backend, on_block)
     finally:
         writer.close()
@@ -125,7 +130,7 @@ def _quantize_blocks(
 ) -> None:
     first = writer.completed_blocks()
     while first and not writer.has_state(_state_name(first - 1)):
-        first -= 1  # blocks behind the last saved state are made again, to the same bytes
+        first -= 1  # blocks after the last saved state are made again, to the same bytes
     saved, saved_at = first - 1, time.monotonic()
     # Row i: relative error of the hidden states after block i, then of each of its sites.
     errors = torch.zeros(0, 1 + len(SITES), dtype=torch.float64)
@@ -180,13 +185,18 @@ def _calibration_tokens(
 ) -> Tensor | None:
     """(samples, length) int64, or None for a recipe that measures nothing."""
     if not recipe.needs_calibration:
+        find_tokenizer(source)  # read before the work: it is written after it
         return None
     if text is None:
         raise CalibrationError(
             f"recipe {recipe.name!r} measures statistics on text: give a .txt or .jsonl file with "
             "--calibration"
         )
+    if isinstance(text, Tensor):
+        check_tokens(text)
+        text = text.to(device="cpu", dtype=torch.int64)
     length, limit = recipe.calibration.sequence_length, source.model_config.max_position
+    length = text.shape[1] if isinstance(text, Tensor) else length
     if length > limit:
         raise CalibrationError(
             f"calibration sequences of {length} tokens are longer than the model's {limit} "
