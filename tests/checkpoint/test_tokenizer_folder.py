@@ -307,3 +307,25 @@ def test_a_template_of_an_unknown_token_is_damage(place, tmp_path):
         CheckpointError, match=r"post-processor adds '<x>' and does not give its id"
     ):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces_of_digits"), [("GPT2Tokenizer", ["123"]), ("Qwen2Tokenizer", ["1", "2", "3"])]
+)
+def test_vocab_and_merges_are_cut_as_their_class_cuts(name, pieces_of_digits, tmp_path):
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    words = ["12", "123", "Ġt", "he", "Ġthe", "Ã©"]
+    vocab = {token: index for index, token in enumerate([*alphabet, *words])}
+    write(tmp_path, tokenizer_class=name)
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    merges = ["1 2", "12 3", "Ġ t", "h e", "Ġt he", "Ã ©"]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    tokenizer = read_folder(tmp_path)
+    assert tokenizer.tokenize("123") == pieces_of_digits
+    assert tokenizer.tokenize(" the") == ["Ġthe"]
+    # Qwen's tokenizer composes characters; GPT-2's leaves them as they come.
+    composed = tokenizer.tokenize("e\u0301") == ["Ã©"]
+    assert composed == (name == "Qwen2Tokenizer")
+    assert tokenizer.decode(tokenizer("the 123\n")["input_ids"]) == "the 123\n"

@@ -10,11 +10,12 @@ Source: the models' tokenizer.json files for patterns; llama.cpp, src/llama-voca
 defaults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
 DIGITS, PUNCTUATION = "each digit", "runs of punctuation"
@@ -87,6 +88,20 @@ class Pattern:
         ]
         last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([*steps, last])
+
+    def tokenizer(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> "Tokenizer":
+        """Byte-level BPE of these tokens and merges, the first merge first."""
+        from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+        core = Tokenizer(
+            models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=self.ignore_merges)
+        )
+        if self.compose:
+            core.normalizer = normalizers.NFC()
+        core.pre_tokenizer = self.pre_tokenizer()
+        core.decoder = decoders.ByteLevel()
+        core.post_processor = processors.ByteLevel(trim_offsets=False)
+        return core
 
 
 _gpt2, _digits = Pattern((_GPT2,)), Pattern((DIGITS, _GPT2))

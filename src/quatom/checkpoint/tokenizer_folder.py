@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quatom.checkpoint.contents import check_contents, is_present
+from quatom.checkpoint.gguf_patterns import PATTERNS
 from quatom.checkpoint.tokenizer_core import add_template, wrap_core
+from quatom.checkpoint.tokenizer_sentencepiece import read_model
 from quatom.checkpoint.tokenizer_settings import (
     CONFIG,
     add_listed_tokens,
@@ -28,9 +30,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-# Classes whose own pattern and normalization are the tokenizer where only vocab.json and
-# merges.txt are there.
-_BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
+# Classes whose pattern and normalization are known where only vocab.json and merges.txt are there.
+_BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 # In transformers 4 these classes begin every text with bos_token, unless add_bos_token is false,
 # and end it with eos_token if add_eos_token is true. All other classes leave it to tokenizer.json.
@@ -126,18 +127,18 @@ def _byte_level_core(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer":
             f"{' and '.join(_BYTE_LEVEL_CLASSES)} only; make tokenizer.json with transformers' "
             "save_pretrained"
         )
-    import transformers
-
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     check_contents(vocab, text=True)
     check_contents(merges, text=True)
+    from tokenizers import models
+
     try:
-        built = getattr(transformers, name)(vocab=str(vocab), merges=str(merges))
+        ids, pairs = models.BPE.read_file(str(vocab), str(merges))
+        return PATTERNS[_BYTE_LEVEL_CLASSES[name]].tokenizer(ids, pairs)
     except Exception as error:  # tokenizers raises Exception itself
         raise CheckpointError(
             f"cannot read vocab.json and merges.txt of {folder}: {_reason(error)}"
         ) from error
-    return built.backend_tokenizer
 
 
 def _sentencepiece_core(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer":
@@ -148,25 +149,7 @@ def _sentencepiece_core(folder: Path, settings: Mapping[str, Any]) -> "Tokenizer
         raise CheckpointError(
             f"{file}: how the class {settings['tokenizer_class']!r} reads it is not known; {remedy}"
         )
-    try:
-        import google.protobuf  # noqa: F401
-        import sentencepiece  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            f"{file} is read through the packages sentencepiece and protobuf, which are not "
-            f"installed: pip install 'quatom[sentencepiece]', or {remedy}"
-        ) from error
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        built = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # protobuf's and tokenizers' errors have no common base
-        raise CheckpointError(
-            f"{file} cannot be read as a SentencePiece model ({_reason(error)}); {remedy}"
-        ) from error
-    core = built.backend_tokenizer
-    core.post_processor = None  # transformers' own choice, which says nothing about the model
-    return core
+    return read_model(file)
 
 
 def _class_name(settings: Mapping[str, Any]) -> str:

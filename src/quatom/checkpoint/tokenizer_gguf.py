@@ -10,7 +10,7 @@ Source: llama.cpp, src/llama-vocab.cpp, for the defaults.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quatom.checkpoint.gguf_patterns import PATTERNS, Pattern
 from quatom.checkpoint.gguf_vocabulary import (
@@ -23,13 +23,12 @@ from quatom.checkpoint.gguf_vocabulary import (
     read_vocabulary,
 )
 from quatom.checkpoint.tokenizer_core import add_template, wrap_core
+from quatom.checkpoint.tokenizer_sentencepiece import build_bpe
 from quatom.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-_SPACE = "\u2581"
 
 
 def build_from_gguf(path: Path) -> "PreTrainedTokenizerBase":
@@ -84,9 +83,6 @@ def build_from_gguf(path: Path) -> "PreTrainedTokenizerBase":
 def _byte_level(
     vocabulary: Vocabulary, pattern: Pattern
 ) -> tuple["Tokenizer", dict[str, str], bool]:
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from tokenizers.processors import ByteLevel
-
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     # A piece may be a space as far as the file goes: the first character never separates.
     merges = []
@@ -99,46 +95,17 @@ def _byte_level(
                 f"{vocabulary.path}: tokenizer.ggml.merges joins {left!r} and {right!r}, which are "
                 f"not all tokens; convert the model to GGUF again, or {BESIDE}"
             )
-    core = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pattern.ignore_merges))
-    if pattern.compose:
-        core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = pattern.pre_tokenizer()
-    core.decoder = decoders.ByteLevel()
-    core.post_processor = ByteLevel(trim_offsets=False)
+    core = pattern.tokenizer(ids, merges)
     return core, vocabulary.special({}), pattern.add_bos
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> tuple["Tokenizer", dict[str, str], bool]:
-    """SentencePiece's BPE: the pair whose token scores most is merged first; rest in bytes."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
     scores = vocabulary.array("ggml.scores", (float, int), len(vocabulary.tokens))
     special = vocabulary.special({"bos_token": 1, "eos_token": 2, "unk_token": 0})
-    pieces = {token: index for index, token in vocabulary.of_type(NORMAL, UNUSED)}
-    merges = [
-        (-scores[index], index, token[:cut], token[cut:])
-        for token, index in pieces.items()
-        for cut in range(1, len(token))
-        if token[:cut] in pieces and token[cut:] in pieces
-    ]
-    core = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(vocabulary.tokens)},
-            merges=[(left, right) for *_, left, right in sorted(merges)],
-            unk_token=special.get("unk_token"),
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+    core = build_bpe(
+        vocabulary.tokens,
+        {index: scores[index] for index, _ in vocabulary.of_type(NORMAL, UNUSED)},
+        unknown=special.get("unk_token"),
+        prefix=vocabulary.flag("ggml.add_space_prefix", True),
     )
-    spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
-    decoding: list[Any] = [
-        decoders.Replace(_SPACE, " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-    ]
-    if vocabulary.flag("ggml.add_space_prefix", True):
-        spaces.insert(0, normalizers.Prepend(_SPACE))
-        decoding.append(decoders.Strip(content=" ", left=1))
-    core.normalizer = normalizers.Sequence(spaces)
-    core.decoder = decoders.Sequence(decoding)
     return core, special, True
