@@ -226,7 +226,11 @@ BAD_ROWS = {
         "input_ids and attention_mask must be lists",
     ),
     "ids that are words": ('{"input_ids": ["a"]}', "must be lists of integers"),
-    "messages without roles": ('{"messages": [{"content": {"x": 1}}, 3]}', "chat template fails"),
+    "messages without roles": (
+        '{"messages": [{"role": "user", "content": "x"}, {"content": "x"}]}',
+        r"messages\[1\] must be an object with a role",
+    ),
+    "messages that are no objects": ('{"messages": [3]}', r"messages\[0\] must be an object"),
     "messages that are a number": ('{"messages": 3}', "rows.jsonl"),
     "nothing": ("", "has 0 tokens, fewer than one"),
 }

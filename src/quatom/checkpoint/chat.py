@@ -18,10 +18,18 @@ def render_chat(
     """The text of a conversation; special tokens are in it.
 
     Raises:
-        ModelError: there is no template, or it fails on these messages.
+        ModelError: there is no template, a message is no object with a role, or the template fails.
     """
     if not tokenizer.chat_template:
         raise ModelError("the model has no chat template: give plain text instead of messages")
+    # Templates differ in what they make of such messages: some leave them out.
+    if not isinstance(messages, list | tuple):
+        raise ModelError(f"messages must be a list, got {str(messages)[:60]}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ModelError(
+                f"messages[{index}] must be an object with a role, got {str(message)[:60]}"
+            )
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt

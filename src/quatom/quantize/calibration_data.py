@@ -167,7 +167,7 @@ def _one_row(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", origin: 
     if row.get("messages") is not None:
         try:
             text = render_chat(tokenizer, row["messages"], add_generation_prompt=False)
-        except (ModelError, TypeError) as error:
+        except ModelError as error:
             raise CalibrationError(f"{origin}: {error}") from error
         check_characters(text, origin)
         encoded = tokenizer(
