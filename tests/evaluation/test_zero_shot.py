@@ -14,8 +14,8 @@ from quatom.evaluation.request_cache import RequestCache, model_key
 from quatom.evaluation.zero_shot import evaluate_tasks
 from quatom.loading import load
 from tests.conftest import SHARED_DATA
-from tests.families.models import save_tiny, tiny_model
 from tests.evaluation.task_rows import ROWS, write_task_rows
+from tests.families.models import save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")

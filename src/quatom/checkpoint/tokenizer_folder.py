@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quatom.checkpoint.byte_level import PATTERNS
 from quatom.checkpoint.contents import check_contents, is_present
-from quatom.checkpoint.gguf_patterns import PATTERNS
 from quatom.checkpoint.tokenizer_core import add_template, wrap_core
 from quatom.checkpoint.tokenizer_sentencepiece import read_model
 from quatom.checkpoint.tokenizer_settings import (

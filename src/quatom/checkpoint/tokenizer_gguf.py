@@ -12,7 +12,7 @@ Source: llama.cpp, src/llama-vocab.cpp, for the defaults.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quatom.checkpoint.gguf_patterns import PATTERNS, Pattern
+from quatom.checkpoint.byte_level import PATTERNS, Pattern
 from quatom.checkpoint.gguf_vocabulary import (
     BESIDE,
     CONTROL,

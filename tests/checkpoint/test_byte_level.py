@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import decoders
 
-from quatom.checkpoint.gguf_patterns import PATTERNS
+from quatom.checkpoint.byte_level import PATTERNS
 from tests.checkpoint.gguf_models import WORDS
 from tests.checkpoint.test_tokenizer_gguf import read
 
