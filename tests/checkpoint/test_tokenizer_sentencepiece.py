@@ -1,4 +1,4 @@
-"""tokenizer.model, read without transformers: the processor of SentencePiece itself is the judge."""
+"""tokenizer.model without transformers: the processor of SentencePiece itself is the judge."""
 
 import pytest
 
