@@ -233,6 +233,21 @@ def engine(name: str) -> str:
     return table(["sampling", "ms per step", "p10", "p90", "CPU ms (median)"], rows)
 
 
+def overhead(name: str) -> str:
+    """CPU time of a served token without the model, by process."""
+    rows = [
+        [
+            f"in a {e['engine']}{' of its own' * (e['engine'] == 'process')}",
+            f"{e['server_us_per_token']:.0f}",
+            "" if e["engine_us_per_token"] is None else f"{e['engine_us_per_token']:.0f}",
+            f"{e['output_tokens_per_s']:.0f}",
+        ]
+        for e in read(name)["results"]
+    ]
+    header = ["engine", "us per token, server", "us per token, engine's process", "tokens/s"]
+    return table(header, rows)
+
+
 def decode(name: str) -> str:
     """Our engine against transformers on a CPU."""
     rows = [
@@ -429,6 +444,7 @@ _LOAD_HEADER = [
     "ITL p99 (ms)",
     "end to end p50 (s)",
     "errors",
+    "client processes",
 ]
 
 
@@ -591,6 +607,7 @@ def _load_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "" if itl is None else f"{itl['p99']:.1f}",
         f"{entry['e2e_ms']['p50'] / 1e3:.2f}",
         f"{entry['errors']}",
+        f"{entry.get('client_processes', 1)}",
     ]
 
 
@@ -608,6 +625,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "engine": engine,
     "kernels": kernels,
     "load": load,
+    "overhead": overhead,
     "quantize": quantize,
     "steps": steps,
     "summary": summary,

@@ -47,3 +47,7 @@ class EngineError(QuatomError, RuntimeError):
 
 class QueueFullError(EngineError):
     """Too many requests wait already; try again later."""
+
+
+class ServerError(QuatomError, RuntimeError):
+    """A server cannot start: its address, certificate, keys or options are unusable."""

@@ -1,16 +1,20 @@
 """`quatom bench serve` against real servers: loads, latencies, failures, metrics."""
 
-import asyncio
 import json
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from threading import Lock, Thread
 
+import httpx
 import pytest
 
-from quatom.benchmark.http_load import Target, parse_metrics, run_load
+from quatom.benchmark.http_load import Target, run_load
 from quatom.benchmark.serve import find_model, measure_serving
+from quatom.benchmark.server_metrics import parse_metrics
 from quatom.benchmark.server_process import serve_process
 from quatom.benchmark.workloads import fixed_lengths
 from quatom.errors import EngineError
@@ -27,9 +31,7 @@ def server():
 
 
 def load(target, counts, **options):
-    return asyncio.run(
-        run_load(target, PROMPTS[: len(counts)], counts, poll_seconds=0.01, **options)
-    )
+    return run_load(target, PROMPTS[: len(counts)], counts, poll_seconds=0.01, **options)
 
 
 def test_closed_loop(server):
@@ -70,7 +72,10 @@ def test_an_entry(server):
     assert entry["total_tokens_per_s"] == pytest.approx(90 / entry["seconds"], rel=0.01)
     assert entry["errors"] == 0
     assert entry["kv_tokens"] == 64000
-    assert all(entry[k]["p50"] > 0 for k in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"))
+    assert entry["client_processes"] >= 1
+    assert entry["client_cpu_us_per_token"] > 0
+    assert all(entry[k]["p50"] > 0 for k in ("ttft_ms", "tpot_ms", "e2e_ms"))
+    assert entry["itl_ms"]["p99"] > 0  # tokens that came in one read are 0 apart
 
 
 def test_failures_are_counted_and_kept_out_of_latencies(server):
@@ -90,6 +95,21 @@ def test_failures_are_counted_and_kept_out_of_latencies(server):
         measure_serving(target, fixed_lengths(2, 4, 4), model="m", recipe="r")
     with pytest.raises(EngineError, match="gave no model"):
         find_model("http://127.0.0.1:9", None)
+
+
+@contextmanager
+def serving(handler):
+    """The URL of a server with this handler."""
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    httpd.daemon_threads = True
+    thread = Thread(target=httpd.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}"
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
 
 
 @contextmanager
@@ -119,15 +139,8 @@ def scripted_server(events, *, delay=0.0):
             with lock:
                 most["now"] -= 1
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=httpd.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}", most
-    finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.server_close()
+    with serving(Handler) as url:
+        yield url, most
 
 
 def chunk(**choice):
@@ -156,6 +169,82 @@ def test_events_may_be_cut_anywhere():
         run = load(Target(url, "m"), [2, 2], concurrency=1)
     assert run.errors == []
     assert [r.output_tokens for r in run.requests] == [2, 2]
+
+
+@pytest.fixture(scope="module")
+def fast_server():
+    """The URL of a server that is never what a measurement waits for."""
+    command = [sys.executable, "-m", "tests.benchmark.fast_server", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_share_users_and_requests(fast_server, processes):
+    counts = [1 + i % 7 for i in range(50)]
+    prompts = [[1]] * len(counts)
+    run = run_load(Target(fast_server, "m"), prompts, counts, concurrency=7, processes=processes)
+    assert run.errors == []
+    assert run.processes == processes
+    assert [r.output_tokens for r in run.requests] == counts
+    assert len(run.intervals) == sum(counts) - len(counts)
+    # A sweep line over begin and end: never more requests at once than users.
+    times = [(r.arrival, 1) for r in run.requests] + [(r.last_token, -1) for r in run.requests]
+    assert max(accumulate(change for _, change in sorted(times))) <= 7
+
+
+def test_more_processes_than_users_are_not_started(fast_server):
+    run = run_load(Target(fast_server, "m"), [[1]] * 3, [2] * 3, concurrency=2, processes=8)
+    assert (run.processes, run.errors) == (2, [])
+    run = run_load(Target(fast_server, "m"), [[1]] * 3, [2] * 3, arrivals=[0, 0, 0], processes=8)
+    assert (run.processes, run.errors) == (3, [])
+
+
+def test_a_token_costs_the_client_little(fast_server):
+    """An HTTP client library with a JSON parser needs several times the CPU for the same stream."""
+    tokens = 2000
+    run = run_load(Target(fast_server, "m"), [[1]] * 4, [tokens] * 4, concurrency=4, processes=1)
+    assert run.errors == []
+    before, count = time.process_time(), 0
+    body = {"max_tokens": tokens, "prompt": [1]}
+    with httpx.stream("POST", f"{fast_server}/v1/completions", json=body) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                choices = json.loads(line[6:])["choices"]
+                count += sum(len(choice["token_ids"]) for choice in choices)
+    assert count == tokens
+    library = (time.process_time() - before) / tokens
+    # Measured: 4 to 6 times. A factor of 2 leaves room for a busy machine.
+    assert run.cpu_seconds / (4 * tokens) < library / 2
+
+
+def test_an_error_of_a_known_length_ends_there():
+    """Some servers keep a connection open although they were asked to close it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(503)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"full")
+            self.close_connection = False
+
+        def do_GET(self):
+            self.send_error(404)
+
+    with serving(Handler) as url:
+        run = load(Target(url, "m"), [2, 2], concurrency=1)
+    assert run.errors == ["HTTP 503: full"] * 2
 
 
 @pytest.mark.parametrize(

@@ -103,15 +103,14 @@ def test_serving_a_checkpoint_imports_no_benchmark(tiny_llama_dir):
     code = f"""
 import sys
 import quatom.cli.main
-from quatom.cli.serve import serving_engine
-from quatom.engine.config import EngineConfig
 from quatom.serving.app import ServerOptions, create_app
-config = EngineConfig(max_num_seqs=2, max_num_batched_tokens=32, max_model_len=32)
-engine, name = serving_engine(
-    {str(tiny_llama_dir)!r}, config, random_weights=None, recipe=None,
-    gpu_memory=0.5, device="cpu", dtype=None,
+from quatom.serving.served_model import build_engine
+limits = dict(max_num_seqs=2, max_num_batched_tokens=32, max_model_len=32)
+engine = build_engine(
+    model={str(tiny_llama_dir)!r}, random_weights=None, recipe=None,
+    gpu_memory=0.5, device="cpu", dtype=None, limits=limits,
 )
-create_app(engine, ServerOptions(model_names=(name,)), on_engine_stop=lambda: None)
+create_app(engine, ServerOptions(model_names=("tiny",)), on_engine_stop=lambda: None)
 print([module for module in sys.modules if module.startswith("quatom.benchmark")])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

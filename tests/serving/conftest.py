@@ -1,4 +1,4 @@
-"""A server around the hash model, on a real socket of this machine, in a thread of this process."""
+"""Servers around the hash model, on real sockets of this machine, in a thread of this process."""
 
 import socket
 import threading
@@ -9,28 +9,30 @@ from types import SimpleNamespace
 import pytest
 import uvicorn
 
-from quatom.engine.config import EngineConfig
-from quatom.engine.engine import Engine
 from quatom.serving.app import ServerOptions, create_app
-from tests.engine.doubles import byte_tokenizer, hash_loaded
+from quatom.serving.engine_launch import EnginePlan, EngineProcess
+from quatom.serving.process_engine import ProcessEngine
+from quatom.serving.thread_engine import ThreadEngine
+from tests.engine.doubles import byte_tokenizer
+from tests.serving.engines import make_engine
 
-
-def make_engine(num_blocks=4000, *, loaded_options=None, max_position=512, **options):
-    defaults = dict(max_num_seqs=64, max_num_batched_tokens=256, block_size=16, max_waiting=1000)
-    config = EngineConfig(**{**defaults, **options, "kv_cache_memory": num_blocks * 16 * 8})
-    loaded = hash_loaded(
-        tokenizer=byte_tokenizer(), max_position=max_position, **(loaded_options or {})
-    )
-    return Engine(loaded, config)
+MODES = ("thread", "process")
+"""Where the engine runs."""
 
 
 @contextmanager
-def running_server(engine, **options):
-    """Yields url, app and engine of a running server."""
+def running_server(engine, *, uvicorn_options=None, **options):
+    """Yields url, port, app and engine of a running server; engine may be an AsyncEngine too."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     app = create_app(engine, ServerOptions(model_names=("hash", "alias"), **options))
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        **(uvicorn_options or {}),
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -53,6 +55,19 @@ def wait_until(condition, seconds=10.0):
         time.sleep(0.005)
 
 
+def process_engine(*, restart=False, **options):
+    """`make_engine(**options)` in a process of its own."""
+    plan = EnginePlan(factory="tests.serving.engines:make_engine", arguments=options)
+    process = EngineProcess(plan)
+    process.wait_until_ready()
+    return ProcessEngine(process, byte_tokenizer(), plan=plan if restart else None)
+
+
+def engine_in(mode, **options):
+    """`make_engine(**options)` where `mode` says."""
+    return {"thread": make_engine, "process": process_engine}[mode](**options)
+
+
 def assert_idle(engine):
     """Nothing runs, and no KV block is lost."""
     wait_until(lambda: not engine.has_work)
@@ -60,8 +75,30 @@ def assert_idle(engine):
     assert engine.pool.num_free == engine.pool.num_blocks
 
 
+def assert_server_idle(server):
+    """The same, wherever the engine runs; and nobody waits for it."""
+    engine = server.app.state.async_engine
+    wait_until(lambda: engine.num_streams == engine.num_waiting == engine.stats.running == 0)
+    wait_until(lambda: engine.stats.kv_usage == 0)
+    if isinstance(engine, ThreadEngine):
+        assert_idle(engine.engine)
+
+
 @pytest.fixture(scope="package")
 def server():
     with running_server(make_engine()) as running:
         yield running
         assert_idle(running.engine)
+
+
+@pytest.fixture(scope="package")
+def process_server():
+    with running_server(process_engine()) as running:
+        yield running
+        assert_server_idle(running)
+
+
+@pytest.fixture(params=MODES)
+def either_server(request):
+    """A server of each kind."""
+    return request.getfixturevalue({"thread": "server", "process": "process_server"}[request.param])

@@ -235,7 +235,7 @@ def test_an_engine_that_stops_leaves_the_rest_to_another_run(files):
     app = make_echo()
 
     def stop(succeeded):
-        app.state.async_engine.error = "out of memory"
+        app.state.async_engine.error = "the engine has stopped: out of memory"
 
     with pytest.raises(EngineError, match="the engine has stopped: out of memory"):
         asyncio.run(run_batch(app, read_batch(source), target, concurrency=1, on_answer=stop))

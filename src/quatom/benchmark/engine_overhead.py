@@ -95,21 +95,36 @@ class LoadedStub:
     recipe: Recipe = PRESETS["fp16"]
 
 
-def measure(
-    kind: str, *, num_seqs: int, vocab_size: int, steps: int, tokenizer: Any = None
-) -> dict[str, Any]:
-    """Milliseconds of a decode step of `num_seqs` sequences that hold 1024 tokens of prompt."""
+def stub_engine(num_seqs: int, vocab_size: int, length: int, tokenizer: Any) -> Engine:
+    """An engine for `num_seqs` sequences of `length` tokens whose model takes no time."""
     model = StubModel(vocab_size, -(-num_seqs // 64) * 64)
     loaded = LoadedStub(model, StubLimits(vocab_size), tokenizer)
-    early = num_seqs * PROMPT_TOKENS // 1024  # steps in which the first decode and others prefill
-    length = PROMPT_TOKENS + steps + early
     limits = EngineConfig(
         max_num_seqs=num_seqs,
         max_num_batched_tokens=2048 + num_seqs,
         max_model_len=length,
         kv_cache_memory=num_seqs * (length // 32 + 2),  # the stub's blocks are one byte each
     )
-    engine = Engine(loaded, limits)
+    return Engine(loaded, limits)
+
+
+def read_tokenizer(source: str | None) -> Any:
+    """The tokenizer of a folder or file; None of None."""
+    if source is None:
+        return None
+    from quatom.checkpoint.reader import open_source
+    from quatom.checkpoint.tokenizer import tokenizer_from_source
+
+    return tokenizer_from_source(open_source(source))
+
+
+def measure(
+    kind: str, *, num_seqs: int, vocab_size: int, steps: int, tokenizer: Any = None
+) -> dict[str, Any]:
+    """Milliseconds of a decode step of `num_seqs` sequences that hold 1024 tokens of prompt."""
+    early = num_seqs * PROMPT_TOKENS // 1024  # steps in which the first decode and others prefill
+    length = PROMPT_TOKENS + steps + early
+    engine = stub_engine(num_seqs, vocab_size, length, tokenizer)
     params = SamplingParams(max_tokens=steps + early, **KINDS[kind])
     for i in range(num_seqs):
         prompt = [(7 * i + j) % vocab_size for j in range(PROMPT_TOKENS)]
@@ -148,12 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="folder or GGUF of a model whose tokenizer is used")
     parser.add_argument("--output", type=Path, help="result file")
     args = parser.parse_args(arguments)
-    tokenizer = None
-    if args.tokenizer:
-        from quatom.checkpoint.reader import open_source
-        from quatom.checkpoint.tokenizer import tokenizer_from_source
-
-        tokenizer = tokenizer_from_source(open_source(args.tokenizer))
+    tokenizer = read_tokenizer(args.tokenizer)
     results = []
     for kind in KINDS:
         result = measure(

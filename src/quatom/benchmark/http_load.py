@@ -1,27 +1,33 @@
 """Load on an OpenAI-compatible server over HTTP: streamed completions, timed token by token.
 
 It knows nothing of the server's process: any server that streams /v1/completions can be measured,
-and one that counts under vLLM's metric names shows its batch too.
+and one that counts under vLLM's metric names shows its batch too. Requests are sent by several
+processes, so that the client is not what is measured.
 """
 
-import asyncio
 import json
-import re
+import os
+import subprocess
+import sys
 import time
-from collections import deque
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from threading import Thread
+from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 
 from quatom.benchmark.latency import RequestTimes, Timeline
+from quatom.benchmark.load_client import Job, Outcome
+from quatom.benchmark.server_metrics import POLL_SECONDS, Poll, read_metrics
+from quatom.errors import EngineError
 
-POLL_SECONDS = 0.25
-_METRIC = re.compile(r"^vllm:(\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
-_BLOCKS = re.compile(
-    r'^vllm:cache_config_info\{.*?block_size="(\d+)".*?num_gpu_blocks="(\d+)"', re.M
-)
+MAX_PROCESSES = 8
+START_SECONDS = 0.1
+"""From the moment that every process is ready to the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +38,10 @@ class Target:
     model: str
     api_key: str | None = None
 
-    def client(self) -> httpx.AsyncClient:
-        """A client that waits as long as the server needs and opens as many connections."""
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        return httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx.Timeout(None, connect=30.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        )
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request carries."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
 @dataclass(slots=True)
@@ -55,6 +56,10 @@ class LoadRun:
     """From the first request to the last token."""
     kv_tokens: int | None = None
     preemptions: int | None = None
+    processes: int = 0
+    """Processes that sent the requests."""
+    cpu_seconds: float = 0.0
+    """CPU time of all of them together."""
 
     @property
     def errors(self) -> list[str]:
@@ -62,13 +67,14 @@ class LoadRun:
         return [r.error for r in self.requests if r.error is not None]
 
 
-async def run_load(
+def run_load(
     target: Target,
     prompts: Sequence[list[int]],
     output_tokens: Sequence[int],
     *,
     concurrency: int | None = None,
     arrivals: Sequence[float] | None = None,
+    processes: int | None = None,
     poll_seconds: float = POLL_SECONDS,
 ) -> LoadRun:
     """Send every request and wait for the last token.
@@ -81,38 +87,41 @@ async def run_load(
             answered.
         arrivals: open loop: seconds after the start at which each request is sent, whatever has
             become of the others. A request's clock starts then, even if the client is late.
+        processes: that send the requests; None: half of the machine's cores, at most 8.
         poll_seconds: how often the server's metrics are read.
+
+    Raises:
+        EngineError: a client process failed.
     """
     run = LoadRun([RequestTimes(arrival=0.0, input_tokens=len(prompt)) for prompt in prompts])
-    async with target.client() as client:
-        before = await _metrics(client)
-        start = time.perf_counter()
-        poll = asyncio.ensure_future(_poll(client, run.timeline, start, poll_seconds))
-
-        async def send(i: int) -> None:
-            body = _body(target.model, prompts[i], output_tokens[i])
-            await _complete(client, body, output_tokens[i], run.requests[i], run.intervals, start)
-
-        async def user(queue: deque[int]) -> None:
-            while queue:
-                i = queue.popleft()
-                run.requests[i].arrival = time.perf_counter() - start
-                await send(i)
-
-        async def visitor(i: int, arrival: float) -> None:
-            run.requests[i].arrival = arrival
-            await asyncio.sleep(arrival - (time.perf_counter() - start))
-            await send(i)
-
-        if arrivals is not None:
-            await asyncio.gather(*(visitor(i, at) for i, at in enumerate(arrivals)))
-        else:
-            queue = deque(range(len(prompts)))
-            await asyncio.gather(*(user(queue) for _ in range(concurrency or 1)))
-        run.seconds = time.perf_counter() - start
-        poll.cancel()
-        await asyncio.gather(poll, return_exceptions=True)
-        after = await _metrics(client)
+    users = 0 if arrivals is not None else min(concurrency or 1, len(prompts))
+    run.processes = _count_processes(processes, users or len(prompts))
+    url = urlsplit(target.url)
+    requests = [
+        _request(target, prompt, n) for prompt, n in zip(prompts, output_tokens, strict=True)
+    ]
+    with (
+        httpx.Client(base_url=target.url, headers=target.headers) as client,
+        _numbers(len(prompts) if users else 0) as queue,
+    ):
+        before = read_metrics(client)
+        jobs = [
+            Job(
+                host=url.hostname or "",
+                port=url.port or (443 if url.scheme == "https" else 80),
+                tls=url.scheme == "https",
+                requests=requests,
+                wanted=list(output_tokens),
+                users=len(range(i, users, run.processes)),
+                queue=queue,
+                arrivals=dict(list(enumerate(arrivals or ()))[i :: run.processes]),
+            )
+            for i in range(run.processes)
+        ]
+        for outcome in _carry_out(jobs, client, run.timeline, poll_seconds):
+            _add(run, outcome)
+        after = read_metrics(client)
+    run.seconds = max((r.last_token or r.arrival for r in run.requests), default=0.0)
     run.kv_tokens = after.get("kv_tokens")
     if "num_preemptions_total" in after:
         counted = after["num_preemptions_total"] - before.get("num_preemptions_total", 0)
@@ -120,99 +129,107 @@ async def run_load(
     return run
 
 
-def _body(model: str, prompt: list[int], count: int) -> dict[str, Any]:
-    return {
-        "model": model,
+def _count_processes(wanted: int | None, useful: int) -> int:
+    half = max(1, (os.cpu_count() or 1) // 2)
+    return min(wanted or min(half, MAX_PROCESSES), useful)
+
+
+def _request(target: Target, prompt: list[int], count: int) -> bytes:
+    """A streamed completion as it goes through the socket."""
+    body = {
+        "model": target.model,
         "prompt": prompt,
         "max_tokens": count,
         "temperature": 0.0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "return_token_ids": True,
     }
+    data = json.dumps(body).encode()
+    url = urlsplit(target.url)
+    headers = {
+        "Host": url.netloc,
+        "Content-Type": "application/json",
+        "Content-Length": str(len(data)),
+        "Connection": "close",
+        **target.headers,
+    }
+    lines = [f"POST {url.path}/v1/completions HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + data
 
 
-async def _complete(
-    client: httpx.AsyncClient,
-    body: dict[str, Any],
-    wanted: int,
-    times: RequestTimes,
-    intervals: list[float],
-    start: float,
-) -> None:
-    """Stream one completion into `times` and `intervals`; a failure is kept as its error."""
+@contextmanager
+def _numbers(count: int) -> Iterator[int]:
+    """A pipe that holds 0 to count - 1, four bytes each, for whoever reads next."""
+    reading, writing = os.pipe()
+
+    def write() -> None:  # blocks while the pipe is full
+        with suppress(BrokenPipeError), os.fdopen(writing, "wb") as file:
+            for number in range(count):
+                file.write(number.to_bytes(4))
+
+    thread = Thread(target=write, daemon=True)
+    thread.start()
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != httpx.codes.OK:
-                text = (await response.aread()).decode(errors="replace")
-                times.error = f"HTTP {response.status_code}: {text[:200]}"
-                return
-            buffer = b""
-            async for data in response.aiter_bytes():
-                now = time.perf_counter() - start
-                *events, buffer = (buffer + data).split(b"\n\n")
-                for event in events:
-                    _count(event, now, times, intervals)
-    except httpx.HTTPError as error:
-        times.error = f"{type(error).__name__}: {error}"
-    if times.error is None and times.output_tokens != wanted:
-        times.error = f"ended after {times.output_tokens} of {wanted} tokens"
+        yield reading
+    finally:
+        os.close(reading)
 
 
-def _count(event: bytes, now: float, times: RequestTimes, intervals: list[float]) -> None:
-    """Count the tokens of one event."""
-    data = event.removeprefix(b"data: ")
-    if data == b"[DONE]" or not data:
-        return
-    content = json.loads(data)
-    if "error" in content:
-        times.error = str(content["error"])
-        return
-    for choice in content["choices"]:
-        ids = choice.get("token_ids")
-        count = 1 if ids is None else len(ids)  # a server that does not tell sends each token
-        if not count:
-            continue
-        if times.last_token is None:
-            times.first_token = now
-        else:
-            intervals.append(now - times.last_token)
-        intervals.extend([0.0] * (count - 1))
-        times.last_token = now
-        times.output_tokens += count
-
-
-async def _poll(
-    client: httpx.AsyncClient, timeline: Timeline, start: float, seconds: float
-) -> None:
-    """Sample the server's gauges until cancelled, or until it proves to have none."""
-    while True:
-        values = await _metrics(client)
-        if "num_requests_running" not in values:
-            return
-        timeline.samples.append(
-            (
-                time.perf_counter() - start,
-                int(values["num_requests_running"]),
-                int(values["num_requests_waiting"]),
-                values["kv_cache_usage_perc"],
-            )
+def _carry_out(
+    jobs: Sequence[Job], client: httpx.Client, timeline: Timeline, poll_seconds: float
+) -> list[Outcome]:
+    """Run each job in a process of its own; all of them start at one time."""
+    command = [sys.executable, "-m", "quatom.benchmark.load_client"]
+    processes = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(jobs[0].queue,)
         )
-        await asyncio.sleep(seconds)
-
-
-async def _metrics(client: httpx.AsyncClient) -> dict[str, Any]:
-    """The server's metrics by name without prefix; empty where it has none."""
+        for _ in jobs
+    ]
     try:
-        response = await client.get("/metrics")
-    except httpx.HTTPError:
-        return {}
-    return parse_metrics(response.text) if response.status_code == httpx.codes.OK else {}
+        for process, job in zip(processes, jobs, strict=True):
+            content = msgspec.msgpack.encode(job)
+            _write(process, len(content).to_bytes(8) + content)
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        start = time.perf_counter() + START_SECONDS
+        for process in processes:
+            _write(process, f"{start}\n".encode())
+        with Poll(client, timeline, start, poll_seconds):
+            return [_outcome(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
-def parse_metrics(text: str) -> dict[str, Any]:
-    """Values of an exposition under vLLM's names, "kv_tokens" from the cache's block numbers."""
-    values: dict[str, Any] = {name: float(value) for name, value in _METRIC.findall(text)}
-    if blocks := _BLOCKS.search(text):
-        values["kv_tokens"] = int(blocks[1]) * int(blocks[2])
-    return values
+def _write(process: "subprocess.Popen[bytes]", content: bytes) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(content)
+        process.stdin.flush()
+    except BrokenPipeError as error:
+        raise EngineError("a client process ended; its own message is above") from error
+
+
+def _outcome(process: "subprocess.Popen[bytes]") -> Outcome:
+    assert process.stdout is not None
+    content = process.stdout.read()
+    if process.wait() != 0:
+        raise EngineError(
+            f"a client process ended with status {process.returncode}; its own message is above"
+        )
+    return msgspec.msgpack.decode(content, type=Outcome)
+
+
+def _add(run: LoadRun, outcome: Outcome) -> None:
+    run.cpu_seconds += outcome.cpu_seconds
+    for answer in outcome.answers:
+        times = run.requests[answer.number]
+        times.arrival = answer.arrival
+        times.first_token, times.last_token = answer.first_token, answer.last_token
+        times.output_tokens, times.error = answer.tokens, answer.error
+        run.intervals.extend(array("d", answer.intervals))

@@ -1,6 +1,5 @@
 """`quatom bench serve`: latencies and throughput of a server under load, over HTTP alone."""
 
-import asyncio
 from typing import Any
 
 import httpx
@@ -45,6 +44,7 @@ def measure_serving(
     gpu_memory: float | None = None,
     concurrency: int | None = None,
     request_rate: float | None = None,
+    client_processes: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Send a workload to a server and describe what came: an entry of serving-GPU.json.
@@ -57,6 +57,7 @@ def measure_serving(
         gpu_memory: GiB that the server was given.
         concurrency: closed loop with so many users.
         request_rate: open loop: Poisson arrivals of so many requests a second.
+        client_processes: that send the requests; None: as `run_load` chooses.
         seed: of prompts and arrivals.
 
     Raises:
@@ -70,14 +71,13 @@ def measure_serving(
     arrivals = None
     if request_rate is not None:
         arrivals = poisson_arrivals(request_rate, count, seed)
-    run = asyncio.run(
-        run_load(
-            target,
-            random_prompts(workload, PROMPT_IDS, seed),
-            [output for _, output in workload.lengths],
-            concurrency=concurrency,
-            arrivals=arrivals,
-        )
+    run = run_load(
+        target,
+        random_prompts(workload, PROMPT_IDS, seed),
+        [output for _, output in workload.lengths],
+        concurrency=concurrency,
+        arrivals=arrivals,
+        processes=client_processes,
     )
     _check_not_all_failed(run)
     output = sum(r.output_tokens for r in run.requests)
@@ -102,6 +102,8 @@ def measure_serving(
         max_kv_usage=run.timeline.max_kv_usage,
         preemptions=run.preemptions,
         seconds=round(run.seconds, 3),
+        client_processes=run.processes,
+        client_cpu_us_per_token=round(run.cpu_seconds / max(output, 1) * 1e6, 2),
         timeline=run.timeline.thinned(),
     )
 
@@ -111,7 +113,7 @@ def _warm_up(target: Target, requests: int) -> None:
     workload = fixed_lengths(requests, WARM_UP_TOKENS, WARM_UP_TOKENS)
     prompts = random_prompts(workload, PROMPT_IDS, seed=2**32 - 1)
     counts = [output for _, output in workload.lengths]
-    _check_not_all_failed(asyncio.run(run_load(target, prompts, counts, concurrency=requests)))
+    _check_not_all_failed(run_load(target, prompts, counts, concurrency=requests))
 
 
 def _check_not_all_failed(run: LoadRun) -> None:

@@ -38,6 +38,10 @@ def serve(
     input_len: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 1024,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens generated per request.")] = 512,
     num_prompts: Annotated[int, typer.Option(min=1, help="Number of requests per load.")] = 256,
+    client_processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that send; default: half of the cores, at most 8."),
+    ] = None,
     conversations: ConversationsOption = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[
@@ -102,6 +106,7 @@ def serve(
                 gpu_memory=gpu_memory,
                 concurrency=n,
                 request_rate=rate,
+                client_processes=client_processes,
                 seed=seed + number,  # other prompts each time: none is found in a prefix cache
             )
             typer.echo(summary(entry))

@@ -54,7 +54,7 @@ def run_batch(
     from quatom.serving.batch_file import read_batch
     from quatom.serving.batch_output import check_output
     from quatom.serving.batch_run import run_batch as run
-    from quatom.serving.server import default_name
+    from quatom.serving.served_model import default_name
 
     style = read_style(chat_template, tool_format, reasoning_format)
     lines = read_batch(source)

@@ -1,10 +1,14 @@
 """`quatom serve`: an OpenAI-compatible HTTP server for one model."""
 
 import os
-from typing import TYPE_CHECKING, Annotated
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from quatom.cli.config_file import apply_config
 from quatom.cli.dialogue_options import (
     ChatTemplateOption,
     ReasoningFormatOption,
@@ -12,17 +16,19 @@ from quatom.cli.dialogue_options import (
     read_style,
 )
 
-if TYPE_CHECKING:
-    import torch
-
-    from quatom.engine.config import EngineConfig
-    from quatom.engine.engine import Engine
-    from quatom.loading import LoadedModel
-
 
 def serve(
     model: Annotated[
         str | None, typer.Argument(help="Hugging Face folder, hub id, GGUF or checkpoint.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=apply_config,
+            is_eager=True,
+            metavar="FILE",
+            help="YAML or TOML file of these options by name; the command line wins.",
+        ),
     ] = None,
     random_weights: Annotated[
         str | None,
@@ -34,11 +40,31 @@ def serve(
         typer.Option(min=0.001, help="GiB for everything: weights, activations, graphs, KV cache."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")
+    ] = 8000,
     api_key: Annotated[
-        str | None,
-        typer.Option(help="Key that every request must have. Default: QUATOM_API_KEY, else none."),
+        list[str] | None,
+        typer.Option(help="Key that requests must have one of; may be repeated."),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File of such keys, one on each line. Default: QUATOM_API_KEY, if set."),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="Certificate chain in PEM: serve HTTPS.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key in PEM.")] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose pages may use this server, or * for all; may be repeated."),
+    ] = None,
+    keep_alive_seconds: Annotated[
+        int, typer.Option(min=0, help="How long an idle connection stays open.")
+    ] = 75,
+    drain_seconds: Annotated[
+        int, typer.Option(min=0, help="Seconds that running requests may take after SIGTERM.")
+    ] = 60,
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(help="Name that requests use; may be repeated. Default: MODEL as given."),
@@ -68,9 +94,12 @@ def serve(
             help="Keep freed memory in the process (mallopt): faster decoding on a CPU.",
         ),
     ] = False,
-    drain_seconds: Annotated[
-        int, typer.Option(min=0, help="Seconds that running requests may take after SIGTERM.")
-    ] = 60,
+    engine_process: Annotated[
+        bool, typer.Option(help="Run the engine in a process of its own.")
+    ] = True,
+    restart_engine: Annotated[
+        bool, typer.Option(help="Start that process anew when it ends, instead of ending too.")
+    ] = False,
     device: Annotated[
         str | None,
         typer.Option(help="cpu or cuda. Default: the GPU if there is one, else the CPU."),
@@ -84,14 +113,34 @@ def serve(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Serve a model over OpenAI's HTTP API, with a chat page at /."""
-    from quatom.cli.common import read_dtype
-    from quatom.engine.config import EngineConfig
-    from quatom.serving.app import ServerOptions
-    from quatom.serving.server import configure_logging, serve_engine
+    from dataclasses import asdict
 
-    configure_logging(log_level.upper())
-    style = read_style(chat_template, tool_format, reasoning_format)
-    config = EngineConfig(
+    from quatom.cli.common import read_dtype, read_recipe
+    from quatom.engine.config import EngineConfig
+    from quatom.errors import ServerError
+    from quatom.serving.app import ServerOptions
+    from quatom.serving.connections import check_origins, open_listener, read_api_keys, read_tls
+    from quatom.serving.logs import configure_logging
+    from quatom.serving.served_model import default_name, start_engine
+    from quatom.serving.server import Connections, serve_engine
+
+    # SIGTERM ends it while a model is loaded too, even as the first process of a container, to
+    # which the system does nothing by itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Everything that can be wrong without a model is found before minutes of loading one.
+    configure_logging(log_level)
+    if (model is None) == (random_weights is None):
+        raise ServerError("give either MODEL or --random-weights SHAPE")
+    if restart_engine and not engine_process:
+        raise ServerError("--restart-engine needs the engine in a process of its own")
+    name = random_weights if model is None else default_name(model)
+    options = ServerOptions(
+        model_names=tuple(served_model_name or (name,)),
+        dialogue=read_style(chat_template, tool_format, reasoning_format),
+        api_keys=read_api_keys(api_key, api_key_file, os.environ.get("QUATOM_API_KEY")),
+        allowed_origins=check_origins(allowed_origins or ()),
+    )
+    limits = EngineConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
@@ -101,79 +150,23 @@ def serve(
         prefix_caching=prefix_caching,
         keep_freed_memory=keep_freed_memory,
     )
-    engine, name = serving_engine(
-        model,
-        config,
-        random_weights=random_weights,
-        recipe=recipe,
-        gpu_memory=gpu_memory,
-        device=device,
-        dtype=read_dtype(dtype),
+    read_dtype(dtype)
+    arguments = {
+        "model": model,
+        "random_weights": random_weights,
+        "recipe": None if recipe is None else read_recipe(recipe).to_dict(),
+        "gpu_memory": gpu_memory,
+        "device": device,
+        "dtype": dtype,
+        "limits": asdict(limits),
+    }
+    connections = Connections(
+        tls=read_tls(ssl_certfile, ssl_keyfile),
+        listener=open_listener(host, port),
+        keep_alive_seconds=keep_alive_seconds,
+        drain_seconds=drain_seconds,
     )
-    options = ServerOptions(
-        model_names=tuple(served_model_name or (name,)),
-        dialogue=style,
-        api_key=api_key or os.environ.get("QUATOM_API_KEY") or None,
+    engine = start_engine(
+        arguments, own_process=engine_process, restart=restart_engine, log_level=log_level
     )
-    serve_engine(engine, options, host=host, port=port, drain_seconds=drain_seconds)
-
-
-def serving_engine(
-    model: str | None,
-    config: "EngineConfig",
-    *,
-    random_weights: str | None,
-    recipe: str | None,
-    gpu_memory: float | None,
-    device: str | None,
-    dtype: "torch.dtype | None",
-) -> "tuple[Engine, str]":
-    """An engine for a checkpoint or for random weights, and the name that it is served under.
-
-    On a GPU, or with a memory budget, it has run every kind of step once, so that no request waits
-    for kernels to compile.
-    """
-    import torch
-
-    from quatom.engine.engine import Engine
-    from quatom.engine.startup import build_engine
-    from quatom.loading import load
-    from quatom.serving.server import default_name
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if model is not None and random_weights is None and recipe is None:
-        name, loaded = default_name(model), load(model, device=device, dtype=dtype)
-    else:
-        name, loaded = _random_model(
-            model, random_weights, recipe, device=device, dtype=dtype, gpu_memory=gpu_memory
-        )
-    if gpu_memory is None and loaded.device.type == "cpu":
-        return Engine(loaded, config), name
-    return build_engine(loaded, config, gpu_memory), name
-
-
-def _random_model(
-    model: str | None,
-    random_weights: str | None,
-    recipe: str | None,
-    *,
-    device: str,
-    dtype: "torch.dtype | None",
-    gpu_memory: float | None,
-) -> "tuple[str, LoadedModel]":
-    """What a benchmark runs; options that contradict each other are refused there."""
-    from quatom.benchmark.throughput_models import benchmark_models
-    from quatom.cli.common import read_recipe
-
-    return next(
-        benchmark_models(
-            model,
-            random_weights,
-            [] if recipe is None else [read_recipe(recipe)],
-            device=device,
-            dtype=dtype,
-            num_layers=None,
-            seed=0,
-            gpu_memory=gpu_memory,
-        )
-    )
+    serve_engine(engine, options, connections)

@@ -1,6 +1,7 @@
-"""Keep freed memory in the process: a step on a CPU asks for the same temporaries again."""
+"""Memory of the host: temporaries that come again, and objects that never go."""
 
 import ctypes
+import gc
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -22,3 +23,13 @@ def keep_freed_pages() -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT)
+
+
+def forget_startup() -> None:
+    """Take what was made so far out of garbage collection, which would walk it again and again.
+
+    Modules and models are hundreds of thousands of objects that live until the end; every full
+    collection would hold up all requests for them.
+    """
+    gc.collect()
+    gc.freeze()

@@ -35,6 +35,11 @@ class Request:
     request_id: str
     sequences: list[Sequence]
 
+    @property
+    def num_sequences(self) -> int:
+        """Completions that it asks for."""
+        return len(self.sequences)
+
 
 class RequestFactory:
     """Makes the requests of one model."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from quatom.engine.engine import Engine
 from quatom.errors import QuatomError
@@ -29,16 +30,23 @@ from quatom.serving.completions import create_completion
 from quatom.serving.dialogue import DialogueStyle
 from quatom.serving.generation import Service
 from quatom.serving.metrics import Metrics
-from quatom.serving.middleware import ApiKeyMiddleware, RequestLogMiddleware
+from quatom.serving.middleware import (
+    ApiKeyMiddleware,
+    RequestLogMiddleware,
+    UnexpectedErrorMiddleware,
+)
 from quatom.serving.openapi import describe
 from quatom.serving.prompt import PromptEncoder
 from quatom.serving.protocol import CompletionRequest
 from quatom.serving.routing import errors, post_route, read_body
+from quatom.serving.thread_engine import ThreadEngine
 from quatom.serving.tokenize import detokenize, tokenize
 from quatom.version import __version__
 
 STATIC = Path(__file__).parent / "static"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +55,10 @@ class ServerOptions:
 
     model_names: tuple[str, ...]
     """Names that requests may use."""
-    api_key: str | None = None
-    """Asked of every request but those to /health and /metrics."""
+    api_keys: tuple[str, ...] = ()
+    """One of them is asked of every request but those to OPEN_PATHS; none: everybody may ask."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose pages may use this server from a browser; "*": all."""
     max_body_bytes: int = 16 * 2**20
     """Larger bodies are refused (413)."""
     dialogue: DialogueStyle = field(default_factory=DialogueStyle)
@@ -56,20 +66,27 @@ class ServerOptions:
 
 
 def create_app(
-    engine: Engine,
+    engine: Engine | AsyncEngine,
     options: ServerOptions,
     *,
     on_engine_stop: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The application around an engine, which runs while the application does."""
-    metrics = Metrics(engine, options.model_names[0])
-    async_engine = AsyncEngine(engine, observe=metrics.observe, on_stop=on_engine_stop)
-    encoder = PromptEncoder(engine.tokenizer, options.dialogue)
+    """The application around an engine, which runs while the application does.
+
+    Args:
+        engine: a plain one runs in a thread of this process.
+        options: names, keys and limits.
+        on_engine_stop: called when the engine has failed for good.
+    """
+    async_engine = engine if isinstance(engine, AsyncEngine) else ThreadEngine(engine)
+    metrics = Metrics(async_engine, options.model_names[0])
+    async_engine.observe, async_engine.on_stop = metrics.observe, on_engine_stop
+    encoder = PromptEncoder(async_engine.tokenizer, options.dialogue)
     service = Service(async_engine, encoder, options.model_names)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async_engine.start()
+        await async_engine.start()
         yield
         await async_engine.stop()
 
@@ -86,11 +103,25 @@ def create_app(
     _add_information_routes(app, service, metrics)
     _add_page(app)
     _add_error_handlers(app)
-    if options.api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=options.api_key)
-    app.add_middleware(RequestLogMiddleware)
+    _add_middleware(app, options)
     describe(app)
     return app
+
+
+def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+    """From the inside to the outside: an answer of any of them passes those after it."""
+    app.add_middleware(UnexpectedErrorMiddleware)
+    if options.api_keys:
+        app.add_middleware(ApiKeyMiddleware, api_keys=options.api_keys)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-ID", "Retry-After"),
+        )
+    app.add_middleware(RequestLogMiddleware)
 
 
 def _add_generation_routes(app: FastAPI, service: Service, limit: int) -> None:
@@ -132,15 +163,25 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
             "created": service.created,
             "owned_by": "quatom",
             "root": service.model_names[0],
-            "max_model_len": service.engine.engine.max_model_len,
+            "max_model_len": service.engine.facts.max_model_len,
         }
 
-    @app.get("/v1/models", responses={200: {"model": responses.ModelList}}, response_model=None)
+    def get(path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
+        """A GET route that answers HEAD too, as HTTP asks of every server."""
+
+        def add(endpoint: Endpoint) -> Endpoint:
+            app.get(path, **options)(endpoint)
+            app.head(path, include_in_schema=False)(endpoint)
+            return endpoint
+
+        return add
+
+    @get("/v1/models", responses={200: {"model": responses.ModelList}}, response_model=None)
     async def models() -> Response:
         """All models: one, under each of its names."""
         return json_response({"object": "list", "data": [card(n) for n in service.model_names]})
 
-    @app.get(
+    @get(
         "/v1/models/{name:path}",
         responses={200: {"model": responses.ModelCard}, **errors(404)},
         response_model=None,
@@ -149,32 +190,32 @@ def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) ->
         """One model."""
         return json_response(card(service.check_model(name)))
 
-    @app.get("/version", responses={200: {"model": responses.VersionResponse}}, response_model=None)
+    @get("/version", responses={200: {"model": responses.VersionResponse}}, response_model=None)
     async def version() -> Response:
         """This server's version."""
         return json_response({"version": __version__})
 
-    @app.get("/health", response_class=Response, responses=errors(503))
+    @get("/ping", response_class=Response, responses=errors(503))
+    @get("/health", response_class=Response, responses=errors(503))
     async def health() -> Response:
         """200 while the engine runs."""
         if service.engine.error is not None:
             raise ApiError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                f"the engine has stopped: {service.engine.error}",
+                service.engine.error,
                 kind="server_error",
                 code="engine_error",
             )
         return Response()
 
+    @get("/metrics", response_class=Response)
     async def exposition() -> Response:
         """Prometheus metrics."""
         return Response(metrics.exposition(), media_type=METRICS_TYPE)
 
-    app.get("/metrics", response_class=Response)(exposition)
-    app.head("/metrics", include_in_schema=False)(exposition)
-
 
 def _add_page(app: FastAPI) -> None:
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         # The page loads nothing from elsewhere, and nothing may be injected into it.
@@ -200,13 +241,4 @@ def _add_error_handlers(app: FastAPI) -> None:
         headers = dict(error.headers or {})
         return ApiError(
             error.status_code, f"{http.url.path}: {error.detail}", headers=headers
-        ).response()
-
-    @app.exception_handler(Exception)
-    async def unexpected(http: Request, error: Exception) -> Response:
-        return ApiError(
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            f"{type(error).__name__} while answering; the log has the details",
-            kind="server_error",
-            code="internal_error",
         ).response()

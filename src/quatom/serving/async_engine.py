@@ -1,100 +1,105 @@
-"""AsyncEngine: one thread runs the engine, asyncio tasks read the streams of their requests.
+"""AsyncEngine: what asyncio tasks see of an engine, which runs in a thread or a process of its own.
 
-Commands go to the thread through a queue; a step's deltas come back to the event loop in one call.
-A step that raises ends the requests that were running, with the error. If it keeps happening, or
-the device itself failed, the engine stops for good and says so: `error` is set, every request ends
-and `on_stop` is called.
+Requests go to the engine as they come; a step's deltas come back to the event loop in one call, and
+a task that falls behind finds the deltas of several steps at once.
 """
 
 import asyncio
-import logging
-import queue
-import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from typing import Any, Protocol
 
-from quatom.engine.engine import Engine
 from quatom.engine.outputs import SequenceDelta
-from quatom.engine.requests import Request
 from quatom.engine.sampling import SamplingParams
 from quatom.errors import EngineError, QueueFullError
-
-logger = logging.getLogger("quatom.serving")
-
-MAX_FAILED_STEPS = 3
-"""Steps in a row that may raise before the engine stops."""
+from quatom.serving.engine_state import EngineFacts, EngineStats
 
 
-@dataclass(frozen=True, slots=True)
-class _Abort:
+class PreparedRequest(Protocol):
+    """A checked request, ready to run."""
+
     request_id: str
 
-
-class _Stop:
-    pass
-
-
-Command = Request | _Abort | _Stop
+    @property
+    def num_sequences(self) -> int:
+        """Completions that it asks for."""
 
 
-class AsyncEngine:
-    """An engine in a thread of its own. Methods but `start` belong to the event loop."""
+class _Mailbox:
+    """What has come for one request. It is taken whole, which costs less than a queue."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        observe: Callable[[SequenceDelta], None] = lambda delta: None,
-        on_stop: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Wrap an engine that nothing else uses.
+    __slots__ = ("arrival", "deltas", "error")
 
-        Args:
-            observe: told of every delta, in the event loop.
-            on_stop: called in the event loop when the engine has failed for good.
-        """
-        self.engine = engine
+    def __init__(self) -> None:
+        self.deltas: list[SequenceDelta] = []
+        self.error: Exception | None = None
+        self.arrival = asyncio.Event()
+
+    async def take(self) -> list[SequenceDelta]:
+        """Wait for deltas and take them all; an error comes before them."""
+        await self.arrival.wait()
+        self.arrival.clear()
+        if self.error is not None:
+            raise self.error
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+
+class AsyncEngine(ABC):
+    """An engine and the streams of its requests. Methods belong to the event loop."""
+
+    def __init__(self, facts: EngineFacts, tokenizer: Any) -> None:
+        self.facts = facts
+        self.tokenizer = tokenizer
         self.error: str | None = None
-        self._observe = observe
-        self._on_stop = on_stop
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[SequenceDelta | Exception]] = {}
-        self._thread = threading.Thread(target=self._run, name="quatom-engine", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        """Why no request can run; None while they can."""
+        self.observe: Callable[[list[SequenceDelta]], None] = lambda deltas: None
+        """Told of every step's deltas."""
+        self.on_stop: Callable[[], None] = lambda: None
+        """Called when the engine has failed for good."""
+        self._streams: dict[str, _Mailbox] = {}
 
     @property
     def num_streams(self) -> int:
         """Requests that have not ended."""
         return len(self._streams)
 
-    def start(self) -> None:
-        """Start the thread; call inside the event loop that will read the streams."""
-        self._loop = asyncio.get_running_loop()
-        self.engine.requests.warm_up()
-        self._thread.start()
+    @property
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """The engine's state, as far as it is known here."""
 
+    @property
+    @abstractmethod
+    def num_waiting(self) -> int:
+        """Sequences that wait, those included that the engine has not seen yet."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Begin to run, in the event loop that will read the streams."""
+
+    @abstractmethod
     async def stop(self) -> None:
-        """End the thread after its current step. Requests still running are dropped."""
-        self._commands.put(_Stop())
-        await asyncio.to_thread(self._thread.join)
-        self.engine.requests.close()
+        """End after the current step. Requests still running are dropped."""
 
+    @abstractmethod
     async def make_request(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams
-    ) -> Request:
-        """`Engine.make_request`; compiling a constraint does not block the event loop.
+    ) -> PreparedRequest:
+        """Check a request; what is slow about that, such as a grammar, holds up nobody else.
 
-        Cancelling gives the compilation up.
+        Raises:
+            RequestError: see `RequestFactory.make`.
+            EngineError: the engine has stopped.
         """
-        if params.structured is None:
-            return self.engine.make_request(request_id, prompt_ids, params)
-        compilation = self.engine.requests.compile(params.structured)
-        try:
-            constraint = await asyncio.wrap_future(compilation.future)
-        except asyncio.CancelledError:
-            compilation.cancel()
-            raise
-        return self.engine.make_request(request_id, prompt_ids, params, constraint)
+
+    @abstractmethod
+    def _submit(self, request: PreparedRequest) -> None:
+        """Let the engine run a request."""
+
+    @abstractmethod
+    def _abort(self, request_id: str) -> None:
+        """Let the engine drop a request."""
 
     def check_room(self, num_requests: int) -> None:
         """Refuse requests that the queue has no room for.
@@ -103,101 +108,56 @@ class AsyncEngine:
             QueueFullError: it has not.
             EngineError: the engine has stopped.
         """
-        if self.error is not None:
-            raise EngineError(f"the engine has stopped: {self.error}")
-        limit = self.engine.config.max_waiting
-        waiting = len(self.engine.scheduler.waiting) + self._commands.qsize()
+        self._check_running()
+        limit, waiting = self.facts.max_waiting, self.num_waiting
         if limit is not None and waiting + num_requests > limit:
             raise QueueFullError(
                 f"{waiting} requests are waiting and {num_requests} more do not fit into a queue "
                 f"of {limit}; try again later"
             )
 
-    async def stream(self, request: Request) -> AsyncGenerator[list[SequenceDelta], None]:
+    async def stream(self, request: PreparedRequest) -> AsyncGenerator[list[SequenceDelta], None]:
         """Run a request. Yields what has come since the last time; closing it aborts.
 
         Raises:
             EngineError: the engine stopped or refused the request.
         """
-        request_id, open_sequences = request.request_id, len(request.sequences)
-        stream: asyncio.Queue[SequenceDelta | Exception] = asyncio.Queue()
-        self._streams[request_id] = stream
-        self._commands.put(request)
+        self._check_running()
+        request_id, open_sequences = request.request_id, request.num_sequences
+        mailbox = self._streams[request_id] = _Mailbox()
+        self._submit(request)
         try:
             while open_sequences:
-                news = [await stream.get()]
-                while not stream.empty():
-                    news.append(stream.get_nowait())
-                deltas = []
-                for item in news:
-                    if isinstance(item, Exception):
-                        raise item
-                    deltas.append(item)
+                deltas = await mailbox.take()
                 open_sequences -= sum(d.finish_reason is not None for d in deltas)
                 yield deltas
         finally:
             self._streams.pop(request_id, None)
             if open_sequences:
-                self._commands.put(_Abort(request_id))
+                self._abort(request_id)
 
-    def _run(self) -> None:
-        """The engine's thread."""
-        failed_steps = 0
-        while True:
-            if not self._obey():
-                return
-            try:
-                deltas = self.engine.step()
-                failed_steps = 0
-            except Exception as error:
-                logger.exception("a step failed")
-                failed_steps += 1
-                message = f"{type(error).__name__}: {error}"
-                fatal = self.engine.device.type == "cuda" or isinstance(error, EngineError)
-                if fatal or failed_steps >= MAX_FAILED_STEPS:
-                    self._in_loop(self._fail, message)
-                    return
-                deltas = self.engine.fail_running(message)
-            if deltas:
-                self._in_loop(self._dispatch, deltas)
-
-    def _obey(self) -> bool:
-        """Carry out commands, waiting for one if there is nothing else to do. False: stop."""
-        while True:
-            try:
-                command = self._commands.get(block=not self.engine.has_work)
-            except queue.Empty:
-                return True
-            match command:
-                case _Stop():
-                    return False
-                case _Abort(request_id):
-                    self.engine.abort(request_id)
-                case Request():
-                    try:
-                        self.engine.add(command)
-                    except EngineError as error:
-                        self._in_loop(self._put, command.request_id, error)
-
-    def _in_loop(self, call: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            logger.info("deltas dropped: the event loop is closed")
+    def _check_running(self) -> None:
+        if self.error is not None:
+            raise EngineError(self.error)
 
     def _dispatch(self, deltas: list[SequenceDelta]) -> None:
+        """Hand a step's deltas to their streams."""
+        self.observe(deltas)
         for delta in deltas:
-            self._observe(delta)
-            self._put(delta.request_id, delta)
+            mailbox = self._streams.get(delta.request_id)
+            if mailbox is not None:
+                mailbox.deltas.append(delta)
+                mailbox.arrival.set()
 
-    def _put(self, request_id: str, item: SequenceDelta | Exception) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            stream.put_nowait(item)
+    def _refuse(self, request_id: str, error: Exception) -> None:
+        """End one request with an error."""
+        mailbox = self._streams.get(request_id)
+        if mailbox is not None:
+            mailbox.error = error
+            mailbox.arrival.set()
 
     def _fail(self, message: str) -> None:
+        """End every request with an error, and let no other begin."""
         self.error = message
-        for stream in self._streams.values():
-            stream.put_nowait(EngineError(f"the engine has stopped: {message}"))
-        self._on_stop()
+        for request_id in self._streams:
+            self._refuse(request_id, EngineError(message))

@@ -88,7 +88,7 @@ async def _answer_all(
         for line in rest:
             status, body = await call(app, line.url, line.body)
             if engine.error is not None:
-                raise EngineError(f"the engine has stopped: {engine.error}; run the batch again")
+                raise EngineError(f"{engine.error}; run the batch again")
             add(make_answer(line.custom_id, status, body))
 
     async with app.router.lifespan_context(app):

@@ -13,10 +13,9 @@ from starlette.requests import Request as HttpRequest
 
 from quatom.engine.llm import empty_output
 from quatom.engine.outputs import RequestOutput, SequenceDelta
-from quatom.engine.requests import Request
 from quatom.engine.sampling import SamplingParams
 from quatom.serving.api_errors import ApiError
-from quatom.serving.async_engine import AsyncEngine
+from quatom.serving.async_engine import AsyncEngine, PreparedRequest
 from quatom.serving.prompt import PromptEncoder
 from quatom.serving.responses import usage
 
@@ -61,7 +60,7 @@ class Generation:
         self.model = model
         self.params = params
         self.created = int(time.time())
-        self.requests: list[Request] = []
+        self.requests: list[PreparedRequest] = []
         self.outputs: list[RequestOutput] = []
         self._http = http
 
@@ -87,7 +86,7 @@ class Generation:
             self.outputs.append(empty_output(request_id, token_ids, token_ids, params))
 
     def _that_fit(self, token_ids: list[int]) -> SamplingParams:
-        room = self.service.engine.engine.max_model_len - len(token_ids)
+        room = self.service.engine.facts.max_model_len - len(token_ids)
         wanted = self.params.max_tokens
         fits = wanted is None or room >= wanted or room < 1  # none at all: the engine says so
         return self.params if fits else replace(self.params, max_tokens=room)

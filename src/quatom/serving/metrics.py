@@ -5,36 +5,36 @@ Every metric carries the label model_name.
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from quatom.engine.engine import Engine
 from quatom.engine.outputs import SequenceDelta
+from quatom.serving.async_engine import AsyncEngine
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
 class EngineCollector(Collector):
-    """Reads the engine's state when it is asked; plain attributes, so no lock is needed."""
+    """Reads the engine's state when it is asked."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
         self._engine = engine
         self._model_name = model_name
 
     def collect(self) -> Iterable[Metric]:
         """Gauges and counters that the engine keeps itself."""
-        scheduler, pool = self._engine.scheduler, self._engine.pool
+        stats, facts = self._engine.stats, self._engine.facts
         gauges = (
-            ("num_requests_running", "Sequences that run.", len(scheduler.running)),
-            ("num_requests_waiting", "Sequences that wait.", len(scheduler.waiting)),
-            ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", pool.usage),
+            ("num_requests_running", "Sequences that run.", stats.running),
+            ("num_requests_waiting", "Sequences that wait.", stats.waiting),
+            ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_usage),
         )
         counters = (
-            ("num_preemptions", "Sequences set back.", scheduler.num_preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up.", scheduler.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens found.", scheduler.prefix_hits),
+            ("num_preemptions", "Sequences set back.", stats.num_preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits),
         )
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
@@ -44,12 +44,23 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
+        limits = {
+            "model_name": self._model_name,
+            "block_size": str(facts.block_size),
+            "num_gpu_blocks": str(facts.num_blocks),
+            "kv_cache_bytes": str(facts.kv_cache_bytes),
+        }
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info", "Limits of the KV cache.", labels=list(limits)
+        )
+        info.add_metric(list(limits.values()), 1)
+        yield info
 
 
 class Metrics:
     """Counts and latencies of requests, and the state of their engine."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(engine, model_name))
         self._model_name = model_name
@@ -86,26 +97,27 @@ class Metrics:
         self._inference = histogram("request_inference_time_seconds", "First step to last token.")
         self._lengths = histogram("request_prompt_tokens", "Prompt length.", TOKENS)
         self._outputs = histogram("request_generation_tokens", "Output length.", TOKENS)
-        info = Gauge(
-            "vllm:cache_config_info",
-            "Limits of the KV cache.",
-            ["model_name", "block_size", "num_gpu_blocks", "kv_cache_bytes"],
-            registry=self._registry,
-        )
-        blocks, size = engine.pool.num_blocks, engine.config.block_size
-        info.labels(model_name, str(size), str(blocks), str(engine.kv_cache_bytes)).set(1)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self._registry)
 
-    def observe(self, delta: SequenceDelta) -> None:
-        """Count one step of one completion."""
+    def observe(self, deltas: list[SequenceDelta]) -> None:
+        """Count one step."""
+        self._generation_tokens.inc(sum(len(delta.token_ids) for delta in deltas))
+        for delta in deltas:
+            if delta.finish_reason is None and delta.interval is not None:
+                self._itl.observe(delta.interval)  # nearly every delta: no more to count
+            else:
+                self._observe_first_or_last(delta)
+
+    def _observe_first_or_last(self, delta: SequenceDelta) -> None:
         times = delta.times
-        self._generation_tokens.inc(len(delta.token_ids))
         if delta.finish_reason is not None:
             self._success.labels(self._model_name, delta.finish_reason).inc()
         if times is None or times.last_token is None or times.first_token is None:
+            return
+        if delta.finish_reason == "error":  # its tokens have been counted, and it has no latency
             return
         if delta.interval is not None:
             self._itl.observe(delta.interval)

@@ -1,12 +1,12 @@
-"""What happens to every request before a route sees it: key, log line, request id."""
+"""What happens to every request around its route: log line, request id, key, unexpected errors."""
 
 import base64
 import binascii
 import hmac
-import json
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,23 +16,32 @@ from quatom.serving.api_errors import ApiError
 
 logger = logging.getLogger("quatom.serving")
 
-OPEN_PATHS = ("/health", "/metrics")
+OPEN_PATHS = ("/health", "/ping", "/metrics")
 """Answered without a key."""
+STATUS = "quatom.status"
+"""Where RequestLogMiddleware notes in the scope that a response has begun, and with what status."""
 
 
 class ApiKeyMiddleware:
-    """Asks for the key as a bearer token, or as the password of HTTP Basic, which browsers send."""
+    """Asks for a key as a bearer token, or as the password of HTTP Basic, which browsers send.
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    OPTIONS needs none: a browser asks that way whether it may send a key at all.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self.app = app
-        self._key = api_key.encode()
+        self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if (
+            scope["type"] == "http"
+            and scope["path"] not in OPEN_PATHS
+            and scope["method"] != "OPTIONS"
+        ):
             given = _given_key(Headers(scope=scope).get("authorization", ""))
-            # compare_digest takes the same time wherever the keys differ.
-            if not hmac.compare_digest(given, self._key):
+            # compare_digest takes the same time wherever keys differ, and every key is compared.
+            if not sum(hmac.compare_digest(given, key) for key in self._keys):
                 refusal = ApiError(
                     HTTPStatus.UNAUTHORIZED,
                     "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
@@ -57,6 +66,33 @@ def _given_key(authorization: str) -> bytes:
     return b""
 
 
+class UnexpectedErrorMiddleware:
+    """Turns an exception that nobody expected into a 500, and logs it.
+
+    Starlette's own handler answers outside of all middleware: without a request id, and without
+    the headers that let a browser's page read the answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 500; a response that has begun is cut off."""
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:
+            if scope["type"] != "http" or scope.get(STATUS):
+                raise
+            logger.exception("a request failed unexpectedly")
+            failure = ApiError(
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                f"{type(error).__name__} while answering; the log has the details",
+                kind="server_error",
+                code="internal_error",
+            )
+            await failure.response()(scope, receive, send)
+
+
 class RequestLogMiddleware:
     """One JSON line a request, and its id in the response's X-Request-ID."""
 
@@ -71,12 +107,11 @@ class RequestLogMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         request_id = given if usable else uuid.uuid4().hex
-        start, status = time.monotonic(), 0
+        start = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                scope[STATUS] = message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
@@ -91,25 +126,8 @@ class RequestLogMiddleware:
                             "request_id": request_id,
                             "method": scope["method"],
                             "path": scope["path"],
-                            "status": status,
+                            "status": scope.get(STATUS, 0),
                             "seconds": round(time.monotonic() - start, 4),
                         }
                     },
                 )
-
-
-class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Time, level, event and the record's own fields."""
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)

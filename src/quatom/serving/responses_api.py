@@ -1,8 +1,7 @@
 """POST /v1/responses, without stored state."""
 
-import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -19,7 +18,7 @@ from quatom.serving.prompt import turn_of
 from quatom.serving.responses_input import messages_of
 from quatom.serving.responses_items import ItemWriter
 from quatom.serving.responses_protocol import ResponsesRequest
-from quatom.serving.streaming import EventStream
+from quatom.serving.streaming import Chunks, EventStream, Frames, frame
 
 
 async def create_response(service: Service, body: ResponsesRequest, http: HttpRequest) -> Response:
@@ -142,12 +141,11 @@ async def _events(
         yield lifecycle("failed", {"code": "server_error", "message": known.message})
 
 
-async def _framed(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
+async def _framed(chunks: Chunks) -> Frames:
     """Events with a name and a number."""
     number = 0
     async with aclosing(chunks):
         async for chunk in chunks:
             event = {**chunk, "sequence_number": number}
             number += 1
-            data = json.dumps(event, separators=(",", ":"))
-            yield f"event: {chunk['type']}\ndata: {data}\n\n"
+            yield b"event: %b\n%b" % (chunk["type"].encode(), frame(event))

@@ -2,36 +2,52 @@
 
 import logging
 import signal
-from pathlib import Path
+import socket
+from dataclasses import dataclass
 
 import uvicorn
 
 from quatom.engine.engine import Engine
+from quatom.engine.host_memory import forget_startup
 from quatom.errors import EngineError
 from quatom.serving.app import ServerOptions, create_app
-from quatom.serving.middleware import JsonFormatter
+from quatom.serving.async_engine import AsyncEngine
+from quatom.serving.connections import Tls, url_of
+
+logger = logging.getLogger("quatom.serving")
+
+FAILED_DRAIN_SECONDS = 2
+"""How long answers may take to leave once the engine has failed for good: all are errors."""
 
 
-def configure_logging(level: str = "INFO") -> None:
-    """One JSON line an event, on stderr, for ours and uvicorn's loggers."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    for name in ("quatom", "uvicorn", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
-        logger.setLevel(level)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connections:
+    """How clients reach a server, and for how long."""
+
+    listener: socket.socket
+    """Made by `open_listener`."""
+    tls: Tls | None = None
+    keep_alive_seconds: int = 75
+    """How long an idle connection stays open: longer than clients and proxies that pool keep it,
+    so that none sends a request into a connection that is being closed."""
+    drain_seconds: int = 60
+    """How long requests may go on after SIGTERM."""
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens, once it does."""
+
+    url = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        logger.info("listening", extra={"fields": {"url": self.url}})
 
 
 def serve_engine(
-    engine: Engine,
-    options: ServerOptions,
-    *,
-    host: str,
-    port: int,
-    drain_seconds: int,
+    engine: Engine | AsyncEngine, options: ServerOptions, connections: Connections
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish for `drain_seconds`.
+    """Serve until SIGTERM or SIGINT, then let running requests finish.
 
     Raises:
         EngineError: the engine failed for good.
@@ -40,28 +56,29 @@ def serve_engine(
 
     def stop() -> None:
         failures.append(str(app.state.async_engine.error))
+        server.config.timeout_graceful_shutdown = FAILED_DRAIN_SECONDS
         server.should_exit = True
 
     app = create_app(engine, options, on_engine_stop=stop)
-    server = uvicorn.Server(
+    tls, listener = connections.tls, connections.listener
+    server = _Server(
         uvicorn.Config(
             app,
-            host=host,
-            port=port,
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=drain_seconds,
+            timeout_graceful_shutdown=connections.drain_seconds,
+            timeout_keep_alive=connections.keep_alive_seconds,
             backlog=2048,
+            ssl_certfile=None if tls is None else tls.certfile,
+            ssl_keyfile=None if tls is None else tls.keyfile,
         )
     )
+    server.url = url_of(listener, tls)
     # uvicorn raises the signal again when it has drained; that shall not look like a crash.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server.run()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    forget_startup()
+    server.run(sockets=[listener])
     if failures:
-        raise EngineError(f"the engine has stopped: {failures[0]}")
-
-
-def default_name(model: str) -> str:
-    """The name a model is served under: its path or hub id as given, without a closing slash."""
-    return str(Path(model)) if Path(model).exists() else model
+        raise EngineError(failures[0])

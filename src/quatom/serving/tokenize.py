@@ -21,7 +21,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
         token_ids = await asyncio.to_thread(encoder.encode, body.prompt or "", special=special)
     content = {
         "count": len(token_ids),
-        "max_model_len": service.engine.engine.max_model_len,
+        "max_model_len": service.engine.facts.max_model_len,
         "tokens": token_ids,
     }
     if body.return_token_strs:
@@ -32,7 +32,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
 async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
     """Text of token ids."""
     service.check_model(body.model)
-    vocab_size = service.engine.engine.model_config.vocab_size
+    vocab_size = service.engine.facts.vocab_size
     if body.tokens and max(body.tokens) >= vocab_size:
         raise RequestError(
             f"tokens holds id {max(body.tokens)}; the model has {vocab_size} tokens, 0 to "

@@ -1,68 +1,118 @@
-// Chat with streaming, and the server's live charts. No dependency, nothing from the network.
-import { Chart } from "./chart.js";
+// The chat: a conversation, one answer under way, what went wrong. Nothing comes from elsewhere.
+import { Answer } from "./answer.js";
+import { poll } from "./charts.js";
+import { element } from "./dom.js";
+import { reason, stream } from "./stream.js";
 
 const $ = (id) => document.getElementById(id);
-const conversation = [];
+const messages = $("messages");
+const hint = $("hint");
+let conversation = [];
 let running = null; // AbortController of the answer under way
+let answer = null; // the last one
 
-function show(role, text) {
-  const element = document.createElement("div");
-  element.className = `message ${role}`;
-  element.textContent = text;
-  $("messages").append(element);
-  element.scrollIntoView({ block: "end" });
-  return element;
+function show(node) {
+  const atEnd = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 40;
+  if (node) messages.append(node);
+  if (atEnd || node) messages.scrollTop = messages.scrollHeight;
 }
 
-// Yields the JSON objects of a stream of server-sent events.
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    buffer += value;
-    const parts = buffer.split("\n\n");
-    buffer = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
+// Throws where the fields are no request.
+function request() {
+  const system = $("system").value.trim();
+  const tools = $("tools").value.trim();
+  const body = {
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...conversation],
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+  if ($("temperature").value !== "") body.temperature = Number($("temperature").value);
+  if ($("max-tokens").value !== "") body.max_completion_tokens = Number($("max-tokens").value);
+  if (tools) {
+    try {
+      body.tools = JSON.parse(tools);
+    } catch (error) {
+      throw new Error(`the tools are no JSON: ${error.message}`);
     }
   }
+  return body;
 }
 
-async function answer() {
+async function ask() {
   running = new AbortController();
   $("send").textContent = "Stop";
-  const element = show("assistant", "");
-  element.classList.add("streaming");
+  messages.querySelectorAll(".message.error").forEach((old) => old.remove());
+  answer?.settle();
+  answer = new Answer();
+  const mine = answer;
+  const controller = running;
+  show(mine.root);
+  const start = performance.now();
+  let ending = "";
+  let usage = null;
+  let failure = null;
   try {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      signal: running.signal,
-      body: JSON.stringify({
-        messages: conversation,
-        temperature: Number($("temperature").value),
-        max_completion_tokens: Number($("max-tokens").value),
-        stream: true,
-      }),
-    });
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    for await (const chunk of events(response)) {
-      if (chunk.error) throw new Error(chunk.error.message);
-      element.textContent += chunk.choices[0]?.delta.content ?? "";
-      element.scrollIntoView({ block: "end" });
+    for await (const chunk of stream("/v1/chat/completions", request(), controller.signal)) {
+      usage = chunk.usage ?? usage;
+      const choice = chunk.choices[0];
+      if (!choice) continue;
+      mine.add(choice.delta);
+      ending = choice.finish_reason ?? ending;
+      show();
     }
   } catch (error) {
-    if (error.name !== "AbortError") show("error", error.message);
+    if (error.name === "AbortError") ending = "stopped";
+    else failure = error.message;
   }
-  element.classList.remove("streaming");
-  if (element.textContent) conversation.push({ role: "assistant", content: element.textContent });
-  else element.remove();
+  if (answer !== mine) return; // the conversation was cleared
   running = null;
   $("send").textContent = "Send";
+  finish(failure, ending, usage, (performance.now() - start) / 1000);
+}
+
+function finish(failure, ending, usage, seconds) {
+  const parts = usage ? [`${usage.completion_tokens} tokens`, `${(usage.completion_tokens / seconds).toFixed(1)} per second`] : [];
+  if (ending === "length") parts.push("ended at the limit of tokens");
+  if (ending === "stopped") parts.push("stopped");
+  answer.finish({ note: parts.join(", "), onRetry: retry, onResult: giveResult });
+  if (answer.empty) answer.root.remove();
+  else conversation.push(answer.message);
+  if (failure) {
+    const again = element("button", { text: "Retry", type: "button", className: "retry", onclick: retry });
+    const shown = element("div", { className: "message error" }, element("span", { text: failure }), again);
+    shown.setAttribute("role", "alert");
+    show(shown);
+  }
+  show();
+}
+
+// The last answer, whole or not, is dropped and asked for again.
+function retry() {
+  if (running) return;
+  if (conversation.at(-1)?.role === "assistant") conversation.pop();
+  answer?.root.remove();
+  ask();
+}
+
+// Goes on when every call of the answer has its result.
+function giveResult(call, text) {
+  call.result = text;
+  if (running || answer.calls.some((one) => one.result === undefined)) return;
+  for (const { id, result } of answer.calls) {
+    conversation.push({ role: "tool", tool_call_id: id, content: result });
+  }
+  ask();
+}
+
+function say(text) {
+  hint.hidden = true;
+  if (conversation.at(-1)?.role === "user") {
+    conversation.pop(); // it has no answer, and many templates want roles in turns
+    [...messages.querySelectorAll(".user")].at(-1)?.classList.add("unanswered");
+  }
+  conversation.push({ role: "user", content: text });
+  show(element("div", { className: "message user", text }));
+  ask();
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -74,9 +124,7 @@ $("form").addEventListener("submit", (event) => {
   const text = $("input").value.trim();
   if (!text) return;
   $("input").value = "";
-  conversation.push({ role: "user", content: text });
-  show("user", text);
-  answer();
+  say(text);
 });
 
 $("input").addEventListener("keydown", (event) => {
@@ -86,53 +134,33 @@ $("input").addEventListener("keydown", (event) => {
   }
 });
 
-$("clear").addEventListener("click", () => {
-  running?.abort();
-  conversation.length = 0;
-  $("messages").replaceChildren();
+$("suggestions").addEventListener("click", (event) => {
+  if (event.target.tagName === "BUTTON" && !running) say(event.target.textContent);
 });
 
-// Prometheus text -> {name: value}; one model, so labels do not matter.
-function parseMetrics(text) {
-  const values = {};
-  for (const line of text.split("\n")) {
-    const match = /^vllm:(\w+)(?:\{[^}]*\})? (\S+)$/.exec(line);
-    if (match) values[match[1]] = Number(match[2]);
-  }
-  return values;
+$("clear").addEventListener("click", () => {
+  running?.abort();
+  running = null;
+  $("send").textContent = "Send";
+  conversation = [];
+  answer = null;
+  messages.replaceChildren(hint);
+  hint.hidden = false;
+});
+
+$("toggle-charts").addEventListener("click", () => {
+  const open = document.body.classList.toggle("with-charts");
+  $("toggle-charts").setAttribute("aria-expanded", String(open));
+});
+
+async function describe() {
+  const response = await fetch("/v1/models");
+  if (!response.ok) throw new Error(await reason(response));
+  const { id, max_model_len } = (await response.json()).data[0];
+  $("model").textContent = `${id}, ${max_model_len} tokens`;
 }
 
-const charts = {
-  rate: new Chart($("rate"), 2),
-  requests: new Chart($("requests"), 2),
-  kv: new Chart($("kv"), 1, 1),
-};
-let last = null;
-
-async function poll() {
-  try {
-    const response = await fetch("/metrics", { cache: "no-store" });
-    const now = { time: performance.now() / 1000, ...parseMetrics(await response.text()) };
-    if (last) {
-      const seconds = now.time - last.time;
-      const generated = (now.generation_tokens_total - last.generation_tokens_total) / seconds;
-      const prompt = (now.prompt_tokens_total - last.prompt_tokens_total) / seconds;
-      charts.rate.add([generated, prompt]);
-      $("rate-now").value = generated.toFixed(1);
-    }
-    charts.requests.add([now.num_requests_running, now.num_requests_waiting]);
-    charts.kv.add([now.kv_cache_usage_perc]);
-    $("requests-now").value = `${now.num_requests_running} + ${now.num_requests_waiting}`;
-    $("kv-now").value = `${(100 * now.kv_cache_usage_perc).toFixed(1)} %`;
-    $("state").textContent = "";
-    last = now;
-  } catch {
-    $("state").textContent = "the server does not answer";
-  }
-  setTimeout(poll, 1000);
-}
-
-const models = await (await fetch("/v1/models")).json();
-const { id, max_model_len } = models.data[0];
-$("model").textContent = `${id}, ${max_model_len} tokens`;
+describe().catch((error) => {
+  $("state").textContent = error.message;
+});
 poll();

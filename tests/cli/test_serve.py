@@ -1,0 +1,79 @@
+"""`quatom serve` as users run it: it listens, answers and ends with the right status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from threading import Thread
+
+import httpx
+import pytest
+
+from tests.serving.conftest import wait_until
+
+MODES = ("--engine-process", "--no-engine-process")
+
+
+@contextmanager
+def serving(*arguments):
+    """Yields (process, log lines, url) of `quatom serve`."""
+    command = [sys.executable, "-m", "quatom", "serve", *map(str, arguments), "--port", "0"]
+    environment = {k: v for k, v in os.environ.items() if k != "QUATOM_API_KEY"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    lines = []
+    reader = Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))
+    reader.start()
+
+    def url():
+        events = [json.loads(line) for line in lines if line.startswith("{")]
+        return next((e["url"] for e in events if e["event"] == "listening"), None)
+
+    try:
+        wait_until(lambda: url() or process.poll() is not None, seconds=240)
+        yield process, lines, url()
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(timeout=10)
+
+
+def test_it_answers_and_ends_with_its_engine(small_dir, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    with serving(small_dir, MODES[0], "--api-key-file", keys) as (process, lines, url):
+        body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
+        for key in ("one", "two"):
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            assert answer.json()["usage"]["completion_tokens"] == 4
+        assert httpx.get(f"{url}/ping").status_code == 200
+        events = [json.loads(line) for line in lines]
+        os.kill(next(e["pid"] for e in events if e["event"] == "the engine runs"), signal.SIGKILL)
+        assert process.wait(timeout=20) == 1
+    assert lines[-1] == "quatom: the engine's process was killed by SIGKILL\n"
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"), [(MODES[0], signal.SIGINT), (MODES[1], signal.SIGTERM)]
+)
+def test_a_signal_ends_it_without_an_error(small_dir, mode, number):
+    with serving(small_dir, mode) as (process, lines, _):
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0
+    assert all(line.startswith("{") for line in lines)
+
+
+def test_a_bad_model_is_the_same_error_in_either_process(tmp_path):
+    said = []
+    for mode in MODES:
+        with serving(tmp_path / "absent", mode) as (process, lines, url):
+            assert url is None
+            assert process.wait() == 1
+        assert len(lines) == 1
+        assert lines[0].startswith("quatom: ")
+        said.append(lines)
+    assert said[0] == said[1]

@@ -1,0 +1,335 @@
+"""The engine in a process of its own: whatever happens to either, nobody waits in vain."""
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from quatom.engine.outputs import SequenceDelta, Timestamps, TokenLogprobs
+from quatom.engine.sampling import SamplingParams, StructuredOutput
+from quatom.errors import EngineError, QuatomError, QueueFullError, RequestError
+from quatom.serving import messages
+from quatom.serving.engine_launch import EnginePlan, EngineProcess
+from quatom.serving.engine_state import EngineStats
+from quatom.serving.engine_worker import Worker
+from quatom.serving.process_engine import MAX_RESTARTS, ProcessEngine
+from tests.serving.conftest import (
+    assert_server_idle,
+    process_engine,
+    running_server,
+    wait_until,
+)
+from tests.serving.engines import make_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 2.0
+"""Within which every open request must have its error."""
+
+
+def completion(prompt="hello", **fields):
+    return {"prompt": prompt, "temperature": 0, "max_tokens": 400, **fields}
+
+
+class Clients:
+    """Requests under way, some streamed; what each was told, and when."""
+
+    def __init__(self, url, count=8):
+        self.ends = []
+        self.begun = threading.Semaphore(0)
+        self.threads = [
+            threading.Thread(target=self._ask, args=(url, i % 2 == 0)) for i in range(count)
+        ]
+        for thread in self.threads:
+            thread.start()
+        for _ in range(count):
+            assert self.begun.acquire(timeout=30)
+
+    def _ask(self, url, stream):
+        body, text = completion(stream=stream), ""
+        if not stream:
+            self.begun.release()
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+            for part in response.iter_text():
+                if stream and not text:
+                    self.begun.release()
+                text += part
+        self.ends.append((time.monotonic(), response.status_code, stream, text))
+
+    def check(self, since, reason):
+        """Everybody got the error in time."""
+        for thread in self.threads:
+            thread.join(timeout=30)
+        assert len(self.ends) == len(self.threads)
+        for at, status, stream, text in self.ends:
+            assert at - since < SECONDS
+            if stream:
+                assert text.endswith("data: [DONE]\n\n")
+                text = text.split("\n\n")[-3].removeprefix("data: ")
+            else:
+                assert status == 503
+            error = json.loads(text)["error"]
+            assert reason in error["message"]
+            assert error["code"] == "engine_error"
+
+
+def kill(server):
+    """Kill the engine's process with requests under way; they must be told."""
+    clients = Clients(server.url)
+    now = time.monotonic()
+    os.kill(server.app.state.async_engine.pid, signal.SIGKILL)
+    clients.check(now, "the engine's process was killed by SIGKILL")
+
+
+def test_a_killed_engine_fails_every_request_and_the_server():
+    stopped = threading.Event()
+    with running_server(process_engine(step_seconds=0.02)) as server:
+        server.app.state.async_engine.on_stop = stopped.set
+        kill(server)
+        assert stopped.is_set()
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503
+        assert "SIGKILL" in health.json()["error"]["message"]
+        answer = httpx.post(f"{server.url}/v1/completions", json=completion())
+        assert answer.status_code == 503
+
+
+def test_a_killed_engine_is_started_anew_but_not_for_ever():
+    stopped = threading.Event()
+    with running_server(process_engine(step_seconds=0.02, restart=True)) as server:
+        engine = server.app.state.async_engine
+        engine.on_stop = stopped.set
+        first = engine.pid
+        kill(server)
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503
+        assert "being started anew" in health.json()["error"]["message"]
+        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200, seconds=120)
+        assert engine.pid != first
+        body = completion(max_tokens=5)
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        assert_server_idle(server)
+        assert not stopped.is_set()
+        engine._restarts.extend([time.monotonic()] * MAX_RESTARTS)
+        kill(server)
+        assert stopped.wait(timeout=5)
+        assert "SIGKILL" in httpx.get(f"{server.url}/health").json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "error"),
+    [
+        ("refuse_to_start", ("EngineError", "no model"), "^no model$"),
+        ("refuse_to_start", ("MemoryError", "72 GiB"), "^MemoryError: 72 GiB$"),
+        ("vanish", (), "killed by SIGKILL while it started.*too little memory"),
+    ],
+)
+def test_what_goes_wrong_at_the_start_is_said_as_if_it_had_happened_here(factory, arguments, error):
+    names = ("kind", "message")
+    plan = EnginePlan(
+        factory=f"tests.serving.engines:{factory}",
+        arguments=dict(zip(names, arguments, strict=False)),
+    )
+    process = EngineProcess(plan)
+    with pytest.raises(QuatomError, match=error) as caught:
+        process.wait_until_ready()
+    assert isinstance(caught.value, EngineError) == (arguments[:1] != ("MemoryError",))
+    assert process.popen.returncode in (1, -signal.SIGKILL)
+    assert not process._folder.exists()
+
+
+def alive(pid):
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+ORPHAN = """
+import sys, time
+from tests.serving.conftest import process_engine
+print(process_engine().pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_engine_never_outlives_its_server():
+    server = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    pid = int(server.stdout.readline())
+    assert alive(pid)
+    for number in (signal.SIGTERM, signal.SIGINT):  # those are for the server to act upon
+        os.kill(pid, number)
+    time.sleep(0.3)
+    assert alive(pid)
+    server.kill()
+    server.wait()
+    wait_until(lambda: not alive(pid), seconds=SECONDS)
+
+
+FULL = {
+    "request_id": "a-0",
+    "index": 1,
+    "token_ids": (5, 6),
+    "text": "你 \x00",
+    "logprobs": (TokenLogprobs(5, -0.5, ((5, -0.5), (7, float("-inf")))),),
+    "prompt_logprobs": (TokenLogprobs(1, -1.5),),
+    "num_cached": 3,
+    "num_prompt": 4,
+    "num_generated": 2,
+    "interval": 0.25,
+    "finish_reason": "stop",
+    "stop_reason": "\n",
+    "times": Timestamps(arrival=1.0, scheduled=2.0, first_token=3.0, last_token=4.5),
+    "error": "none",
+}
+
+
+def sent(message, decoder):
+    return decoder.decode(messages.ENCODER.encode(message))
+
+
+def test_every_field_of_a_delta_arrives():
+    known = {f.name: FULL[f.name] for f in fields(SequenceDelta) if f.name in FULL}
+    delta = SequenceDelta(**known)
+    defaults = SequenceDelta(request_id="", index=0, token_ids=(), text="")
+    for stop in ("\n", 17, None):
+        delta.stop_reason = stop
+        step = messages.Step([delta, defaults], EngineStats(running=1), 2, ["a-0"])
+        assert sent(step, messages.REPORT_DECODER) == step
+
+
+def test_every_field_of_sampling_parameters_arrives():
+    params = SamplingParams(
+        n=2,
+        max_tokens=None,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        logit_bias={5: 1.5, 70_000: -100},
+        seed=-(2**63),
+        stop=["a", "é"],
+        stop_token_ids=[4],
+        include_stop_str_in_output=True,
+        ignore_eos=True,
+        skip_special_tokens=False,
+        logprobs=0,
+        prompt_logprobs=2,
+        structured=StructuredOutput("regex", "a+"),
+    )
+    for given in (params, SamplingParams(), SamplingParams(min_tokens=3, detokenize=False)):
+        made = sent(messages.Prepare("a", [1, 2], given), messages.COMMAND_DECODER)
+        assert made.params == given
+        assert type(made.params.logit_bias) is type(given.logit_bias)
+
+
+@pytest.mark.parametrize("kind", [RequestError, QueueFullError, EngineError, QuatomError])
+def test_an_error_keeps_its_class(kind):
+    refused = messages.Refused("a", messages.Failure.of(kind("why")))
+    error = sent(refused, messages.REPORT_DECODER).failure.error()
+    assert (type(error), str(error)) == (kind, "why")
+    assert str(messages.Failure.of(ZeroDivisionError("x")).error()) == "ZeroDivisionError: x"
+
+
+class FakeProcess:
+    """Takes note of commands; answers each Prepare at once."""
+
+    def __init__(self):
+        from quatom.serving.engine_state import facts_of
+
+        self.facts = facts_of(make_engine())
+        self.commands = []
+        self.engine = None
+
+    def send(self, command):
+        self.commands.append(command)
+        if isinstance(command, messages.Prepare):
+            report = messages.Prepared(command.request_id, command.params.n)
+            asyncio.get_running_loop().call_soon(self.engine._take, report)
+
+
+def test_a_request_that_nobody_runs_is_dropped():
+    async def main():
+        process = FakeProcess()
+        engine = ProcessEngine(process, None, plan=None)
+        process.engine, engine._event_loop = engine, asyncio.get_running_loop()
+        request = await engine.make_request("unused", [1], SamplingParams())
+        del request
+        gc.collect()
+        await asyncio.sleep(0)
+        assert process.commands[-1] == messages.Drop("unused")
+        used = await engine.make_request("used", [1], SamplingParams(n=2))
+        stream = engine.stream(used)
+        reading = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        assert process.commands[-1] == messages.Run("used")
+        assert engine.num_waiting == 1
+        engine._take(messages.Step([], EngineStats(running=1), 0, ["used"]))
+        assert engine.num_waiting == 0
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await stream.aclose()
+        assert process.commands[-1] == messages.Drop("used")
+        preparing = asyncio.ensure_future(engine.make_request("late", [1], SamplingParams()))
+        await asyncio.sleep(0)
+        preparing.cancel()
+        await asyncio.gather(preparing, return_exceptions=True)
+        assert process.commands[-1] == messages.Drop("late")
+        assert engine._preparing == {}
+
+    asyncio.run(main())
+
+
+class Reports(list):
+    def send(self, report):
+        self.append(report)
+
+
+def test_the_worker_keeps_nothing_that_was_dropped():
+    reports = Reports()
+    worker = Worker(make_engine(), reports)
+    worker._prepare(messages.Prepare("a", [1, 2], SamplingParams(n=2)))
+    assert reports.pop() == messages.Prepared("a", 2)
+    worker._drop("a")
+    assert not worker._prepared
+    assert worker.loop.commands.empty()
+    worker._run("a")
+    assert "started anew" in reports.pop().failure.message
+    schema = StructuredOutput("json_schema", '{"type": "object"}')
+    gate = threading.Event()
+    worker._compilers.submit(gate.wait)
+    worker._compilers.submit(gate.wait)
+    worker._prepare(messages.Prepare("b", [1], SamplingParams(structured=schema)))
+    worker._drop("b")
+    gate.set()
+    worker._compilers.shutdown(wait=True)
+    assert not worker._prepared
+    assert not worker._preparing
+    assert reports == []
+    worker._prepare(messages.Prepare("c", [], SamplingParams()))
+    assert reports.pop().failure.kind == "RequestError"
+
+
+def test_commands_that_make_no_sense_are_refused():
+    with pytest.raises(msgspec.ValidationError):
+        messages.COMMAND_DECODER.decode(messages.ENCODER.encode(["Prepare", 1, 2, 3]))
