@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_there_are_images():
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda f: f.name)
 def test_images(path):
     steps = instructions(path)
-    by_name = {name: arguments for name, arguments in steps}  # the last of each
+    by_name = dict(steps)  # the last of each
     for name, arguments in steps:
         assert name not in ("ADD", "MAINTAINER", "ONBUILD")
         if name == "FROM":  # a version, never what is newest on the day
@@ -96,9 +97,9 @@ def test_nothing_but_the_package_goes_into_an_image():
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda f: f.name)
 def test_hadolint(path):
-    command = shutil.which("hadolint")
-    if command is None:
-        pytest.skip("hadolint is not on this machine")
+    command = Path(sys.executable).with_name("hadolint")
+    if not command.exists():
+        pytest.skip("hadolint is not installed")
     done = subprocess.run(
         # DL3008: versions of Debian's packages are those of the pinned image's release.
         [command, "--ignore", "DL3008", path],

@@ -18,6 +18,7 @@ import pytest
 
 from quatom.engine.outputs import SequenceDelta, Timestamps, TokenLogprobs
 from quatom.engine.sampling import SamplingParams, StructuredOutput
+from quatom.engine.structured.compiler import Compilation
 from quatom.errors import EngineError, QuatomError, QueueFullError, RequestError
 from quatom.serving import messages
 from quatom.serving.engine_launch import EnginePlan, EngineProcess
@@ -198,6 +199,8 @@ FULL = {
     "stop_reason": "\n",
     "times": Timestamps(arrival=1.0, scheduled=2.0, first_token=3.0, last_token=4.5),
     "error": "none",
+    "hidden": (0.5, -1.0),
+    "refused": True,
 }
 
 
@@ -206,8 +209,8 @@ def sent(message, decoder):
 
 
 def test_every_field_of_a_delta_arrives():
-    known = {f.name: FULL[f.name] for f in fields(SequenceDelta) if f.name in FULL}
-    delta = SequenceDelta(**known)
+    assert FULL.keys() == {f.name for f in fields(SequenceDelta)}
+    delta = SequenceDelta(**FULL)
     defaults = SequenceDelta(request_id="", index=0, token_ids=(), text="")
     for stop in ("\n", 17, None):
         delta.stop_reason = stop
@@ -235,9 +238,19 @@ def test_every_field_of_sampling_parameters_arrives():
         skip_special_tokens=False,
         logprobs=0,
         prompt_logprobs=2,
+        shown_token_ids=[9, 8],
         structured=StructuredOutput("regex", "a+"),
     )
-    for given in (params, SamplingParams(), SamplingParams(min_tokens=3, detokenize=False)):
+    tried = [
+        params,
+        SamplingParams(),
+        SamplingParams(min_tokens=3, detokenize=False),
+        SamplingParams(bad_words=["b", "ü"]),
+        SamplingParams(max_tokens=0, embed=True),
+    ]
+    for f in fields(SamplingParams):
+        assert len({repr(getattr(given, f.name)) for given in tried}) > 1, f.name
+    for given in tried:
         made = sent(messages.Prepare("a", [1, 2], given), messages.COMMAND_DECODER)
         assert made.params == given
         assert type(made.params.logit_bias) is type(given.logit_bias)
@@ -305,7 +318,7 @@ class Reports(list):
         self.append(report)
 
 
-def test_the_worker_keeps_nothing_that_was_dropped():
+def test_the_worker_keeps_nothing_that_was_dropped(monkeypatch):
     reports = Reports()
     worker = Worker(make_engine(), reports)
     worker._prepare(messages.Prepare("a", [1, 2], SamplingParams(n=2)))
@@ -315,16 +328,16 @@ def test_the_worker_keeps_nothing_that_was_dropped():
     assert worker.loop.commands.empty()
     worker._run("a")
     assert "started anew" in reports.pop().failure.message
-    schema = StructuredOutput("json_schema", '{"type": "object"}')
-    gate = threading.Event()
-    worker._compilers.submit(gate.wait)
-    worker._compilers.submit(gate.wait)
-    worker._prepare(messages.Prepare("b", [1], SamplingParams(structured=schema)))
+    compiling, cancelled = Compilation(StructuredOutput("json_object")), []
+    compiling.cancel = lambda: cancelled.append("b")
+    monkeypatch.setattr(worker.loop.engine.requests, "compile", lambda wanted: compiling)
+    params = SamplingParams(structured=compiling.wanted)
+    worker._prepare(messages.Prepare("b", [1], params))
     worker._drop("b")
-    gate.set()
-    worker._compilers.shutdown(wait=True)
+    assert cancelled == ["b"]
+    compiling.future.set_result(None)  # too late
     assert not worker._prepared
-    assert not worker._preparing
+    assert not worker._compiling
     assert reports == []
     worker._prepare(messages.Prepare("c", [], SamplingParams()))
     assert reports.pop().failure.kind == "RequestError"

@@ -26,7 +26,8 @@ SECONDS = 30
 TOOL = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
 MARKED = """# Title
 
-A **bold**, *leaning*, ~~wrong~~ `x < y` [link](https://example.org/a_b) and [trap](javascript:alert(1)).
+A **bold**, *leaning*, ~~wrong~~ `x < y` [link](https://example.org/a_b)
+and [trap](javascript:alert(1)).
 
 - one
 - two
@@ -160,7 +161,7 @@ def talker():
     """Thinks, calls a tool if it has any, and writes markdown."""
 
     def answer(prompt):
-        if "get_weather" in prompt and "tool_response" not in prompt:
+        if "get_weather" in prompt and "degrees" not in prompt:
             call = {"name": "get_weather", "arguments": {"city": "Bern"}}
             return f"<think>\nAsk.\n</think>\n\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
         return f"<think>\nMaybe <b>so</b>.\n</think>\n\n{MARKED}"
@@ -316,6 +317,9 @@ def test_everything_fits_the_screen(talker, open_page, size, tmp_path):
     for turn in (1, 2):
         page.say(f"hi {turn}")
         completed(page, answers=turn)
+    below = "const m = document.getElementById('messages');"
+    below += "return m.scrollHeight - m.scrollTop - m.clientHeight;"
+    wait_until(lambda: page.run(below) < 2)  # the end of what was said is in view
     # The composer is on the screen, whatever has been said, and nothing sticks out to the side.
     for selector in ("#input", "#send", "#max-tokens", "#temperature", "#clear"):
         left, top, right, bottom = page.box(selector)

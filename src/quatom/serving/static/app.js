@@ -11,10 +11,20 @@ let conversation = [];
 let running = null; // AbortController of the answer under way
 let answer = null; // the last one
 
+// The end of the conversation stays in view while it grows, unless somebody has scrolled up.
+let following = true;
+const follow = () => {
+  if (following) messages.scrollTop = messages.scrollHeight;
+};
+messages.addEventListener("scroll", () => {
+  following = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 40;
+});
+new MutationObserver(follow).observe(messages, { childList: true, subtree: true, characterData: true });
+new ResizeObserver(follow).observe(messages);
+
 function show(node) {
-  const atEnd = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 40;
-  if (node) messages.append(node);
-  if (atEnd || node) messages.scrollTop = messages.scrollHeight;
+  following = true;
+  messages.append(node);
 }
 
 // Throws where the fields are no request.
@@ -58,7 +68,6 @@ async function ask() {
       if (!choice) continue;
       mine.add(choice.delta);
       ending = choice.finish_reason ?? ending;
-      show();
     }
   } catch (error) {
     if (error.name === "AbortError") ending = "stopped";
@@ -83,7 +92,6 @@ function finish(failure, ending, usage, seconds) {
     shown.setAttribute("role", "alert");
     show(shown);
   }
-  show();
 }
 
 // The last answer, whole or not, is dropped and asked for again.
