@@ -17,7 +17,7 @@ MODES = ("--engine-process", "--no-engine-process")
 
 
 @contextmanager
-def serving(*arguments):
+def serving(*arguments, listens=True):
     """Yields (process, log lines, url) of `quatom serve`."""
     command = [sys.executable, "-m", "quatom", "serve", *map(str, arguments), "--port", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "QUATOM_API_KEY"}
@@ -31,7 +31,8 @@ def serving(*arguments):
         return next((e["url"] for e in events if e["event"] == "listening"), None)
 
     try:
-        wait_until(lambda: url() or process.poll() is not None, seconds=240)
+        if listens:
+            wait_until(lambda: url() or process.poll() is not None, seconds=240)
         yield process, lines, url()
         process.wait(timeout=60)
     finally:
@@ -65,6 +66,26 @@ def test_a_signal_ends_it_without_an_error(small_dir, mode, number):
         process.send_signal(number)
         assert process.wait(timeout=30) == 0
     assert all(line.startswith("{") for line in lines)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sigterm_ends_it_while_it_loads(tmp_path, mode):
+    os.mkfifo(tmp_path / "config.json")  # whoever reads it waits for ever
+
+    def is_read():
+        try:
+            files.append(os.open(tmp_path / "config.json", os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    files = []
+    with serving(tmp_path, mode, listens=False) as (process, lines, _):
+        wait_until(is_read, seconds=240)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    os.close(files[0])
+    assert lines == []
 
 
 def test_a_bad_model_is_the_same_error_in_either_process(tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,41 @@ def test_what_goes_wrong_at_the_start_is_said_as_if_it_had_happened_here(factory
     assert isinstance(caught.value, EngineError) == (arguments[:1] != ("MemoryError",))
     assert process.popen.returncode in (1, -signal.SIGKILL)
     assert not process._folder.exists()
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 9}
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+SAME = [
+    ("/v1/completions", {"prompt": ["a", "bc"], "n": 2, "logprobs": 3, "echo": True}),
+    ("/v1/completions", {"prompt": "a", "stop": ["x", "y"], "bad_words": ["z"], "stream": True}),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"7": 99}, "seed": 3, "temperature": 1}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["one", "two"]}}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "("}}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 9999}),
+    ("/v1/completions", {"prompt": [70_000]}),
+    ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2, "stream": True}),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+    ),
+    ("/v1/responses", {"input": "hello", "temperature": 0, "max_output_tokens": 9}),
+    ("/v1/embeddings", {"input": ["a", "longer"]}),
+    ("/tokenize", {"prompt": "hello"}),
+    ("/detokenize", {"tokens": [299, 7]}),
+]
+
+
+def answer(server, path, body):
+    """Status and text, without what is different each time."""
+    body = {"temperature": 0, **body} if path == "/v1/completions" else body
+    got = httpx.post(server.url + path, json=body, timeout=60)
+    varying = r'"(id|item_id)":"[^"]*"|"(created|created_at|completed_at)":[\d.]+'
+    return got.status_code, re.sub(varying, "", got.text)
+
+
+@pytest.mark.parametrize(("path", "body"), SAME)
+def test_an_answer_does_not_depend_on_where_the_engine_runs(server, process_server, path, body):
+    assert answer(process_server, path, body) == answer(server, path, body)
 
 
 def alive(pid):
