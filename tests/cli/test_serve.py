@@ -71,6 +71,7 @@ def test_a_signal_ends_it_without_an_error(small_dir, mode, number):
 @pytest.mark.parametrize("mode", MODES)
 def test_sigterm_ends_it_while_it_loads(tmp_path, mode):
     os.mkfifo(tmp_path / "config.json")  # whoever reads it waits for ever
+    (tmp_path / "model.safetensors").touch()
 
     def is_read():
         try:
@@ -81,7 +82,7 @@ def test_sigterm_ends_it_while_it_loads(tmp_path, mode):
 
     files = []
     with serving(tmp_path, mode, listens=False) as (process, lines, _):
-        wait_until(is_read, seconds=240)
+        wait_until(lambda: is_read() or process.poll() is not None, seconds=240)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
     os.close(files[0])
