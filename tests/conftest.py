@@ -1,7 +1,9 @@
 """Tiny random models and a byte tokenizer, made on the spot: no test needs a hub."""
 
 import json
+import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,18 @@ def text_file(tmp_path_factory) -> Path:
 def device() -> str:
     """Where kernels run: a GPU if there is one, else the CPU under Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def serve_in_process():
+    """Undoes what `quatom serve` changes in its process: log handlers and the answer to SIGTERM."""
+    loggers = [logging.getLogger(name) for name in ("quatom", "uvicorn", "uvicorn.error")]
+    before = [(one, one.handlers, one.propagate, one.level) for one in loggers]
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    for one, one.handlers, one.propagate, level in before:
+        one.setLevel(level)
 
 
 def pytest_configure(config) -> None:

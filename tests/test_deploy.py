@@ -110,7 +110,7 @@ def test_hadolint(path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_options_file_is_read_by_serve(monkeypatch, tmp_path):
+def test_the_options_file_is_read_by_serve(monkeypatch, tmp_path, serve_in_process):
     from typer.testing import CliRunner
 
     calls = {}

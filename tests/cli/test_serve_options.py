@@ -31,7 +31,7 @@ drain-seconds: 3
 
 
 @pytest.fixture
-def served(monkeypatch):
+def served(monkeypatch, serve_in_process):
     """What `quatom serve` was about to do: nothing is loaded or served."""
     calls = {}
 
@@ -123,10 +123,23 @@ def test_what_is_wrong_without_a_model_is_said_without_loading_one(served, shell
             (("--log-level", "LOUD"), "--log-level must be one of DEBUG"),
             (("--max-num-seqs", 9, "--max-num-batched-tokens", 8), "below max_num_seqs"),
             (("--dtype", "int3"), "--dtype must be one of"),
-            (("--recipe", "w1a1"), "unknown recipe 'w1a1'"),
             (("--random-weights", "llama-2-7b"), "give either MODEL or --random-weights"),
             (("--no-engine-process", "--restart-engine"), "--restart-engine needs"),
         ]:
             done = shell("serve", "model", *options)
             assert (done.status, part in done.err) == (1, True), (options, done.err)
             assert not served
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("model", "--recipe", "quatom-w4a8kv4"), "--recipe is for --random-weights: model has"),
+        (("--random-weights", "absent"), "unknown model shape 'absent'; known are"),
+        (("--random-weights", "tiny", "--recipe", "w1a1"), "unknown recipe 'w1a1'"),
+    ],
+)
+def test_random_weights_that_cannot_be_made(served, shell, options, part):
+    done = shell("serve", *options)
+    assert (done.status, part in done.err) == (1, True), done.err
+    assert not served

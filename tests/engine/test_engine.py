@@ -84,6 +84,7 @@ def test_a_known_prefix_is_not_computed_again():
     engine.runner.model.steps.clear()
     again = run(engine, [prompt], greedy(4))[0]
     assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 39)
+    assert (first.num_cache_write_tokens, again.num_cache_write_tokens) == (40, 0)
     assert again.token_ids == first.token_ids == expected_tokens(prompt, 4)
     # The last prompt token alone runs, into a copy of the shared block.
     assert [tokens for tokens, _ in engine.runner.model.steps] == [1, 1, 1, 1]
@@ -99,6 +100,7 @@ def test_a_conversation_reuses_the_answer_too():
     second = run(engine, [[*prompt, *answer, 7, 8]], greedy(2))[0]
     # All but the last answered token were computed: 47 tokens, 11 whole blocks of 4.
     assert second.num_cached_tokens == 44
+    assert second.num_cache_write_tokens == 4  # the twelfth block; the thirteenth is not whole
     assert second.token_ids == expected_tokens([*prompt, *answer, 7, 8], 2)
 
 

@@ -163,7 +163,13 @@ SAME = [
     ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2, "stream": True}),
     (
         "/v1/chat/completions",
-        {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+        {
+            **CHAT,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": SCHEMA},
+            },
+        },
     ),
     ("/v1/responses", {"input": "hello", "temperature": 0, "max_output_tokens": 9}),
     ("/v1/embeddings", {"input": ["a", "longer"]}),
@@ -228,6 +234,7 @@ FULL = {
     "logprobs": (TokenLogprobs(5, -0.5, ((5, -0.5), (7, float("-inf")))),),
     "prompt_logprobs": (TokenLogprobs(1, -1.5),),
     "num_cached": 3,
+    "num_cache_written": 16,
     "num_prompt": 4,
     "num_generated": 2,
     "interval": 0.25,
@@ -298,6 +305,10 @@ def test_an_error_keeps_its_class(kind):
     error = sent(refused, messages.REPORT_DECODER).failure.error()
     assert (type(error), str(error)) == (kind, "why")
     assert str(messages.Failure.of(ZeroDivisionError("x")).error()) == "ZeroDivisionError: x"
+    no_text = sent(
+        messages.NotStarted(messages.Failure.of(OSError("\udcff"))), messages.REPORT_DECODER
+    )
+    assert str(no_text.failure.error()) == r"\udcff"
 
 
 class FakeProcess:
@@ -341,10 +352,12 @@ def test_a_request_that_nobody_runs_is_dropped():
         assert process.commands[-1] == messages.Drop("used")
         preparing = asyncio.ensure_future(engine.make_request("late", [1], SamplingParams()))
         await asyncio.sleep(0)
+        assert engine.num_waiting == 1  # so that a burst cannot overfill the queue
         preparing.cancel()
         await asyncio.gather(preparing, return_exceptions=True)
         assert process.commands[-1] == messages.Drop("late")
         assert engine._preparing == {}
+        assert engine.num_waiting == 0
 
     asyncio.run(main())
 

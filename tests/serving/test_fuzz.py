@@ -102,6 +102,24 @@ def fuzz(server, seconds, seed):
     return sent
 
 
+@pytest.mark.parametrize("number", [2**32, 2**63, 2**64, 10**30])
+def test_numbers_that_fit_no_type(either_server, number):
+    fields = dict.fromkeys(("n", "max_tokens", "min_tokens", "logprobs"), number)
+    fields |= {"stop_token_ids": [number], "logit_bias": {str(number): 1}, "prompt": [1, number]}
+    bodies = [{"prompt": "a", "max_tokens": 2, name: value} for name, value in fields.items()]
+    bodies.append({"prompt": [[1], [number]], "echo": True, "logprobs": 1, "max_tokens": 0})
+    bodies.append({"prompt": "a", "logit_bias": {"1" * 5000: 1}})
+    asked = [("/v1/completions", body) for body in bodies]
+    asked += [("/detokenize", {"tokens": [number]}), ("/v1/embeddings", {"input": [number]})]
+    for path, body in asked:
+        answer = httpx.post(either_server.url + path, json=body)
+        assert answer.status_code == 400, (body, answer.text)
+    body = {"prompt": "a", "max_tokens": 2, "top_k": number}  # more than the vocabulary: all of it
+    assert httpx.post(f"{either_server.url}/v1/completions", json=body).status_code == (
+        200 if number < 2**63 else 400
+    )
+
+
 def test_damaged_requests(either_server):
     assert fuzz(either_server, seconds=4, seed=1) > 20
 

@@ -1,4 +1,4 @@
-"""The page at /, in headless Chromium: chat, reasoning, tool calls, markdown, stop, retry, sizes."""
+"""The page at /, in headless Chromium: chat, reasoning, tools, markdown, stop, retry, sizes."""
 
 import json
 import shutil

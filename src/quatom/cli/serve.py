@@ -115,6 +115,7 @@ def serve(
     """Serve a model over OpenAI's HTTP API, with a chat page at /."""
     from dataclasses import asdict
 
+    from quatom.benchmark.model_shapes import find_shape
     from quatom.cli.common import read_dtype, read_recipe
     from quatom.engine.config import EngineConfig
     from quatom.errors import ServerError
@@ -151,6 +152,10 @@ def serve(
         keep_freed_memory=keep_freed_memory,
     )
     read_dtype(dtype)
+    if random_weights is not None:
+        find_shape(random_weights)
+    elif recipe is not None:
+        raise ServerError(f"--recipe is for --random-weights: {model} has its own")
     arguments = {
         "model": model,
         "random_weights": random_weights,

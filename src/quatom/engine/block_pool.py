@@ -96,15 +96,20 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def register(self, block: int, digest: bytes) -> None:
+    def register(self, block: int, digest: bytes) -> bool:
         """Remember that held `block` now contains the full prefix block `digest`.
 
         If another block already does, that one stays known and this one remains anonymous.
+
+        Returns:
+            Whether `digest` was not known before.
         """
-        if self.prefix_caching and digest not in self._block_of:
-            self._forget(block)
-            self._digest_of[block] = digest
-            self._block_of[digest] = block
+        if not self.prefix_caching or digest in self._block_of:
+            return False
+        self._forget(block)
+        self._digest_of[block] = digest
+        self._block_of[digest] = block
+        return True
 
     def num_unheld(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` are free and cached: holding them uses up free blocks."""

@@ -218,6 +218,8 @@ class Engine:
         )
         if reason is not None:
             self._finish(sequence, reason)
+            computed = sequence.num_prompt - sequence.num_cached  # a preempted one wrote them twice
+            delta.num_cache_written = min(sequence.num_cache_written, computed)
         return delta
 
     def _check_end(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, str]:
@@ -292,9 +294,6 @@ class Engine:
         runner = self._make_runner(loaded, kv_cache)
         item = ScheduledSequence(sequence, 0, length, samples=True)
         runner.launch(ScheduledStep(items=[item], num_tokens=length)).wait()
-        hidden = torch.zeros(
-            (self.config.max_num_seqs, loaded.config.hidden_size),
-            dtype=loaded.dtype,
-            device=self.device,
-        )
+        shape = (self.config.max_num_seqs, loaded.config.hidden_size)
+        hidden = torch.zeros(shape, dtype=loaded.dtype, device=self.device)
         loaded.model.compute_logits(hidden).softmax(dim=-1)

@@ -40,6 +40,8 @@ class SequenceDelta:
     """With the first token, if asked for: the prompt's tokens from the second on."""
     num_cached: int = 0
     """Prompt tokens that were found in the prefix cache."""
+    num_cache_written: int = 0
+    """On the last delta: prompt tokens that this completion added to the prefix cache."""
     num_prompt: int = 0
     """Prompt tokens in all."""
     num_generated: int = 0
@@ -84,6 +86,9 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
+    num_cache_write_tokens: int = 0
+    """Prompt tokens that were added to it: those of whole blocks that nobody had computed."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -106,6 +111,7 @@ class RequestOutput:
             self.prompt_logprobs = list(delta.prompt_logprobs)
         if delta.index == 0:
             self.num_cached_tokens = delta.num_cached
+            self.num_cache_write_tokens = delta.num_cache_written
         completion.hidden = delta.hidden
         completion.finish_reason = delta.finish_reason
         completion.stop_reason = delta.stop_reason

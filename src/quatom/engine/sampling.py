@@ -41,11 +41,12 @@ def _check_number(
         raise RequestError(f"{name} must be in {left}{low:g}, {high:g}], got {value!r}")
 
 
-def _check_count(name: str, value: object, low: int, high: int | None = None) -> None:
+def _check_count(name: str, value: object, low: int, high: int = _INT64_MAX) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"from {low} to {high}"
+    if not low <= value <= high:
+        small = value < low and high == _INT64_MAX
+        limit = f"at least {low}" if small else f"from {low} to {high}"
         raise RequestError(f"{name} must be {limit}, got {value}")
 
 

@@ -100,7 +100,9 @@ class Scheduler:
         if full > sequence.num_registered and self.pool.prefix_caching:
             digests = sequence.update_digests(block_size)
             for i in range(sequence.num_registered, full):
-                self.pool.register(sequence.block_table[i], digests[i])
+                new = self.pool.register(sequence.block_table[i], digests[i])
+                if new and (i + 1) * block_size <= sequence.num_prompt:
+                    sequence.num_cache_written += block_size
             sequence.num_registered = full
         if sequence.children and sequence.num_launched >= sequence.num_prompt:
             self.release_children(sequence)

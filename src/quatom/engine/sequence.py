@@ -60,6 +60,8 @@ class Sequence:
     """num_computed without the step that is being scheduled: contents that a copy may read."""
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when first scheduled."""
+    num_cache_written: int = 0
+    """Prompt tokens of the blocks that became known prefixes; again after a preemption."""
     in_flight: int = 0
     sample_row: int = 0
     """Row of this sequence among the tokens sampled by the last launched step."""

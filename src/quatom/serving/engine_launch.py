@@ -47,7 +47,13 @@ class EngineProcess:
         Raises:
             EngineError: the sockets cannot be made.
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="quatom-"))  # only this user may enter it
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="quatom-"))  # only this user may enter it
+        except OSError as error:
+            raise EngineError(
+                f"cannot make a folder for the engine's sockets: {error}; set TMPDIR to a folder "
+                "that can be written"
+            ) from error
         self._context = zmq.Context()
         self._commands = self._context.socket(zmq.PUSH)
         self.reports = self._context.socket(zmq.PULL)
@@ -59,7 +65,10 @@ class EngineProcess:
                 socket.bind(f"ipc://{self._folder / name}")
         except zmq.ZMQError as error:
             self._close_sockets()
-            raise EngineError(f"cannot make a socket in {self._folder}: {error}") from error
+            raise EngineError(
+                f"cannot make a socket in {self._folder}: {error}; set TMPDIR to a folder with a "
+                "short path"
+            ) from error
         command = [sys.executable, "-m", "quatom.serving.engine_process"]
         self.popen = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self.popen.stdin is not None

@@ -56,11 +56,12 @@ class Failure(_Message):
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
         """Any exception; one that nobody raised on purpose becomes a plain QuatomError."""
+        text = str(error).encode(errors="backslashreplace").decode()  # a path may be no UTF-8
         if isinstance(error, QuatomError):
-            return cls(type(error).__name__, str(error))
+            return cls(type(error).__name__, text)
         if isinstance(error, OSError):
-            return cls("QuatomError", str(error))
-        return cls("QuatomError", f"{type(error).__name__}: {error}")
+            return cls("QuatomError", text)
+        return cls("QuatomError", f"{type(error).__name__}: {text}")
 
     def error(self) -> QuatomError:
         """The exception again."""

@@ -79,7 +79,7 @@ class ProcessEngine(AsyncEngine):
     @property
     def num_waiting(self) -> int:
         """Sequences that waited after the last step, and requests sent since."""
-        return self._stats.waiting + self._queued + len(self._unseen)
+        return self._stats.waiting + self._queued + len(self._unseen) + len(self._preparing)
 
     async def start(self) -> None:
         """Begin to read the engine's reports."""

@@ -13,10 +13,11 @@ from quatom.errors import RequestError
 from quatom.serving.closed_model import ClosedModel, HarmlessFields, NeutralFields
 from quatom.serving.constraint_protocol import ConstraintFields
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]  # as tokenizers count; vocabularies are smaller
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 MAX_PROMPTS = 2048
+MAX_TOKEN_DIGITS = 10
 
 
 class StreamOptions(ClosedModel):
@@ -138,6 +139,6 @@ class CompletionRequest(GenerationRequest):
 
 def _token_ids(bias: dict[str, float]) -> dict[int, float]:
     for key in bias:
-        if not (key.isascii() and key.isdigit()):
+        if not (key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_DIGITS):
             raise RequestError(f"logit_bias keys are token ids, got {key[:40]!r}")
     return {int(key): value for key, value in bias.items()}

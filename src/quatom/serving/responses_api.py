@@ -106,7 +106,7 @@ def _usage(generation: Generation, answer: Answer) -> dict[str, Any]:
         "input_tokens": num_input,
         "input_tokens_details": {
             "cached_tokens": used.num_cached_tokens,
-            "cache_write_tokens": 0,  # nothing is billed for what a prompt leaves in the cache
+            "cache_write_tokens": used.num_cache_write_tokens,
         },
         "output_tokens": num_output,
         "output_tokens_details": {"reasoning_tokens": min(num_reasoning, num_output)},
