@@ -128,11 +128,12 @@ def device() -> str:
 def serve_in_process():
     """Undoes what `quatom serve` changes in its process: log handlers and the answer to SIGTERM."""
     loggers = [logging.getLogger(name) for name in ("quatom", "uvicorn", "uvicorn.error")]
-    before = [(one, one.handlers, one.propagate, one.level) for one in loggers]
+    before = [(one.handlers, one.propagate, one.level) for one in loggers]
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-    for one, one.handlers, one.propagate, level in before:
+    for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        one.handlers, one.propagate = handlers, propagate
         one.setLevel(level)
 
 
