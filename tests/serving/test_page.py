@@ -140,10 +140,20 @@ def test_chat_and_charts(server, open_page):
     tokenizer = byte_tokenizer()
     prompt = tokenizer.encode("<user>user: hello <b>page</b>\n<assistant>")
     want = tokenizer.decode(expected_tokens(prompt, 30))
-    page.run("globalThis.want = arguments[0]", want)
-    sent = page.run("return document.querySelector('.assistant .end').textContent")
-    assert "30 tokens" in sent
-    assert "limit of tokens" in sent
+    shown, expected = page.run(
+        """
+        return import("/static/markdown.js").then(({ markdown }) => {
+          const root = document.createElement("div");
+          root.append(markdown(arguments[0]));
+          return [document.querySelector(".assistant .markdown").innerHTML, root.innerHTML];
+        });
+        """,
+        want,
+    )
+    assert shown == expected
+    ending = page.one(".assistant .end").text
+    assert "30 tokens" in ending
+    assert "limit of tokens" in ending
     wait_until(lambda: page.one("#kv-now").text.endswith("%"), seconds=SECONDS)
     wait_until(lambda: page.one("#rate-now").text != "", seconds=SECONDS)
     painted = page.run(
