@@ -218,6 +218,17 @@ time.sleep(600)
 """
 
 
+def test_files_of_the_current_folder_are_not_modules(tmp_path, monkeypatch):
+    for name in ("zmq", "torch", "msgspec"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    process = EngineProcess(EnginePlan(factory="tests.serving.engines:make_engine"))
+    process.wait_until_ready()
+    process.send(messages.Quit())
+    process.close()
+    assert process.popen.returncode == 0
+
+
 def test_an_engine_never_outlives_its_server():
     server = subprocess.Popen(
         [sys.executable, "-c", ORPHAN],

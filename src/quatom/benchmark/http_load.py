@@ -8,7 +8,6 @@ processes, so that the client is not what is measured.
 import json
 import os
 import subprocess
-import sys
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import msgspec
 from quatom.benchmark.latency import RequestTimes, Timeline
 from quatom.benchmark.load_client import Job, Outcome
 from quatom.benchmark.server_metrics import POLL_SECONDS, Poll, read_metrics
+from quatom.engine.child_process import start_module
 from quatom.errors import EngineError
 
 MAX_PROCESSES = 8
@@ -181,12 +181,14 @@ def _carry_out(
     jobs: Sequence[Job], client: httpx.Client, timeline: Timeline, poll_seconds: float
 ) -> list[Outcome]:
     """Run each job in a process of its own; all of them start at one time."""
-    command = [sys.executable, "-m", "quatom.benchmark.load_client"]
     processes = [
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(jobs[0].queue,)
+        start_module(
+            "quatom.benchmark.load_client",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(job.queue,),
         )
-        for _ in jobs
+        for job in jobs
     ]
     try:
         for process, job in zip(processes, jobs, strict=True):

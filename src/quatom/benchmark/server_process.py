@@ -2,13 +2,13 @@
 
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
 
+from quatom.engine.child_process import start_module
 from quatom.errors import EngineError
 
 _STOP_SECONDS = 30
@@ -23,8 +23,8 @@ def serve_process(arguments: Sequence[str], *, start_seconds: float = 900.0) -> 
     """
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "quatom", "serve", *arguments, "--port", str(port)]
-    process = subprocess.Popen([*command, "--log-level", "WARNING"])
+    options = ("--port", str(port), "--log-level", "WARNING")
+    process = start_module("quatom", "serve", *arguments, *options)
     try:
         _wait(process, url, start_seconds)
         yield url

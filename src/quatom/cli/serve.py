@@ -130,11 +130,17 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Everything that can be wrong without a model is found before minutes of loading one.
     configure_logging(log_level)
-    if (model is None) == (random_weights is None):
+    if model is not None and random_weights is None:
+        name = default_name(model)
+        if recipe is not None:
+            raise ServerError(f"--recipe is for --random-weights: {model} has its own")
+    elif model is None and random_weights is not None:
+        name = random_weights
+        find_shape(name)
+    else:
         raise ServerError("give either MODEL or --random-weights SHAPE")
     if restart_engine and not engine_process:
         raise ServerError("--restart-engine needs the engine in a process of its own")
-    name = random_weights if model is None else default_name(model)
     options = ServerOptions(
         model_names=tuple(served_model_name or (name,)),
         dialogue=read_style(chat_template, tool_format, reasoning_format),
@@ -152,10 +158,6 @@ def serve(
         keep_freed_memory=keep_freed_memory,
     )
     read_dtype(dtype)
-    if random_weights is not None:
-        find_shape(random_weights)
-    elif recipe is not None:
-        raise ServerError(f"--recipe is for --random-weights: {model} has its own")
     arguments = {
         "model": model,
         "random_weights": random_weights,

@@ -18,7 +18,9 @@ from quatom.serving.engine_state import EngineFacts, EngineStats
 class PreparedRequest(Protocol):
     """A checked request, ready to run."""
 
-    request_id: str
+    @property
+    def request_id(self) -> str:
+        """What its deltas are marked with."""
 
     @property
     def num_sequences(self) -> int:

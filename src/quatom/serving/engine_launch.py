@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import zmq
 
+from quatom.engine.child_process import start_module
 from quatom.errors import EngineError
 from quatom.serving.engine_state import EngineFacts
 from quatom.serving.engine_worker import COMMANDS, REPORTS
@@ -69,8 +69,7 @@ class EngineProcess:
                 f"cannot make a socket in {self._folder}: {error}; set TMPDIR to a folder with a "
                 "short path"
             ) from error
-        command = [sys.executable, "-m", "quatom.serving.engine_process"]
-        self.popen = subprocess.Popen(command, stdin=subprocess.PIPE)
+        self.popen = start_module("quatom.serving.engine_process", stdin=subprocess.PIPE)
         assert self.popen.stdin is not None
         line = json.dumps({**asdict(plan), "folder": str(self._folder)}) + "\n"
         with contextlib.suppress(BrokenPipeError):  # it has ended, which will be noticed

@@ -16,7 +16,7 @@ from quatom.errors import QuatomError
 from quatom.serving.engine_state import EngineFacts, EngineStats
 
 
-class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class _Message(msgspec.Struct, array_like=True, tag=True):
     pass
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from quatom.benchmark.engine_overhead import read_tokenizer, stub_engine
 from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.benchmark.http_load import Target, run_load
+from quatom.engine.child_process import start_module
 from quatom.engine.engine import Engine
 from quatom.serving.app import ServerOptions
 from quatom.serving.async_engine import AsyncEngine
@@ -38,7 +39,7 @@ def make_engine(num_seqs: int, length: int, tokenizer: str | None) -> Engine:
 
 def serve(place: str, num_seqs: int, length: int, tokenizer: str | None) -> None:
     """Serve the stubbed engine; the first line of output has the ports and processes."""
-    arguments = {"num_seqs": num_seqs, "length": length, "tokenizer": tokenizer}
+    arguments: dict[str, Any] = {"num_seqs": num_seqs, "length": length, "tokenizer": tokenizer}
     engine: AsyncEngine
     processes = [os.getpid()]
     if place == "thread":
@@ -57,10 +58,9 @@ def serve(place: str, num_seqs: int, length: int, tokenizer: str | None) -> None
 def measure(place: str, *, num_seqs: int, tokens: int, tokenizer: str | None) -> dict[str, Any]:
     """Microseconds of CPU that each token takes in each process, and tokens a second."""
     length = PROMPT_TOKENS + tokens
-    command = [sys.executable, "-m", "quatom.serving.overhead", "--serve", place]
-    command += ["--sequences", str(num_seqs), "--tokens", str(tokens)]
-    command += [] if tokenizer is None else ["--tokenizer", tokenizer]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    options = ["--serve", place, "--sequences", str(num_seqs), "--tokens", str(tokens)]
+    options += [] if tokenizer is None else ["--tokenizer", tokenizer]
+    server = start_module("quatom.serving.overhead", *options, stdout=subprocess.PIPE)
     try:
         assert server.stdout is not None
         port, *processes = map(int, server.stdout.readline().split())

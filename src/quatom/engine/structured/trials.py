@@ -1,14 +1,13 @@
 """The parent's side of `trial`: one process for each thread that compiles constraints."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 import weakref
 from typing import Any
 
+from quatom.engine.child_process import start_module
 from quatom.engine.sampling import StructuredOutput
 from quatom.engine.structured import limits
 from quatom.errors import EngineError, RequestError
@@ -89,12 +88,12 @@ class Trials:
     def _start(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._process.poll() is None:
             return self._process
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "quatom.engine.structured.trial"],
+        self._process = start_module(
+            "quatom.engine.structured.trial",
+            flags=("-W", "ignore"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the server, which ends this process itself
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         weakref.finalize(self, self._process.kill)  # it would end by itself, but later
         self._send(self._process, json.dumps(self._setup).encode())
