@@ -1,4 +1,4 @@
-"""Routes beside completions and chat: /v1/responses."""
+"""Routes beside completions and chat: /v1/responses and /v1/embeddings."""
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
