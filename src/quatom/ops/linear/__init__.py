@@ -34,6 +34,8 @@ from quatom.ops.linear.cpu import linear_cpu, prepare_cpu
 from quatom.ops.linear.prepared import PreparedLinear
 from quatom.ops.linear.reference import linear_reference, prepare_reference
 
+__all__ = ["BACKENDS", "PreparedLinear", "linear", "prepare_weights"]
+
 BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUBLAS, Backend.CUDA)
 
 
@@ -91,7 +93,7 @@ def prepare_weights(
             # this one is not the packing.
             torch.cuda.synchronize(values.device)
         case Backend.TRITON | Backend.CUBLAS:
-            from quatom.ops.linear.triton import prepare_triton
+            from quatom.ops.linear.triton_product import prepare_triton
 
             tensors = prepare_triton(values, scales, layout, get_format(weight_format).bits)
         case Backend.CPU:
