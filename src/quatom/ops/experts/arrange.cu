@@ -1,0 +1,127 @@
+// Tokens for the experts of linear/kernel.cu: cuts the run of each expert into tiles and, if asked, copies quantized rows
+// into grouped order, the run of each expert from a multiple of 16 rows on. See `quatom.ops.experts.cuda`.
+//
+// A bulk copy brings a tile of adjacent rows, in the swizzle that belongs to their numbers: rows scattered over a batch
+// would need a copy of 16 bytes each, by threads that the multiplication needs itself. Here each byte moves once for all
+// tiles of output channels.
+
+constexpr int THREADS = 256;
+constexpr int AT_ONCE = 4;  // loads of a thread in flight
+
+__device__ __forceinline__ int load_int(const int* from) {
+  u32 to;
+  load_result(from, to);
+  return int(to);
+}
+// Copies pieces `first`, `first` + `step` and so on of `count`, whose distances in bytes are given.
+template <typename T>
+__device__ __forceinline__ void copy_pieces(const u8* from, u8* to, int first, int count, int step, u64 from_bytes, u64 to_bytes) {
+  from += first * from_bytes, to += first * to_bytes;
+  for (; first < count; first += AT_ONCE * step, from += AT_ONCE * step * from_bytes, to += AT_ONCE * step * to_bytes) {
+    T pieces[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (first + i * step < count) load_result(from + i * step * from_bytes, pieces[i]);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (first + i * step < count) *reinterpret_cast<T*>(to + i * step * to_bytes) = pieces[i];
+  }
+}
+
+// Place of token t in the scales of 16 tokens, and the token at a place.
+__device__ __forceinline__ int place_of(int t) { return t % 8 / 2 * 4 + t % 16 / 8 * 2 + t % 2; }
+__device__ __forceinline__ int token_at(int place) { return place / 4 * 2 + place / 2 % 2 * 8 + place % 2; }
+
+// The last expert whose first row (or tile) is not beyond `at`; experts without any share theirs with the next one.
+__device__ __forceinline__ int find(const int* firsts, int experts, int at) {
+  int low = 0, high = experts;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (firsts[middle] <= at) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+arrange_experts(const u8* x,                      // [groups][tokens_padded][128], swizzled
+                const u8* xs,                     // [groups][tokens_padded / 16][2][16] floats
+                const int* slots,                 // [positions]
+                const int* offsets,               // [experts + 1]
+                u8* to,                           // [groups][rows_padded][128], or null: rows stay where they are
+                u8* to_scales,                    // [groups][rows_padded / 16][2][16] floats
+                int4* runs,                       // number of tiles, then (expert, row of x, row of y, bounds) of each
+                int experts, int tokens_padded, int rows_padded, int groups,
+                int top_k,                        // 0 where rows stay
+                int tile_rows, int alignment,     // tiles begin at multiples of `alignment` where rows stay
+                int parts) {                      // CTAs that share the groups of 16 rows
+  extern __shared__ int shared[];
+  int* const first_row = shared;                  // [experts + 1], in `to`
+  int* const first_tile = shared + experts + 1;   // [experts + 1]
+  int* const bounds = shared + 2 * (experts + 1);  // [experts + 1]
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  for (int e = threadIdx.x; e <= experts; e += THREADS) bounds[e] = load_int(offsets + e);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const int lane = threadIdx.x;
+    int rows = 0, tiles = 0;
+    for (int begin = 0; begin <= experts; begin += 32) {
+      const int e = begin + lane;
+      int own_rows = 0, own_tiles = 0;
+      if (e < experts) {
+        const int count = bounds[e + 1] - bounds[e];
+        own_rows = (count + 15) / 16 * 16;
+        const int before = to == nullptr ? bounds[e] % alignment : 0;
+        own_tiles = count == 0 ? 0 : (before + count + tile_rows - 1) / tile_rows;
+      }
+      int rows_to = own_rows, tiles_to = own_tiles;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int r = __shfl_up_sync(~0u, rows_to, step), t = __shfl_up_sync(~0u, tiles_to, step);
+        if (lane >= step) rows_to += r, tiles_to += t;
+      }
+      if (e <= experts) {
+        first_row[e] = rows + rows_to - own_rows;
+        first_tile[e] = tiles + tiles_to - own_tiles;
+      }
+      rows += __shfl_sync(~0u, rows_to, 31);
+      tiles += __shfl_sync(~0u, tiles_to, 31);
+    }
+  }
+  __syncthreads();
+
+  const int thread = blockIdx.x * THREADS + threadIdx.x;
+  if (thread == 0) runs[0] = make_int4(first_tile[experts], 0, 0, 0);
+  for (int tile = thread; tile < first_tile[experts]; tile += gridDim.x * THREADS) {
+    const int e = find(first_tile, experts, tile);
+    const int ahead = (tile - first_tile[e]) * tile_rows;
+    int x_row = first_row[e] + ahead, y_row = bounds[e] + ahead;
+    if (to == nullptr) x_row = y_row = bounds[e] / alignment * alignment + ahead;
+    const int low = max(bounds[e] - y_row, 0), high = min(bounds[e + 1] - y_row, tile_rows);
+    runs[1 + tile] = make_int4(e, x_row, y_row, low | high << 16);
+  }
+  if (to == nullptr) return;
+
+  const int part = blockIdx.x % parts;
+  for (int block = blockIdx.x / parts; 16 * block < first_row[experts]; block += gridDim.x / parts) {
+    const int e = find(first_row, experts, 16 * block);
+    const int first = bounds[e] + 16 * block - first_row[e], last = bounds[e + 1];  // positions
+    const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;
+    if (first + row < last) {
+      const int token = load_int(slots + first + row) / top_k;
+      constexpr int AT_A_TIME = THREADS / 128;  // groups
+      copy_pieces<uint4>(x + u64(token) * 128 + (piece ^ row % 8 ^ token % 8) * 16, to + u64(16 * block + row) * 128 + piece * 16,
+                         part * AT_A_TIME + threadIdx.x / 128, groups, parts * AT_A_TIME, u64(tokens_padded) * 128,
+                         u64(rows_padded) * 128);
+    }
+    const int place = threadIdx.x % 16, kind = threadIdx.x / 16 % 2, position = first + token_at(place);
+    if (position < last) {
+      const int token = load_int(slots + position) / top_k;
+      constexpr int AT_A_TIME = THREADS / 32;
+      copy_pieces<u32>(xs + (u64(token / 16) * 32 + kind * 16 + place_of(token)) * 4,
+                       to_scales + (u64(block) * 32 + kind * 16 + place) * 4, part * AT_A_TIME + threadIdx.x / 32, groups,
+                       parts * AT_A_TIME, u64(tokens_padded) / 16 * 128, u64(rows_padded) / 16 * 128);
+    }
+  }
+}
