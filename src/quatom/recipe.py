@@ -39,10 +39,10 @@ def _check_group(owner: str, group_size: int) -> None:
         )
 
 
-def _check_multiples(owner: str, form: str) -> None:
+def _check_multiples(owner: str, scale_format: str, form: str) -> None:
     if form not in ("int2", "int3", "int4"):
         raise RecipeError(
-            f"{owner}.scale_format of multiples keeps a code times up to 16 within INT8: it needs "
+            f"{owner}.scale_format {scale_format!r} keeps a code times up to 16 within INT8: it needs "
             f"int2, int3 or int4 {owner}, not {form}"
         )
 
@@ -82,6 +82,9 @@ class WeightSpec:
     or by descending second moment, with the scales of the unchanged weights."""
     descent_sweeps: int = 0
     """Sweeps of coordinate descent over the codes that GPTQ found, scales fixed."""
+    token_weighting: Literal["none", "equal"] = "none"
+    """GPTQ and output searches: tokens as they are, or each divided by its root mean square, so
+    that a few tokens of huge activations do not decide."""
     target: Literal["own_input", "float_input"] = "own_input"
     """What GPTQ approximates: the float weight's output on the quantized network's inputs, or the
     float network's own output (asymmetric calibration)."""
@@ -113,7 +116,7 @@ class WeightSpec:
                 "weights.rounding 'gptq'"
             )
         if self.scale_format != "float16":
-            _check_multiples("weights", self.format)
+            _check_multiples("weights", self.scale_format, self.format)
         if not 0.0 < self.damping < 1.0:
             raise RecipeError(f"weights.damping must be in (0, 1), got {self.damping}")
 
@@ -145,7 +148,7 @@ class ActivationSpec:
         _check_types("activations", self)
         _check_group("activations", self.group_size)
         if self.scale_format == "multiples":
-            _check_multiples("activations", self.format)
+            _check_multiples("activations", self.scale_format, self.format)
             if self.group_size == -1:
                 raise RecipeError(
                     "activations.scale_format 'multiples' relates scales of groups, and "
@@ -241,8 +244,9 @@ class OutlierSpec:
     below it, so that SmolLM2 (hidden 576) has 64 outliers and Llama (4096) has 128."""
     format: Literal["int8", "float16"] = "int8"
     """Format of outlier weights and activations."""
-    metric: Literal["second_moment", "abs_mean"] = "second_moment"
-    """Score of a channel: mean square of the calibration inputs, or mean magnitude."""
+    metric: Literal["second_moment", "abs_mean", "token_share"] = "second_moment"
+    """Score of a channel: mean square of the calibration inputs, mean magnitude, or mean share of a
+    token's own square, which a few tokens of huge activations do not decide."""
 
     def __post_init__(self) -> None:
         _check_types("outliers", self)
@@ -291,6 +295,8 @@ class Recipe:
     on_singular: Literal["error", "nearest"] = "error"
     """A layer whose second moments GPTQ cannot invert: stop, or round that layer to nearest."""
     format_version: int = FORMAT_VERSION
+    """Version of the checkpoint format. Version 1 had no packed multiples, channel scaling, weighted
+    keys, descent or weighting of tokens."""
 
     def __post_init__(self) -> None:
         _check_types("recipe", self)
@@ -359,7 +365,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Read `to_dict` output.
+        """Read `to_dict` output, of this format version or an older one.
 
         Raises:
             RecipeError: a key is unknown, a value is not allowed, or the format version is newer
@@ -371,6 +377,9 @@ class Recipe:
                 f"recipe has format_version {version}, this Quatom reads up to {FORMAT_VERSION}; "
                 "upgrade Quatom"
             )
+        if isinstance(data, dict) and version in range(1, FORMAT_VERSION):
+            # Fields that a version added have defaults that mean what was there before.
+            data = data | {"format_version": FORMAT_VERSION}
         return _read(cls, data, "recipe")
 
 

@@ -15,6 +15,7 @@ from quatom.recipe import (
     KVSpec,
     OutlierSpec,
     Recipe,
+    ScalingSpec,
     WeightSpec,
 )
 from tests.conftest import LLAMA, make_model
@@ -42,6 +43,17 @@ VARIANTS = {
     "rotated tensor parallel": Recipe(
         **GROUPS_OF_32 | {"activations": ActivationSpec(group_size=32, rotation="hadamard")},
         kv_cache=KVSpec(value_rotation="hadamard"),
+        tensor_parallel=2,
+    ),
+    "refined rows": Recipe(
+        **GROUPS_OF_32
+        | {
+            "weights": WeightSpec(
+                group_size=32, scale_format="packed_multiples", descent_sweeps=2
+            ),
+            "activations": ActivationSpec(group_size=32, scale_format="multiples"),
+        },
+        channel_scaling=ScalingSpec(method="balanced"),
         tensor_parallel=2,
     ),
     "searched clipping": Recipe(weights=WeightSpec(clip_search="output", format="int3")),

@@ -18,6 +18,7 @@ from quatom.numerics.rounding import (
 )
 from quatom.plan import SitePlan
 from quatom.quantize.clip_search_triton import weight_scales_triton
+from quatom.quantize.descent_triton import choose_visit_columns
 from quatom.quantize.gptq_triton import choose_round_columns
 from quatom.recipe import Recipe
 
@@ -56,7 +57,8 @@ def _gptq(site: SitePlan, weight: Tensor, moment: Tensor | None) -> RoundedWeigh
     rounded = gptq(weight, layout, options, moment, round_block)
     if sweeps == 0:
         return rounded
-    return coordinate_descent(weight, rounded, formats, moment, options.damping, sweeps)
+    visit = choose_visit_columns(weight.device, formats)
+    return coordinate_descent(weight, rounded, formats, moment, options.damping, sweeps, visit)
 
 
 def rounding_options(

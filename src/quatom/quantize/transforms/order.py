@@ -53,7 +53,7 @@ def _scores(site: SitePlan, weights: FloatLayer, statistics: Mapping[str, Tensor
     scores = statistics[f"{metric}.{site.name}"]
     if factor is None:
         return scores
-    return scores / (factor.square() if metric == "second_moment" else factor)
+    return scores / (factor if metric == "abs_mean" else factor.square())
 
 
 def made_rows(layer: LayerPlan, name: SiteName, orders: Mapping[SiteName, Tensor]) -> Tensor | None:
