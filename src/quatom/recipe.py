@@ -82,9 +82,6 @@ class WeightSpec:
     or by descending second moment, with the scales of the unchanged weights."""
     descent_sweeps: int = 0
     """Sweeps of coordinate descent over the codes that GPTQ found, scales fixed."""
-    token_weighting: Literal["none", "equal"] = "none"
-    """GPTQ and output searches: tokens as they are, or each divided by its root mean square, so
-    that a few tokens of huge activations do not decide."""
     target: Literal["own_input", "float_input"] = "own_input"
     """What GPTQ approximates: the float weight's output on the quantized network's inputs, or the
     float network's own output (asymmetric calibration)."""
@@ -244,9 +241,8 @@ class OutlierSpec:
     below it, so that SmolLM2 (hidden 576) has 64 outliers and Llama (4096) has 128."""
     format: Literal["int8", "float16"] = "int8"
     """Format of outlier weights and activations."""
-    metric: Literal["second_moment", "abs_mean", "token_share"] = "second_moment"
-    """Score of a channel: mean square of the calibration inputs, mean magnitude, or mean share of a
-    token's own square, which a few tokens of huge activations do not decide."""
+    metric: Literal["second_moment", "abs_mean"] = "second_moment"
+    """Score of a channel: mean square of the calibration inputs, or mean magnitude."""
 
     def __post_init__(self) -> None:
         _check_types("outliers", self)
@@ -296,7 +292,7 @@ class Recipe:
     """A layer whose second moments GPTQ cannot invert: stop, or round that layer to nearest."""
     format_version: int = FORMAT_VERSION
     """Version of the checkpoint format. Version 1 had no packed multiples, channel scaling, weighted
-    keys, descent or weighting of tokens."""
+    keys or descent."""
 
     def __post_init__(self) -> None:
         _check_types("recipe", self)
@@ -377,7 +373,7 @@ class Recipe:
                 f"recipe has format_version {version}, this Quatom reads up to {FORMAT_VERSION}; "
                 "upgrade Quatom"
             )
-        if isinstance(data, dict) and version in range(1, FORMAT_VERSION):
+        if isinstance(data, dict) and type(version) is int and 0 < version < FORMAT_VERSION:
             # Fields that a version added have defaults that mean what was there before.
             data = data | {"format_version": FORMAT_VERSION}
         return _read(cls, data, "recipe")

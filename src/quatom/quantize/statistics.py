@@ -21,9 +21,8 @@ TOKENS_PER_BATCH = 4096
 """Tokens that run through a block at once: enough to keep matrix products efficient."""
 
 
-Metric = Literal["second_moment", "abs_mean", "absmax", "token_share"]
-"""Of an input channel over all tokens: sum of x**2, sum of |x|, largest |x|, and sum of x**2 where
-every token's mean square is 1."""
+Metric = Literal["second_moment", "abs_mean", "absmax"]
+"""Of an input channel over all tokens: sum of x**2, sum of |x|, largest |x|."""
 
 
 class ChannelScores:
@@ -40,14 +39,8 @@ class ChannelScores:
             scores = x.abs().amax(dim=0)
             self.sums[site] = torch.maximum(scores, self.sums.get(site, scores))
             return
-        x = equal_tokens(x) if self.metric == "token_share" else x
         scores = (x.abs() if self.metric == "abs_mean" else x.square()).sum(dim=0)
         self.sums[site] = scores + self.sums[site] if site in self.sums else scores
-
-
-def equal_tokens(x: Tensor) -> Tensor:  # (T, K) float32
-    """Every token divided by its root mean square."""
-    return x * x.square().mean(dim=1, keepdim=True).clamp(min=1e-30).rsqrt()
 
 
 class KeyStatistics:
@@ -99,13 +92,13 @@ class SecondMoments:
     positive semidefinite. In float32 they would take as long as everything else together.
     """
 
-    def __init__(self, *, tf32: bool = False, equal_tokens: bool = False) -> None:
+    def __init__(self, *, tf32: bool = False) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.tf32, self.equal_tokens = tf32, equal_tokens
+        self.tf32 = tf32
 
     def add(self, site: SiteName, x: Tensor) -> None:  # (T, K)
         """Accumulate the inputs of one batch."""
-        x = equal_tokens(x.float()) if self.equal_tokens else x.float()
+        x = x.float()
         if site not in self.sums:
             self.sums[site] = x.new_zeros(x.shape[1], x.shape[1])
         with _tf32_products() if self.tf32 else nullcontext():

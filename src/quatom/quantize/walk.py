@@ -194,9 +194,7 @@ class BlockQuantizer:
         if weights.target != "own_input":
             assert entering is not None
             return self._target_moments(layer, arranged, original, entering, module)
-        moments = SecondMoments(
-            tf32=self.dtype != torch.float32, equal_tokens=weights.token_weighting == "equal"
-        )
+        moments = SecondMoments(tf32=self.dtype != torch.float32)
         with observe(module, moments.add):
             run_block(module, self.streams.quantized_hidden, self.rotary)
         return moments.sums, {}
