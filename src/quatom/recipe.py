@@ -42,8 +42,8 @@ def _check_group(owner: str, group_size: int) -> None:
 def _check_multiples(owner: str, scale_format: str, form: str) -> None:
     if form not in ("int2", "int3", "int4"):
         raise RecipeError(
-            f"{owner}.scale_format {scale_format!r} keeps a code times up to 16 within INT8: it needs "
-            f"int2, int3 or int4 {owner}, not {form}"
+            f"{owner}.scale_format {scale_format!r} keeps a code times up to 16 within INT8: it "
+            f"needs int2, int3 or int4 {owner}, not {form}"
         )
 
 
@@ -71,8 +71,8 @@ class WeightSpec:
     scale_format: Literal["float16", "multiples", "packed_multiples"] = "float16"
     """float16: every group has a scale of its own. multiples: the scale of a group is a multiple, 1
     to 16, of one scale per row. A code times its multiple then fits INT8, and a product adds up all
-    groups in int32. Both are stored as float16. packed_multiples: the scales of multiples, stored as
-    4-bit multiples and one float16 scale per row. For int2 to int4."""
+    groups in int32. Both are stored as float16. packed_multiples: the scales of multiples, stored
+    as 4-bit multiples and one float16 scale per row. For int2 to int4."""
     rounding: Literal["nearest", "gptq"] = "gptq"
     """Round each weight alone, or push its error onto the columns that are not rounded yet."""
     damping: float = 0.01
@@ -195,15 +195,14 @@ class KVSpec:
             )
         if self.key_offset != "none" and self.keys != "post_rope":
             raise RecipeError(
-                f"kv_cache.key_offset {self.key_offset!r} is subtracted after rotary embedding: it needs "
-                "kv_cache.keys 'post_rope'"
+                f"kv_cache.key_offset {self.key_offset!r} is subtracted after rotary embedding: it "
+                "needs kv_cache.keys 'post_rope'"
             )
 
     @property
     def bits(self) -> int:
         """Bits per code, scales not counted."""
         return _BITS[self.format]
-
 
     @property
     def weighs_keys(self) -> bool:
@@ -291,11 +290,13 @@ class Recipe:
     on_singular: Literal["error", "nearest"] = "error"
     """A layer whose second moments GPTQ cannot invert: stop, or round that layer to nearest."""
     format_version: int = FORMAT_VERSION
-    """Version of the checkpoint format. Version 1 had no packed multiples, channel scaling, weighted
-    keys or descent."""
+    """Version of the checkpoint format. Version 1 had no packed multiples, channel scaling,
+    weighted keys or descent."""
 
     def __post_init__(self) -> None:
         _check_types("recipe", self)
+        if self.format_version != FORMAT_VERSION:
+            raise RecipeError(f"format_version must be {FORMAT_VERSION}, got {self.format_version}")
         if self.tensor_parallel < 1:
             raise RecipeError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
         if self.quantizes_activations and self.weights.format == "float16":
@@ -348,8 +349,11 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing reads text: for orders, factors, moments or keys."""
-        return self.needs_moments or self.quantizes_weights and (
-            self.outliers.channels > 0
+        if not self.quantizes_weights:
+            return False
+        return (
+            self.needs_moments
+            or self.outliers.channels > 0
             or self.channel_scaling.method != "none"
             or self.kv_cache.key_offset != "none"
             or self.kv_cache.key_scaling != "none"

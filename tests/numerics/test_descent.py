@@ -1,5 +1,7 @@
 """Coordinate descent on codes: never worse, and in the end no single code could be better."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_sweeps_lower_the_error_and_keep_the_scales(layout, options, start, monk
         assert torch.equal(refined.scales, rounded.scales)
         costs.append(cost(weight, refined, moment))
     # Sums of float32 move a code on a near tie, which changes the error by a rounding of itself.
-    assert all(b <= a * (1 + 1e-5) for a, b in zip(costs, costs[1:], strict=False)), costs
+    assert all(b <= a * (1 + 1e-5) for a, b in pairwise(costs)), costs
     assert costs[1] < costs[0]
 
 

@@ -104,7 +104,9 @@ def quantized_loss(weighed, spec):
     factor_k = rows[first : first + 128, 0].view(2, 1, 64).double()
     loss = 0.0
     for sequence in range(3):
-        turned = [rotate_halves(x[sequence], *rotary.of(0)).transpose(0, 1).double() for x in (q, k)]
+        turned = [
+            rotate_halves(x[sequence], *rotary.of(0)).transpose(0, 1).double() for x in (q, k)
+        ]
         queries, keys = turned[0] * factor_q, turned[1] * factor_k
         if arranged.key_offset is not None:
             keys = keys - arranged.key_offset.double()[:, None]

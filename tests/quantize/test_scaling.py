@@ -84,7 +84,7 @@ def test_the_block_computes_the_same(method, family, sources):
 
 
 def test_what_cannot_divide_is_left_alone(sources):
-    def sites(family, cache=KVSpec(format="float16")):
+    def sites(family, cache=PRESETS["fp16"].kv_cache):
         recipe = replace(METHODS["balanced"], kv_cache=cache)
         layer = plan(sources[family].model_config, recipe).layers[0]
         return [name for name in layer.sites if can_fold(layer, name)]

@@ -109,7 +109,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write entries to a result file, keeping those it has of other measurements.
 
-    An entry keeps its own command, commit and machine. Processes that add to one file at the same time wait for each other.
+    An entry keeps its own command, commit and machine. Processes that add to one file at the same
+    time wait for each other.
 
     Raises:
         CalibrationError: as `read_results` says.

@@ -99,7 +99,8 @@ def weight_scales_triton(
     """See `weight_scales`. CUDA, or the CPU under TRITON_INTERPRET=1.
 
     Errors are summed in another order, so that of two ratios equally good the other may win. A
-    search over an integer format by errors of single weights is a kernel; all else goes to `weight_scales`.
+    search over an integer format by errors of single weights is a kernel; all else goes to
+    `weight_scales`.
     """
     by_matrix = importance is not None and importance.dim() == 2
     if not ratios or not fmt.is_integer or by_matrix:

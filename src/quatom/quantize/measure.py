@@ -1,4 +1,4 @@
-"""Everything that a recipe's transforms want to know of a floating-point layer, measured at once."""
+"""What a recipe's transforms want to know of a floating-point layer, measured at once."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

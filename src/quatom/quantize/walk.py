@@ -171,9 +171,7 @@ class BlockQuantizer:
         layer = self.float_plan.layers[index]
         module = build_block(layer, weights, self.backend)
         length = self.streams.float_hidden.shape[1]
-        measured = LayerStatistics(
-            self.recipe, layer.spec.attention, length, self.rotary.of(index)
-        )
+        measured = LayerStatistics(self.recipe, layer.spec.attention, length, self.rotary.of(index))
         with measured.watching(module):
             self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rotary)
         check_finite_block(self.streams.float_hidden, index, "in floating point", self.dtype)
