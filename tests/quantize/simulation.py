@@ -110,6 +110,9 @@ class Simulation:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation="eager", **options
         ).eval()
+        for name, parameter in self.model.named_parameters():
+            if "norm" in name and name in self.tensors:  # factors of channels are folded into them
+                parameter.data.copy_(self.tensors[name])
         self.counts = Counts()
         self.recorded: dict[tuple[int, str], torch.Tensor] = {}
         for index, layer in enumerate(self.model.model.layers):
