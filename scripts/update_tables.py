@@ -26,8 +26,12 @@ MARK = re.compile(r"(<!-- table ([\w.-]+)( brief)? -->\n).*?(<!-- end -->)", re.
 RECIPE_ORDER = (
     "fp16",
     "w8a8",
+    "smoothquant-w8a8",
     "w4a16",
+    "gptq-w4a16",
+    "awq-w4a16",
     "rtn-w4a4",
+    "smoothquant-w4a4",
     "atom-w4a4kv4",
     "quatom-w4a4kv4",
     "atom-w4a8kv4",
