@@ -15,7 +15,7 @@ from quatom.numerics.reorder import channel_order
 from quatom.plan import LayerPlan, SitePlan
 
 
-def choose_orders(layer: LayerPlan, scores: Mapping[str, Tensor]) -> dict[SiteName, Tensor]:
+def choose_orders(layer: LayerPlan, scores: Mapping[SiteName, Tensor]) -> dict[SiteName, Tensor]:
     """Channel order of every site that has outliers, (K,) int64 each; scores are (K,) by site."""
     return {
         name: channel_order(scores[name], site.block_outliers, site.blocks)
