@@ -20,6 +20,7 @@ from quatom.quantize.transforms.awq import search_factors
 from quatom.quantize.transforms.scaling import (
     balanced_factors,
     can_fold,
+    fold_division,
     scale_channels,
     smooth_factors,
 )
@@ -195,3 +196,20 @@ def test_scaling_that_cannot_be_is_refused():
     assert PRESETS["smoothquant-w8a8"].needs_calibration
     assert not PRESETS["smoothquant-w8a8"].needs_moments
     assert PRESETS["awq-w4a16"].needs_moments
+
+
+def test_columns_take_back_what_a_rounded_norm_was_really_divided_by(sources):
+    source, recipe = sources["gemma3"], METHODS["balanced"]
+    layer = plan(source.model_config, recipe).layers[0]
+    weights = load_float_layer(source, layer, CPU, torch.bfloat16)
+    site = layer.sites["qkv"]
+    factor = torch.rand(site.channels, generator=torch.Generator().manual_seed(4)) + 0.5
+    folded = fold_division(layer, weights, "qkv", factor)
+    before, after = (w.norms["attention"].weight for w in (weights, folded))
+    assert after.dtype == torch.bfloat16
+    exact, offset = folded.sites["qkv"].divided_by, layer.spec.norms["attention"].weight_offset
+    # Near the factor asked for: bfloat16 keeps 8 significant bits of w, beside an offset of 1.
+    torch.testing.assert_close(exact, factor, rtol=2**-6, atol=0)
+    assert not torch.equal(exact, factor)
+    product = (after.float() + offset) * exact
+    torch.testing.assert_close(product, before.float() + offset, rtol=1e-6, atol=0)
