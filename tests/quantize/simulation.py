@@ -143,7 +143,7 @@ class Simulation:
         if outliers.shape[1]:
             groups.channels += list(outlier)
         if spec["scale_format"] == "packed_multiples":
-            scales = self._unpack_scales(key, len(channels_of), blocks)
+            scales = self._unpack_scales(key, groups.normal, blocks)
         else:
             scales = self.tensors[f"{key}.weight_scale"].float()
         scales = scales.repeat_interleave(spec["rows_per_scale"], dim=0)[:rows]
