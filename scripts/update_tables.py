@@ -26,8 +26,12 @@ MARK = re.compile(r"(<!-- table ([\w.-]+)( brief)? -->\n).*?(<!-- end -->)", re.
 RECIPE_ORDER = (
     "fp16",
     "w8a8",
+    "smoothquant-w8a8",
     "w4a16",
+    "gptq-w4a16",
+    "awq-w4a16",
     "rtn-w4a4",
+    "smoothquant-w4a4",
     "atom-w4a4kv4",
     "quatom-w4a4kv4",
     "atom-w4a8kv4",
@@ -54,6 +58,11 @@ def _machine(data: dict[str, Any]) -> str:
     """The GPU of a result file, or its CPU where it has none."""
     environment = data["environment"]
     return str(environment.get("gpu", environment["cpu"]))
+
+
+def _machines(data: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    """The machines that some entries of a file were measured on."""
+    return ", ".join(dict.fromkeys(e.get("machine", _machine(data)) for e in entries))
 
 
 def _label(recipe: str) -> str:
@@ -92,7 +101,7 @@ def accuracy(name: str) -> str:
         which = "all" if entries[0]["all_windows"] else "first"
         parts.append(
             f"{entries[0]['model']}, {corpus}, {which} {windows} windows of {length} tokens "
-            f"({_machine(data)}, torch {environment['torch']}):\n\n"
+            f"({_machines(data, entries)}, torch {environment['torch']}):\n\n"
             f"{table(header, rows)}"
         )
     return "\n".join(parts)
@@ -273,13 +282,37 @@ def ablation(name: str) -> str:
         own.sort(key=lambda e: list(LADDERS[ladder]).index(e["rung"]))
         rungs = floats[:1] + own
         first = rungs[-1]
-        rows = [[e["rung"].replace("_", " "), f"{e['perplexity']:.2f}"] for e in rungs]
+        shown = _methods(rungs) if ladder == "prior-work" else _rungs(rungs)
         parts.append(
             f"{first['model']}, {first['corpus']}, {first['windows']} windows of "
             f"{first['sequence_length']} tokens, calibrated on {first['calibration']}, ladder "
-            f"`{ladder}`:\n\n{table(['rung', 'perplexity'], rows)}"
+            f"`{ladder}`:\n\n{shown}"
         )
     return "\n".join(parts)
+
+
+def _rungs(entries: list[dict[str, Any]]) -> str:
+    rows = [[e["rung"].replace("_", " "), f"{e['perplexity']:.2f}"] for e in entries]
+    return table(["rung", "perplexity"], rows)
+
+
+def _methods(entries: list[dict[str, Any]]) -> str:
+    """Recipes beside each other, those of equal formats together."""
+    rows = []
+    for e in entries[1:]:
+        settings = e["settings"]
+        parts = (settings["weights"], settings["activations"], settings["kv_cache"])
+        formats = " / ".join(part["format"].replace("float16", "16") for part in parts)
+        name = f"`{settings['name']}`"
+        if settings["channel_scaling"]["method"] == "smoothquant":
+            name += f", strength {settings['channel_scaling']['strength']:g}"
+        increase = e["perplexity"] - entries[0]["perplexity"]
+        rows.append((formats, increase, [name, formats, f"{e['perplexity']:.2f}"]))
+    order = list(dict.fromkeys(formats for formats, *_ in rows))
+    rows.sort(key=lambda row: (order.index(row[0]), -row[1]))
+    made = [[*row, f"+{increase:.2f}"] for _, increase, row in rows]
+    made.insert(0, ["float", "16 / 16 / 16", f"{entries[0]['perplexity']:.2f}", ""])
+    return table(["recipe", "weights / activations / KV", "perplexity", "increase"], made)
 
 
 BRIEF_ATTENTION = {(32, 1024, 64), (8, 4096, 64), (8, 32768, 1)}

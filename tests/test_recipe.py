@@ -15,6 +15,7 @@ from quatom.recipe import (
     KVSpec,
     OutlierSpec,
     Recipe,
+    ScalingSpec,
     WeightSpec,
 )
 
@@ -24,6 +25,7 @@ PARTS = {
     "kv_cache": KVSpec,
     "outliers": OutlierSpec,
     "calibration": CalibrationSpec,
+    "channel_scaling": ScalingSpec,
 }
 
 
@@ -90,6 +92,23 @@ def test_missing_keys_take_the_defaults():
     assert Recipe.from_dict({"weights": {"format": "int3"}}).weights == WeightSpec(format="int3")
 
 
+def test_a_recipe_of_format_version_1_is_read_as_it_was_meant():
+    """Before packed multiples, channel scaling, weighted keys and descent."""
+    old = PRESETS["quatom-w4a4kv4"].to_dict() | {"format_version": 1}
+    del old["channel_scaling"], old["weights"]["descent_sweeps"]
+    old["weights"] |= {"scale_format": "multiples", "rows_per_scale": 2}
+    old["kv_cache"] |= {"key_offset": "mean", "key_scaling": "balanced"}
+    recipe = Recipe.from_dict(old)
+    assert recipe.format_version == FORMAT_VERSION  # what is written from it
+    assert recipe.channel_scaling.method == "none"
+    assert recipe.weights == WeightSpec(
+        rows_per_scale=2, clip_search="mse", scale_format="multiples"
+    )
+    for version in (0, -1, True):
+        with pytest.raises(RecipeError, match="format_version"):
+            Recipe.from_dict(old | {"format_version": version})
+
+
 def test_recipes_are_frozen():
     with pytest.raises(FrozenInstanceError):
         PRESETS["w8a8"].name = "other"
@@ -130,6 +149,17 @@ def test_recipes_are_frozen():
             {"activations": {"scale_format": "multiples", "group_size": -1}},
             "activations.group_size -1 has one scale",
         ),
+        (
+            {"weights": {"descent_sweeps": 1, "rounding": "nearest"}},
+            "weights.descent_sweeps 1 .* needs weights.rounding 'gptq'",
+        ),
+        ({"weights": {"descent_sweeps": -1}}, "weights.descent_sweeps -1 must be at least 0"),
+        (
+            {"weights": {"scale_format": "packed_multiples", "format": "int8"}},
+            "scale_format 'packed_multiples' .* needs int2, int3 or int4 weights, not int8",
+        ),
+        ({"kv_cache": {"key_offset": "weighted"}}, "'weighted' .* kv_cache.keys 'post_rope'"),
+        ({"channel_scaling": {"strength": 0.0}}, "channel_scaling.strength .* got 0.0"),
         ({"kv_cache": {"rotation": "hadamard"}}, "needs kv_cache.keys 'post_rope'"),
         (
             {"activations": {"rotation": "hadamard", "format": "float16"}},

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from quatom.errors import RecipeError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 WeightFormat = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "e2m1", "float16"]
 ActivationFormat = Literal["int3", "int4", "int8", "e4m3", "e2m1", "float16"]
@@ -39,11 +39,11 @@ def _check_group(owner: str, group_size: int) -> None:
         )
 
 
-def _check_multiples(owner: str, form: str) -> None:
+def _check_multiples(owner: str, scale_format: str, form: str) -> None:
     if form not in ("int2", "int3", "int4"):
         raise RecipeError(
-            f"{owner}.scale_format 'multiples' keeps a code times up to 16 within INT8: it needs "
-            f"int2, int3 or int4 {owner}, not {form}"
+            f"{owner}.scale_format {scale_format!r} keeps a code times up to 16 within INT8: it "
+            f"needs int2, int3 or int4 {owner}, not {form}"
         )
 
 
@@ -64,13 +64,15 @@ class WeightSpec:
     """Adjacent output rows that share one scale (2 in the original, whose kernel needed it)."""
     clip_ratio: float = 1.0
     """Fraction of a group's absolute maximum that maps onto the largest code."""
-    clip_search: Literal["none", "mse", "output"] = "none"
+    clip_search: Literal["none", "mse", "output", "group_output"] = "none"
     """Search the ratio of each group below 1.0 instead of using the constant: by the squared error
-    of the weights, or by that error weighted with the second moment of each input channel."""
-    scale_format: Literal["float16", "multiples"] = "float16"
+    of the weights (mse), by that error weighted with the second moment of each input channel
+    (output), or by the squared error of the group's share of the output (group_output, as AWQ)."""
+    scale_format: Literal["float16", "multiples", "packed_multiples"] = "float16"
     """float16: every group has a scale of its own. multiples: the scale of a group is a multiple, 1
     to 16, of one scale per row. A code times its multiple then fits INT8, and a product adds up all
-    groups in int32. Stored as float16 either way. For int2 to int4."""
+    groups in int32. Both are stored as float16. packed_multiples: the scales of multiples, stored
+    as 4-bit multiples and one float16 scale per row. For int2 to int4."""
     rounding: Literal["nearest", "gptq"] = "gptq"
     """Round each weight alone, or push its error onto the columns that are not rounded yet."""
     damping: float = 0.01
@@ -78,6 +80,8 @@ class WeightSpec:
     column_order: Literal["stored", "important_first"] = "stored"
     """GPTQ: visit columns as they are stored, a group's scale following the errors pushed onto it;
     or by descending second moment, with the scales of the unchanged weights."""
+    descent_sweeps: int = 0
+    """Sweeps of coordinate descent over the codes that GPTQ found, scales fixed."""
     target: Literal["own_input", "float_input"] = "own_input"
     """What GPTQ approximates: the float weight's output on the quantized network's inputs, or the
     float network's own output (asymmetric calibration)."""
@@ -98,13 +102,18 @@ class WeightSpec:
                 f"weights.column_order {self.column_order!r} is how GPTQ visits columns: it needs "
                 "weights.rounding 'gptq'"
             )
+        if self.descent_sweeps < 0 or (self.descent_sweeps and self.rounding != "gptq"):
+            raise RecipeError(
+                f"weights.descent_sweeps {self.descent_sweeps} must be at least 0, and above 0 it "
+                "needs weights.rounding 'gptq', whose codes it improves"
+            )
         if self.target != "own_input" and self.rounding != "gptq":
             raise RecipeError(
                 f"weights.target {self.target!r} is what GPTQ approximates: it needs "
                 "weights.rounding 'gptq'"
             )
-        if self.scale_format == "multiples":
-            _check_multiples("weights", self.format)
+        if self.scale_format != "float16":
+            _check_multiples("weights", self.scale_format, self.format)
         if not 0.0 < self.damping < 1.0:
             raise RecipeError(f"weights.damping must be in (0, 1), got {self.damping}")
 
@@ -136,7 +145,7 @@ class ActivationSpec:
         _check_types("activations", self)
         _check_group("activations", self.group_size)
         if self.scale_format == "multiples":
-            _check_multiples("activations", self.format)
+            _check_multiples("activations", self.scale_format, self.format)
             if self.group_size == -1:
                 raise RecipeError(
                     "activations.scale_format 'multiples' relates scales of groups, and "
@@ -164,13 +173,15 @@ class KVSpec:
     rotation: Literal["none", "hadamard"] = "none"
     """Rotate q and k of every head by the same Hadamard matrix after rotary embedding, which
     leaves scores unchanged and spreads K's outlier channels. Needs post_rope."""
-    key_offset: Literal["none", "mean"] = "none"
+    key_offset: Literal["none", "mean", "weighted"] = "none"
     """Subtract from every K, after rotary embedding, its mean over the calibration text: one vector
-    a KV head, which adds the same to all scores of a query and so changes no attention. Biased keys
-    (Qwen2) otherwise spend the range on what all tokens share. Needs post_rope."""
-    key_scaling: Literal["none", "balanced"] = "none"
-    """Fold powers of two into k_proj and their inverses into q_proj, one per rotary pair of
-    channels, so that no channel's error weighs much more than the others'."""
+    per KV head, which adds the same to all scores of a query and so changes no attention. Biased
+    keys (Qwen2) otherwise spend the range on what all tokens share. weighted: each key counts by
+    how much an error of it changes attention's output. Needs post_rope."""
+    key_scaling: Literal["none", "balanced", "weighted"] = "none"
+    """Fold factors into k_proj and their inverses into q_proj, one per rotary pair of channels, so
+    that no channel's error weighs much more than the others'. balanced: powers of two, all tokens
+    alike; weighted: not rounded, tokens weighted as in key_offset."""
     value_rotation: Literal["none", "hadamard"] = "none"
     """Fold a Hadamard rotation of every head into v_proj's rows and o_proj's columns."""
 
@@ -182,16 +193,40 @@ class KVSpec:
                 "kv_cache.rotation 'hadamard' rotates q and k after rotary embedding: it needs "
                 "kv_cache.keys 'post_rope'"
             )
-        if self.key_offset == "mean" and self.keys != "post_rope":
+        if self.key_offset != "none" and self.keys != "post_rope":
             raise RecipeError(
-                "kv_cache.key_offset 'mean' is subtracted after rotary embedding: it needs "
-                "kv_cache.keys 'post_rope'"
+                f"kv_cache.key_offset {self.key_offset!r} is subtracted after rotary embedding: it "
+                "needs kv_cache.keys 'post_rope'"
             )
 
     @property
     def bits(self) -> int:
         """Bits per code, scales not counted."""
         return _BITS[self.format]
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether keys are measured by what their errors do to attention's output."""
+        return "weighted" in (self.key_offset, self.key_scaling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingSpec:
+    """Factors that input channels of linears are divided by and columns of weights multiplied by.
+
+    They are folded into norms and into the rows of the linears before, and cost nothing.
+    """
+
+    method: Literal["none", "balanced", "smoothquant", "awq"] = "none"
+    """balanced: so that rounding errors of inputs and of weights weigh alike; smoothquant: by
+    maxima, where a norm makes the input; awq: by mean magnitudes, with a power found by search."""
+    strength: float = 0.5
+    """balanced: 1 is the full balance; smoothquant: the migration strength alpha; awq: bound of the
+    powers that are tried. In (0, 1]."""
+
+    def __post_init__(self) -> None:
+        _check_types("channel_scaling", self)
+        _check_ratio("channel_scaling", "strength", self.strength)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +282,7 @@ class Recipe:
     activations: ActivationSpec = field(default_factory=ActivationSpec)
     kv_cache: KVSpec = field(default_factory=KVSpec)
     outliers: OutlierSpec = field(default_factory=OutlierSpec)
+    channel_scaling: ScalingSpec = field(default_factory=ScalingSpec)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     tensor_parallel: int = 1
     """B: o_proj and down_proj carry a block-diagonal order with outliers of their own in each of B
@@ -254,9 +290,13 @@ class Recipe:
     on_singular: Literal["error", "nearest"] = "error"
     """A layer whose second moments GPTQ cannot invert: stop, or round that layer to nearest."""
     format_version: int = FORMAT_VERSION
+    """Version of the checkpoint format. Version 1 had no packed multiples, channel scaling,
+    weighted keys or descent."""
 
     def __post_init__(self) -> None:
         _check_types("recipe", self)
+        if self.format_version != FORMAT_VERSION:
+            raise RecipeError(f"format_version must be {FORMAT_VERSION}, got {self.format_version}")
         if self.tensor_parallel < 1:
             raise RecipeError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
         if self.quantizes_activations and self.weights.format == "float16":
@@ -268,6 +308,17 @@ class Recipe:
             raise RecipeError(
                 f"activations.rotation {self.activations.rotation!r} rotates groups as they are "
                 "quantized: it needs a quantized activations.format"
+            )
+        if self.channel_scaling.method != "none" and not self.quantizes_weights:
+            raise RecipeError(
+                f"channel_scaling.method {self.channel_scaling.method!r} prepares weights for "
+                "rounding: it needs a quantized weights.format"
+            )
+        moved = self.outliers.channels > 0 or self.activations.rotation != "none"
+        if self.channel_scaling.method == "awq" and moved:
+            raise RecipeError(
+                "channel_scaling.method 'awq' searches on the groups of channels as they come: it "
+                "needs outliers.channels 0 and activations.rotation 'none'"
             )
         sizes = self.weights.group_size, self.activations.group_size
         if self.quantizes_activations and sizes[1] not in (-1, sizes[0]):
@@ -288,12 +339,22 @@ class Recipe:
         return self.activations.format != "float16"
 
     @property
-    def needs_calibration(self) -> bool:
-        """Whether quantizing reads text: for orders, GPTQ, output-weighted clipping or keys."""
+    def needs_moments(self) -> bool:
+        """Whether rounding weights reads second moments of their inputs."""
         return self.quantizes_weights and (
-            self.outliers.channels > 0
-            or self.weights.rounding == "gptq"
-            or self.weights.clip_search == "output"
+            self.weights.rounding == "gptq"
+            or self.weights.clip_search in ("output", "group_output")
+        )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantizing reads text: for orders, factors, moments or keys."""
+        if not self.quantizes_weights:
+            return False
+        return (
+            self.needs_moments
+            or self.outliers.channels > 0
+            or self.channel_scaling.method != "none"
             or self.kv_cache.key_offset != "none"
             or self.kv_cache.key_scaling != "none"
         )
@@ -304,7 +365,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Read `to_dict` output.
+        """Read `to_dict` output, of this format version or an older one.
 
         Raises:
             RecipeError: a key is unknown, a value is not allowed, or the format version is newer
@@ -316,6 +377,9 @@ class Recipe:
                 f"recipe has format_version {version}, this Quatom reads up to {FORMAT_VERSION}; "
                 "upgrade Quatom"
             )
+        if isinstance(data, dict) and type(version) is int and 0 < version < FORMAT_VERSION:
+            # Fields that a version added have defaults that mean what was there before.
+            data = data | {"format_version": FORMAT_VERSION}
         return _read(cls, data, "recipe")
 
 
@@ -343,14 +407,17 @@ def _presets() -> dict[str, Recipe]:
     float_activations = ActivationSpec(format="float16")
     float_cache = KVSpec(format="float16")
     atom_weights = WeightSpec(rows_per_scale=2, clip_ratio=0.85)
-    searched_weights = WeightSpec(rows_per_scale=2, clip_search="mse", scale_format="multiples")
+    searched_weights = WeightSpec(
+        clip_search="mse", scale_format="packed_multiples", descent_sweeps=3
+    )
     rotated_cache = KVSpec(
         keys="post_rope",
         rotation="hadamard",
-        key_offset="mean",
-        key_scaling="balanced",
+        key_offset="weighted",
+        key_scaling="weighted",
         value_rotation="hadamard",
     )
+    half_balance = ScalingSpec(method="balanced", strength=0.5)
     recipes = (
         Recipe(
             name="fp16",
@@ -372,6 +439,37 @@ def _presets() -> dict[str, Recipe]:
             activations=float_activations,
             kv_cache=float_cache,
             outliers=no_outliers,
+        ),
+        Recipe(
+            name="gptq-w4a16",
+            weights=WeightSpec(column_order="important_first"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="awq-w4a16",
+            weights=WeightSpec(rounding="nearest", clip_search="group_output"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+            channel_scaling=ScalingSpec(method="awq", strength=1.0),
+        ),
+        Recipe(
+            name="smoothquant-w8a8",
+            weights=WeightSpec(format="int8", group_size=-1, rounding="nearest"),
+            activations=ActivationSpec(format="int8", group_size=-1),
+            kv_cache=float_cache,
+            outliers=no_outliers,
+            channel_scaling=ScalingSpec(method="smoothquant"),
+        ),
+        Recipe(
+            name="smoothquant-w4a4",
+            weights=WeightSpec(group_size=-1, rounding="nearest"),
+            activations=ActivationSpec(group_size=-1),
+            kv_cache=float_cache,
+            outliers=no_outliers,
+            channel_scaling=ScalingSpec(method="smoothquant"),
         ),
         Recipe(
             name="rtn-w4a4",
@@ -404,15 +502,17 @@ def _presets() -> dict[str, Recipe]:
             name="quatom-w4a4kv4",
             weights=searched_weights,
             activations=ActivationSpec(
-                clip_ratio=0.95, scale_format="multiples", rotation="hadamard"
+                clip_ratio=0.85, scale_format="multiples", rotation="hadamard"
             ),
             kv_cache=rotated_cache,
+            channel_scaling=half_balance,
         ),
         Recipe(
             name="quatom-w4a8kv4",
             weights=searched_weights,
             activations=ActivationSpec(format="int8", group_size=-1, rotation="hadamard"),
             kv_cache=rotated_cache,
+            channel_scaling=half_balance,
         ),
     )
     return {recipe.name: recipe for recipe in recipes}

@@ -70,7 +70,9 @@ def test_a_new_file_has_format_environment_and_command(tmp_path, monkeypatch):
     assert data["format"] == 1
     assert {"torch", "python", "cpu", "date"} <= data["environment"].keys()
     assert data["command"] == "quatom eval 'a b'"
-    origin = {"command": "quatom eval 'a b'", "commit": data["environment"]["commit"]}
+    environment = data["environment"]
+    machine = environment.get("gpu", environment["cpu"])
+    origin = {"command": "quatom eval 'a b'", "commit": environment["commit"], "machine": machine}
     assert data["results"] == [entry() | origin]
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["a.json"]
 
@@ -88,8 +90,22 @@ def test_measuring_again_replaces_and_measuring_something_else_adds(tmp_path):
     ]
     for other in others:
         add_results(path, [other])
-    got = [{k: v for k, v in e.items() if k not in ("command", "commit")} for e in results(path)]
+    origin = ("command", "commit", "machine")
+    got = [{k: v for k, v in e.items() if k not in origin} for e in results(path)]
     assert got == [entry("w8a8", 19.5), entry(perplexity=21.0), *others]
+
+
+def test_an_entry_keeps_the_machine_that_it_was_measured_on(tmp_path):
+    path = tmp_path / "a.json"
+    add_results(path, [entry()])
+    data = json.loads(path.read_text())
+    del data["results"][0]["machine"]  # as older versions wrote them
+    data["environment"]["gpu"] = "another GPU"
+    path.write_text(json.dumps(data))
+    add_results(path, [entry(windows=16)])
+    here = json.loads(path.read_text())["environment"]
+    machines = [e["machine"] for e in results(path)]
+    assert machines == ["another GPU", here.get("gpu", here["cpu"])]
 
 
 def test_an_entry_without_a_dtype_is_replaced_and_one_with_another_is_not(tmp_path):

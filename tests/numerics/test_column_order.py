@@ -16,7 +16,7 @@ def test_scales_are_those_of_the_unchanged_weights(layout, options):
     weight, _, moment = problem()
     options = replace(OPTIONS[options], column_order="important_first")
     rounded = gptq(weight, LAYOUTS[layout], options, moment)
-    nearest = round_to_nearest(weight, LAYOUTS[layout], options, moment.diagonal())
+    nearest = round_to_nearest(weight, LAYOUTS[layout], options, moment)
     assert torch.equal(rounded.scales, nearest.scales)
 
 

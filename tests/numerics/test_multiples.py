@@ -7,7 +7,14 @@ from quatom.errors import QuantizationError
 from quatom.numerics.clipping import SEARCH_RATIOS, weight_scales
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
-from quatom.numerics.multiples import find_row_scales, nearest_multiple, split_multiples
+from quatom.numerics.multiples import (
+    find_row_scales,
+    multiple_bytes,
+    nearest_multiple,
+    pack_multiples,
+    split_multiples,
+    unpack_multiples,
+)
 from quatom.numerics.rounding import RoundingOptions, gptq, round_to_nearest
 
 
@@ -85,3 +92,34 @@ def test_rounding_writes_multiples_under_float16_outliers(column_order):
         assert multiples.max() <= 16
         assert (rounded.dequantize() - weight).norm() / weight.norm() < 0.12
         assert torch.equal(rounded.scales[::2, :3], rounded.scales[1::2, :3])
+
+
+@pytest.mark.parametrize(("groups", "blocks"), [(1, 1), (4, 1), (5, 1), (12, 2), (6, 2), (20, 4)])
+def test_multiples_are_packed_and_cut_like_the_channels(groups, blocks):
+    multiples = torch.randint(1, 17, (9, groups), generator=torch.Generator().manual_seed(4))
+    packed = pack_multiples(multiples, blocks)
+    assert packed.shape == (9, multiple_bytes(groups, blocks))
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack_multiples(packed, groups, blocks), multiples)
+    # A tensor-parallel rank takes an equal slice of the bytes, and has an equal slice of groups.
+    parts = zip(packed.chunk(blocks, dim=1), multiples.chunk(blocks, dim=1), strict=True)
+    assert all(torch.equal(unpack_multiples(b, groups // blocks, 1), m) for b, m in parts)
+
+
+@pytest.mark.parametrize("rows_per_scale", [1, 2])
+def test_packed_scales_are_the_scales_that_were_rounded_with(rows_per_scale):
+    """The smallest row scale, 2**-14 / 13, and the largest multiple are float16 numbers too."""
+    rng = torch.Generator().manual_seed(5)
+    weight = torch.randn(64, 320, generator=rng) * torch.logspace(-7, 1, 64)[:, None]
+    options = RoundingOptions(
+        normal=get_format("int4"),
+        outlier=get_format("int8"),
+        scale_format="packed_multiples",
+        rows_per_scale=rows_per_scale,
+        clip_search="mse",
+    )
+    scales = round_to_nearest(weight, GroupLayout(normal=320, group_size=64), options).scales
+    row_scales, multiples = split_multiples(scales)
+    assert torch.equal(row_scales.half().float(), row_scales)
+    unpacked = unpack_multiples(pack_multiples(multiples, 1), 5, 1)
+    assert torch.equal((row_scales[:, None] * unpacked).half(), scales)

@@ -68,7 +68,7 @@ def textbook_check(weight, layout, options, moment, rounded):
         step = rounded.scales[:, group].double()
         if j == start:
             columns = slice(start, start + layout.group_sizes[group])
-            want = options.group_scales(work.float(), columns, is_outlier, moment.diagonal())
+            want = options.group_scales(work.float(), columns, is_outlier, moment)
             # Compensated weights agree to about 1e-6, so a scale may round to its neighbour; a
             # searched one would change by 2.5 % on a near tie, which these seeds do not have.
             torch.testing.assert_close(rounded.scales[:, group], want, rtol=2**-10, atol=0)
@@ -156,10 +156,10 @@ def test_the_searched_scale_of_gptq_weighs_with_second_moments():
     weight, _, moment = problem()
     layout = LAYOUTS["whole rows"]
     searched = gptq(weight, layout, OPTIONS["searched"], moment).scales
-    want = OPTIONS["searched"].group_scales(weight, slice(48), False, moment.diagonal())
+    want = OPTIONS["searched"].group_scales(weight, slice(48), False, moment)
     assert torch.equal(searched[:, 0], want)
     assert not torch.equal(
-        want, OPTIONS["searched"].group_scales(weight, slice(48), False, torch.ones(48))
+        want, OPTIONS["searched"].group_scales(weight, slice(48), False, torch.eye(48))
     )
 
 

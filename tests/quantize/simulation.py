@@ -110,6 +110,9 @@ class Simulation:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation="eager", **options
         ).eval()
+        for name, parameter in self.model.named_parameters():
+            if "norm" in name and name in self.tensors:  # factors of channels are folded into them
+                parameter.data.copy_(self.tensors[name])
         self.counts = Counts()
         self.recorded: dict[tuple[int, str], torch.Tensor] = {}
         for index, layer in enumerate(self.model.model.layers):
@@ -139,7 +142,10 @@ class Simulation:
         groups = Groups(channels_of, len(channels_of))
         if outliers.shape[1]:
             groups.channels += list(outlier)
-        scales = self.tensors[f"{key}.weight_scale"].float()
+        if spec["scale_format"] == "packed_multiples":
+            scales = self._unpack_scales(key, groups.normal, blocks)
+        else:
+            scales = self.tensors[f"{key}.weight_scale"].float()
         scales = scales.repeat_interleave(spec["rows_per_scale"], dim=0)[:rows]
         with torch.no_grad():
             linear.weight.fill_(torch.nan)  # every channel must be written
@@ -158,6 +164,13 @@ class Simulation:
                 linear.bias.copy_(self.tensors[f"{key}.bias"])
         if self.recipe["activations"]["format"] != "float16":
             linear.register_forward_pre_hook(self._input_hook(index, place, groups))
+
+    def _unpack_scales(self, key: str, groups: int, blocks: int) -> torch.Tensor:
+        """(rows, G): nibbles of multiples less one, each block's from a byte of its own."""
+        packed = self.tensors[f"{key}.weight_multiple"]
+        nibbles = torch.stack((packed % 16, packed // 16), dim=-1).flatten(1).int()
+        wanted = [part[:, : groups // blocks] for part in nibbles.chunk(blocks, dim=1)]
+        return (torch.cat(wanted, dim=1) + 1) * self.tensors[f"{key}.row_scale"].float()[:, None]
 
     def _input_hook(self, index: int, place: str, groups: Groups):
         spec = self.recipe["activations"]

@@ -65,11 +65,11 @@ def test_observers_see_every_site_and_leave(source, hidden):
     with observe(
         module,
         lambda site, x: seen.setdefault(site, x.shape),
-        see_heads=lambda q, k: heads.append((q.shape, k.shape)),
+        see_heads=lambda q, k, v: heads.append((q.shape, k.shape, v.shape)),
     ):
         run_block(module, hidden, rotary)
     assert seen == {"qkv": (60, 256), "o": (60, 256), "gate_up": (60, 256), "down": (60, 384)}
-    assert heads == [((60, 4, 64), (60, 2, 64))]
+    assert heads == [((60, 4, 64), (60, 2, 64), (60, 2, 64))]
     seen.clear()
     run_block(module, hidden, rotary)
     assert not seen
@@ -99,7 +99,8 @@ def test_arranged_weights_compute_the_same_block(tensor_parallel, source, hidden
     }
     orders = choose_orders(layer, scores)
     assert all(not torch.equal(o, torch.arange(len(o))) for o in orders.values())
-    arranged = transforms_of(recipe).finish(layer, weights, scores)
+    statistics = {f"second_moment.{name}": score for name, score in scores.items()}
+    arranged = transforms_of(recipe).finish(layer, weights, statistics)
     assert all(torch.equal(arranged.sites[name].order, orders[name]) for name in layer.sites)
     got = run(source, arranged, layer)(hidden)
     want = run(source, weights)(hidden)

@@ -65,7 +65,7 @@ def measured(qwen_dir):
     module = build_block(layer, weights)
     heads, statistics = [], KeyStatistics(layer.spec.attention, 24)
 
-    def see(q, k):
+    def see(q, k, v):
         statistics.add(q, k)
         heads.append((q, k))
 

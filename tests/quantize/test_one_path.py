@@ -1,5 +1,6 @@
 """The packed checkpoint computes what its simulation does: one code path, judged from outside."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from quatom.recipe import (
     KVSpec,
     OutlierSpec,
     Recipe,
+    ScalingSpec,
     WeightSpec,
 )
 from tests.conftest import LLAMA, make_model
@@ -42,6 +44,15 @@ VARIANTS = {
     "rotated tensor parallel": Recipe(
         **GROUPS_OF_32 | {"activations": ActivationSpec(group_size=32, rotation="hadamard")},
         kv_cache=KVSpec(value_rotation="hadamard"),
+        tensor_parallel=2,
+    ),
+    "refined rows": Recipe(
+        **GROUPS_OF_32
+        | {
+            "weights": WeightSpec(group_size=32, scale_format="packed_multiples", descent_sweeps=2),
+            "activations": ActivationSpec(group_size=32, scale_format="multiples"),
+        },
+        channel_scaling=ScalingSpec(method="balanced"),
         tensor_parallel=2,
     ),
     "searched clipping": Recipe(weights=WeightSpec(clip_search="output", format="int3")),
@@ -96,6 +107,28 @@ def test_recipe_fields(name, tiny_llama_dir, text_file, tmp_path, monkeypatch):
     # Every float16 outlier has ties of its own, 2**-11 apart instead of a sixteenth: more of them.
     ties = 0.03 if recipe.outliers.format == "float16" else 0.005
     agree(tiny_llama_dir, tmp_path / "q", monkeypatch, ties)
+
+
+def test_a_checkpoint_of_format_version_1_loads(tiny_llama_dir, text_file, tmp_path, monkeypatch):
+    """Its scales are float16, and its recipe lacks the fields that later versions added."""
+    preset = PRESETS["quatom-w4a4kv4"]
+    weights = WeightSpec(rows_per_scale=2, clip_search="mse", scale_format="multiples")
+    cache = replace(preset.kv_cache, key_offset="mean", key_scaling="balanced")
+    recipe = short(replace(Recipe(), weights=weights, kv_cache=cache))
+    recipe = replace(recipe, activations=preset.activations)
+    quantize_checkpoint(tiny_llama_dir, tmp_path / "q", recipe, calibration=text_file)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    stored = config["quantization_config"]["recipe"]
+    assert stored["format_version"] == 2
+    stored["format_version"] = 1
+    del stored["channel_scaling"], stored["weights"]["descent_sweeps"]
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path / "q").recipe == recipe
+    agree(tiny_llama_dir, tmp_path / "q", monkeypatch)
+    stored["format_version"] = 3
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="format_version 3, this Quatom reads up to 2; upgrade"):
+        load(tmp_path / "q")
 
 
 @pytest.fixture(scope="module")

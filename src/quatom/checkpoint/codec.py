@@ -12,6 +12,7 @@ from torch import Tensor
 from quatom.errors import CheckpointError, ShapeError
 from quatom.modeling.weights import SiteCodes
 from quatom.numerics.formats import get_format
+from quatom.numerics.multiples import pack_multiples, split_multiples, unpack_multiples
 from quatom.numerics.packing import pack_bits, unpack_bits
 from quatom.numerics.reorder import check_order, inverse_order, sliceable_positions
 from quatom.plan import LayerPlan, SitePlan
@@ -32,9 +33,9 @@ def encode(layer: LayerPlan, site: SitePlan, codes: SiteCodes) -> dict[str, Tens
         part, part_scales = values[own], scales[own]
         patterns = normal.encode(part[:, : layout.normal])
         tensors[f"{linear.name}.weight_packed"] = pack_bits(patterns, normal.bits)
-        tensors[f"{linear.name}.weight_scale"] = part_scales[
-            :: site.weights.rows_per_scale, : layout.num_normal_groups
-        ]
+        normal_scales = part_scales[:: site.weights.rows_per_scale, : layout.num_normal_groups]
+        for suffix, tensor in _encode_scales(site, normal_scales).items():
+            tensors[f"{linear.name}.{suffix}"] = tensor
         if layout.outliers:
             kept = part[:, layout.normal :]
             if outlier.is_quantized:
@@ -63,11 +64,8 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
     for linear in site.linears:
         packed = tensors[f"{linear.name}.weight_packed"]
         codes = [normal.decode(unpack_bits(packed, normal.bits))]
-        groups = [
-            tensors[f"{linear.name}.weight_scale"].repeat_interleave(
-                site.weights.rows_per_scale, dim=0
-            )[: linear.rows]
-        ]
+        scales = _decode_scales(site, linear.name, tensors)
+        groups = [scales.repeat_interleave(site.weights.rows_per_scale, dim=0)[: linear.rows]]
         if layout.outliers:
             codes.append(tensors[f"{linear.name}.outlier_weight"].float())
             groups.append(
@@ -88,6 +86,24 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
         values, scales = values[rows], scales[rows]
         bias = None if bias is None else bias[rows]
     return SiteCodes(values, scales, bias, _decode_order(site, tensors))
+
+
+def _encode_scales(site: SitePlan, scales: Tensor) -> dict[str, Tensor]:  # (rows, G) float16
+    """The stored scales of normal groups, by the last part of their names."""
+    if site.weights.scale_format != "packed_multiples":
+        return {"weight_scale": scales}
+    row_scales, multiples = split_multiples(scales)
+    packed = pack_multiples(multiples, site.blocks)
+    return {"row_scale": row_scales.half(), "weight_multiple": packed}
+
+
+def _decode_scales(site: SitePlan, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(rows, G) float16; a row scale has 7 significant bits, so its multiples are exact."""
+    if site.weights.scale_format != "packed_multiples":
+        return tensors[f"{name}.weight_scale"]
+    groups = site.layout.num_normal_groups
+    multiples = unpack_multiples(tensors[f"{name}.weight_multiple"], groups, site.blocks)
+    return (tensors[f"{name}.row_scale"].float().unsqueeze(1) * multiples).half()
 
 
 def stored_rows(layer: LayerPlan, site: SitePlan) -> Tensor | None:

@@ -4,7 +4,9 @@ A decoder linear with prefix p, N output rows and K input channels, R of them ou
 groups and B outlier groups per row is stored as
 
     p.weight_packed   uint8    (N, (K - R) * bits / 8)           codes of the normal channels
-    p.weight_scale    float16  (ceil(N / rows_per_scale), G)
+    p.weight_scale    float16  (ceil(N / rows_per_scale), G)     unless scales are packed multiples
+    p.row_scale       float16  (ceil(N / rows_per_scale),)       if they are
+    p.weight_multiple uint8    (ceil(N / rows_per_scale), B * ceil(G / 2 B))   if they are
     p.outlier_weight  int8 or float16  (N, R)                    if R > 0
     p.outlier_scale   float16  (N, B)                            if R > 0 and outliers are int8
     p.order           int32    (K,)                              if the input is gathered by it
@@ -21,6 +23,7 @@ import torch
 
 from quatom.errors import RecipeError, ShapeError
 from quatom.families.spec import Attention, ModelConfig, Norm
+from quatom.numerics.multiples import multiple_bytes
 from quatom.numerics.packing import packed_bytes
 from quatom.plan import LayerPlan, LinearPlan, ModelPlan, SitePlan
 
@@ -98,17 +101,21 @@ def linear_tensors(site: SitePlan, linear: LinearPlan) -> dict[str, TensorSpec]:
     except ShapeError as error:  # cannot happen for multiples of 32 channels
         raise RecipeError(f"{linear.name}: {error}") from error
     scale_rows = -(-linear.rows // weights.rows_per_scale)
-    tensors = {
-        "weight_packed": TensorSpec((linear.rows, width), torch.uint8),
-        "weight_scale": TensorSpec((scale_rows, layout.num_normal_groups), torch.float16),
-    }
+    groups = layout.num_normal_groups
+    tensors = {"weight_packed": TensorSpec((linear.rows, width), torch.uint8)}
+    if weights.scale_format == "packed_multiples":
+        packed = (scale_rows, multiple_bytes(groups, site.blocks))
+        tensors["row_scale"] = TensorSpec((scale_rows,), torch.float16)
+        tensors["weight_multiple"] = TensorSpec(packed, torch.uint8)
+    else:
+        tensors["weight_scale"] = TensorSpec((scale_rows, groups), torch.float16)
     if layout.outliers:
         is_integer = site.outliers.format == "int8"
         dtype = torch.int8 if is_integer else torch.float16
         tensors["outlier_weight"] = TensorSpec((linear.rows, layout.outliers), dtype)
         if is_integer:
-            groups = (linear.rows, layout.outlier_blocks)
-            tensors["outlier_scale"] = TensorSpec(groups, torch.float16)
+            shape = (linear.rows, layout.outlier_blocks)
+            tensors["outlier_scale"] = TensorSpec(shape, torch.float16)
     if site.order == "gathered":
         tensors["order"] = TensorSpec((site.channels,), torch.int32)
     if linear.bias:

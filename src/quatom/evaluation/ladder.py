@@ -24,6 +24,7 @@ from quatom.modeling.rotary import RotaryTables
 from quatom.ops.backend import Backend
 from quatom.plan import plan
 from quatom.quantize.finite import check_finite_block
+from quatom.quantize.measure import wanted_statistics
 from quatom.quantize.statistics import run_block
 from quatom.quantize.transforms import Statistics, transforms_of
 from quatom.quantize.walk import BlockQuantizer, Streams, embed
@@ -105,7 +106,7 @@ class LadderRun:
         needs_float = recipe.weights.target != "own_input"
         statistics = None if needs_float else self._shared_statistics(recipe)
         streams = None
-        if recipe.weights.rounding == "gptq":
+        if recipe.needs_moments:
             hidden = embed(self.source, self.calibration, self.device, self.dtype)
             streams = Streams(hidden if needs_float else None, hidden)
         for block in self._quantizer(recipe, streams, statistics).run():
@@ -128,8 +129,8 @@ class LadderRun:
         )
 
     def _shared_statistics(self, recipe: Recipe) -> list[dict[str, Tensor]]:
-        """Channel scores of all blocks; what changes them is the rotation of values alone."""
-        key = f"{recipe.outliers.metric}-{recipe.kv_cache.value_rotation}-keys"
+        """Statistics of all blocks, shared by recipes that measure the same."""
+        key = "-".join(wanted_statistics(recipe))
         if key in self._statistics:
             return self._statistics[key]
         file = self.scores_file.with_name(f"{self.scores_file.name}.{key}.safetensors")

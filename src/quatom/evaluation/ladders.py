@@ -2,7 +2,8 @@
 
 "atom" is the ablation of the paper and its poster; "quatom" goes on from the whole Atom recipe;
 "keys" leaves all but the KV cache in floating point and shows what INT4 keys alone cost;
-"activations" compares formats and scales of W4A8.
+"activations" compares formats and scales of W4A8; "prior-work" holds published methods beside
+Atom's and Quatom's recipes.
 
 Source: Atom (Zhao et al., MLSys 2024), accuracy ablation.
 """
@@ -60,6 +61,14 @@ def _quatom_ladder() -> dict[str, Recipe]:
     offset = _changed(clipping, kv_cache={"key_offset": "mean"})
     scaling = _changed(offset, kv_cache={"key_scaling": "balanced"})
     weight_multiples = _changed(scaling, weights={"scale_format": "multiples"})
+    multiples = _changed(weight_multiples, activations={"scale_format": "multiples"})
+    rows = {"rows_per_scale": 1, "scale_format": "packed_multiples"}
+    own_scales = _changed(multiples, weights=rows)
+    narrow = _changed(own_scales, activations={"clip_ratio": 0.85})
+    weighted_offset = _changed(narrow, kv_cache={"key_offset": "weighted"})
+    weighted = _changed(weighted_offset, kv_cache={"key_scaling": "weighted"})
+    half = _changed(weighted, channel_scaling={"method": "balanced", "strength": 0.5})
+    descent = _changed(half, weights={"descent_sweeps": 3})
     searched = _changed(scaling, weights={"clip_search": "output"})
     float_target = _changed(clipping, weights={"target": "float_input"})
     important_first = {"column_order": "important_first"}
@@ -73,7 +82,16 @@ def _quatom_ladder() -> dict[str, Recipe]:
         "key_offset": offset,
         "key_scaling": scaling,
         "weight_multiples": weight_multiples,
-        "multiples": _changed(weight_multiples, activations={"scale_format": "multiples"}),
+        "multiples": multiples,
+        "own_scales": own_scales,
+        "narrow_activations": narrow,
+        "weighted_key_offset": weighted_offset,
+        "weighted_keys": weighted,
+        "half_balance": half,
+        "coordinate_descent": descent,
+        "whole_balance": _changed(descent, channel_scaling={"strength": 1.0}),
+        "narrower_activations": _changed(descent, activations={"clip_ratio": 0.8}),
+        "descent_output_search": _changed(descent, weights={"clip_search": "output"}),
         "key_scaling_output_search": searched,
         "key_scaling_output_search_columns": _changed(searched, weights=important_first),
         "output_weighted_search": _changed(clipping, weights={"clip_search": "output"}),
@@ -92,6 +110,10 @@ def _keys_ladder() -> dict[str, Recipe]:
         "kv4_rotated": rotated,
         "kv4_offset": offset,
         "kv4_scaling": _changed(offset, kv_cache={"key_scaling": "balanced"}),
+        "kv4_weighted_offset": _changed(rotated, kv_cache={"key_offset": "weighted"}),
+        "kv4_weighted": _changed(
+            rotated, kv_cache={"key_offset": "weighted", "key_scaling": "weighted"}
+        ),
     }
 
 
@@ -115,12 +137,28 @@ def _activations_ladder() -> dict[str, Recipe]:
     }
 
 
+def _prior_work_ladder() -> dict[str, Recipe]:
+    smoothed = {
+        f"smoothquant_w4a4_{round(100 * alpha)}": _changed(
+            PRESETS["smoothquant-w4a4"], channel_scaling={"strength": alpha}
+        )
+        for alpha in (0.4, 0.6, 0.7, 0.85)
+    }
+    names = (
+        *("w8a8", "smoothquant-w8a8", "gptq-w4a16", "awq-w4a16", "w4a16"),
+        *("rtn-w4a4", "smoothquant-w4a4", "atom-w4a4kv4", "quatom-w4a4kv4"),
+        *("atom-w4a8kv4", "quatom-w4a8kv4"),
+    )
+    return {name.replace("-", "_"): PRESETS[name] for name in names} | smoothed
+
+
 LADDERS: Mapping[str, Mapping[str, Recipe]] = {
     "atom": _atom_ladder(),
     "quatom": _quatom_ladder(),
     "keys": _keys_ladder(),
     "activations": _activations_ladder(),
+    "prior-work": _prior_work_ladder(),
 }
-"""Rungs by name, in order. "multiples" is the quatom recipe; what follows it are tries, first on
-top of "key_scaling", then each beside "activation_clipping". Rungs of "activations" are beside each
-other."""
+"""Rungs by name, in order. "coordinate_descent" is the quatom recipe; what follows it are tries: on
+top of it, then of "key_scaling", then each beside "activation_clipping". Rungs of "activations" and
+"prior-work" are beside each other; "smoothquant_w4a4_60" migrates with strength 0.60."""

@@ -81,6 +81,8 @@ def quantize_entry(report: QuantizeReport, model: str, seconds: float) -> dict[s
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Entries of a result file that may be written; none where there is no file yet.
 
+    Each names the machine that it was measured on, by default that of the file.
+
     Called before a measurement too: hours of it must not end at a file that cannot be written.
 
     Raises:
@@ -90,7 +92,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, "its folder cannot be written")
-        return list(json.loads(path.read_text(encoding="utf-8"))["results"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machine = {"machine": _machine(content["environment"])}
+        return [machine | entry for entry in content["results"]]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -116,13 +120,18 @@ def comparable(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dic
 def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write entries to a result file, keeping those it has of other measurements.
 
-    Processes that add to one file at the same time wait for each other.
+    An entry keeps its own command, commit and machine. Processes that add to one file at the same
+    time wait for each other.
 
     Raises:
         CalibrationError: as `read_results` says.
     """
     command, environment = command_line(), describe_environment()
-    origin = {"command": command, "commit": environment["commit"]}
+    origin = {
+        "command": command,
+        "commit": environment["commit"],
+        "machine": _machine(environment),
+    }
     read_results(path)  # makes the folder, or says why not
     with _locked(path.parent):
         known = read_results(path)
@@ -130,6 +139,11 @@ def add_results(path: Path, entries: list[dict[str, Any]]) -> None:
         merged += [entry | origin for entry in entries]
         _fill_float_perplexity(merged)
         write_results(path, command, environment, merged)
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    """The GPU of an environment, or its CPU where it has none."""
+    return str(environment.get("gpu", environment["cpu"]))
 
 
 @contextmanager

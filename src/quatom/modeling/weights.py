@@ -21,6 +21,7 @@ class FloatSite:
     weight: Tensor  # (N, K), channels in the order that `order` gives them
     bias: Tensor | None = None  # (N,)
     order: Tensor | None = None  # (K,) int64, old channel at each position; None: as they come
+    divided_by: Tensor | None = None  # (K,) float32, factors that a transform took from the input
 
 
 @dataclass(frozen=True, slots=True)

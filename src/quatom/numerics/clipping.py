@@ -6,7 +6,8 @@ rows), the scale with the least
     sum_j importance[j] * (w[j] - scale * round(w[j] / scale))**2
 
 With importance 1 that is the squared error of the weights; with the second moment of input
-channel j it estimates the squared error of the layer's output.
+channel j it estimates the squared error of the layer's output. A matrix of importance, the second
+moments of the group's channels, gives the squared error of the group's share of the output.
 """
 
 import torch
@@ -50,7 +51,8 @@ def weight_scales(
             ratios when searching.
         rows_per_scale: adjacent rows that share a scale.
         ratios: candidates relative to clip_ratio; empty takes clip_ratio itself.
-        importance: weight of each channel's squared error in the search; None: all equal.
+        importance: weight of each channel's squared error in the search, (C,), or of each product
+            of two errors, (C, C); None: all equal.
         row_scales: scales must be multiples of these, see `quatom.numerics.multiples`; rows that
             share scales share this too.
     """
@@ -71,10 +73,17 @@ def weight_scales(
     for ratio in ratios:
         scale = scale_of(ratio)
         step = _expand_rows(scale, rows_per_scale, rows).float().unsqueeze(1)
-        error = (fmt.round(weight / step) * step - weight).square_()
-        error = error.sum(dim=1) if importance is None else error @ importance.float()
+        error = _cost(fmt.round(weight / step) * step - weight, importance)
         error = _share_rows(error, rows_per_scale, "sum")
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, scale, best)
     return _expand_rows(best, rows_per_scale, rows)
+
+
+def _cost(error: Tensor, importance: Tensor | None) -> Tensor:  # (N, C) -> (N,)
+    if importance is None:
+        return error.square_().sum(dim=1)
+    if importance.dim() == 1:
+        return error.square_() @ importance.float()
+    return ((error @ importance.float()) * error).sum(dim=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quatom.errors import QuantizationError
+from quatom.numerics.packing import pack_bits, unpack_bits
 
 LARGEST_MULTIPLE = 16
 WEIGHT_MULTIPLE = 13
@@ -51,3 +52,26 @@ def split_multiples(scales: Tensor) -> tuple[Tensor, Tensor]:
             f"{LARGEST_MULTIPLE} are allowed: quantize with weights.scale_format 'multiples'"
         )
     return row_scale.double().mul(_FLOAT16_STEP).float(), multiples
+
+
+def multiple_bytes(groups: int, blocks: int) -> int:
+    """Bytes of a row of `pack_multiples`."""
+    return blocks * -(-groups // (2 * blocks))
+
+
+def pack_multiples(multiples: Tensor, blocks: int) -> Tensor:  # (N, G) of 1 to 16
+    """Multiples as 4-bit codes, the multiple less one: (N, multiple_bytes) uint8.
+
+    The groups of each of `blocks` tensor-parallel blocks begin with a byte of their own, so that
+    equal slices of the bytes hold the groups of equal slices of the channels. A code that pads an
+    odd number of groups is 0.
+    """
+    codes = (multiples - 1).to(torch.uint8).unflatten(1, (blocks, -1))
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return pack_bits(codes, 4).flatten(1)
+
+
+def unpack_multiples(packed: Tensor, groups: int, blocks: int) -> Tensor:
+    """The inverse of `pack_multiples`: (N, G) int64."""
+    codes = unpack_bits(packed.unflatten(1, (blocks, -1)), 4)[..., : groups // blocks]
+    return codes.flatten(1).long() + 1

@@ -39,7 +39,7 @@ class RoundingOptions:
         weight: Tensor,  # (N, K)
         columns: slice,
         is_outlier: bool,
-        importance: Tensor | None,  # (K,)
+        moment: Tensor | None,  # (K, K) second moments of the inputs
         row_scales: Tensor | None = None,  # (N,) of `find_row_scales`
     ) -> Tensor:  # (N,) float16
         """Scale of one group for every row. Outliers have a scale per row and are not clipped."""
@@ -54,20 +54,29 @@ class RoundingOptions:
             clip_ratio=self.clip_ratio,
             rows_per_scale=self.rows_per_scale,
             ratios=() if self.clip_search == "none" else SEARCH_RATIOS,
-            importance=importance[columns]
-            if self.clip_search == "output" and importance is not None
-            else None,
+            importance=self._importance(columns, moment),
             row_scales=row_scales,
         )
 
+    def _importance(self, columns: slice, moment: Tensor | None) -> Tensor | None:
+        """What a clip search weighs the errors of a group with, (C,) or (C, C)."""
+        if moment is None or self.clip_search in ("none", "mse"):
+            return None
+        own = moment[columns, columns]
+        return own.diagonal() if self.clip_search == "output" else own
+
+    def formats(self, layout: GroupLayout) -> list[Format]:
+        """Of every column."""
+        return [self.normal] * layout.normal + [self.outlier] * layout.outliers
+
     def find_row_scales(
-        self, weight: Tensor, layout: GroupLayout, importance: Tensor | None
+        self, weight: Tensor, layout: GroupLayout, moment: Tensor | None
     ) -> Tensor | None:  # (N, K) -> (N,) float32
         """What the scales of a row must be multiples of, fixed once; None where they are free."""
         if self.scale_format == "float16":
             return None
         scales = [
-            self.group_scales(weight, columns, False, importance)
+            self.group_scales(weight, columns, False, moment)
             for columns in _group_columns(layout)[: layout.num_normal_groups]
         ]
         return find_row_scales(torch.stack(scales, dim=1), WEIGHT_MULTIPLE)
@@ -90,14 +99,14 @@ def round_to_nearest(
     weight: Tensor,  # (N, K) reordered
     layout: GroupLayout,
     options: RoundingOptions,
-    importance: Tensor | None = None,  # (K,) second moment of each channel
+    moment: Tensor | None = None,  # (K, K) second moments of the inputs
 ) -> RoundedWeight:
     """Round every weight alone."""
     scales, values = [], []
-    row_scales = options.find_row_scales(weight, layout, importance)
+    row_scales = options.find_row_scales(weight, layout, moment)
     for group, columns in enumerate(_group_columns(layout)):
         is_outlier = group >= layout.num_normal_groups
-        scale = options.group_scales(weight, columns, is_outlier, importance, row_scales)
+        scale = options.group_scales(weight, columns, is_outlier, moment, row_scales)
         fmt = options.outlier if is_outlier else options.normal
         values.append(fmt.round(weight[:, columns].float() / scale.float().unsqueeze(1)))
         scales.append(scale)
@@ -223,20 +232,16 @@ def gptq(
     """
     importance = second_moment.diagonal()
     groups = _group_columns(layout)
-    formats = [
-        options.outlier if group >= layout.num_normal_groups else options.normal
-        for group, columns in enumerate(groups)
-        for _ in range(columns.start, columns.stop)
-    ]
+    formats = options.formats(layout)
     scales = torch.empty(
         weight.shape[0], layout.num_scales, dtype=torch.float16, device=weight.device
     )
 
-    row_scales = options.find_row_scales(weight, layout, importance)
+    row_scales = options.find_row_scales(weight, layout, second_moment)
 
     def fix_scale(group: int, source: Tensor) -> None:
         scales[:, group] = options.group_scales(
-            source, groups[group], group >= layout.num_normal_groups, importance, row_scales
+            source, groups[group], group >= layout.num_normal_groups, second_moment, row_scales
         )
 
     if options.column_order == "stored":

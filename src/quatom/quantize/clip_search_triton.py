@@ -93,15 +93,17 @@ def weight_scales_triton(
     clip_ratio: float = 1.0,
     rows_per_scale: int = 1,
     ratios: tuple[float, ...] = (),
-    importance: Tensor | None = None,  # (C,)
+    importance: Tensor | None = None,  # (C,) or (C, C)
     row_scales: Tensor | None = None,  # (N,)
 ) -> Tensor:  # (N,) float16
     """See `weight_scales`. CUDA, or the CPU under TRITON_INTERPRET=1.
 
     Errors are summed in another order, so that of two ratios equally good the other may win. A
-    search over an integer format alone is a kernel; anything else goes to `weight_scales`.
+    search over an integer format by errors of single weights is a kernel; all else goes to
+    `weight_scales`.
     """
-    if not ratios or not fmt.is_integer:
+    by_matrix = importance is not None and importance.dim() == 2
+    if not ratios or not fmt.is_integer or by_matrix:
         return weight_scales(
             weight,
             fmt,

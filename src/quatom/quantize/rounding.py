@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quatom.errors import QuantizationError
 from quatom.numerics.clipping import weight_scales
+from quatom.numerics.descent import coordinate_descent
 from quatom.numerics.formats import get_format
 from quatom.numerics.rounding import (
     RoundedWeight,
@@ -17,6 +18,7 @@ from quatom.numerics.rounding import (
 )
 from quatom.plan import SitePlan
 from quatom.quantize.clip_search_triton import weight_scales_triton
+from quatom.quantize.descent_triton import choose_visit_columns
 from quatom.quantize.gptq_triton import choose_round_columns
 from quatom.recipe import Recipe
 
@@ -43,25 +45,32 @@ def rounder_of(recipe: Recipe) -> Rounder:
 
 
 def _nearest(site: SitePlan, weight: Tensor, moment: Tensor | None) -> RoundedWeight:
-    importance = None if moment is None else moment.diagonal()
-    return round_to_nearest(weight, site.layout, _options(site, weight), importance)
+    return round_to_nearest(weight, site.layout, rounding_options(site, weight), moment)
 
 
 def _gptq(site: SitePlan, weight: Tensor, moment: Tensor | None) -> RoundedWeight:
     if moment is None:
         return _nearest(site, weight, moment)
-    options, layout = _options(site, weight), site.layout
-    formats = (options.normal, options.outlier) if layout.outliers else (options.normal,)
-    return gptq(weight, layout, options, moment, choose_round_columns(weight.device, formats))
+    options, layout = rounding_options(site, weight), site.layout
+    formats, sweeps = options.formats(layout), site.weights.descent_sweeps
+    round_block = choose_round_columns(weight.device, formats)
+    rounded = gptq(weight, layout, options, moment, round_block)
+    if sweeps == 0:
+        return rounded
+    visit = choose_visit_columns(weight.device, formats)
+    return coordinate_descent(weight, rounded, formats, moment, options.damping, sweeps, visit)
 
 
-def _options(site: SitePlan, weight: Tensor) -> RoundingOptions:
+def rounding_options(
+    site: SitePlan, weight: Tensor, *, clip_search: str | None = None
+) -> RoundingOptions:
+    """How a site's weight is rounded; `clip_search` in place of the recipe's."""
     spec = site.weights
     return RoundingOptions(
         normal=get_format(spec.format),
         outlier=get_format(site.outliers.format),
         clip_ratio=spec.clip_ratio,
-        clip_search=spec.clip_search,
+        clip_search=clip_search or spec.clip_search,
         rows_per_scale=spec.rows_per_scale,
         damping=spec.damping,
         column_order=spec.column_order,

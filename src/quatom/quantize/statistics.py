@@ -21,18 +21,25 @@ TOKENS_PER_BATCH = 4096
 """Tokens that run through a block at once: enough to keep matrix products efficient."""
 
 
-class ChannelScores:
-    """Importance of each input channel: mean of x**2 ("second_moment") or of |x| ("abs_mean")."""
+Metric = Literal["second_moment", "abs_mean", "absmax"]
+"""Of an input channel over all tokens: sum of x**2, sum of |x|, largest |x|."""
 
-    def __init__(self, metric: Literal["second_moment", "abs_mean"]) -> None:
+
+class ChannelScores:
+    """One metric of each input channel."""
+
+    def __init__(self, metric: Metric) -> None:
         self.metric = metric
         self.sums: dict[str, Tensor] = {}
-        self.tokens = 0
 
     def add(self, site: SiteName, x: Tensor) -> None:  # (T, K)
         """Accumulate the inputs of one batch."""
         x = x.float()
-        scores = (x.square() if self.metric == "second_moment" else x.abs()).sum(dim=0)
+        if self.metric == "absmax":
+            scores = x.abs().amax(dim=0)
+            self.sums[site] = torch.maximum(scores, self.sums.get(site, scores))
+            return
+        scores = (x.abs() if self.metric == "abs_mean" else x.square()).sum(dim=0)
         self.sums[site] = scores + self.sums[site] if site in self.sums else scores
 
 
@@ -127,7 +134,7 @@ def observe(
     see_input: Callable[[SiteName, Tensor], None] | None = None,
     *,
     see_output: Callable[[SiteName, Tensor], None] | None = None,
-    see_heads: Callable[[Tensor, Tensor], None] | None = None,
+    see_heads: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Iterator[None]:
     """While active, call the given functions with what flows through a block.
 
@@ -135,7 +142,7 @@ def observe(
         block: the block.
         see_input: called with (site, input (T, K)) before the linears of every site.
         see_output: called with (site, output (T, N)) after them.
-        see_heads: called with q (T, H, D) and k (T, KV, D) before rotary embedding.
+        see_heads: called with q (T, H, D), k and v (T, KV, D) before rotary embedding.
     """
 
     def before(site: SiteName) -> Callable[..., None]:
@@ -155,7 +162,7 @@ def observe(
 
     def heads(_: torch.nn.Module, __: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
         assert see_heads is not None
-        see_heads(*output[:2])
+        see_heads(*output)
 
     handles = []
     for site in SITES:

@@ -28,10 +28,9 @@ from quatom.ops.backend import Backend
 from quatom.plan import LayerPlan, ModelPlan, plan
 from quatom.quantize.finite import check_finite_block
 from quatom.quantize.host_memory import return_free_memory
+from quatom.quantize.measure import LayerStatistics
 from quatom.quantize.rounding import round_site
 from quatom.quantize.statistics import (
-    ChannelScores,
-    KeyStatistics,
     SecondMoments,
     TargetMoments,
     batch_slices,
@@ -166,17 +165,17 @@ class BlockQuantizer:
         return self.transforms.prepare(layer, weights)
 
     def _run_float(self, index: int, weights: FloatLayer) -> dict[str, Tensor] | None:
-        """Advance the float stream; scores of its channels, and statistics of its keys."""
+        """Advance the float stream, and measure it."""
         if self.streams is None or self.streams.float_hidden is None:
             return None
-        scores = ChannelScores(self.recipe.outliers.metric)
         layer = self.float_plan.layers[index]
         module = build_block(layer, weights, self.backend)
-        keys = KeyStatistics(layer.spec.attention, self.streams.float_hidden.shape[1])
-        with observe(module, scores.add, see_heads=keys.add):
+        length = self.streams.float_hidden.shape[1]
+        measured = LayerStatistics(self.recipe, layer.spec.attention, length, self.rotary.of(index))
+        with measured.watching(module):
             self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rotary)
         check_finite_block(self.streams.float_hidden, index, "in floating point", self.dtype)
-        return scores.sums | keys.finish(self.rotary.of(index))
+        return measured.finish()
 
     def _moments(
         self,
@@ -187,9 +186,7 @@ class BlockQuantizer:
     ) -> tuple[Moments, Moments]:
         """X^T X of the quantized inputs X of every site, and Y^T X of target outputs Y."""
         weights = self.recipe.weights
-        if self.streams is None or (
-            weights.rounding == "nearest" and weights.clip_search != "output"
-        ):
+        if self.streams is None or not self.recipe.needs_moments:
             return {}, {}
         module = build_block(layer, arranged, self.backend)
         if weights.target != "own_input":

@@ -1,12 +1,14 @@
 """Rewrites of a floating-point layer that leave what it computes unchanged.
 
-Each makes the layer easier to quantize: balanced products, rotated values, balanced keys, ordered
-channels, rotated groups. A recipe's list runs in this order: those of `before`, then the layer is
-measured on the calibration text, then those of `after`, which may use what was measured.
+Each makes the layer easier to quantize: balanced products, rotated values, balanced keys, scaled
+and ordered channels, rotated groups. A recipe's list runs in this order: those of `before`, then
+the layer is measured on the calibration text, then those of `after`, which may use what was
+measured.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -17,6 +19,7 @@ from quatom.quantize.transforms.groups import rotate_groups_of_inputs
 from quatom.quantize.transforms.keys import balance_keys, offset_keys
 from quatom.quantize.transforms.order import order_channels
 from quatom.quantize.transforms.products import balance_products
+from quatom.quantize.transforms.scaling import scale_channels
 from quatom.quantize.transforms.values import rotate_values
 from quatom.recipe import Recipe
 
@@ -71,10 +74,12 @@ def transforms_of(recipe: Recipe) -> TransformList:
         before.append(balance_products)
     if cache.value_rotation == "hadamard":
         before.append(rotate_values)
-    if cache.key_offset == "mean":
+    if cache.key_offset != "none":
         after.append(offset_keys)
-    if cache.key_scaling == "balanced":
+    if cache.key_scaling != "none":
         after.append(balance_keys)
+    if recipe.channel_scaling.method != "none":
+        after.append(partial(scale_channels, spec=recipe.channel_scaling))
     if recipe.quantizes_weights and recipe.outliers.channels:
         after.append(order_channels)
     if recipe.activations.rotation == "hadamard":

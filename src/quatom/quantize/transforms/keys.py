@@ -16,18 +16,22 @@ def offset_keys(
     """Subtract the mean of K from every cached K, where softmax does not see it."""
     if not layer.offsets_keys:
         return weights
-    return replace(weights, key_offset=statistics["key_mean"])
+    weighted = layer.kv_cache.key_offset == "weighted"
+    name = "weighted_key_mean" if weighted else "key_mean"
+    return replace(weights, key_offset=statistics[name])
 
 
 def balance_keys(
     layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
 ) -> FloatLayer:
-    """Fold powers of two into k and their inverses into q, and so into K's offset.
+    """Divide k by factors and multiply q by them; K's offset is divided, too.
 
     Rounding puts an error of one size on all channels of a (rotated) head, which a score weighs
     with its query's. Dividing K by l and multiplying q by it leaves scores as they are, and the
-    error is least where l**4 = E[k**2] / E[q**2]. One l serves a rotary pair, whose channels mix;
-    powers of two change no mantissa. Where q and k are normalized, the norms' weights take them.
+    error is least where l**4 = E[k**2] / E[q**2]. One l serves a rotary pair, whose channels mix.
+    With key_scaling "balanced" all tokens count alike and l is a power of two, which changes no
+    mantissa; with "weighted" each token counts as in `KeySensitivity`, and l is not rounded. Where
+    q and k are normalized, the norms' weights take the factors.
     """
     scale = _balance(layer, weights, statistics)  # (KV, D)
     attention = layer.spec.attention
@@ -48,15 +52,19 @@ def _balance(
     layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
 ) -> Tensor:  # (KV, D) float32
     """What K is divided by."""
-    keys, queries = statistics["key_squares"], statistics["query_squares"]  # (KV, D / 2)
-    if weights.key_offset is not None:
-        keys = keys - weights.key_offset.square().unflatten(-1, (2, -1)).sum(dim=-2)
+    weighted = layer.kv_cache.key_scaling == "weighted"
+    prefix = "weighted_" if weighted else ""
+    keys, queries = (statistics[f"{prefix}{x}_squares"] for x in ("key", "query"))  # (KV, D / 2)
+    if (offset := weights.key_offset) is not None:
+        # E[(k - o)**2] of an o that need not be the mean of these statistics.
+        lost = (2 * statistics[f"{prefix}key_mean"] - offset) * offset
+        keys = keys - lost.unflatten(-1, (2, -1)).sum(dim=-2)
     if weights.qk_norm is not None and layer.spec.attention.qk_norm_axis == "head":
         # All heads share one weight, and so one balance.
         keys, queries = (x.sum(dim=0, keepdim=True).expand_as(x) for x in (keys, queries))
     alive = (keys > 0) & (queries > 0)
-    power = torch.where(alive, (keys / queries).log2() / 4, torch.zeros_like(keys)).round()
-    return power.exp2().repeat(1, 2)
+    power = torch.where(alive, (keys / queries).log2() / 4, torch.zeros_like(keys))
+    return (power if weighted else power.round()).exp2().repeat(1, 2)
 
 
 def _scale_norms(

@@ -12,11 +12,11 @@ from quatom.checkpoint.codec import repeat_rows
 from quatom.families.spec import SiteName
 from quatom.modeling.weights import FloatLayer
 from quatom.numerics.reorder import channel_order
-from quatom.plan import LayerPlan
+from quatom.plan import LayerPlan, SitePlan
 
 
-def choose_orders(layer: LayerPlan, scores: Mapping[str, Tensor]) -> dict[SiteName, Tensor]:
-    """Channel order of every site that has outliers, (K,) int64 each; scores are (K,) each."""
+def choose_orders(layer: LayerPlan, scores: Mapping[SiteName, Tensor]) -> dict[SiteName, Tensor]:
+    """Channel order of every site that has outliers, (K,) int64 each; scores are (K,) by site."""
     return {
         name: channel_order(scores[name], site.block_outliers, site.blocks)
         for name, site in layer.sites.items()
@@ -31,7 +31,8 @@ def order_channels(
 
     An order that is not gathered is folded into the rows of the linears that make the input.
     """
-    orders = choose_orders(layer, statistics)
+    scores = {name: _scores(layer.sites[name], weights, statistics) for name in layer.sites}
+    orders = choose_orders(layer, scores)
     sites = {
         name: replace(held, weight=held.weight[..., orders[name]], order=orders[name])
         if name in orders
@@ -44,6 +45,15 @@ def order_channels(
             bias = None if held.bias is None else held.bias[rows]
             sites[name] = replace(held, weight=held.weight[rows], bias=bias)
     return replace(weights, sites=sites)
+
+
+def _scores(site: SitePlan, weights: FloatLayer, statistics: Mapping[str, Tensor]) -> Tensor:
+    """Scores of a site's input as earlier transforms left it, (K,)."""
+    metric, factor = site.outliers.metric, weights.sites[site.name].divided_by
+    scores = statistics[f"{metric}.{site.name}"]
+    if factor is None:
+        return scores
+    return scores / (factor if metric == "abs_mean" else factor.square())
 
 
 def made_rows(layer: LayerPlan, name: SiteName, orders: Mapping[SiteName, Tensor]) -> Tensor | None:
