@@ -1,0 +1,93 @@
+"""Which of vLLM's layers runs how, for one checkpoint."""
+
+import re
+from typing import Any, Self
+
+import torch
+from torch import nn
+from vllm import __version__ as vllm_version
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+
+from quatom.integrations.vllm import check_version
+from quatom.integrations.vllm.attention import QuatomCacheMethod
+from quatom.integrations.vllm.linear import QuatomLinearMethod
+from quatom.integrations.vllm.state import CheckpointState
+from quatom.recipe import Recipe
+
+
+class QuatomConfig(QuantizationConfig):
+    """Quantization method "quatom"."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.state = CheckpointState(recipe)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Read quantization_config of a checkpoint's config.json.
+
+        Raises:
+            BackendError: this version of vLLM was not tried.
+            RecipeError: the recipe is unknown or newer than this library.
+        """
+        check_version(vllm_version)
+        return cls(Recipe.from_dict(config["recipe"]))
+
+    def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
+        """Resolve the recipe for the model; vLLM calls this once it knows the folder.
+
+        Raises:
+            QuatomError: see `CheckpointState.resolve`.
+        """
+        self.state.resolve(model_name)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How one of vLLM's layers runs; None: as in any unquantized model.
+
+        Raises:
+            ModelError: a linear of vLLM's model is none of the checkpoint's.
+        """
+        recipe = self.state.recipe
+        if isinstance(layer, Attention):
+            if recipe.kv_cache.format == "float16":
+                return None
+            return QuatomCacheMethod(self, self.state, self.state.layer_of(prefix))
+        if not isinstance(layer, LinearBase):
+            return None
+        if not recipe.quantizes_weights:
+            return UnquantizedLinearMethod()
+        name = prefix.rpartition(".")[2]
+        parts = self.packed_modules_mapping.get(name, [name])
+        return QuatomLinearMethod(self.state, *self.state.site_of(prefix, parts))
+
+    @staticmethod
+    def get_cache_scale_mapper() -> WeightsMapper:
+        """Where vLLM's attention layer keeps the mean of K."""
+        return WeightsMapper(
+            orig_to_new_regex={re.compile(r"\.self_attn\.k_offset$"): ".self_attn.attn.k_offset"}
+        )
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Its quant_method in config.json."""
+        return "quatom"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Dtypes of activations; kernels on a GPU read the 16-bit ones."""
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of the portable kernels: sm_80."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []

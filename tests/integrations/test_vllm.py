@@ -1,0 +1,143 @@
+"""vLLM with the plugin against Quatom's own engine, on a CPU: `make test-vllm`."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
+
+from tests.integrations.checkpoints import family_checkpoint, tiny_checkpoint, tiny_recipe
+from tests.integrations.vllm_engine import PROMPTS, assert_agree, own_greedy, vllm_greedy
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_llama_dir, tiny_qwen2_dir, text_file):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    sources = {"llama": tiny_llama_dir, "qwen2": tiny_qwen2_dir}
+
+    def make(model, recipe, **options):
+        return tiny_checkpoint(folder, sources[model], tiny_recipe(recipe, **options), text_file)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("llama", "quatom-w4a8kv4"),  # outliers, K turned, offset and rotated
+        ("qwen2", "quatom-w4a4kv4"),  # biases, tied embeddings, scales of multiples
+        ("qwen2", "atom-w4a4kv4"),  # K cached before rotary embedding
+        ("llama", "w8a8"),  # vLLM's own float cache
+        ("llama", "w4a16"),  # activations stay as they are
+    ],
+)
+def test_tokens_and_logprobs_are_those_of_our_engine(checkpoint, model, recipe):
+    folder = checkpoint(model, recipe)
+    assert_agree(vllm_greedy(folder), own_greedy(folder), flips=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mistral",  # a window
+        "qwen3",  # norms of q and k
+        "gemma2",  # scores with a soft-cap, windows in every other layer
+        "phi3-partial",  # q, k and v in one tensor; part of a head turns; longrope
+        "glm4",  # neighbouring channels turn
+        "opt",  # learned positions, no gate
+    ],
+)
+def test_vllm_s_own_models_of_other_families(family, tmp_path, text_file):
+    folder = family_checkpoint(tmp_path, family, "quatom-w4a8kv4", text_file)
+    assert_agree(vllm_greedy(folder, PROMPTS[:3]), own_greedy(folder, PROMPTS[:3]), flips=1)
+
+
+def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoint):
+    folder = checkpoint("llama", "quatom-w4a8kv4")
+    plain = vllm_greedy(folder, enable_prefix_caching=False)
+    cached = vllm_greedy(folder, enable_prefix_caching=True, rounds=2)
+    assert_agree(cached, plain, flips=1)
+    chunked = vllm_greedy(
+        folder, enable_prefix_caching=False, max_num_batched_tokens=16, enable_chunked_prefill=True
+    )
+    assert_agree(chunked, plain, flips=1)
+
+
+def test_the_log_names_recipe_kernels_and_cache(checkpoint, monkeypatch):
+    from quatom.integrations.vllm import state
+
+    lines = []
+    monkeypatch.setattr(state.logger, "info", lambda text, *words: lines.append(text % words))
+    vllm_greedy(checkpoint("llama", "quatom-w4a8kv4"))
+    assert len(lines) == 1
+    assert "recipe quatom-w4a8kv4, linears on backend" in lines[0]
+    assert lines[0].endswith("KV cache int4")
+
+
+def refused(folder, **options):
+    from quatom.errors import QuatomError
+
+    with pytest.raises(QuatomError) as caught:
+        vllm_greedy(folder, **options)
+    return str(caught.value)
+
+
+def test_a_degree_that_does_not_divide_is_refused_with_both_numbers(checkpoint):
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"), tensor_parallel_size=2)
+    assert "over 2 ranks does not divide the checkpoint's tensor_parallel 1" in message
+
+
+def test_another_cache_format_is_refused(checkpoint):
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"), kv_cache_dtype="fp8")
+    assert "has an int4 KV cache, kv_cache_dtype fp8 was asked for" in message
+
+
+def test_a_tensor_that_vllm_hands_to_nobody_is_missed(checkpoint, monkeypatch):
+    """Its loader checks no quantized model for tensors that are not there."""
+    from quatom.integrations.vllm import linear
+
+    before = linear.Share.slices
+
+    def slices(share, suffix, stored, number):
+        found = before(share, suffix, stored, number)
+        return {} if suffix == "weight_scale" and share.stored.name == "down" else found
+
+    monkeypatch.setattr(linear.Share, "slices", slices)
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"))
+    assert "did not load model.layers.0.mlp.down_proj.weight_scale" in message
+
+
+def test_an_untried_version_is_refused(checkpoint, monkeypatch):
+    from quatom.integrations.vllm import config
+
+    monkeypatch.setattr(config, "vllm_version", "0.99.1+cpu")
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"))
+    assert "was tried with vLLM 0.32.0, this is 0.99.1" in message
+
+
+@pytest.mark.parametrize(("recipe", "most"), [("w4a16", 1e-4), ("w8a8", 0.05)])
+def test_exported_checkpoints_mean_the_same_to_compressed_tensors(
+    checkpoint, tmp_path, recipe, most
+):
+    """Read by transformers and the library compressed-tensors, which this environment has.
+
+    vLLM's own INT8 and INT4 kernels need a CPU with AVX-512 VNNI or AMX. Scales of activations are
+    float16 numbers in Quatom alone, so that codes of w8a8 may differ by a step.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from quatom.checkpoint.compressed_tensors import export_compressed_tensors
+    from quatom.loading import load
+    from quatom.modeling.context import full_sequences_context
+
+    folder = checkpoint("llama", recipe)
+    target = export_compressed_tensors(folder, tmp_path / "ct")
+    tokens, loaded = torch.tensor(PROMPTS[2]), load(folder)
+    blocks = -(-len(tokens) // 16)
+    with torch.inference_mode():
+        context = full_sequences_context(1, len(tokens), 16, loaded.device)
+        cache = loaded.model.allocate_kv_cache(blocks, 16)
+        want = loaded.model.compute_logits(loaded.model(tokens, context, cache))
+        theirs = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        got = theirs(tokens[None]).logits[0]
+    assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).median() < most
