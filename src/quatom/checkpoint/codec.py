@@ -24,22 +24,24 @@ def encode(layer: LayerPlan, site: SitePlan, codes: SiteCodes) -> dict[str, Tens
     values, scales, bias = codes.values, codes.scales, codes.bias
     if (rows := stored_rows(layer, site)) is not None:
         rows = rows.to(values.device)
-        values, scales = values[rows], scales[rows]
-        bias = None if bias is None else bias[rows]
+        values, scales = values[..., rows, :], scales[..., rows, :]
+        bias = None if bias is None else bias[..., rows]
     tensors: dict[str, Tensor] = {}
     for linear in site.linears:
         own = linear.row_range
-        part, part_scales = values[own], scales[own]
-        patterns = normal.encode(part[:, : layout.normal])
+        part, part_scales = values[..., own, :], scales[..., own, :]
+        patterns = normal.encode(part[..., : layout.normal])
         tensors[f"{linear.name}.weight_packed"] = pack_bits(patterns, normal.bits)
         tensors[f"{linear.name}.weight_scale"] = part_scales[
-            :: site.weights.rows_per_scale, : layout.num_normal_groups
+            ..., :: site.weights.rows_per_scale, : layout.num_normal_groups
         ]
         if layout.outliers:
-            kept = part[:, layout.normal :]
+            kept = part[..., layout.normal :]
             if outlier.is_quantized:
                 tensors[f"{linear.name}.outlier_weight"] = kept.to(torch.int8)
-                tensors[f"{linear.name}.outlier_scale"] = part_scales[:, layout.num_normal_groups :]
+                tensors[f"{linear.name}.outlier_scale"] = part_scales[
+                    ..., layout.num_normal_groups :
+                ]
             else:
                 tensors[f"{linear.name}.outlier_weight"] = kept.half()
         if site.order == "gathered":
@@ -48,7 +50,7 @@ def encode(layer: LayerPlan, site: SitePlan, codes: SiteCodes) -> dict[str, Tens
             tensors[f"{linear.name}.order"] = order.int()
         if linear.bias:
             assert bias is not None
-            tensors[f"{linear.name}.bias"] = bias[own]
+            tensors[f"{linear.name}.bias"] = bias[..., own]
     return tensors
 
 
@@ -65,28 +67,28 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
         codes = [normal.decode(unpack_bits(packed, normal.bits))]
         groups = [
             tensors[f"{linear.name}.weight_scale"].repeat_interleave(
-                site.weights.rows_per_scale, dim=0
-            )[: linear.rows]
+                site.weights.rows_per_scale, dim=-2
+            )[..., : linear.rows, :]
         ]
         if layout.outliers:
             codes.append(tensors[f"{linear.name}.outlier_weight"].float())
             groups.append(
                 tensors[f"{linear.name}.outlier_scale"]
                 if get_format(site.outliers.format).is_quantized
-                else torch.ones(linear.rows, layout.outlier_blocks, dtype=torch.float16)
+                else torch.ones(*linear.shape[:-1], layout.outlier_blocks, dtype=torch.float16)
             )
-        joined_values.append(torch.cat(codes, dim=1))
-        joined_scales.append(torch.cat(groups, dim=1))
+        joined_values.append(torch.cat(codes, dim=-1))
+        joined_scales.append(torch.cat(groups, dim=-1))
         if site.bias:
             biases.append(
-                tensors[f"{linear.name}.bias"] if linear.bias else torch.zeros(linear.rows)
+                tensors[f"{linear.name}.bias"] if linear.bias else torch.zeros(linear.shape[:-1])
             )
-    values, scales = torch.cat(joined_values), torch.cat(joined_scales)
-    bias = torch.cat(biases) if biases else None
+    values, scales = torch.cat(joined_values, dim=-2), torch.cat(joined_scales, dim=-2)
+    bias = torch.cat(biases, dim=-1) if biases else None
     if (stored := stored_rows(layer, site)) is not None:
         rows = inverse_order(stored)
-        values, scales = values[rows], scales[rows]
-        bias = None if bias is None else bias[rows]
+        values, scales = values[..., rows, :], scales[..., rows, :]
+        bias = None if bias is None else bias[..., rows]
     return SiteCodes(values, scales, bias, _decode_order(site, tensors))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quatom.checkpoint.expert_tensors import join_experts
 from quatom.checkpoint.folder_tensors import pass_over, plain_names, read_headers
 from quatom.checkpoint.fp8 import ScaledTensor, is_fp8, scaled_tensors
 from quatom.checkpoint.gguf_parts import models
@@ -233,7 +234,8 @@ def _open_safetensors(folder: Path) -> TensorSource:
         model_config = replace(model_config, eos_token_ids=tokens)
     headers, notes = read_headers(folder)
     check_blocks(folder, model_config.num_layers, len(headers))
-    expected = checkpoint_tensors(plan(model_config, recipe or PRESETS["fp16"]))
+    resolved = plan(model_config, recipe or PRESETS["fp16"])
+    expected = checkpoint_tensors(resolved)
     headers, renamed = plain_names(folder, headers, expected)
     headers, passed = pass_over(headers, expected)
     scaled: dict[str, ScaledTensor] = {}
@@ -244,9 +246,13 @@ def _open_safetensors(folder: Path) -> TensorSource:
     if model_config.tie_word_embeddings and model_config.head_name in headers:
         check_tied(headers, model_config.head_name, model_config.embedding_name)
     stored = {name: TensorSpec(t.shape, t.dtype) for name, t in headers.items()}
+    stored, joined = join_experts(folder, resolved, stored)
     tensors = check_names(folder, expected, stored)
+    parts = {name: joined[name].names if name in joined else [name] for name in tensors}
 
     def read(name: str) -> Tensor:
+        if name in joined:
+            return joined[name].read(read)
         return scaled[name].read() if name in scaled else read_tensor(headers[name])
 
     return TensorSource(
@@ -255,10 +261,10 @@ def _open_safetensors(folder: Path) -> TensorSource:
         model_config=model_config,
         recipe=recipe,
         gguf=None,
-        _files=tuple(sorted({headers[name].file for name in tensors})),
+        _files=tuple(sorted({headers[part].file for name in tensors for part in parts[name]})),
         _tensors=tensors,
         _read=read,
-        _locate=lambda name: headers[name].file,
+        _locate=lambda name: headers[parts[name][0]].file,
         notes=(*notes, *renamed, *passed, *converted),
     )
 

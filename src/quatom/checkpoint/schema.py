@@ -10,7 +10,8 @@ groups and B outlier groups per row is stored as
     p.order           int32    (K,)                              if the input is gathered by it
     p.bias            as in the source  (N,)                     if the model has it
 
-and all other tensors as in the source. docs/reference/checkpoint-format.md says what the numbers
+Of routed experts all but `order` have a leading dimension E, and the router's tensors are as in the
+source. All other tensors are as in the source, too. docs/reference/checkpoint-format.md says what the numbers
 mean.
 """
 
@@ -82,9 +83,9 @@ def qk_norm_sizes(attention: Attention) -> tuple[int, int]:
 
 def float_linear_tensors(linear: LinearPlan) -> dict[str, TensorSpec]:
     """Weight and bias of a linear as the source has them."""
-    tensors = {f"{linear.name}.weight": TensorSpec((linear.rows, linear.channels))}
+    tensors = {f"{linear.name}.weight": TensorSpec(linear.shape)}
     if linear.bias:
-        tensors[f"{linear.name}.bias"] = TensorSpec((linear.rows,))
+        tensors[f"{linear.name}.bias"] = TensorSpec(linear.shape[:-1])
     return tensors
 
 
@@ -97,22 +98,23 @@ def linear_tensors(site: SitePlan, linear: LinearPlan) -> dict[str, TensorSpec]:
         width = packed_bytes(layout.normal, weights.bits)
     except ShapeError as error:  # cannot happen for multiples of 32 channels
         raise RecipeError(f"{linear.name}: {error}") from error
-    scale_rows = -(-linear.rows // weights.rows_per_scale)
+    rows, scale_rows = linear.shape[:-1], -(-linear.rows // weights.rows_per_scale)
+    scale_shape = (*linear.lead, scale_rows, layout.num_normal_groups)
     tensors = {
-        "weight_packed": TensorSpec((linear.rows, width), torch.uint8),
-        "weight_scale": TensorSpec((scale_rows, layout.num_normal_groups), torch.float16),
+        "weight_packed": TensorSpec((*rows, width), torch.uint8),
+        "weight_scale": TensorSpec(scale_shape, torch.float16),
     }
     if layout.outliers:
         is_integer = site.outliers.format == "int8"
         dtype = torch.int8 if is_integer else torch.float16
-        tensors["outlier_weight"] = TensorSpec((linear.rows, layout.outliers), dtype)
+        tensors["outlier_weight"] = TensorSpec((*rows, layout.outliers), dtype)
         if is_integer:
-            groups = (linear.rows, layout.outlier_blocks)
+            groups = (*rows, layout.outlier_blocks)
             tensors["outlier_scale"] = TensorSpec(groups, torch.float16)
     if site.order == "gathered":
         tensors["order"] = TensorSpec((site.channels,), torch.int32)
     if linear.bias:
-        tensors["bias"] = TensorSpec((linear.rows,))
+        tensors["bias"] = TensorSpec(rows)
     return {f"{linear.name}.{suffix}": spec for suffix, spec in tensors.items()}
 
 
@@ -123,6 +125,7 @@ def layer_tensors(layer: LayerPlan) -> dict[str, TensorSpec]:
         attention = layer.spec.attention
         shape = (attention.num_kv_heads, attention.head_dim)
         tensors[layer.key_offset_name] = TensorSpec(shape, torch.float32)
+    tensors |= {name: TensorSpec(shape) for name, shape in layer.router_tensors().values()}
     for site in layer.sites.values():
         for linear in site.linears:
             tensors |= linear_tensors(site, linear)
@@ -150,14 +153,14 @@ def bits_by_linear(plan: ModelPlan, source_dtype: torch.dtype = torch.float16) -
         for linear in site.linears:
             tensors = linear_tensors(site, linear)
             total = sum(s.bits(source_dtype) for n, s in tensors.items() if not n.endswith(".bias"))
-            bits[linear.name] = total / (linear.rows * linear.channels)
+            bits[linear.name] = total / prod(linear.shape)
     return bits
 
 
 def bits_per_weight(plan: ModelPlan, source_dtype: torch.dtype = torch.float16) -> float:
     """Stored bits per weight, all decoder linears together: see `bits_by_linear`."""
     by_linear = bits_by_linear(plan, source_dtype)
-    total = sum(by_linear[lin.name] * lin.rows * lin.channels for lin in plan.linears())
+    total = sum(by_linear[lin.name] * prod(lin.shape) for lin in plan.linears())
     return total / plan.num_weights
 
 

@@ -8,14 +8,17 @@ from quatom.families.decoder import Family
 from quatom.families.gemma2 import GEMMA2
 from quatom.families.gemma3 import GEMMA3
 from quatom.families.glm import GLM, GLM4
-from quatom.families.granite import GRANITE
+from quatom.families.granite import GRANITE, GRANITE_MOE
 from quatom.families.keys import Keys
 from quatom.families.llama import LLAMA
 from quatom.families.mistral import MINISTRAL, MISTRAL
+from quatom.families.mixtral import MIXTRAL
 from quatom.families.olmo import OLMO2, OLMO3
+from quatom.families.olmoe import OLMOE
 from quatom.families.opt import OPT
 from quatom.families.phi3 import PHI3
 from quatom.families.qwen import QWEN2, QWEN3
+from quatom.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from quatom.families.seed_oss import SEED_OSS
 from quatom.families.smollm3 import SMOLLM3
 from quatom.families.spec import ModelConfig
@@ -41,6 +44,11 @@ FAMILIES: tuple[Family, ...] = (
     STARCODER2,
     STABLELM,
     OPT,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    GRANITE_MOE,
 )
 """Every supported family, in the order of the table in the docs."""
 
