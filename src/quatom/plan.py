@@ -218,9 +218,7 @@ def _site(
     linears, first = [], 0
     for linear in layer.linears[site]:
         name = prefix + linear.name
-        linears.append(
-            LinearPlan(name, first, linear.rows, channels, linear.bias, linear.experts)
-        )
+        linears.append(LinearPlan(name, first, linear.rows, channels, linear.bias, linear.experts))
         first += linear.rows
     blocks = recipe.tensor_parallel if site in _ROW_PARALLEL else 1
     layout = _layout(config, recipe, layer, linears[0], blocks)

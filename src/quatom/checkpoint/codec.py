@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quatom.errors import CheckpointError, ShapeError
-from quatom.modeling.weights import SiteCodes
-from quatom.numerics.formats import get_format
+from quatom.modeling.weights import LayerWeights, SiteCodes, matrices
+from quatom.numerics.formats import Format, get_format
 from quatom.numerics.packing import pack_bits, unpack_bits
 from quatom.numerics.reorder import check_order, inverse_order, sliceable_positions
 from quatom.plan import LayerPlan, SitePlan
@@ -30,8 +30,12 @@ def encode(layer: LayerPlan, site: SitePlan, codes: SiteCodes) -> dict[str, Tens
     for linear in site.linears:
         own = linear.row_range
         part, part_scales = values[..., own, :], scales[..., own, :]
-        patterns = normal.encode(part[..., : layout.normal])
-        tensors[f"{linear.name}.weight_packed"] = pack_bits(patterns, normal.bits)
+        packed = [
+            pack_bits(normal.encode(own[:, : layout.normal]), normal.bits) for own in matrices(part)
+        ]
+        tensors[f"{linear.name}.weight_packed"] = torch.stack(packed).view(
+            *linear.lead, linear.rows, -1
+        )
         tensors[f"{linear.name}.weight_scale"] = part_scales[
             ..., :: site.weights.rows_per_scale, : layout.num_normal_groups
         ]
@@ -63,15 +67,15 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
     layout, normal = site.layout, get_format(site.weights.format)
     joined_values, joined_scales, biases = [], [], []
     for linear in site.linears:
-        packed = tensors[f"{linear.name}.weight_packed"]
-        codes = [normal.decode(unpack_bits(packed, normal.bits))]
+        codes = [_unpack(tensors[f"{linear.name}.weight_packed"], normal)]
         groups = [
             tensors[f"{linear.name}.weight_scale"].repeat_interleave(
                 site.weights.rows_per_scale, dim=-2
             )[..., : linear.rows, :]
         ]
         if layout.outliers:
-            codes.append(tensors[f"{linear.name}.outlier_weight"].float())
+            kept = tensors[f"{linear.name}.outlier_weight"]
+            codes.append(kept.float() if linear.experts is None else kept)
             groups.append(
                 tensors[f"{linear.name}.outlier_scale"]
                 if get_format(site.outliers.format).is_quantized
@@ -92,6 +96,37 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
     return SiteCodes(values, scales, bias, _decode_order(site, tensors))
 
 
+def _unpack(packed: Tensor, normal: Format) -> Tensor:
+    """Values of packed codes: float32; of routed experts int8 where the format is an integer one.
+
+    One expert after another: the steps in between take many times the memory of the codes.
+    """
+    if packed.ndim == 2:
+        return normal.decode(unpack_bits(packed, normal.bits))
+    dtype = torch.int8 if normal.is_integer else torch.float32
+    return torch.stack([_unpack(own, normal).to(dtype) for own in packed])
+
+
+def encode_layer(layer: LayerPlan, weights: LayerWeights) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds of a quantized layer, by its full name; on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, norm in weights.norms.items():
+        tensors[f"{layer.norm_name(name)}.weight"] = norm.weight
+        if norm.bias is not None:
+            tensors[f"{layer.norm_name(name)}.bias"] = norm.bias
+    if weights.qk_norm is not None:
+        for prefix, weight in zip(layer.qk_norm_names, weights.qk_norm, strict=True):
+            tensors[f"{prefix}.weight"] = weight
+    if weights.key_offset is not None:
+        tensors[layer.key_offset_name] = weights.key_offset
+    for tensor, (full_name, _) in layer.router_tensors().items():
+        tensors[full_name] = weights.router[tensor]
+    for site, codes in weights.sites.items():
+        assert isinstance(codes, SiteCodes)
+        tensors |= encode(layer, layer.sites[site], codes)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def stored_rows(layer: LayerPlan, site: SitePlan) -> Tensor | None:
     """Row of operations at each stored row, (N,) int64; None where they are the same.
 
@@ -104,9 +139,9 @@ def stored_rows(layer: LayerPlan, site: SitePlan) -> Tensor | None:
     return repeat_rows(_sliceable(made), site.rows // made.channels)
 
 
-def repeat_rows(order: Tensor, times: int) -> Tensor:  # (I,) -> (times * I,)
+def repeat_rows(order: Tensor, times: int) -> Tensor:  # (..., I) -> (..., times * I)
     """The same order for each of `times` equal parts of the rows: gate and up, or up alone."""
-    return torch.cat([order + part * order.numel() for part in range(times)])
+    return torch.cat([order + part * order.shape[-1] for part in range(times)], dim=-1)
 
 
 def _sliceable(site: SitePlan) -> Tensor:

@@ -127,9 +127,7 @@ def _joined_spec(where: Path, parts: Spelling, stored: Mapping[str, TensorSpec])
                     f"expert {like.shape} {like.dtype}: all must be equal; download the model again"
                 )
     first = specs[0]
-    if any(
-        (spec.shape[1], spec.dtype) != (first[0].shape[1], first[0].dtype) for spec in first
-    ):
+    if any((spec.shape[1], spec.dtype) != (first[0].shape[1], first[0].dtype) for spec in first):
         raise CheckpointError(
             f"{where}: {' and '.join(parts[0])} differ in input channels or dtype; download the "
             "model again"

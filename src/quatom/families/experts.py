@@ -102,9 +102,7 @@ def sparse_layers(keys: Keys, layers: int) -> tuple[bool, ...]:
         isinstance(layer, int) and not isinstance(layer, bool) for layer in dense
     ):
         raise ModelError(f"config key mlp_only_layers must be a list of layers, got {dense!r}")
-    return tuple(
-        layer not in dense and (layer + 1) % step == 0 for layer in range(layers)
-    )
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
 
 def mixed(sparse: Collection[bool], feed: Feed, dense: Feed) -> tuple[Feed, ...]:

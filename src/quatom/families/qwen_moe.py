@@ -23,7 +23,8 @@ def read_qwen2(keys: Keys) -> ModelConfig:
         window = None
     full = keys.integer("max_window_layers", default=28, least=0)
     default = [
-        "sliding_attention" if window is not None and layer % 2 == 0 and layer < full
+        "sliding_attention"
+        if window is not None and layer % 2 == 0 and layer < full
         else "full_attention"
         for layer in range(sizes.layers)
     ]

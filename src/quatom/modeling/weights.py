@@ -71,3 +71,8 @@ class FloatLayer(LayerWeights):
     """A layer whose weights are all floating-point: what transforms rewrite."""
 
     sites: Mapping[SiteName, FloatSite]
+
+
+def matrices(weight: Tensor) -> Tensor:  # (N, K) or (E, N, K) -> (E, N, K)
+    """The matrices of a site: those of all experts, or the only one."""
+    return weight if weight.ndim == 3 else weight.unsqueeze(0)
