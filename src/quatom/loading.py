@@ -275,6 +275,7 @@ def build_decoder(
         blocks=blocks,
         final_norm=read_norm(read, config.final_norm, config.final_norm_name, config.hidden_size),
         head=None if config.tie_word_embeddings else read(config.head_name, vocab),
+        head_bias=read(config.head_bias_name, vocab[:1]) if config.head_bias else None,
         backend=backend,
     )
     return model.eval()

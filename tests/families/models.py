@@ -243,6 +243,34 @@ TINY: dict[str, tuple[str, dict]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "phimoe": (
+        "Phimoe",
+        {
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "router_jitter_noise": 0.3,  # so that near experts share a softmax
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 40,
+            "rope_parameters": longrope(64, short_mscale=1.2, long_mscale=1.2),
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 64,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 96,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
 }
 ALONE = {"opt": ("intermediate_size", "num_key_value_heads")}
 """Keys of COMMON that a family does not have."""
@@ -274,6 +302,9 @@ def tiny_model(name: str, seed: int = 0):
     model = model_class(TINY[name][0])(config).eval()
     offset = name.startswith("gemma")  # it stores norm weights less 1
     with torch.no_grad():
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if key.endswith("bias"):

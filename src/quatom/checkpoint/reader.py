@@ -237,7 +237,7 @@ def _open_safetensors(folder: Path) -> TensorSource:
     resolved = plan(model_config, recipe or PRESETS["fp16"])
     expected = checkpoint_tensors(resolved)
     headers, renamed = plain_names(folder, headers, expected)
-    headers, passed = pass_over(headers, expected)
+    headers, passed = pass_over(headers, expected, model_config.unused_prefixes)
     scaled: dict[str, ScaledTensor] = {}
     converted: list[str] = []
     if recipe is None:

@@ -50,6 +50,8 @@ def outer_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     tensors |= norm_tensors(config.final_norm, config.final_norm_name, config.hidden_size)
     if not config.tie_word_embeddings:
         tensors[config.head_name] = table
+    if config.head_bias:
+        tensors[config.head_bias_name] = TensorSpec((config.vocab_size,))
     return tensors
 
 

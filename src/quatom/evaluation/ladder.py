@@ -164,6 +164,7 @@ class LadderRun:
             return source.load(name).to(device=self.device, dtype=self.dtype)
 
         head = outer(config.embedding_name if config.tie_word_embeddings else config.head_name)
+        bias = outer(config.head_bias_name) if config.head_bias else None
         weights = read_norm(
             lambda name, shape: outer(name),
             config.final_norm,
@@ -175,7 +176,7 @@ class LadderRun:
             mean_loss(
                 norm(states)[0],
                 window.to(self.device),
-                lambda rows: scale_logits(config, torch.nn.functional.linear(rows, head).float()),
+                lambda rows: scale_logits(config, torch.nn.functional.linear(rows, head, bias).float()),
             )
             for states, window in zip(hidden, self.windows, strict=True)
         ]

@@ -1,11 +1,12 @@
 """Layers of routed experts, as the files of mixture-of-experts families hold them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from quatom.errors import ModelError
-from quatom.families.decoder import LINEARS, Feed, dense_feed
+from quatom.families.decoder import LINEARS, Feed, dense_feed, read_feed_forward
 from quatom.families.keys import Keys
+from quatom.families.sizes import Sizes
 from quatom.families.spec import Experts, FeedForward, Linear, Router, RouterTensor
 
 Spellings = Mapping[str, tuple[tuple[str, ...], ...]]
@@ -90,12 +91,41 @@ def expert_feed(
     )
 
 
-def sparse_layers(keys: Keys, layers: int) -> tuple[bool, ...]:
-    """Whether each layer has experts: every decoder_sparse_step-th but for mlp_only_layers.
+def sparse_feeds(
+    keys: Keys, sizes: Sizes, *, count: int, top_k: int, width: int, shared: int | None = None
+) -> tuple[Feed, ...]:
+    """Qwen's layers: experts in some, feed-forward layers of intermediate_size in the others.
+
+    Args:
+        keys: of config.json.
+        sizes: of the same model.
+        count: Experts of a layer.
+        top_k: Experts of a token.
+        width: of each expert.
+        shared: width of a shared expert, which a gate weighs.
 
     Raises:
-        ModelError: one of the two is wrong.
+        ModelError: a key is wrong, or the numbers do not fit each other.
     """
+    dense = read_feed_forward(keys)
+    tensors: dict[RouterTensor, tuple[str, ...]] = {"weight": ("mlp.gate.weight",)}
+    if shared is not None:
+        tensors["shared_gate"] = ("mlp.shared_expert_gate.weight",)
+    feed = expert_feed(
+        sizes.hidden,
+        count=count,
+        top_k=top_k,
+        feed_forward=replace(dense, size=width),
+        router=Router(normalized=keys.flag("norm_topk_prob")),
+        tensors=tensors,
+        shared=None if shared is None else replace(dense, size=shared),
+    )
+    plain = dense_feed(dense, sizes.hidden)
+    return tuple(feed if sparse else plain for sparse in _sparse_layers(keys, sizes.layers))
+
+
+def _sparse_layers(keys: Keys, layers: int) -> tuple[bool, ...]:
+    """Whether each layer has experts: every decoder_sparse_step-th but for mlp_only_layers."""
     step = keys.integer("decoder_sparse_step", default=1)
     dense = keys.value("mlp_only_layers") or ()
     if not isinstance(dense, list | tuple) or not all(
@@ -103,13 +133,3 @@ def sparse_layers(keys: Keys, layers: int) -> tuple[bool, ...]:
     ):
         raise ModelError(f"config key mlp_only_layers must be a list of layers, got {dense!r}")
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
-
-
-def mixed(sparse: Collection[bool], feed: Feed, dense: Feed) -> tuple[Feed, ...]:
-    """`feed` in the layers that have experts, `dense` in the others."""
-    return tuple(feed if has_experts else dense for has_experts in sparse)
-
-
-def narrow(feed_forward: FeedForward, size: int) -> FeedForward:
-    """The same feed-forward layer with another width."""
-    return replace(feed_forward, size=size)

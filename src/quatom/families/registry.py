@@ -8,6 +8,7 @@ from quatom.families.decoder import Family
 from quatom.families.gemma2 import GEMMA2
 from quatom.families.gemma3 import GEMMA3
 from quatom.families.glm import GLM, GLM4
+from quatom.families.glm_moe import GLM4_MOE
 from quatom.families.granite import GRANITE, GRANITE_MOE
 from quatom.families.keys import Keys
 from quatom.families.llama import LLAMA
@@ -17,8 +18,10 @@ from quatom.families.olmo import OLMO2, OLMO3
 from quatom.families.olmoe import OLMOE
 from quatom.families.opt import OPT
 from quatom.families.phi3 import PHI3
+from quatom.families.phi_moe import PHI_MOE
 from quatom.families.qwen import QWEN2, QWEN3
-from quatom.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from quatom.families.qwen2_moe import QWEN2_MOE
+from quatom.families.qwen3_moe import QWEN3_MOE
 from quatom.families.seed_oss import SEED_OSS
 from quatom.families.smollm3 import SMOLLM3
 from quatom.families.spec import ModelConfig
@@ -49,6 +52,8 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_MOE,
     OLMOE,
     GRANITE_MOE,
+    PHI_MOE,
+    GLM4_MOE,
 )
 """Every supported family, in the order of the table in the docs."""
 

@@ -336,6 +336,10 @@ class ModelConfig:
     final_norm_name: str = "model.norm"
     """Prefix of the tensors of the final norm."""
     head_name: str = "lm_head.weight"
+    head_bias: bool = False
+    """The output projection adds a bias."""
+    unused_layers: int = 0
+    """Layers behind the decoder's in files that it does not run."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a generation; may be empty."""
@@ -351,6 +355,17 @@ class ModelConfig:
                 f"{self.positions.name} has rows for {rows} positions, the model asks for "
                 f"{self.max_position}"
             )
+
+    @property
+    def unused_prefixes(self) -> tuple[str, ...]:
+        """What names of tensors of `unused_layers` begin with."""
+        last = self.num_layers + self.unused_layers
+        return tuple(f"{self.layer_prefix}{layer}." for layer in range(self.num_layers, last))
+
+    @property
+    def head_bias_name(self) -> str:
+        """Tensor (vocab_size,), where `head_bias`."""
+        return self.head_name.removesuffix("weight") + "bias"
 
     @property
     def num_layers(self) -> int:

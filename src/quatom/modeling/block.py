@@ -88,6 +88,8 @@ class DecoderBlock(nn.Module):
         self.norms = nn.ModuleDict({name: norms[name] for name in norms})
         self.heads = Heads(plan.spec.attention, qk_norm, backend)
         self.register_buffer("key_offset", key_offset, persistent=False)
+        # Of the backends that multiply, the reference alone has grouping and sums of its own.
+        self.routing_backend = backend if backend == Backend.REFERENCE else None
         experts, tensors = plan.spec.experts, router or {}
         self.router = None if experts is None else ExpertRouter(experts, tensors)
         self.register_buffer("shared_gate", tensors.get("shared_gate"), persistent=False)
@@ -130,11 +132,16 @@ class DecoderBlock(nn.Module):
         else:
             normed = residual = hidden + residual
         routing = self.router(normed)
-        groups = group_tokens(routing.expert_ids, experts.count)
+        groups = group_tokens(routing.expert_ids, experts.count, backend=self.routing_backend)
         x = self._input_of("experts_gate_up").plain(normed)
         x = self.linears["experts_gate_up"](x, groups, experts.top_k)
         x = self._input_of("experts_down").activate(x, experts.feed_forward)
-        mixed = combine(self.linears["experts_down"](x, groups, None), groups, routing.weights)
+        mixed = combine(
+            self.linears["experts_down"](x, groups, None),
+            groups,
+            routing.weights,
+            backend=self.routing_backend,
+        )
         if self.spec.feed_forward is None:
             return mixed, residual
         shared = self._feed(self._input_of("gate_up").plain(normed))
