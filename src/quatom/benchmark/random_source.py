@@ -27,7 +27,7 @@ def random_source(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> TensorSource:
-    """Weights of standard deviation `random_weights.STD`, norms of ones, in the sizes called `shape`.
+    """Random weights (see `random_weights`), norms of ones, in the sizes called `shape`.
 
     Args:
         shape: a name in `quatom.benchmark.random_weights.SHAPES`.

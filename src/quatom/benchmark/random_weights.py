@@ -214,7 +214,7 @@ def outer_std(config: ModelConfig, name: str) -> float:
 
 def _rows(site: SitePlan) -> tuple[int, ...]:
     """(N,), or (E, N) of routed experts."""
-    return site.linears[0].lead + (site.rows,)
+    return (*site.linears[0].lead, site.rows)
 
 
 def root_mean_square(fmt: Format) -> float:

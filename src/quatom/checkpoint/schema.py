@@ -10,8 +10,8 @@ groups and B outlier groups per row is stored as
     p.order           int32    (K,)                              if the input is gathered by it
     p.bias            as in the source  (N,)                     if the model has it
 
-Of routed experts all but `order` have a leading dimension E. All other tensors are as in the source,
-the router's among them. docs/reference/checkpoint-format.md says what the numbers mean.
+Of routed experts all but `order` have a leading dimension E. All other tensors, the router's among
+them, are as in the source. docs/reference/checkpoint-format.md says what the numbers mean.
 """
 
 from dataclasses import dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import linear
 
 from quatom.checkpoint.reader import TensorSource
 from quatom.evaluation.perplexity import mean_loss, perplexity_of
@@ -176,7 +177,7 @@ class LadderRun:
             mean_loss(
                 norm(states)[0],
                 window.to(self.device),
-                lambda rows: scale_logits(config, torch.nn.functional.linear(rows, head, bias).float()),
+                lambda rows: scale_logits(config, linear(rows, head, bias).float()),
             )
             for states, window in zip(hidden, self.windows, strict=True)
         ]

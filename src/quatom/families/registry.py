@@ -57,6 +57,9 @@ FAMILIES: tuple[Family, ...] = (
 )
 """Every supported family, in the order of the table in the docs."""
 
+_SINKS = "its attention has sinks, which Quatom's attention kernels do not compute"
+_REASONS = {"GptOssForCausalLM": _SINKS, "gpt_oss": _SINKS}
+"""Why a well-known model is not supported, by architecture and model_type."""
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 _BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
 
@@ -96,12 +99,14 @@ def find_family(config: Mapping[str, Any]) -> Family:
     found = {}
     for name in names:
         if name not in _BY_ARCHITECTURE:
-            raise ModelError(f"architecture {name} is not supported; supported: {_supported()}")
+            raise ModelError(
+                f"architecture {name} is not supported{_reason(name)}; supported: {_supported()}"
+            )
         found[name] = _BY_ARCHITECTURE[name]
     if model_type is not None:
         if model_type not in _BY_MODEL_TYPE:
             raise ModelError(
-                f"model_type {model_type!r} is not supported; supported: "
+                f"model_type {model_type!r} is not supported{_reason(model_type)}; supported: "
                 f"{', '.join(_BY_MODEL_TYPE)}"
             )
         found[f"model_type {model_type}"] = _BY_MODEL_TYPE[model_type]
@@ -120,6 +125,10 @@ def _names(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"config key architectures must be a list of names, got {names!r}")
     return list(names)
+
+
+def _reason(name: str) -> str:
+    return f" ({_REASONS[name]})" if name in _REASONS else ""
 
 
 def _supported() -> str:

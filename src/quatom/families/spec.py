@@ -21,7 +21,7 @@ SITES: tuple[SiteName, ...] = get_args(SiteName)
 """All sites that a layer may have, in the order of the network."""
 RouterTensor = Literal["weight", "bias", "correction", "shared_gate"]
 """Float tensors beside routed experts: the router's weight (E, hidden), its bias (E,), what is
-added to scores for the choice alone (E,), and the weight (1, hidden) of the shared expert's gate."""
+added to scores for the choice alone (E,), the weight of the shared expert's gate (1, hidden)."""
 
 NormName = Literal["attention", "attention_output", "feed_forward", "feed_forward_output"]
 """A norm of a layer: before attention, after it, before the feed-forward layer, after it."""
