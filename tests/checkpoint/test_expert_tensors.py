@@ -70,7 +70,7 @@ def test_a_damaged_number_of_experts_is_found_without_listing_all(folder):
     text = (folder / "config.json").read_text()
     text = text.replace('"num_local_experts": 4', '"num_local_experts": 4000000000')
     (folder / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="lacks model.layers.0.mlp.experts"):
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.mlp\.experts"):
         open_source(folder)
 
 

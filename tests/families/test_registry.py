@@ -363,8 +363,8 @@ def test_what_experts_do_not_compute_is_refused_by_name(name, change, message):
         read_config(tiny_config(name).to_dict() | change)
 
 
-def test_factors_of_phi_moe_must_be_one(name="phimoe"):
-    keys = tiny_config(name).to_dict()
+def test_factors_of_phi_moe_must_be_one():
+    keys = tiny_config("phimoe").to_dict()
     keys["rope_parameters"] = keys["rope_parameters"] | {"long_mscale": 1.3}
     with pytest.raises(ModelError, match=r"short_mscale 1.2 and long_mscale 1.3"):
         read_config(keys)
