@@ -331,8 +331,11 @@ def test_a_family_is_a_short_file():
 def test_the_page_on_adding_a_model_quotes_the_source():
     page = Path(__file__).resolve().parents[2] / "docs" / "design" / "adding-a-model.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    source = inspect.getsource(inspect.getmodule(find_family(named("GlmForCausalLM")).read))
-    assert len(blocks) == 3
+    source = "".join(
+        inspect.getsource(inspect.getmodule(find_family(named(name)).read))
+        for name in ("GlmForCausalLM", "MixtralForCausalLM")
+    )
+    assert len(blocks) == 4
     assert all(block in source for block in blocks)
 
 

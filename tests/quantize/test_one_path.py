@@ -92,18 +92,18 @@ def test_presets_on_qwen2(name, tiny_qwen2_dir, text_file, tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def expert_folders(tmp_path_factory):
-    names = ("mixtral", "qwen2_moe", "glm4_moe")
+    names = ("mixtral", "qwen2_moe", "olmoe")
     return {name: save_tiny(tmp_path_factory.mktemp("moe") / name, name) for name in names}
 
 
 @pytest.mark.parametrize(
     ("model", "name"),
     [("mixtral", name) for name in PRESETS if name != "fp16"]
-    + [("qwen2_moe", "quatom-w4a4kv4"), ("glm4_moe", "atom-w4a4kv4")],
+    + [("qwen2_moe", "quatom-w4a4kv4"), ("olmoe", "atom-w4a4kv4")],
 )
 def test_experts(model, name, expert_folders, text_file, tmp_path, monkeypatch):
     source, recipe = expert_folders[model], short(PRESETS[name])
-    if model == "glm4_moe":  # its keys are normed behind k_proj, where the simulation rounds them
+    if model == "olmoe":  # its keys are normed behind k_proj, where the simulation rounds them
         recipe = replace(recipe, kv_cache=KVSpec(format="float16"))
     quantize_checkpoint(source, tmp_path / "q", recipe, calibration=text_file)
     agree(source, tmp_path / "q", monkeypatch)
