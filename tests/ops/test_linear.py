@@ -438,7 +438,7 @@ def test_a_captured_graph_sees_new_inputs(device):
 def test_a_sum_that_int32_cannot_hold_is_refused(monkeypatch):
     from types import SimpleNamespace
 
-    from quatom.ops.linear import _cuda_obstacle
+    from quatom.ops.linear.choice import cuda_obstacle
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     formats = ("int4", "int8", "int8")
@@ -446,7 +446,7 @@ def test_a_sum_that_int32_cannot_hold_is_refused(monkeypatch):
         layout = GroupLayout(channels, 128, 128)
         values = SimpleNamespace(device=torch.device("cuda"), shape=(64, channels))
         scales = torch.ones(64, layout.num_scales).half()
-        obstacle = _cuda_obstacle(values, scales, layout, formats, "row")
+        obstacle = cuda_obstacle(values, scales, layout, formats, "row")
         assert obstacle is None if fits else "131072 products" in obstacle
 
 

@@ -20,50 +20,21 @@ cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, or, where
            outliers, N a multiple of 4; sm_90 (Hopper)
 """
 
-import os
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from quatom.errors import BackendError, QuantizationError, ShapeError
+from quatom.errors import ShapeError
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout, ScaleMode
-from quatom.numerics.multiples import split_multiples
-from quatom.ops.activations import ByteLayout, MixedTensor, QuantizeSpec
-from quatom.ops.backend import Backend, choose_backend, note_choice
-from quatom.ops.groups_layout import check_fits_groups, holds_int8
-from quatom.ops.linear.cpu import cpu_obstacle, linear_cpu, prepare_cpu
+from quatom.ops.activations import MixedTensor
+from quatom.ops.backend import Backend
+from quatom.ops.groups_layout import holds_int8
+from quatom.ops.linear.choice import choose_linear_backend
+from quatom.ops.linear.cpu import linear_cpu, prepare_cpu
+from quatom.ops.linear.prepared import PreparedLinear
 from quatom.ops.linear.reference import linear_reference, prepare_reference
 
 BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUBLAS, Backend.CUDA)
-_MOST_INT8_PRODUCTS = 2**17 - 1
-"""Whose sum int32 holds: each is at most 2**14."""
-_BYTE_LAYOUTS: dict[Backend, ByteLayout] = {Backend.CPU: "padded", Backend.CUDA: "groups"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedLinear:
-    """Weights of one linear layer in the layout of one backend."""
-
-    backend: Backend
-    layout: GroupLayout
-    out_channels: int
-    """N."""
-    weight_format: str
-    activation_format: str
-    tensors: tuple[Tensor, ...]
-    """Weights, and where the backend keeps them apart outliers and scales, in its own layout."""
-    bias: Tensor | None  # (N,) float32
-
-    @property
-    def byte_layout(self) -> ByteLayout:
-        """The layout of activations that this backend reads."""
-        return _BYTE_LAYOUTS.get(self.backend, "rows")
-
-    def input_spec(self, spec: QuantizeSpec) -> QuantizeSpec:
-        """`spec` with the byte layout that this layer reads."""
-        return replace(spec, byte_layout=self.byte_layout)
 
 
 def prepare_weights(
@@ -106,7 +77,9 @@ def prepare_weights(
 
     formats = (weight_format, activation_format, outlier_format)
     tensors: tuple[Tensor, ...]
-    chosen = _choose(values, scales, layout, formats, scale_mode, backend)
+    chosen = choose_linear_backend(
+        "linear", BACKENDS, values, scales, layout, formats, scale_mode, backend
+    )
     match chosen:
         case Backend.CUDA:
             from quatom.ops.linear.hopper_layout import pack_weights
@@ -148,27 +121,7 @@ def linear(
     Raises:
         ShapeError: x has other channels or another byte layout than the weights were prepared for.
     """
-    if x.shape[-1] != prepared.layout.channels or len(x.shape) != 2:
-        raise ShapeError(
-            f"expected x (T, {prepared.layout.channels}) as the weights; got {tuple(x.shape)}"
-        )
-    if isinstance(x, MixedTensor):
-        if x.spec.layout != prepared.layout or x.spec.byte_layout != prepared.byte_layout:
-            raise ShapeError(
-                f"x is quantized as {x.spec.layout}, bytes {x.spec.byte_layout!r}, and the weights "
-                f"expect {prepared.layout}, bytes {prepared.byte_layout!r}: quantize with "
-                "prepared.input_spec(spec)"
-            )
-        if x.spec.normal != prepared.activation_format:
-            raise ShapeError(
-                f"x is {x.spec.normal}, the weights are prepared for activations in "
-                f"{prepared.activation_format}"
-            )
-    elif prepared.activation_format != "float16":
-        raise ShapeError(
-            f"x is a plain tensor, the weights are prepared for activations in "
-            f"{prepared.activation_format}: quantize x first"
-        )
+    prepared.check_input(x)
     match prepared.backend:
         case Backend.CUDA:
             from quatom.ops.linear.cuda import linear_cuda
@@ -191,85 +144,3 @@ def linear(
             return linear_cpu(x, prepared.tensors, prepared.out_channels, prepared.bias)
         case _:
             return linear_reference(x, prepared.tensors[0], prepared.bias)
-
-
-def _choose(
-    values: Tensor,
-    scales: Tensor,
-    layout: GroupLayout,
-    formats: tuple[str, str, str],
-    scale_mode: ScaleMode,
-    asked: Backend | None,
-) -> Backend:
-    """The backend that runs these formats; BackendError where one asked for cannot."""
-    weight, activation, outlier = formats
-    obstacles = {
-        Backend.CUDA: _cuda_obstacle(values, scales, layout, formats, scale_mode),
-        Backend.CUBLAS: _cublas_obstacle(values, layout, weight, activation),
-        Backend.TRITON: _triton_obstacle(layout, weight, outlier),
-        Backend.CPU: cpu_obstacle(values, layout, formats if layout.outliers else formats[:2]),
-    }
-    able = tuple(b for b in BACKENDS if not obstacles.get(b))
-    if asked is None and "QUATOM_BACKEND" not in os.environ:
-        if Backend.CPU in able:  # which means that the weights are on a CPU
-            return note_choice("linear", Backend.CPU)
-        return choose_backend("linear", able, values.device)
-    chosen = choose_backend("linear", BACKENDS, values.device, asked)
-    if chosen not in able:
-        raise BackendError(f"linear cannot run on backend {chosen}: {obstacles[chosen]}")
-    return chosen
-
-
-def _triton_obstacle(layout: GroupLayout, weight: str, outlier: str) -> str | None:
-    if not get_format(weight).is_integer:
-        return f"its weights must be integers, not {weight}; use the reference backend"
-    if layout.outliers and outlier != "int8":
-        return f"its outliers must be int8, not {outlier}; use the reference backend"
-    return None
-
-
-def _cublas_obstacle(
-    values: Tensor, layout: GroupLayout, weight: str, activation: str
-) -> str | None:
-    if values.device.type != "cuda":
-        return f"it needs a CUDA device, the weights are on {values.device}"
-    if layout.outliers:
-        return f"it multiplies one format, this layout has {layout.outliers} outlier channels"
-    if (weight, activation) == ("int8", "int8"):
-        if layout.num_scales != 1:
-            return f"its INT8 product has one scale per row, this layout has {layout.num_scales}"
-        if values.shape[0] % 8 or layout.channels % 8:
-            return f"INT8 sizes must be multiples of 8, got {tuple(values.shape)}"
-        return None
-    if weight in ("int2", "int3", "int4") and activation == "float16":
-        return None
-    return f"it runs int8 by int8 and int2 to int4 by float16, not {weight} by {activation}"
-
-
-def _cuda_obstacle(
-    values: Tensor,
-    scales: Tensor,
-    layout: GroupLayout,
-    formats: tuple[str, str, str],
-    scale_mode: ScaleMode,
-) -> str | None:
-    weight, activation, outlier = formats
-    device, rows = values.device, values.shape[0]
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return f"it needs a Hopper GPU (sm_90), the weights are on {device}"
-    if rows % 4:
-        return f"it stores four output channels at a time, there are {rows}: pad the weights"
-    if weight not in ("int2", "int3", "int4"):
-        return f"its weights must be int2 to int4, not {weight}"
-    try:
-        check_fits_groups(layout, activation, outlier, scale_mode)
-        if holds_int8(activation, scale_mode):
-            if layout.normal > _MOST_INT8_PRODUCTS:
-                return (
-                    f"{layout.normal} products of INT8 numbers overflow int32, "
-                    f"{_MOST_INT8_PRODUCTS} do not"
-                )
-            split_multiples(scales[:, : layout.num_normal_groups])
-    except (ShapeError, QuantizationError) as error:
-        return str(error)
-    return None
