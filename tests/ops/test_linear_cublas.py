@@ -14,7 +14,7 @@ from quatom.ops.linear.cublas import (
     dequantize_weights,
     linear_cublas,
 )
-from quatom.ops.linear.triton import prepare_triton
+from quatom.ops.linear.triton_product import prepare_triton
 
 
 def codes(rows, channels, low, high, seed):

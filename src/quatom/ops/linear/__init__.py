@@ -91,7 +91,7 @@ def prepare_weights(
             # this one is not the packing.
             torch.cuda.synchronize(values.device)
         case Backend.TRITON | Backend.CUBLAS:
-            from quatom.ops.linear.triton import prepare_triton
+            from quatom.ops.linear.triton_product import prepare_triton
 
             tensors = prepare_triton(values, scales, layout, get_format(weight_format).bits)
         case Backend.CPU:

@@ -40,6 +40,8 @@ class Config:
     """Weights become signed numbers, instead of sums corrected for their offset."""
     integer: bool = False
     """INT8 activations and weights that carry their group's multiple, summed in int32."""
+    experts: bool = False
+    """Runs of tokens multiplied by the weights of their experts (`quatom.ops.experts`)."""
 
     @property
     def columns(self) -> int:

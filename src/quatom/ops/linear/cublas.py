@@ -14,7 +14,8 @@ from torch import Tensor
 from quatom.errors import BackendError
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor
-from quatom.ops.linear.triton import block_channels, linear_triton
+from quatom.ops.linear.triton import linear_triton
+from quatom.ops.linear.triton_product import block_channels
 
 DEQUANTIZE_TOKENS = 256
 """Tokens from which writing out dequantized weights costs less than a slower product."""

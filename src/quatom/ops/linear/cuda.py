@@ -56,6 +56,7 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
         "PARTS": config.parts,
         "SIGNED": int(config.signed),
         "INTEGER": int(config.integer),
+        "EXPERTS": int(config.experts),
         "WARPGROUPS": config.warpgroups,
         "BLOCKS_PER_WARPGROUP": config.blocks,
         "STAGES": config.num_stages,
@@ -69,7 +70,8 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
 
 
 @cache
-def _kernel(config: Config, dtype: torch.dtype, device: int) -> CudaKernel:
+def hopper_kernel(config: Config, dtype: torch.dtype, device: int) -> CudaKernel:
+    """The kernel of a configuration that writes `dtype`, loaded on a device."""
     cubin = compile_cubin(kernel_source(config.columns), "sm_90a", defines(config, dtype))
     with torch.cuda.device(device):
         return load_kernel(
@@ -94,7 +96,9 @@ def count_clusters(tiles: int, config: Config, sms: int) -> int:
     return tiles + (missing // config.split if missing <= _MOST_FILLERS else 0)
 
 
-class _Arguments(KernelArguments):
+class LinearArguments(KernelArguments):
+    """Parameters of kernel.cu."""
+
     _fields_ = (
         ("packed", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
@@ -111,6 +115,39 @@ class _Arguments(KernelArguments):
     )
 
 
+def check_operands(
+    x: MixedTensor | Tensor, weights: tuple[Tensor, ...], config: Config | None
+) -> MixedTensor:
+    """x, if the kernel can multiply it by packed weights.
+
+    Raises:
+        BackendError: it cannot, with the reason.
+    """
+    if not isinstance(x, MixedTensor) or x.dtype not in (torch.float16, torch.bfloat16):
+        raise BackendError(
+            f"the Hopper linear kernel reads quantized activations and writes float16 or bfloat16, "
+            f"got {type(x).__name__} of {x.dtype}: prepare the weights with backend 'triton'"
+        )
+    integer = len(weights) > 1
+    is_int8 = holds_int8(x.spec.normal, x.spec.scale_mode)
+    if is_int8 != integer or (config is not None and config.integer != integer):
+        raise BackendError(
+            f"weights packed for {'integers' if integer else 'e4m3 numbers'}, activations are "
+            f"{x.spec.normal} with scale mode {x.spec.scale_mode!r}, the configuration is {config}"
+        )
+    return x
+
+
+def unit_value(x: MixedTensor) -> float:
+    """Real value of one step of the kernel's products.
+
+    As e4m3, weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
+    """
+    if holds_int8(x.spec.normal, x.spec.scale_mode):
+        return 1.0
+    return 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
+
+
 def linear_cuda(
     x: MixedTensor | Tensor,
     weights: tuple[Tensor, ...],  # of `hopper_layout.pack_weights`
@@ -121,19 +158,9 @@ def linear_cuda(
     overlap: bool = True,
 ) -> Tensor:
     """See `linear`; `config` overrides the choice of variant, for measurements."""
-    if not isinstance(x, MixedTensor) or x.dtype not in (torch.float16, torch.bfloat16):
-        raise BackendError(
-            f"the Hopper linear kernel reads quantized activations and writes float16 or bfloat16, "
-            f"got {type(x).__name__} of {x.dtype}: prepare the weights with backend 'triton'"
-        )
+    x = check_operands(x, weights, config)
     packed, *row_scales = weights
     integer = bool(row_scales)
-    is_int8 = holds_int8(x.spec.normal, x.spec.scale_mode)
-    if is_int8 != integer or (config is not None and config.integer != integer):
-        raise BackendError(
-            f"weights packed for {'integers' if integer else 'e4m3 numbers'}, activations are "
-            f"{x.spec.normal} with scale mode {x.spec.scale_mode!r}, the configuration is {config}"
-        )
     device = packed.device.index
     config = config or choose_config(x.tokens, packed.shape[0], packed.shape[1], integer)
     y = torch.empty((x.tokens, channels), dtype=x.dtype, device=x.device)
@@ -143,11 +170,9 @@ def linear_cuda(
     row_tiles = -(-packed.shape[0] // config.row_blocks)
     tiles = row_tiles * -(-x.tokens // config.tokens)
     clusters = count_clusters(tiles, config, multiprocessors(device))
-    # Weights enter the matrix unit as (code + 8) * 2**-9, int4 activations as code * 2**-9.
-    unit_value = 1.0 if integer else 2.0**9 if x.spec.normal == "e4m3" else 2.0**18
-    _kernel(config, x.dtype, device).launch(
+    hopper_kernel(config, x.dtype, device).launch(
         clusters * config.split,
-        _Arguments(
+        LinearArguments(
             packed.data_ptr(),
             x.codes.data_ptr(),
             x.scales.data_ptr(),
@@ -159,7 +184,7 @@ def linear_cuda(
             channels,
             layout.num_normal_groups,
             layout.num_outlier_groups,
-            unit_value,
+            unit_value(x),
         ),
         overlap=overlap,
     )

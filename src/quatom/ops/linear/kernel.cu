@@ -14,7 +14,10 @@
 // multiples (1 to 16) of one scale a row: a weight becomes code * multiple, an INT8 number, and the matrix unit
 // adds up over all groups in int32. Multiples, 16 bits each, then stand where a unit has its scales.
 //
-// Compiled by NVRTC with BM, PARTS, SIGNED, INTEGER, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
+// EXPERTS multiplies each run of tokens by the weights of its own expert. `arrange.cu` has written where runs are cut into
+// tiles of tokens; a tile may begin and end amid the 16 tokens that are copied together, and stores its own rows alone.
+//
+// Compiled by NVRTC with BM, PARTS, SIGNED, INTEGER, EXPERTS, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
 // PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM / PARTS columns prepended.
 //   PARTS      a step multiplies and promotes its tokens in this many parts, which need fewer registers
 //   SIGNED     convert weights to signed e4m3 instead of correcting sums for their offset: more
@@ -44,6 +47,7 @@ constexpr u32 RECEIVE_BYTES = (TOKEN_BLOCKS + SPLIT - 1) / SPLIT * (SPLIT - 1) *
 constexpr u32 BARRIER_OFFSET = RECEIVE_OFFSET + RECEIVE_BYTES;
 static_assert(COLUMNS % 8 == 0, "whole swizzle atoms");
 static_assert(STAGES >= 2, "an outlier group is two units");
+static_assert(!EXPERTS || SPLIT == 1, "CTAs of a cluster would disagree about the number of tiles");
 
 // One thread of a warp, and to the compiler no more than one: it copies in bulk without a loop over all threads that
 // might.
@@ -143,6 +147,16 @@ struct Tiles {
     const int rest = tile - first * row_tiles;
     token_tile = first + rest % width;
     row_tile = rest / width;
+  }
+};
+
+// A tile of tokens of one expert: rows `low` to `high` of the BM of x that begin at x_row are those of y from y_row on.
+struct Run {
+  int expert, x_row, y_row, low, high;
+  __device__ __forceinline__ void load(const int4* from) {
+    int bounds;
+    asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(expert), "=r"(x_row), "=r"(y_row), "=r"(bounds) : "l"(from));
+    low = bounds & 0xFFFF, high = bounds >> 16;
   }
 };
 
@@ -280,7 +294,11 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
               void* __restrict__ y,            // [tokens][channels]
               int tokens, int tokens_padded, int channels,
               int int4_groups, int int8_groups,
-              float unit_value) {              // real value of one step of the e4m3 products
+              float unit_value                 // real value of one step of the e4m3 products
+#if EXPERTS
+              , const int4* runs               // their number, then one of each tile of tokens
+#endif
+              ) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = __shfl_sync(~0u, shared_address(shared), 0);  // uniform to the compiler, like what follows
   const u32 full = base + BARRIER_OFFSET, empty = full + STAGES * 8;
@@ -290,7 +308,14 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   const int row_blocks = (channels + 63) / 64;
   const int units = int4_groups + 2 * int8_groups;
   const u32 block_stride = u32(units) * UNIT_BYTES;
+#if EXPERTS
+  int token_tiles;  // how tokens are routed, the kernel before says
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(token_tiles) : "l"(runs));
+  const Tiles tiles{__shfl_sync(~0u, token_tiles, 0), (row_blocks + BLOCKS - 1) / BLOCKS};
+#else
   const Tiles tiles{(tokens + BM - 1) / BM, (row_blocks + BLOCKS - 1) / BLOCKS};
+#endif
   const int first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
   auto first_unit = [&](int of_rank) {  // the two units of an outlier group stay together
     const int unit = of_rank * units / SPLIT;
@@ -302,6 +327,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
 
   const u32 received = empty + STAGES * 8;  // barrier of the partial sums of other CTAs
 
+  if (EXPERTS && first_tile >= tiles.count()) return;
   if (first_tile >= tiles.count()) {
     // A CTA without a tile keeps its place while the others work, for half of what they take at least: the hardware would
     // give the free SM two CTAs of the next linear layer.
@@ -319,13 +345,21 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   auto begin_tile = [&](int tile) {
     int token_tile, row_tile;
     tiles.locate(tile, token_tile, row_tile);
+#if EXPERTS
+    Run run;
+    run.load(runs + 1 + token_tile);
+    const int row = __shfl_sync(~0u, run.x_row, 0), expert = __shfl_sync(~0u, run.expert, 0);
+    here = BM < 16 ? BM : min(BM, (__shfl_sync(~0u, run.high, 0) + 15) / 16 * 16);
+#else
     here = min(BM, tokens_padded - token_tile * BM);
+    constexpr int row = 0, expert = 0;
+#endif
     // Blocks beyond the last repeat it: their results are not stored.
     const int block = min(row_tile * BLOCKS, row_blocks - 1);
     last_block = row_blocks - 1 - block;
-    w_from = weights + u64(block) * block_stride + u64(unit_begin) * UNIT_BYTES;
+    w_from = weights + u64(expert * row_blocks + block) * block_stride + u64(unit_begin) * UNIT_BYTES;
     const int group = unit_begin < int4_groups ? unit_begin : int4_groups + (unit_begin - int4_groups) / 2;
-    const u64 token = u64(group) * tokens_padded + token_tile * BM;
+    const u64 token = u64(group) * tokens_padded + (EXPERTS ? row : token_tile * BM);
     x_from = x + token * 128;
     xs_from = xs + token / 16 * 32;
   };
@@ -524,7 +558,13 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       int token_tile, row_tile;
       if (BM < 16) {
         tiles.locate(tile, token_tile, row_tile);
+#if EXPERTS
+        Run run;
+        run.load(runs + 1 + token_tile);
+        xs_tile = xs_thread + run.x_row / 8 % 2 * 8;
+#else
         xs_tile = xs_thread + token_tile % 2 * 8;  // half of 16 tokens' scales
+#endif
       }
       const int int4_steps = max(0, min(unit_end, int4_groups) - unit_begin);
       if (!INTEGER || int4_steps == 0) {
@@ -539,7 +579,12 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         tiles.locate(tile, token_tile, row_tile);
 #pragma unroll
         for (int r = 0; r < RB; ++r) {
-          const int block = min((row_tile * WARPGROUPS + warpgroup) * RB + r, row_blocks - 1);
+          int block = min((row_tile * WARPGROUPS + warpgroup) * RB + r, row_blocks - 1);
+#if EXPERTS
+          Run run;
+          run.load(runs + 1 + token_tile);
+          block += run.expert * row_blocks;
+#endif
           low[r] = row_scales[block * 64 + group_warp * 16 + lane / 4];
           high[r] = row_scales[block * 64 + group_warp * 16 + lane / 4 + 8];
         }
@@ -614,7 +659,14 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       }
 
       if (BM >= 16) tiles.locate(tile, token_tile, row_tile);  // again: no registers for it in the loop
+#if EXPERTS
+      Run run;  // again, as the place of the tile
+      run.load(runs + 1 + token_tile);
+      const int first_token = run.y_row, begins = run.low, here = run.high;
+#else
+      constexpr int first_token = 0, begins = 0;
       const int here = min(BM, tokens - token_tile * BM);
+#endif
       if (SPLIT > 1) {
         cluster_wait();  // the peers' barriers exist
 #pragma unroll
@@ -637,12 +689,17 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         const int row = block * 64 + group_warp * 16 + lane / 8 * 4 + lane / 4 % 2;
         float bias_low = 0.0f, bias_high = 0.0f;
         if (bias != nullptr && row < channels) {
-          bias_low = bias[row];
-          bias_high = bias[row + 2];
+#if EXPERTS
+          const float* const of_expert = bias + u64(run.expert) * channels;
+#else
+          const float* const of_expert = bias;
+#endif
+          bias_low = of_expert[row];
+          bias_high = of_expert[row + 2];
         }
         const int column = block * 64 + group_warp * 16 + lane % 4 * 4;
         unsigned short* const to =
-            static_cast<unsigned short*>(y) + u64(token_tile * BM + lane / 4) * channels + column;
+            static_cast<unsigned short*>(y) + u64((EXPERTS ? first_token : token_tile * BM) + lane / 4) * channels + column;
 #pragma unroll
         for (int j = 0; j < TOKEN_BLOCKS; ++j) {
           if (SPLIT > 1 && (rank != j % SPLIT || 8 * j >= here)) continue;
@@ -659,7 +716,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
           uint2 v;
           v.x = transpose_8x8(pack_output(sum[4 * j] * unit_value + bias_low, sum[4 * j + 1] * unit_value + bias_low));
           v.y = transpose_8x8(pack_output(sum[4 * j + 2] * unit_value + bias_high, sum[4 * j + 3] * unit_value + bias_high));
-          store_if(8 * j + lane / 4 < here && column < channels, to + u64(8 * j) * channels, v);
+          store_if((!EXPERTS || 8 * j + lane / 4 >= begins) && 8 * j + lane / 4 < here && column < channels, to + u64(8 * j) * channels, v);
         }
       }
     }

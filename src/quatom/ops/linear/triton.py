@@ -1,10 +1,6 @@
 """Triton kernel for `linear`: the portable path, sm_80 and later and the CPU interpreter.
 
-One kernel serves all schemes. Normal groups are multiplied in blocks of at most 128 channels, as
-int8 where both operands are integers and as floating-point numbers otherwise (codes of every format
-are exact in float16 and bfloat16); a group's partial sum is scaled once, at its end. Weights of up
-to 4 bits are packed two to a byte, a block's first half of channels in the low nibbles and its
-second half in the high ones, so that unpacking needs no interleaving: two dots of half a block.
+One kernel serves all schemes; `triton_product` says how it multiplies.
 """
 
 import torch
@@ -16,56 +12,10 @@ from quatom.errors import BackendError
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor
 from quatom.ops.cuda_build import multiprocessors
+from quatom.ops.linear.triton_product import block_channels, sum_groups
 
 _ROWS = 64
 """BN: output channels of a program."""
-
-
-@triton.jit
-def _multiply(x, w, partial, FLOATS: tl.constexpr):
-    if FLOATS:  # no early return: the compiler would go on into the other branch
-        partial = tl.dot(x, tl.trans(w.to(x.dtype)), partial)
-    else:
-        partial = tl.dot(x, tl.trans(w), partial, out_dtype=tl.int32)
-    return partial
-
-
-@triton.jit
-def _multiply_block(
-    partial,  # (BM, BN)
-    x_row_ptr,  # (BM, 1)
-    w_row_ptr,  # (BN, 1)
-    g,
-    b,
-    in_t,
-    in_n,
-    NORMAL: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    PACKED: tl.constexpr,
-    FLOATS: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Add the product over block b of normal group g."""
-    HALF: tl.constexpr = BK // 2
-    BLOCKS: tl.constexpr = (GROUP_SIZE + BK - 1) // BK
-    end = tl.minimum((g + 1) * GROUP_SIZE, NORMAL)
-    if PACKED:
-        j = tl.arange(0, HALF)
-        low = g * GROUP_SIZE + b * BK + j
-        high = low + HALF
-        offset = (g * BLOCKS + b) * HALF + j
-        w = tl.load(w_row_ptr + offset[None, :], mask=in_n[:, None], other=0)
-        x = tl.load(x_row_ptr + low[None, :], mask=in_t[:, None] & (low < end)[None, :], other=0)
-        partial = _multiply(x, (w << 4) >> 4, partial, FLOATS)
-        x = tl.load(x_row_ptr + high[None, :], mask=in_t[:, None] & (high < end)[None, :], other=0)
-        partial = _multiply(x, w >> 4, partial, FLOATS)
-    else:
-        k = g * GROUP_SIZE + b * BK + tl.arange(0, BK)
-        inside = (k < end)[None, :]
-        w = tl.load(w_row_ptr + k[None, :], mask=in_n[:, None] & inside, other=0)
-        x = tl.load(x_row_ptr + k[None, :], mask=in_t[:, None] & inside, other=0)
-        partial = _multiply(x, w, partial, FLOATS)
-    return partial
 
 
 @triton.jit(do_not_specialize=["T"])  # steps of every length run one variant
@@ -100,59 +50,23 @@ def _linear_kernel(
     part = tl.program_id(2)
     in_n = n < N
     in_t = t < T
-    x_row_ptr = x_ptr + t.to(tl.int64)[:, None] * x_row_stride
-    w_row_ptr = w_ptr + n.to(tl.int64)[:, None] * w_row_stride
-    G: tl.constexpr = (NORMAL + GROUP_SIZE - 1) // GROUP_SIZE
-    BLOCKS: tl.constexpr = (GROUP_SIZE + BK - 1) // BK
-    first = part * (G * BLOCKS) // SPLIT
-    last = (part + 1) * (G * BLOCKS) // SPLIT
-    total = tl.zeros((BM, BN), dtype=tl.float32)
-
-    for g in range(first // BLOCKS, (last + BLOCKS - 1) // BLOCKS):
-        if FLOATS:
-            partial = tl.zeros((BM, BN), dtype=tl.float32)
-        else:
-            partial = tl.zeros((BM, BN), dtype=tl.int32)
-        if BLOCKS == 1:  # no inner loop: Triton pipelines the innermost one
-            partial = _multiply_block(
-                partial, x_row_ptr, w_row_ptr, g, 0, in_t, in_n,
-                NORMAL, GROUP_SIZE, PACKED, FLOATS, BK,
-            )  # fmt: skip
-        else:
-            begin = tl.maximum(first - g * BLOCKS, 0)
-            for b in range(begin, tl.minimum(last - g * BLOCKS, BLOCKS)):
-                partial = _multiply_block(
-                    partial, x_row_ptr, w_row_ptr, g, b, in_t, in_n,
-                    NORMAL, GROUP_SIZE, PACKED, FLOATS, BK,
-                )  # fmt: skip
-        ws = tl.load(ws_ptr + n * NUM_SCALES + g, mask=in_n, other=0.0)
-        scaled = partial.to(tl.float32)
-        if HAS_XS:
-            scaled *= tl.load(xs_ptr + t * NUM_SCALES + g, mask=in_t, other=0.0)[:, None]
-        total += scaled * ws[None, :]
-
-    if OUTLIERS > 0:  # noqa: SIM102 (a constexpr branch)
-        if part == SPLIT - 1:
-            for o in range(OUTLIERS // OUTLIER_SIZE):
-                if FLOATS:
-                    partial = tl.zeros((BM, BN), dtype=tl.float32)
-                else:
-                    partial = tl.zeros((BM, BN), dtype=tl.int32)
-                for b in range((OUTLIER_SIZE + BK - 1) // BK):
-                    r = b * BK + tl.arange(0, BK)
-                    inside = (r < OUTLIER_SIZE)[None, :]
-                    k = (o * OUTLIER_SIZE + r)[None, :]
-                    w_ptrs = outlier_ptr + n.to(tl.int64)[:, None] * OUTLIERS + k
-                    w = tl.load(w_ptrs, mask=in_n[:, None] & inside, other=0)
-                    x = tl.load(x_row_ptr + NORMAL + k, mask=in_t[:, None] & inside, other=0)
-                    partial = _multiply(x, w, partial, FLOATS)
-                ws = tl.load(ws_ptr + n * NUM_SCALES + G + o, mask=in_n, other=0.0)
-                scaled = partial.to(tl.float32)
-                if HAS_XS:
-                    xs = tl.load(xs_ptr + t * NUM_SCALES + G + o, mask=in_t, other=0.0)
-                    scaled *= xs[:, None]
-                total += scaled * ws[None, :]
-
+    wide_n = n.to(tl.int64)[:, None]
+    ALL_BLOCKS: tl.constexpr = (
+        (NORMAL + GROUP_SIZE - 1) // GROUP_SIZE * ((GROUP_SIZE + BK - 1) // BK)
+    )
+    total = sum_groups(
+        x_ptr + t.to(tl.int64)[:, None] * x_row_stride,
+        xs_ptr + t * NUM_SCALES,
+        w_ptr + wide_n * w_row_stride,
+        outlier_ptr + wide_n * OUTLIERS,
+        ws_ptr + n * NUM_SCALES,
+        in_t,
+        in_n,
+        part * ALL_BLOCKS // SPLIT,
+        (part + 1) * ALL_BLOCKS // SPLIT,
+        part == SPLIT - 1,
+        NORMAL, GROUP_SIZE, OUTLIERS, OUTLIER_SIZE, PACKED, FLOATS, HAS_XS, True, BM, BN, BK,
+    )  # fmt: skip
     if HAS_BIAS:  # noqa: SIM102 (a constexpr branch)
         if part == SPLIT - 1:
             total += tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :]
@@ -175,30 +89,6 @@ def _sum_parts_kernel(
     for part in tl.static_range(1, SPLIT):  # a fixed order: the sum is deterministic
         total += tl.load(parts_ptr + part * SIZE + at, mask=inside, other=0.0)
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-def block_channels(layout: GroupLayout) -> int:
-    """BK: channels of a dot; half of it must still be 32 wide for int8."""
-    return 128 if layout.group_size > 64 else 64
-
-
-def prepare_triton(
-    values: Tensor, scales: Tensor, layout: GroupLayout, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (uint8 where packed, else int8), outliers and scales as the kernel reads them."""
-    normal = values[:, : layout.normal].to(torch.int8)
-    outliers = values[:, layout.normal :].to(torch.int8).contiguous()
-    if bits <= 4:
-        block = block_channels(layout)
-        blocks = -(-layout.group_size // block)
-        groups = normal.new_zeros(
-            (values.shape[0], layout.num_normal_groups, blocks * block), dtype=torch.int8
-        )
-        for g, part in enumerate(normal.split(layout.group_size, dim=1)):
-            groups[:, g, : part.shape[1]] = part
-        low, high = groups.unflatten(2, (blocks, 2, block // 2)).unbind(dim=3)
-        normal = ((low & 0xF) | (high << 4)).flatten(1).view(torch.uint8)
-    return normal.contiguous(), outliers, scales.float().contiguous()
 
 
 def linear_triton(

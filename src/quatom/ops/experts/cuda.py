@@ -1,0 +1,174 @@
+"""The Hopper kernel of `expert_linear`: that of `linear` over runs of tokens, and what arranges them.
+
+Two launches, whose sizes depend on T, k and E alone. `arrange.cu` turns the offsets of the experts into
+tiles of tokens and copies rows into grouped order, each run from a multiple of 16 rows on: the
+multiplication then brings a tile of tokens by one bulk copy, as for a dense layer. Long runs that are
+in grouped order already stay where they are; their first tile begins up to 15 rows early.
+"""
+
+import ctypes
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quatom.ops.activations import MixedTensor
+from quatom.ops.cuda_build import (
+    CudaKernel,
+    KernelArguments,
+    compile_cubin,
+    load_kernel,
+    multiprocessors,
+    read_source,
+)
+from quatom.ops.experts import PreparedExperts
+from quatom.ops.experts.configs import choose_expert_config
+from quatom.ops.experts.groups import TokenGroups
+from quatom.ops.groups_layout import GROUP_BYTES, TOKEN_PADDING
+from quatom.ops.linear.configs import Config
+from quatom.ops.linear.cuda import LinearArguments, check_operands, hopper_kernel, unit_value
+
+_LONG_RUN = 64
+"""Rows per expert from which rows in grouped order are not copied."""
+
+
+class _ArrangeArguments(KernelArguments):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("to", ctypes.c_void_p),
+        ("to_scales", ctypes.c_void_p),
+        ("runs", ctypes.c_void_p),
+        ("experts", ctypes.c_int),
+        ("tokens_padded", ctypes.c_int),
+        ("rows_padded", ctypes.c_int),
+        ("groups", ctypes.c_int),
+        ("top_k", ctypes.c_int),
+        ("tile_rows", ctypes.c_int),
+        ("alignment", ctypes.c_int),
+    )
+
+
+class _ExpertArguments(KernelArguments):
+    _fields_ = (*LinearArguments._fields_, ("runs", ctypes.c_void_p))
+
+
+def arrange_source() -> str:
+    """arrange.cu behind what CUDA sources share."""
+    return read_source("quatom.ops.experts", "arrange.cu")
+
+
+@cache
+def _arrange_kernel(device: int, experts: int) -> CudaKernel:
+    cubin = compile_cubin(arrange_source(), "sm_90a")
+    with torch.cuda.device(device):
+        return load_kernel(
+            cubin, "arrange_experts", threads=256, shared_bytes=3 * 4 * (experts + 1)
+        )
+
+
+def experts_cuda(
+    x: MixedTensor | Tensor,
+    experts: PreparedExperts,
+    groups: TokenGroups,
+    top_k: int | None,
+    config: Config | None = None,
+    *,
+    in_place: bool | None = None,
+    overlap: bool = True,
+) -> Tensor:
+    """See `expert_linear`.
+
+    Args:
+        x: as `expert_linear` takes it.
+        experts: packed by `linear.hopper_layout.pack_weights`, with a leading dimension E.
+        groups: of `group_tokens`.
+        top_k: see `expert_linear`.
+        config: overrides the choice of variant, for measurements.
+        in_place: overrides the choice whether rows in grouped order stay where they are.
+        overlap: let the kernels start while those before them end.
+    """
+    x = check_operands(x, experts.tensors, config)
+    packed, *row_scales = experts.tensors
+    positions, channels = groups.slots.numel(), experts.out_channels
+    y = torch.empty((positions, channels), dtype=x.dtype, device=x.device)
+    if not positions:
+        return y
+    device = packed.device.index
+    row_blocks, units = packed.shape[1:3]
+    chosen = config or choose_expert_config(
+        positions, experts.num_experts, row_blocks, units, bool(row_scales)
+    )
+    chosen = replace(chosen, experts=True)
+    if in_place is None:
+        in_place = top_k is None and positions >= _LONG_RUN * experts.num_experts
+    codes, scales, runs = _arrange(x, groups, top_k, chosen.tokens, in_place, overlap)
+    tiles = (runs.shape[0] - 1) * -(-row_blocks // chosen.row_blocks)
+    layout = x.spec.layout
+    hopper_kernel(chosen, x.dtype, device).launch(
+        min(tiles, multiprocessors(device) * chosen.ctas_per_sm),
+        _ExpertArguments(
+            packed.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            row_scales[0].data_ptr() if row_scales else None,
+            None if experts.bias is None else experts.bias.data_ptr(),
+            y.data_ptr(),
+            positions,
+            codes.shape[1],
+            channels,
+            layout.num_normal_groups,
+            layout.num_outlier_groups,
+            unit_value(x),
+            runs.data_ptr(),
+        ),
+        overlap=overlap,
+    )
+    return y
+
+
+def _arrange(
+    x: MixedTensor,
+    groups: TokenGroups,
+    top_k: int | None,
+    tile_rows: int,
+    in_place: bool,
+    overlap: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales in grouped order, and the runs: (1 + most tiles, 4) int32."""
+    positions, num_experts = groups.slots.numel(), groups.num_experts
+    used = min(positions, num_experts)  # experts that can have rows
+    before = TOKEN_PADDING - 1 if in_place else 0
+    most_tiles = (positions + used * (tile_rows - 1 + before)) // tile_rows
+    runs = torch.empty((1 + most_tiles, 4), dtype=torch.int32, device=x.device)
+    codes, scales = x.codes, x.scales
+    blocks = 1
+    if not in_place:
+        blocks = (positions + used * (TOKEN_PADDING - 1)) // TOKEN_PADDING
+        num_groups = codes.shape[0]
+        codes = codes.new_empty((num_groups, blocks * TOKEN_PADDING, GROUP_BYTES))
+        scales = scales.new_empty((num_groups, blocks, 2, TOKEN_PADDING))
+    _arrange_kernel(x.device.index, num_experts).launch(
+        max(blocks, -(-most_tiles // 256)),
+        _ArrangeArguments(
+            x.codes.data_ptr(),
+            x.scales.data_ptr(),
+            groups.slots.data_ptr(),
+            groups.offsets.data_ptr(),
+            None if in_place else codes.data_ptr(),
+            None if in_place else scales.data_ptr(),
+            runs.data_ptr(),
+            num_experts,
+            x.codes.shape[1],
+            codes.shape[1],
+            codes.shape[0],
+            top_k or 0,
+            tile_rows,
+            min(tile_rows, TOKEN_PADDING),
+        ),
+        overlap=overlap,
+    )
+    return codes, scales, runs
