@@ -77,13 +77,9 @@ class Problem:
         ids = route(tokens, k, experts, kind, rng)
         return cls(x, xs, w, ws, bias, ids, layout, fmt, scale_mode)
 
-    def run(self, backend, device, *, gathered=True, weight="int4", **options):
-        """expert_linear of rows by token, or (not `gathered`) of rows in grouped order."""
-        device = "cpu" if backend is Backend.CPU else device
-        k = self.ids.shape[1]
-        groups = group_tokens(self.ids.to(device), self.w.shape[0])
-        rows = slice(None) if gathered else groups.slots.cpu().long() // k
-        experts = prepare_experts(
+    def prepare(self, backend, device, weight="int4"):
+        """The experts of this problem."""
+        return prepare_experts(
             self.w.to(device),
             self.ws.half().to(device),
             self.layout,
@@ -93,10 +89,21 @@ class Problem:
             scale_mode=self.scale_mode,
             backend=backend,
         )
+
+    def mixed(self, experts, device, rows=None):
+        """The input, or these rows of it, as the experts read it."""
         spec = QuantizeSpec(layout=self.layout, normal=self.fmt, scale_mode=self.scale_mode)
+        x, xs = (self.x, self.xs) if rows is None else (self.x[rows], self.xs[rows])
         spec = experts.input_spec(spec)
-        x, xs = self.x[rows].to(device), self.xs[rows].to(device)
-        mixed = pack_values(x, xs, spec, options.get("dtype", torch.float16))
+        return pack_values(x.to(device), xs.to(device), spec, torch.float16)
+
+    def run(self, backend, device, *, gathered=True, weight="int4"):
+        """expert_linear of rows by token, or (not `gathered`) of rows in grouped order."""
+        device = "cpu" if backend is Backend.CPU else device
+        k = self.ids.shape[1]
+        groups = group_tokens(self.ids.to(device), self.w.shape[0])
+        experts = self.prepare(backend, device, weight)
+        mixed = self.mixed(experts, device, None if gathered else groups.slots.cpu().long() // k)
         # The allocator hands the same block out again: what is not written stays NaN.
         shape = (self.ids.numel(), self.w.shape[1])
         poison = torch.full(shape, torch.nan, dtype=mixed.dtype, device=device)

@@ -1,4 +1,4 @@
-"""Speed of the linear and quantize kernels beside the peers found installed, in one run.
+"""Speed of the linear, expert and quantize kernels beside the peers found installed, in one run.
 
 Every time is the median of CUDA-graph replays, weights rotated out of the L2 cache. Our kernel and
 its peers take turns on each problem, because a GPU slows down as it warms up.
@@ -11,6 +11,7 @@ alone.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quatom.benchmark.environment import describe_environment, measure_ceilings, write_results
+from quatom.benchmark.experts import measure_experts
 from quatom.benchmark.kernel_operands import (
     OUTLIERS,
     HopperOperands,
@@ -51,7 +53,7 @@ SCHEMES: tuple[tuple[str, str, ScaleMode], ...] = (
 )
 """(name, activations, their scales); the first and the last are the quatom recipes."""
 QUANTIZE_TOKENS = (1, 16, 64, 256, 1024, 4096)
-OPS = ("all", "linear", "quantize")
+OPS = ("all", "linear", "quantize", "experts")
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def run_kernel_bench(
     The result file is written after every problem: an interrupted run keeps what it has.
 
     Args:
-        op: all, linear or quantize.
+        op: all, linear, quantize or experts.
         json_path: result file.
         plot_path: picture of the linear results.
 
@@ -295,7 +297,8 @@ def run_kernel_bench(
         problems = [Problem.make(shape) for shape in SHAPES]
         # Fewest tokens first: the work that heats the GPU most comes last.
         parts += [problem.measure(m, copy) for m in TOKENS for problem in problems]
-    for part in parts:
+    experts = measure_experts(copy) if op in ("all", "experts") else iter(())
+    for part in chain(parts, experts):
         rows = [dict.fromkeys(_OPTIONAL_KEYS) | row for row in part]
         _add_ratios(rows)
         results += rows

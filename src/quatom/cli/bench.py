@@ -37,11 +37,11 @@ def attention(
 
 @app.command()
 def kernels(
-    op: Annotated[str, typer.Option(help="Operations: all, linear or quantize.")] = "all",
+    op: Annotated[str, typer.Option(help="Operations: all, linear, quantize or experts.")] = "all",
     json: Annotated[Path | None, typer.Option(help="Result file to write.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
 ) -> None:
-    """Linear and quantize kernels: shapes x tokens, beside the peers found installed."""
+    """Linear, expert and quantize kernels: shapes x tokens, beside the peers found installed."""
     from quatom.benchmark.kernels import run_kernel_bench
 
     run_kernel_bench(op, json_path=json, plot_path=plot)

@@ -7,7 +7,6 @@ in grouped order already stay where they are; their first tile begins up to 15 r
 """
 
 import ctypes
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -98,18 +97,14 @@ def experts_cuda(
     if not positions:
         return y
     device = packed.device.index
-    row_blocks, units = packed.shape[1:3]
-    chosen = config or choose_expert_config(
-        positions, experts.num_experts, row_blocks, units, bool(row_scales)
-    )
-    chosen = replace(chosen, experts=True)
+    config = config or choose_expert_config(positions, experts.num_experts, bool(row_scales))
     if in_place is None:
         in_place = top_k is None and positions >= _LONG_RUN * experts.num_experts
-    codes, scales, runs = _arrange(x, groups, top_k, chosen.tokens, in_place, overlap)
-    tiles = (runs.shape[0] - 1) * -(-row_blocks // chosen.row_blocks)
+    codes, scales, runs = _arrange(x, groups, top_k, config.tokens, in_place, overlap)
+    tiles = (runs.shape[0] - 1) * -(-packed.shape[1] // config.row_blocks)
     layout = x.spec.layout
-    hopper_kernel(chosen, x.dtype, device).launch(
-        min(tiles, multiprocessors(device) * chosen.ctas_per_sm),
+    hopper_kernel(config, x.dtype, device).launch(
+        min(tiles, multiprocessors(device) * config.ctas_per_sm),
         _ExpertArguments(
             packed.data_ptr(),
             codes.data_ptr(),
