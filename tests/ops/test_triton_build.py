@@ -115,6 +115,38 @@ build(
     KV=2, HALF=50, HALF_PAD=64, {PAGES}, KEY_ROTARY=True, LAST=True, OUT=104, BLOCK_T=32,
 )
 """,
+    "group_tokens": """
+from quatom.ops.experts.triton_groups import _group_kernel as kernel
+build(
+    kernel,
+    {"*i32": "ids_ptr slots_ptr offsets_ptr positions_ptr", "i32": "COUNT"},
+    BLOCK=4096,
+)
+""",
+    "combine": """
+from quatom.ops.experts.triton_groups import _combine_kernel as kernel
+build(
+    kernel,
+    {"*bf16": "y_ptr out_ptr", "*i32": "positions_ptr", "*fp32": "weights_ptr",
+     "i32": "y_row_stride"},
+    K=8, CHANNELS=2880, TILE=1024,
+)
+""",
+    "experts": """
+from quatom.ops.experts.triton import _experts_kernel as kernel
+sizes = dict(EXPERTS=5, OUTLIERS=64, OUTLIER_SIZE=64, NUM_SCALES=3, EXPERT_BLOCK=8, BM=16, BN=64)
+for codes in (True, False):
+    floats = not codes
+    build(
+        kernel,
+        {"*i8": "outlier_ptr" + codes * " x_ptr w_ptr", "*i32": "slots_ptr offsets_ptr",
+         "*fp32": "xs_ptr ws_ptr bias_ptr", "*bf16": "y_ptr" + floats * " x_ptr w_ptr",
+         "i32": "N x_row_stride w_row_stride top_k"},
+        GATHER=codes, NORMAL=224, GROUP_SIZE=128 if codes else 224, PACKED=codes,
+        FLOATS=floats, HAS_XS=codes, HAS_WS=codes, HAS_BIAS=True, BK=128 if codes else 64,
+        **(sizes if codes else sizes | {"OUTLIERS": 0}),
+    )
+""",
     "prefill with a soft-cap": """
 from quatom.ops.attention.triton_prefill import _prefill_kernel as kernel
 build(
