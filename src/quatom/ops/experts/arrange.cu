@@ -32,7 +32,8 @@ arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128
                 int4* __restrict__ runs,          // number of tiles, then (expert, row of x, row of y, bounds) of each
                 int experts, int tokens_padded, int rows_padded, int groups,
                 int top_k,                        // 0: rows of x are in grouped order
-                int tile_rows, int alignment) {   // tiles begin at multiples of `alignment` where rows stay
+                int tile_rows, int alignment,     // tiles begin at multiples of `alignment` where rows stay
+                int parts) {                      // CTAs that share the groups of 16 rows
   extern __shared__ int shared[];
   int* const first_row = shared;                  // [experts + 1], in `to`
   int* const first_tile = shared + experts + 1;   // [experts + 1]
@@ -81,7 +82,8 @@ arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128
   }
   if (to == nullptr) return;
 
-  for (int block = blockIdx.x; 16 * block < first_row[experts]; block += gridDim.x) {
+  const int part = blockIdx.x % parts;
+  for (int block = blockIdx.x / parts; 16 * block < first_row[experts]; block += gridDim.x / parts) {
     const int e = find(first_row, experts, 16 * block);
     const int first = bounds[e] + 16 * block - first_row[e], last = bounds[e + 1];  // positions
     auto source = [&](int position) { return top_k ? slots[position] / top_k : position; };
@@ -91,7 +93,7 @@ arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128
       const u8* from = x + u64(token) * 128 + (piece ^ row % 8 ^ token % 8) * 16;
       u8* into = to + u64(16 * block + row) * 128 + piece * 16;
 #pragma unroll 4
-      for (int g = threadIdx.x / 128; g < groups; g += THREADS / 128)
+      for (int g = part * (THREADS / 128) + threadIdx.x / 128; g < groups; g += parts * (THREADS / 128))
         *reinterpret_cast<int4*>(into + u64(g) * rows_padded * 128) =
             *reinterpret_cast<const int4*>(from + u64(g) * tokens_padded * 128);
     }
@@ -99,7 +101,7 @@ arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128
     if (position < last) {
       const int token = source(position);
 #pragma unroll 4
-      for (int g = threadIdx.x / 32; g < groups; g += THREADS / 32)
+      for (int g = part * (THREADS / 32) + threadIdx.x / 32; g < groups; g += parts * (THREADS / 32))
         to_scales[(u64(g) * rows_padded / 16 + block) * 32 + kind * 16 + place] =
             xs[(u64(g) * tokens_padded / 16 + token / 16) * 32 + kind * 16 + place_of(token)];
     }

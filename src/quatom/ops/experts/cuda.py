@@ -48,6 +48,7 @@ class _ArrangeArguments(KernelArguments):
         ("top_k", ctypes.c_int),
         ("tile_rows", ctypes.c_int),
         ("alignment", ctypes.c_int),
+        ("parts", ctypes.c_int),
     )
 
 
@@ -140,14 +141,16 @@ def _arrange(
     most_tiles = (positions + used * (tile_rows - 1 + before)) // tile_rows
     runs = torch.empty((1 + most_tiles, 4), dtype=torch.int32, device=x.device)
     codes, scales = x.codes, x.scales
-    blocks = 1
+    blocks = parts = 1
     if not in_place:
         blocks = (positions + used * (TOKEN_PADDING - 1)) // TOKEN_PADDING
         num_groups = codes.shape[0]
+        # Two CTAs an SM, if groups suffice: a CTA takes two at a time.
+        parts = max(1, min(2 * multiprocessors(x.device.index) // blocks, num_groups // 4))
         codes = codes.new_empty((num_groups, blocks * TOKEN_PADDING, GROUP_BYTES))
         scales = scales.new_empty((num_groups, blocks, 2, TOKEN_PADDING))
     _arrange_kernel(x.device.index, num_experts).launch(
-        max(blocks, -(-most_tiles // 256)),
+        blocks * parts if not in_place else -(-most_tiles // 256),
         _ArrangeArguments(
             x.codes.data_ptr(),
             x.scales.data_ptr(),
@@ -163,6 +166,7 @@ def _arrange(
             top_k or 0,
             tile_rows,
             min(tile_rows, TOKEN_PADDING),
+            parts,
         ),
         overlap=overlap,
     )

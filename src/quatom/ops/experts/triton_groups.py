@@ -50,8 +50,8 @@ def group_triton(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
         offsets,
         positions,
         count,
-        BLOCK=1024 if count <= 1024 else 4096,
-        num_warps=4 if count <= 1024 else 8,
+        BLOCK=1024 if count <= 1024 else 16384,
+        num_warps=4 if count <= 1024 else 32,
     )
     return slots, offsets, positions
 
