@@ -267,18 +267,17 @@ __device__ __forceinline__ void promote(float (&total)[BLOCKS_PER_WARPGROUP][BM 
 }
 
 // total = count * token scale * row scale: all normal groups at once.
-template <int COUNT>
 __device__ __forceinline__ void scale_counts(float (&total)[BLOCKS_PER_WARPGROUP][BM / 2],
-                                             const int (&counts)[BLOCKS_PER_WARPGROUP][COUNT][COLUMNS / 2],
+                                             const int (&counts)[BLOCKS_PER_WARPGROUP][PARTS][COLUMNS / 2],
                                              const float (&low)[BLOCKS_PER_WARPGROUP],
                                              const float (&high)[BLOCKS_PER_WARPGROUP], u32 xs) {
 #pragma unroll
-  for (int j = 0; j < COUNT * COLUMNS / 8; j += 2) {
+  for (int j = 0; j < BM / 8; j += 2) {
     const TokenScales<false> token(xs + j * 64);
 #pragma unroll
     for (int r = 0; r < BLOCKS_PER_WARPGROUP; ++r)
 #pragma unroll
-      for (int i = 0; i < 8 && 4 * j + i < COUNT * COLUMNS / 2; ++i) {
+      for (int i = 0; i < 8 && 4 * j + i < BM / 2; ++i) {
         const int at = 4 * j + i;
         const float scaled = float(counts[r][at / (COLUMNS / 2)][at % (COLUMNS / 2)]) * token.scale[i / 4 * 2 + i % 2];
         total[r][at] = scaled * (i % 4 < 2 ? low[r] : high[r]);
@@ -512,8 +511,8 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       for (int r = 0; r < RB; ++r)
         codes[r].load(w_thread + at.stage * W_STAGE + r * UNIT_BYTES, ws_thread + at.stage * W_STAGE + r * UNIT_BYTES);
     };
-    auto integer_step = [&](Codes (&now)[RB], Codes (&next)[RB], u32 (&a)[RB][16], auto& counts,
-                            bool first, bool more) {
+    auto integer_step = [&](Codes (&now)[RB], Codes (&next)[RB], u32 (&a)[RB][16], int (&counts)[RB][PARTS][COLUMNS / 2],
+                            int parts, bool first, bool more) {
       const u64 b = descriptor(base + X_OFFSET + ring.stage * X_BYTES);
       const u32 before = ring.previous();
       const Ring at = ring;
@@ -536,7 +535,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       }
       wgmma_fence();
 #pragma unroll
-      for (int part = 0; part < int(sizeof(counts[0]) / sizeof(counts[0][0])); ++part)
+      for (int part = 0; part < parts; ++part)
 #pragma unroll
         for (int r = 0; r < RB; ++r)
 #pragma unroll
@@ -592,29 +591,32 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
           low[r] = row_scales[block * 64 + group_warp * 16 + lane / 4];
           high[r] = row_scales[block * 64 + group_warp * 16 + lane / 4 + 8];
         }
-#define MULTIPLY(COUNT)                                                                                               \
-  do {                                                                                                                \
-    int counts[RB][COUNT][COLUMNS / 2] = {};                                                                          \
-    u32 even[RB][16], odd[RB][16];                                                                                    \
-    Codes even_codes[RB], odd_codes[RB];                                                                              \
-    if (READ_AHEAD) {                                                                                                 \
-      barrier_wait(full + 8 * ring.stage, ring.phase);                                                                \
-      read_codes(ring, even_codes);                                                                                   \
-    }                                                                                                                 \
-    for (int i = 0; i < int4_steps; i += 2) {                                                                         \
-      integer_step(even_codes, odd_codes, even, counts, i == 0, i + 1 < int4_steps);                                  \
-      if (i + 1 < int4_steps) integer_step(odd_codes, even_codes, odd, counts, false, i + 2 < int4_steps);            \
-    }                                                                                                                 \
-    wgmma_wait();                                                                                                     \
-    const u32 stage = ring.previous();                                                                                \
-    scale_counts(total, counts, low, high, xs_tile + stage * XS_BYTES);                                               \
-    release(stage);                                                                                                   \
+        // A loop of its own where the last part has no tokens: accumulators that two loops share are multiplied one
+        // instruction at a time. No function, whose counts would be other registers.
+#define MULTIPLY(COUNT)                                                                                                \
+  do {                                                                                                                 \
+    int counts[RB][PARTS][COLUMNS / 2] = {};                                                                           \
+    u32 even[RB][16], odd[RB][16];                                                                                     \
+    Codes even_codes[RB], odd_codes[RB];                                                                               \
+    if (READ_AHEAD) {                                                                                                  \
+      barrier_wait(full + 8 * ring.stage, ring.phase);                                                                 \
+      read_codes(ring, even_codes);                                                                                    \
+    }                                                                                                                  \
+    for (int i = 0; i < int4_steps; i += 2) {                                                                          \
+      integer_step(even_codes, odd_codes, even, counts, COUNT, i == 0, i + 1 < int4_steps);                            \
+      if (i + 1 < int4_steps) integer_step(odd_codes, even_codes, odd, counts, COUNT, false, i + 2 < int4_steps);      \
+    }                                                                                                                  \
+    wgmma_wait();                                                                                                      \
+    const u32 stage = ring.previous();                                                                                 \
+    scale_counts(total, counts, low, high, xs_tile + stage * XS_BYTES);                                                \
+    release(stage);                                                                                                    \
   } while (0)
 #if EXPERTS
-        if (PARTS > 1 && last_part_is_empty) MULTIPLY((PARTS > 1 ? PARTS - 1 : 1));
+        if (PARTS > 1 && last_part_is_empty) MULTIPLY(PARTS - 1);
         else
 #endif
           MULTIPLY(PARTS);
+#undef MULTIPLY
       }
 #else
       if (int4_steps > 0) {
