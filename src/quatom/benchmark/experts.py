@@ -1,4 +1,4 @@
-"""Speed of the expert kernel beside the dense one at equal work and torch's grouped product in BF16.
+"""Speed of the expert kernel beside the dense one at equal work and a grouped product in BF16.
 
 *Equal work* of the dense kernel is the faster of two layers of as many operations: the experts that
 tokens are routed to side by side, under their mean number of tokens, which reads the same weights;

@@ -1,8 +1,8 @@
 """Linear layers of a mixture of experts: each row is multiplied by the experts of its token.
 
-A token t is routed to k experts: *slot* t * k + j is its j-th. `group_tokens` sorts slots by expert,
-so that each expert has a run of *positions*; `expert_linear` multiplies each run by its expert's
-weights, and `combine` adds up the k results of a token:
+A token t is routed to k experts: *slot* t * k + j is its j-th. `group_tokens` sorts slots by
+expert, so that each expert has a run of *positions*; `expert_linear` multiplies each run by the
+weights of its expert, and `combine` adds up the k results of a token:
 
     groups = group_tokens(routing.expert_ids, num_experts)
     hidden = expert_linear(x, gate_up, groups, top_k=k)       # (T, K) -> (T k, N), grouped
@@ -18,8 +18,8 @@ cpu        as that of `linear`, one expert after another
 triton     as that of `linear`
 cuda       as that of `linear`, Hopper
 
-The launches of triton and cuda depend on T, k and E alone, never on how tokens are routed: both can be
-captured in CUDA graphs.
+The launches of triton and cuda depend on T, k and E alone, never on how tokens are routed: both
+can be captured in CUDA graphs.
 """
 
 from dataclasses import dataclass
@@ -176,7 +176,8 @@ def expert_linear(
         ShapeError: x, experts, groups and top_k do not fit each other.
     """
     positions = groups.slots.numel()
-    if len(x.shape) != 2 or x.shape[0] * (top_k or 1) != positions:
+    slots_per_row = 1 if top_k is None else top_k
+    if len(x.shape) != 2 or slots_per_row < 1 or x.shape[0] * slots_per_row != positions:
         raise ShapeError(
             f"{tuple(x.shape)} rows of x with top_k {top_k} do not make the {positions} positions "
             "of the groups"

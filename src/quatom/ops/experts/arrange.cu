@@ -31,7 +31,7 @@ arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128
                 float* __restrict__ to_scales,    // [groups][rows_padded / 16][2][16]
                 int4* __restrict__ runs,          // number of tiles, then (expert, row of x, row of y, bounds) of each
                 int experts, int tokens_padded, int rows_padded, int groups,
-                int top_k,                        // 0: rows of x are in grouped order
+                int top_k,                        // 0 where rows stay
                 int tile_rows, int alignment,     // tiles begin at multiples of `alignment` where rows stay
                 int parts) {                      // CTAs that share the groups of 16 rows
   extern __shared__ int shared[];
@@ -86,20 +86,21 @@ arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128
   for (int block = blockIdx.x / parts; 16 * block < first_row[experts]; block += gridDim.x / parts) {
     const int e = find(first_row, experts, 16 * block);
     const int first = bounds[e] + 16 * block - first_row[e], last = bounds[e + 1];  // positions
-    auto source = [&](int position) { return top_k ? slots[position] / top_k : position; };
     const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;
     if (first + row < last) {
-      const int token = source(first + row);
+      const int token = slots[first + row] / top_k;
       const u8* from = x + u64(token) * 128 + (piece ^ row % 8 ^ token % 8) * 16;
       u8* into = to + u64(16 * block + row) * 128 + piece * 16;
+      const int first_group = part * (THREADS / 128) + threadIdx.x / 128, step = parts * (THREADS / 128);
+      const u64 from_step = u64(step) * tokens_padded * 128, into_step = u64(step) * rows_padded * 128;
+      from += u64(first_group) * tokens_padded * 128, into += u64(first_group) * rows_padded * 128;
 #pragma unroll 4
-      for (int g = part * (THREADS / 128) + threadIdx.x / 128; g < groups; g += parts * (THREADS / 128))
-        *reinterpret_cast<int4*>(into + u64(g) * rows_padded * 128) =
-            *reinterpret_cast<const int4*>(from + u64(g) * tokens_padded * 128);
+      for (int g = first_group; g < groups; g += step, from += from_step, into += into_step)
+        *reinterpret_cast<int4*>(into) = *reinterpret_cast<const int4*>(from);
     }
     const int place = threadIdx.x % 16, kind = threadIdx.x / 16 % 2, position = first + token_at(place);
     if (position < last) {
-      const int token = source(position);
+      const int token = slots[position] / top_k;
 #pragma unroll 4
       for (int g = part * (THREADS / 32) + threadIdx.x / 32; g < groups; g += parts * (THREADS / 32))
         to_scales[(u64(g) * rows_padded / 16 + block) * 32 + kind * 16 + place] =

@@ -1,4 +1,4 @@
-"""What the operations of `experts` mean, in plain torch. The kernels are judged against this file."""
+"""What the operations of `experts` mean, in plain torch: kernels are judged against this file."""
 
 import itertools
 from dataclasses import replace
