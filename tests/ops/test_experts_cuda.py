@@ -32,8 +32,13 @@ def nvrtc(tmp_path, monkeypatch):
         pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
 
 
-def test_arranging_compiles(nvrtc):
-    assert compile_cubin(arrange_source(), "sm_90a")
+def test_the_arranging_reads_results_after_the_wait_for_them(nvrtc, tmp_path):
+    sass = disassemble(compile_cubin(arrange_source(), "sm_90a"), tmp_path)
+    before, wait, after = sass.partition("ACQBULK")
+    assert wait
+    assert "LDG" not in before
+    assert "LDG.E.128" in after
+    assert "CONSTANT" not in after  # no load that the compiler may move
 
 
 @pytest.mark.parametrize(
@@ -48,6 +53,7 @@ def test_steps_are_those_of_the_dense_kernel(config, nvrtc, tmp_path):
     # As in test_linear_build: one thread copies, and nothing is spilled between the products.
     assert "UBLKCP" in sass
     assert "BRA.U.ANY" not in sass
+    assert "LDG" not in sass.partition("ACQBULK")[0]  # runs are the kernel before's results
     matrix = [m.start() for m in re.finditer(f"IGMMA.64x{config.columns}x32", sass)]
     assert len(re.findall(r"\b(LDL|STL)\b", sass[matrix[0] : matrix[-1]])) <= 4
 

@@ -143,7 +143,7 @@ class ExpertProblem:
         touched = [int((g.offsets.diff() > 0).sum()) for g in routings]
         mean_touched = sum(touched) / count
 
-        runs: list[tuple[str, str, float, float | None, Calls]] = []
+        runs: list[tuple[str, str, float | None, float | None, Calls]] = []
         for scheme, fmt, mode in SCHEMES:
             experts = self.prepared[scheme]
             rows = tokens if shape.gathered else positions
@@ -154,7 +154,8 @@ class ExpertProblem:
             error = self._error(x, experts, routings[0], top_k)
             runs.append((scheme, "cuda", least, error, calls))
             for name, dense in self._dense(experts, positions, touched, fmt, mode):
-                runs.append((f"{scheme}:{name}", "cuda", least, None, dense))
+                of_experts = least if name == "dense-wide" else None
+                runs.append((f"{scheme}:{name}", "cuda", of_experts, None, dense))
         rows = torch.randn(positions, shape.k, device="cuda", dtype=torch.bfloat16)
         transposed = self.floats.transpose(1, 2)
         least = 2 * (self.floats[0].numel() * mean_touched + rows.numel())
@@ -168,7 +169,9 @@ class ExpertProblem:
             dense_times = [t for name, t in times.items() if name.startswith(f"{scheme}:dense")]
             yield self._entry(scheme, backend, tokens, timing) | {
                 "touched": round(mean_touched, 1),
-                "share_of_copy": round(least / copy_tb_s / 1e6 / timing.median_us, 3),
+                "share_of_copy": None
+                if least is None
+                else round(least / copy_tb_s / 1e6 / timing.median_us, 3),
                 "ratio_dense": round(min(dense_times) / timing.median_us, 3)
                 if dense_times
                 else None,

@@ -42,6 +42,9 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
 
 // Loads of what the kernel before this one computes, for use after griddepcontrol.wait. An ordinary load through a
 // `const __restrict__` pointer may be moved before that wait by the compiler: it takes the memory for constant.
+__device__ __forceinline__ void load_result(const void* from, u32& to) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(to) : "l"(from));
+}
 __device__ __forceinline__ void load_result(const void* from, uint2& to) {
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
 }

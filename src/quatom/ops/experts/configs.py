@@ -14,18 +14,19 @@ from quatom.ops.linear.configs import Config
 _TILE_START = 1.0
 """Microseconds of a tile beside its steps: filling the ring, storing results."""
 _INTEGER = (
-    (0.15, Config(8, 1, ctas_per_sm=2)),
-    (0.24, Config(32, 1, ctas_per_sm=2)),
-    (0.34, Config(32, 1, ctas_per_sm=3)),
-    (0.26, Config(64, 1, ctas_per_sm=2)),
-    (0.32, Config(80, 1, ctas_per_sm=2)),
-    (0.46, Config(80, 3)),
-    (0.50, Config(96, 3)),
-    (0.57, Config(112, 3)),
-    (0.43, Config(128, 1, parts=2, ctas_per_sm=2)),
-    (0.59, Config(128, 3, parts=2)),
-    (0.46, Config(144, 2)),
-    (0.57, Config(192, 2, parts=2)),
+    (0.151, Config(8, 1, ctas_per_sm=2)),
+    (0.235, Config(32, 1, ctas_per_sm=2)),
+    (0.330, Config(32, 1, ctas_per_sm=3)),
+    (0.259, Config(64, 1, ctas_per_sm=2)),
+    (0.314, Config(80, 1, ctas_per_sm=2)),
+    (0.459, Config(80, 3)),
+    (0.496, Config(96, 3)),
+    (0.567, Config(112, 3)),
+    (0.458, Config(128, 1, ctas_per_sm=2)),
+    (0.587, Config(128, 3, parts=2)),
+    (0.456, Config(144, 2)),
+    (0.555, Config(192, 2, parts=2)),
+    (0.750, Config(256, 2, parts=2)),
 )
 """(microseconds of a step, that is of a unit of weights in each block of a tile, configuration):
 medians over the shapes of Mixtral-8x7B and Qwen3-30B-A3B with 1 to 4096 tokens on an H200."""
