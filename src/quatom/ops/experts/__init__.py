@@ -22,8 +22,6 @@ The launches of triton and cuda depend on T, k and E alone, never on how tokens 
 can be captured in CUDA graphs.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -31,10 +29,11 @@ from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import MixedTensor
 from quatom.ops.backend import Backend
-from quatom.ops.experts.groups import Routing, TokenGroups, combine, group_tokens
+from quatom.ops.experts.groups import combine, group_tokens
+from quatom.ops.experts.prepared import PreparedExperts
+from quatom.ops.experts.routing import Routing, TokenGroups
 from quatom.ops.linear import prepare_weights
 from quatom.ops.linear.choice import choose_linear_backend
-from quatom.ops.linear.prepared import PreparedLinear, PreparedWeights
 
 __all__ = [
     "BACKENDS",
@@ -49,31 +48,6 @@ __all__ = [
 
 BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUDA)
 _ONE_BY_ONE = (Backend.REFERENCE, Backend.CPU)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedExperts(PreparedWeights):
-    """Weights of all experts of a layer.
-
-    `tensors` are those of a linear layer with a leading dimension E; of the backends that take one
-    expert after another, those of expert 0, then those of expert 1, and so on.
-    """
-
-    num_experts: int
-    """E."""
-
-    def expert(self, index: int) -> PreparedLinear:
-        """One expert as a linear layer, where the backend takes one after another."""
-        count = len(self.tensors) // self.num_experts
-        return PreparedLinear(
-            backend=self.backend,
-            layout=self.layout,
-            out_channels=self.out_channels,
-            weight_format=self.weight_format,
-            activation_format=self.activation_format,
-            tensors=self.tensors[index * count : (index + 1) * count],
-            bias=None if self.bias is None else self.bias[index],
-        )
 
 
 def prepare_experts(

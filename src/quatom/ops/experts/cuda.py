@@ -21,9 +21,9 @@ from quatom.ops.cuda_build import (
     multiprocessors,
     read_source,
 )
-from quatom.ops.experts import PreparedExperts
 from quatom.ops.experts.configs import choose_expert_config
-from quatom.ops.experts.groups import TokenGroups
+from quatom.ops.experts.prepared import PreparedExperts
+from quatom.ops.experts.routing import TokenGroups
 from quatom.ops.groups_layout import GROUP_BYTES, TOKEN_PADDING
 from quatom.ops.linear.configs import Config
 from quatom.ops.linear.cuda import LinearArguments, check_operands, hopper_kernel, unit_value

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from quatom.ops.activations import MixedTensor
-from quatom.ops.experts import PreparedExperts
-from quatom.ops.experts.groups import TokenGroups
+from quatom.ops.experts.prepared import PreparedExperts
+from quatom.ops.experts.routing import TokenGroups
 from quatom.ops.linear import linear
 
 
