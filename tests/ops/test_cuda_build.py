@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from quatom.errors import BackendError
-from quatom.ops import cuda_build
+from quatom.families.spec import Norm
+from quatom.numerics.groups import GroupLayout
+from quatom.ops import cuda_build, cuda_quantize
+from quatom.ops.activations import QuantizeSpec
 from quatom.ops.cuda_build import compile_cubin
 
 SOURCE = 'extern "C" __global__ void fill(int* out) { out[threadIdx.x] = VALUE; }'
@@ -76,6 +79,8 @@ def test_the_hopper_linear_kernel_uses_the_matrix_units_without_spills(fields, t
     assert f"QGMMA.64x{config.tokens}x32.F32.E4M3.E4M3" in sass
     assert f"IGMMA.64x{config.tokens}x32.S8.S8" in sass
     assert "UBLKCP" in sass  # bulk copies
+    # What it loads otherwise, it never writes: bias and row scales. The rest comes by bulk copies.
+    assert all("CONSTANT" in load for load in re.findall(r"LDG\S*", sass))
     # A few registers may be saved around the loop; inside it a spill would cost every step.
     matrix = [match.start() for match in re.finditer("QGMMA", sass)]
     loop = sass[matrix[0] : matrix[-1]]
@@ -147,6 +152,7 @@ def test_the_append_kernel_rotates_heads_of_other_sizes(head_dim, width, kv, tmp
     source = cuda_build.read_source("quatom.ops.rope_append_kv", "append.cu")
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert f"LDG.E.{16 * width}" in sass
+    assert "LDG" not in sass.partition("ACQBULK")[0]  # all it reads may be the last kernel's result
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
@@ -163,4 +169,39 @@ def test_the_decode_kernel_of_other_head_sizes_keeps_to_registers(
     cubin = compile_decode(arch, config, *shape, bf16=True, softcap=True, window=True)
     sass = disassemble(cubin, tmp_path)
     assert ("UBLKCP" in sass) == (capability == (9, 0) and head_dim % 32 == 0)
+    before, waits, _ = sass.partition("ACQBULK")
+    assert not waits or "LDG" not in before
     assert not re.search(r"\b(LDL|STL)\b", sass)
+
+
+NORMS = [Norm(eps=1e-6), Norm(kind="layer", eps=1e-5, bias=True)]
+
+
+@pytest.mark.parametrize(
+    ("operation", "norm"), [("reorder", None), ("gated", None), *(("norm", n) for n in NORMS)]
+)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        GroupLayout(normal=96, group_size=96, outliers=32),
+        GroupLayout(normal=3968, group_size=128, outliers=128),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
+    operation, norm, layout, tokens, tmp_path
+):
+    """The compiler moves loads that it takes for constant (LDG.CONSTANT) before ACQBULK."""
+    spec = QuantizeSpec(layout=layout, byte_layout="groups")
+    variant = cuda_quantize.choose_variant(operation, tokens, layout)
+    constants = cuda_quantize.defines(operation, variant, spec, torch.bfloat16, norm)
+    source = cuda_build.read_source("quatom.ops", "quantize.cu")
+    sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
+    before, wait, after = sass.partition("ACQBULK")
+    assert wait
+    assert "LDG" in after
+    assert all("CONSTANT" in load for load in re.findall(r"LDG\S*", before))
+    # Parameters alone are constant: weight and bias of the norm, and the order of channels.
+    parameters = 0 if norm is None else constants["VECTORS"] * (1 + norm.bias)
+    orders = 0 if operation == "gated" else 2 * constants["ROUNDS"]
+    assert len(re.findall(r"LDG\S*CONSTANT", sass)) <= parameters + orders

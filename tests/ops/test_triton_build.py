@@ -116,11 +116,12 @@ build(
 )
 """,
     "group_tokens": """
-from quatom.ops.experts.triton_groups import _group_kernel as kernel
+from quatom.ops.experts.triton_groups import _count_kernel, _place_kernel
+build(_count_kernel, {"*i32": "ids_ptr counts_ptr", "i32": "COUNT"}, BLOCK=1024)
 build(
-    kernel,
-    {"*i32": "ids_ptr slots_ptr offsets_ptr positions_ptr", "i32": "COUNT"},
-    BLOCK=4096,
+    _place_kernel,
+    {"*i32": "ids_ptr counts_ptr slots_ptr offsets_ptr positions_ptr", "i32": "COUNT"},
+    ONE_CHUNK=False, BLOCK=1024,
 )
 """,
     "combine": """

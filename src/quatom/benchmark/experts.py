@@ -1,4 +1,4 @@
-"""Speed of the expert kernel beside the dense one at equal work and torch's grouped product in BF16.
+"""Speed of the expert kernel beside the dense one at equal work and a grouped product in BF16.
 
 *Equal work* of the dense kernel is the faster of two layers of as many operations: the experts that
 tokens are routed to side by side, under their mean number of tokens, which reads the same weights;
@@ -113,17 +113,9 @@ class ExpertProblem:
         pairs = [random_weights(shape.channels, layout) for _ in range(shape.experts)]
         values = torch.stack([pair[0] for pair in pairs])
         scales = torch.stack([pair[1] for pair in pairs])
-        integer, grouped = (
-            prepare_experts(
-                values,
-                scales,
-                layout,
-                activation_format=fmt,
-                scale_mode=mode,
-                backend=Backend.CUDA,
-            )
-            for fmt, mode in (("int8", "row"), ("int4", "group"))
-        )
+        prepare = partial(prepare_experts, values, scales, layout, backend=Backend.CUDA)
+        integer = prepare(activation_format="int8", scale_mode="row")
+        grouped = prepare(activation_format="int4", scale_mode="group")
         prepared = {
             scheme: replace(grouped if mode == "group" else integer, activation_format=fmt)
             for scheme, fmt, mode in SCHEMES
@@ -143,7 +135,7 @@ class ExpertProblem:
         touched = [int((g.offsets.diff() > 0).sum()) for g in routings]
         mean_touched = sum(touched) / count
 
-        runs: list[tuple[str, str, float, float | None, Calls]] = []
+        runs: list[tuple[str, str, float | None, float | None, Calls]] = []
         for scheme, fmt, mode in SCHEMES:
             experts = self.prepared[scheme]
             rows = tokens if shape.gathered else positions
@@ -154,21 +146,24 @@ class ExpertProblem:
             error = self._error(x, experts, routings[0], top_k)
             runs.append((scheme, "cuda", least, error, calls))
             for name, dense in self._dense(experts, positions, touched, fmt, mode):
-                runs.append((f"{scheme}:{name}", "cuda", least, None, dense))
-        rows = torch.randn(positions, shape.k, device="cuda", dtype=torch.bfloat16)
+                of_experts = least if name == "dense-wide" else None
+                runs.append((f"{scheme}:{name}", "cuda", of_experts, None, dense))
+        grouped = torch.randn(positions, shape.k, device="cuda", dtype=torch.bfloat16)
         transposed = self.floats.transpose(1, 2)
-        least = 2 * (self.floats[0].numel() * mean_touched + rows.numel())
+        least = 2 * (self.floats[0].numel() * mean_touched + grouped.numel())
         least += 2 * positions * shape.channels
-        calls = [partial(grouped_mm, rows, transposed, offs=g.offsets[1:]) for g in routings]
+        calls = [partial(grouped_mm, grouped, transposed, offs=g.offsets[1:]) for g in routings]
         runs.append(("bf16-grouped", "peer", least, None, calls))
 
         timings = time_graphs([run[-1] for run in runs], min_calls=8 if tokens < 1024 else 2)
         times = {run[0]: t.median_us for run, t in zip(runs, timings, strict=True)}
-        for (scheme, backend, least, error, _), timing in zip(runs, timings, strict=True):
+        for (scheme, backend, bytes_, error, _), timing in zip(runs, timings, strict=True):
             dense_times = [t for name, t in times.items() if name.startswith(f"{scheme}:dense")]
             yield self._entry(scheme, backend, tokens, timing) | {
                 "touched": round(mean_touched, 1),
-                "share_of_copy": round(least / copy_tb_s / 1e6 / timing.median_us, 3),
+                "share_of_copy": None
+                if bytes_ is None
+                else round(bytes_ / copy_tb_s / 1e6 / timing.median_us, 3),
                 "ratio_dense": round(min(dense_times) / timing.median_us, 3)
                 if dense_times
                 else None,
@@ -236,7 +231,7 @@ def _around(shape: ExpertShape, tokens: int, copy_tb_s: float) -> Iterator[dict[
     groups = group_tokens(ids, shape.experts)
     y = torch.randn(ids.numel(), shape.channels, device="cuda").half()
     weights = torch.rand(tokens, shape.top_k, device="cuda")
-    calls = {
+    calls: dict[str, tuple[int, Callable[[], object]]] = {
         "group_tokens": (12 * ids.numel(), partial(group_tokens, ids, shape.experts)),
         "combine": (
             2 * y.numel() + 2 * tokens * shape.channels,

@@ -185,6 +185,7 @@ class QuatomLM(TemplateLM):
     ) -> dict[str, Answer]:
         """One packed forward pass; `asked` holds the continuations that end each input."""
         lengths = [len(sequence) for sequence in inputs]
+        self.loaded.model.limit_length(max(lengths))
         new = [sequence[start:] for sequence, start in zip(inputs, shared, strict=True)]
         context = packed_context(shared, [len(n) for n in new], lengths, self._device, shared)
         kv_cache = self._allocate(lengths, shared)
@@ -264,6 +265,7 @@ class QuatomLM(TemplateLM):
     ) -> list[str]:
         """Greedy decoding of a batch; sequences that have ended leave it."""
         capacities = [len(p) + limit for p, limit in zip(prompts, limits, strict=True)]
+        self.loaded.model.limit_length(max(capacities))
         kv_cache = self._allocate(capacities)
         new: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)

@@ -46,6 +46,7 @@ class Decoder(nn.Module):
         self.head = None if head is None else nn.Parameter(head, requires_grad=False)
         self.register_buffer("head_bias", head_bias, persistent=False)
         self.rotary = RotaryTables(config, config.max_position, embedding.device)
+        self._goes_beyond = self._beyond_training(config.max_position)
 
     @property
     def embedding(self) -> Tensor:
@@ -57,11 +58,20 @@ class Decoder(nn.Module):
 
         Shorter than the pre-training length they are other ones than beyond it, for all tokens.
         """
+        beyond = self._beyond_training(max_length)
+        if beyond != self._goes_beyond:
+            self._goes_beyond = beyond
+            config, device = self.config, self.embedding.device
+            self.rotary = RotaryTables(config, config.max_position, device, max_length=max_length)
+
+    def _beyond_training(self, length: int) -> list[bool]:
+        """Whether `length` exceeds the pre-training length of each longrope embedding."""
         scalings = [rope.scaling for rope in self.config.ropes()]
-        if not any(scaling is not None and scaling.kind == "longrope" for scaling in scalings):
-            return
-        config, device = self.config, self.embedding.device
-        self.rotary = RotaryTables(config, config.max_position, device, max_length=max_length)
+        return [
+            length > (scaling.original_max_position or 0)
+            for scaling in scalings
+            if scaling is not None and scaling.kind == "longrope"
+        ]
 
     def forward(
         self,

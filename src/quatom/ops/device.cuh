@@ -40,6 +40,20 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// Loads of what the kernel before this one computes, for use after griddepcontrol.wait. An ordinary load through a
+// `const __restrict__` pointer may be moved before that wait by the compiler: it takes the memory for constant.
+__device__ __forceinline__ void load_result(const void* from, u32& to) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(to) : "l"(from));
+}
+__device__ __forceinline__ void load_result(const void* from, uint2& to) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
+}
+__device__ __forceinline__ void load_result(const void* from, uint4& to) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+               : "l"(from));
+}
+
 // Division by a number of at most 11 significant bits, correctly rounded. high is its correctly rounded
 // reciprocal and low what that lacks, so x * high + x * low errs by 2**-47 before the one rounding that
 // counts. A quotient of 24 by 11 bits lies at least 2**-36 of itself from the middle of two floats (the

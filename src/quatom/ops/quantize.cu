@@ -369,8 +369,8 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [tokens][2 channels] where GATED
-                const u16* __restrict__ residual,  // [tokens][channels] or null
+quantize_groups(const u16* x,                      // [tokens][channels], or [tokens][2 channels] where GATED
+                const u16* residual,               // [tokens][channels] or null
                 const u16* __restrict__ weight,    // [channels], operation 1
                 const int* __restrict__ order,     // [channels] or null
                 u16* __restrict__ total,           // [tokens][channels], written where there is a residual
@@ -410,10 +410,10 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
     if (!place.inside) continue;
     const u16* row = x + token * x_stride + place.channel();
 #if GATED
-    read_gates[round] = *reinterpret_cast<const uint4*>(row);
-    read_ups[round] = *reinterpret_cast<const uint4*>(row + channels);
+    load_result(row, read_gates[round]);
+    load_result(row + channels, read_ups[round]);
 #else
-    read_ups[round] = *reinterpret_cast<const uint4*>(row);
+    load_result(row, read_ups[round]);
 #endif
   }
   auto bring = [&](int round, const Place&, float (&values)[TOKENS][8]) {
@@ -481,7 +481,7 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
     for (int v = 0; v < VECTORS; ++v) {
       const int k = (v * THREADS + threadIdx.x) * 4;
       if (holds(t, k))
-        loaded[t][v] = *reinterpret_cast<const uint2*>(x + (token + t) * x_stride + k);
+        load_result(x + (token + t) * x_stride + k, loaded[t][v]);
     }
 #if OPERATION == 1
   if (residual != nullptr) {
@@ -492,7 +492,7 @@ quantize_groups(const u16* __restrict__ x,         // [tokens][channels], or [to
       for (int v = 0; v < VECTORS; ++v) {
         const int k = (v * THREADS + threadIdx.x) * 4;
         if (holds(t, k))
-          others[t][v] = *reinterpret_cast<const uint2*>(residual + (token + t) * residual_stride + k);
+          load_result(residual + (token + t) * residual_stride + k, others[t][v]);
       }
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t)

@@ -70,6 +70,8 @@ def _in_fork(work: Callable[[], dict[str, Any]]) -> bytes:
         _limit()
         try:
             answer = work()
+        except RecursionError:
+            answer = {"refused": "it is nested too deeply to be compiled"}
         except BaseException as error:  # a panic of a Rust library is no Exception
             answer = {"refused": f"it cannot be compiled: {type(error).__name__}: {error}"[:300]}
         _write(json.dumps(answer).encode(), write_end)

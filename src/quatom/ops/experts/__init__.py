@@ -1,8 +1,8 @@
 """Linear layers of a mixture of experts: each row is multiplied by the experts of its token.
 
-A token t is routed to k experts: *slot* t * k + j is its j-th. `group_tokens` sorts slots by expert,
-so that each expert has a run of *positions*; `expert_linear` multiplies each run by its expert's
-weights, and `combine` adds up the k results of a token:
+A token t is routed to k experts: *slot* t * k + j is its j-th. `group_tokens` sorts slots by
+expert, so that each expert has a run of *positions*; `expert_linear` multiplies each run by the
+weights of its expert, and `combine` adds up the k results of a token:
 
     groups = group_tokens(routing.expert_ids, num_experts)
     hidden = expert_linear(x, gate_up, groups, top_k=k)       # (T, K) -> (T k, N), grouped
@@ -18,11 +18,9 @@ cpu        as that of `linear`, one expert after another
 triton     as that of `linear`
 cuda       as that of `linear`, Hopper
 
-The launches of triton and cuda depend on T, k and E alone, never on how tokens are routed: both can be
-captured in CUDA graphs.
+The launches of triton and cuda depend on T, k and E alone, never on how tokens are routed: both
+can be captured in CUDA graphs.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,10 +29,11 @@ from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import MixedTensor
 from quatom.ops.backend import Backend
-from quatom.ops.experts.groups import Routing, TokenGroups, combine, group_tokens
+from quatom.ops.experts.groups import combine, group_tokens
+from quatom.ops.experts.prepared import PreparedExperts
+from quatom.ops.experts.routing import Routing, TokenGroups
 from quatom.ops.linear import prepare_weights
 from quatom.ops.linear.choice import choose_linear_backend
-from quatom.ops.linear.prepared import PreparedLinear, PreparedWeights
 
 __all__ = [
     "BACKENDS",
@@ -49,31 +48,6 @@ __all__ = [
 
 BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUDA)
 _ONE_BY_ONE = (Backend.REFERENCE, Backend.CPU)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedExperts(PreparedWeights):
-    """Weights of all experts of a layer.
-
-    `tensors` are those of a linear layer with a leading dimension E; of the backends that take one
-    expert after another, those of expert 0, then those of expert 1, and so on.
-    """
-
-    num_experts: int
-    """E."""
-
-    def expert(self, index: int) -> PreparedLinear:
-        """One expert as a linear layer, where the backend takes one after another."""
-        count = len(self.tensors) // self.num_experts
-        return PreparedLinear(
-            backend=self.backend,
-            layout=self.layout,
-            out_channels=self.out_channels,
-            weight_format=self.weight_format,
-            activation_format=self.activation_format,
-            tensors=self.tensors[index * count : (index + 1) * count],
-            bias=None if self.bias is None else self.bias[index],
-        )
 
 
 def prepare_experts(
@@ -176,7 +150,8 @@ def expert_linear(
         ShapeError: x, experts, groups and top_k do not fit each other.
     """
     positions = groups.slots.numel()
-    if len(x.shape) != 2 or x.shape[0] * (top_k or 1) != positions:
+    slots_per_row = 1 if top_k is None else top_k
+    if len(x.shape) != 2 or slots_per_row < 1 or x.shape[0] * slots_per_row != positions:
         raise ShapeError(
             f"{tuple(x.shape)} rows of x with top_k {top_k} do not make the {positions} positions "
             "of the groups"

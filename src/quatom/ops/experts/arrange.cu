@@ -6,6 +6,27 @@
 // tiles of output channels.
 
 constexpr int THREADS = 256;
+constexpr int AT_ONCE = 4;  // loads of a thread in flight
+
+__device__ __forceinline__ int load_int(const int* from) {
+  u32 to;
+  load_result(from, to);
+  return int(to);
+}
+// Copies pieces `first`, `first` + `step` and so on of `count`, whose distances in bytes are given.
+template <typename T>
+__device__ __forceinline__ void copy_pieces(const u8* from, u8* to, int first, int count, int step, u64 from_bytes, u64 to_bytes) {
+  from += first * from_bytes, to += first * to_bytes;
+  for (; first < count; first += AT_ONCE * step, from += AT_ONCE * step * from_bytes, to += AT_ONCE * step * to_bytes) {
+    T pieces[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (first + i * step < count) load_result(from + i * step * from_bytes, pieces[i]);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (first + i * step < count) *reinterpret_cast<T*>(to + i * step * to_bytes) = pieces[i];
+  }
+}
 
 // Place of token t in the scales of 16 tokens, and the token at a place.
 __device__ __forceinline__ int place_of(int t) { return t % 8 / 2 * 4 + t % 16 / 8 * 2 + t % 2; }
@@ -23,15 +44,15 @@ __device__ __forceinline__ int find(const int* firsts, int experts, int at) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128], swizzled
-                const float* __restrict__ xs,     // [groups][tokens_padded / 16][2][16]
-                const int* __restrict__ slots,    // [positions]
-                const int* __restrict__ offsets,  // [experts + 1]
-                u8* __restrict__ to,              // [groups][rows_padded][128], or null: rows stay where they are
-                float* __restrict__ to_scales,    // [groups][rows_padded / 16][2][16]
-                int4* __restrict__ runs,          // number of tiles, then (expert, row of x, row of y, bounds) of each
+arrange_experts(const u8* x,                      // [groups][tokens_padded][128], swizzled
+                const u8* xs,                     // [groups][tokens_padded / 16][2][16] floats
+                const int* slots,                 // [positions]
+                const int* offsets,               // [experts + 1]
+                u8* to,                           // [groups][rows_padded][128], or null: rows stay where they are
+                u8* to_scales,                    // [groups][rows_padded / 16][2][16] floats
+                int4* runs,                       // number of tiles, then (expert, row of x, row of y, bounds) of each
                 int experts, int tokens_padded, int rows_padded, int groups,
-                int top_k,                        // 0: rows of x are in grouped order
+                int top_k,                        // 0 where rows stay
                 int tile_rows, int alignment,     // tiles begin at multiples of `alignment` where rows stay
                 int parts) {                      // CTAs that share the groups of 16 rows
   extern __shared__ int shared[];
@@ -40,7 +61,7 @@ arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128
   int* const bounds = shared + 2 * (experts + 1);  // [experts + 1]
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  for (int e = threadIdx.x; e <= experts; e += THREADS) bounds[e] = offsets[e];
+  for (int e = threadIdx.x; e <= experts; e += THREADS) bounds[e] = load_int(offsets + e);
   __syncthreads();
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
@@ -86,24 +107,21 @@ arrange_experts(const u8* __restrict__ x,         // [groups][tokens_padded][128
   for (int block = blockIdx.x / parts; 16 * block < first_row[experts]; block += gridDim.x / parts) {
     const int e = find(first_row, experts, 16 * block);
     const int first = bounds[e] + 16 * block - first_row[e], last = bounds[e + 1];  // positions
-    auto source = [&](int position) { return top_k ? slots[position] / top_k : position; };
     const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;
     if (first + row < last) {
-      const int token = source(first + row);
-      const u8* from = x + u64(token) * 128 + (piece ^ row % 8 ^ token % 8) * 16;
-      u8* into = to + u64(16 * block + row) * 128 + piece * 16;
-#pragma unroll 4
-      for (int g = part * (THREADS / 128) + threadIdx.x / 128; g < groups; g += parts * (THREADS / 128))
-        *reinterpret_cast<int4*>(into + u64(g) * rows_padded * 128) =
-            *reinterpret_cast<const int4*>(from + u64(g) * tokens_padded * 128);
+      const int token = load_int(slots + first + row) / top_k;
+      constexpr int AT_A_TIME = THREADS / 128;  // groups
+      copy_pieces<uint4>(x + u64(token) * 128 + (piece ^ row % 8 ^ token % 8) * 16, to + u64(16 * block + row) * 128 + piece * 16,
+                         part * AT_A_TIME + threadIdx.x / 128, groups, parts * AT_A_TIME, u64(tokens_padded) * 128,
+                         u64(rows_padded) * 128);
     }
     const int place = threadIdx.x % 16, kind = threadIdx.x / 16 % 2, position = first + token_at(place);
     if (position < last) {
-      const int token = source(position);
-#pragma unroll 4
-      for (int g = part * (THREADS / 32) + threadIdx.x / 32; g < groups; g += parts * (THREADS / 32))
-        to_scales[(u64(g) * rows_padded / 16 + block) * 32 + kind * 16 + place] =
-            xs[(u64(g) * tokens_padded / 16 + token / 16) * 32 + kind * 16 + place_of(token)];
+      const int token = load_int(slots + position) / top_k;
+      constexpr int AT_A_TIME = THREADS / 32;
+      copy_pieces<u32>(xs + (u64(token / 16) * 32 + kind * 16 + place_of(token)) * 4,
+                       to_scales + (u64(block) * 32 + kind * 16 + place) * 4, part * AT_A_TIME + threadIdx.x / 32, groups,
+                       parts * AT_A_TIME, u64(tokens_padded) / 16 * 128, u64(rows_padded) / 16 * 128);
     }
   }
 }

@@ -1,9 +1,9 @@
-"""The Hopper kernel of `expert_linear`: that of `linear` over runs of tokens, and what arranges them.
+"""The Hopper kernel of `expert_linear`: that of `linear` over runs of tokens, arranged first.
 
-Two launches, whose sizes depend on T, k and E alone. `arrange.cu` turns the offsets of the experts into
-tiles of tokens and copies rows into grouped order, each run from a multiple of 16 rows on: the
-multiplication then brings a tile of tokens by one bulk copy, as for a dense layer. Long runs that are
-in grouped order already stay where they are; their first tile begins up to 15 rows early.
+Two launches, whose sizes depend on T, k and E alone. `arrange.cu` turns the offsets of the experts
+into tiles of tokens and copies rows into grouped order, each run from a multiple of 16 rows on: the
+multiplication then brings a tile of tokens by one bulk copy, as for a dense layer. Rows that are in
+grouped order already stay where they are; the first tile of a run begins up to 15 rows early.
 """
 
 import ctypes
@@ -21,15 +21,15 @@ from quatom.ops.cuda_build import (
     multiprocessors,
     read_source,
 )
-from quatom.ops.experts import PreparedExperts
 from quatom.ops.experts.configs import choose_expert_config
-from quatom.ops.experts.groups import TokenGroups
+from quatom.ops.experts.prepared import PreparedExperts
+from quatom.ops.experts.routing import TokenGroups
 from quatom.ops.groups_layout import GROUP_BYTES, TOKEN_PADDING
 from quatom.ops.linear.configs import Config
 from quatom.ops.linear.cuda import LinearArguments, check_operands, hopper_kernel, unit_value
 
-_LONG_RUN = 64
-"""Rows per expert from which rows in grouped order are not copied."""
+_THREADS = 256
+"""Of a CTA of arrange.cu."""
 
 
 class _ArrangeArguments(KernelArguments):
@@ -66,7 +66,7 @@ def _arrange_kernel(device: int, experts: int) -> CudaKernel:
     cubin = compile_cubin(arrange_source(), "sm_90a")
     with torch.cuda.device(device):
         return load_kernel(
-            cubin, "arrange_experts", threads=256, shared_bytes=3 * 4 * (experts + 1)
+            cubin, "arrange_experts", threads=_THREADS, shared_bytes=3 * 4 * (experts + 1)
         )
 
 
@@ -77,7 +77,6 @@ def experts_cuda(
     top_k: int | None,
     config: Config | None = None,
     *,
-    in_place: bool | None = None,
     overlap: bool = True,
 ) -> Tensor:
     """See `expert_linear`.
@@ -88,7 +87,6 @@ def experts_cuda(
         groups: of `group_tokens`.
         top_k: see `expert_linear`.
         config: overrides the choice of variant, for measurements.
-        in_place: overrides the choice whether rows in grouped order stay where they are.
         overlap: let the kernels start while those before them end.
     """
     x = check_operands(x, experts.tensors, config)
@@ -98,10 +96,15 @@ def experts_cuda(
     if not positions:
         return y
     device = packed.device.index
-    config = config or choose_expert_config(positions, experts.num_experts, bool(row_scales))
-    if in_place is None:
-        in_place = top_k is None and positions >= _LONG_RUN * experts.num_experts
-    codes, scales, runs = _arrange(x, groups, top_k, config.tokens, in_place, overlap)
+    config = config or choose_expert_config(
+        positions,
+        experts.num_experts,
+        *packed.shape[1:3],
+        multiprocessors(device),
+        integer=bool(row_scales),
+        in_place=top_k is None,
+    )
+    codes, scales, runs = _arrange(x, groups, top_k, config.tokens, overlap)
     tiles = (runs.shape[0] - 1) * -(-packed.shape[1] // config.row_blocks)
     layout = x.spec.layout
     hopper_kernel(config, x.dtype, device).launch(
@@ -127,37 +130,33 @@ def experts_cuda(
 
 
 def _arrange(
-    x: MixedTensor,
-    groups: TokenGroups,
-    top_k: int | None,
-    tile_rows: int,
-    in_place: bool,
-    overlap: bool,
+    x: MixedTensor, groups: TokenGroups, top_k: int | None, tile_rows: int, overlap: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scales in grouped order, and the runs: (1 + most tiles, 4) int32."""
     positions, num_experts = groups.slots.numel(), groups.num_experts
     used = min(positions, num_experts)  # experts that can have rows
-    before = TOKEN_PADDING - 1 if in_place else 0
-    most_tiles = (positions + used * (tile_rows - 1 + before)) // tile_rows
+    early = 0 if top_k else TOKEN_PADDING - 1
+    most_tiles = (positions + used * (tile_rows - 1 + early)) // tile_rows
     runs = torch.empty((1 + most_tiles, 4), dtype=torch.int32, device=x.device)
     codes, scales = x.codes, x.scales
-    blocks = parts = 1
-    if not in_place:
+    ctas, parts = -(-most_tiles // _THREADS), 1
+    if top_k:
         blocks = (positions + used * (TOKEN_PADDING - 1)) // TOKEN_PADDING
         num_groups = codes.shape[0]
-        # Two CTAs an SM, if groups suffice: a CTA takes two at a time.
-        parts = max(1, min(2 * multiprocessors(x.device.index) // blocks, num_groups // 4))
         codes = codes.new_empty((num_groups, blocks * TOKEN_PADDING, GROUP_BYTES))
         scales = scales.new_empty((num_groups, blocks, 2, TOKEN_PADDING))
+        # Two CTAs an SM where groups suffice, of which a CTA takes two at a time.
+        parts = max(1, min(2 * multiprocessors(x.device.index) // blocks, num_groups // 4))
+        ctas = blocks * parts
     _arrange_kernel(x.device.index, num_experts).launch(
-        blocks * parts if not in_place else -(-most_tiles // 256),
+        ctas,
         _ArrangeArguments(
             x.codes.data_ptr(),
             x.scales.data_ptr(),
             groups.slots.data_ptr(),
             groups.offsets.data_ptr(),
-            None if in_place else codes.data_ptr(),
-            None if in_place else scales.data_ptr(),
+            codes.data_ptr() if top_k else None,
+            scales.data_ptr() if top_k else None,
             runs.data_ptr(),
             num_experts,
             x.codes.shape[1],

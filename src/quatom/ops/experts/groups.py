@@ -1,35 +1,12 @@
-"""How tokens are routed, their slots sorted by expert, and the sum of a token's results."""
-
-from dataclasses import dataclass
+"""Slots sorted by expert, and the sum of a token's results."""
 
 from torch import Tensor
 
 from quatom.errors import ShapeError
 from quatom.ops.backend import Backend, choose_backend
+from quatom.ops.experts.routing import TokenGroups
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON)
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Experts of each token and their shares in its result."""
-
-    expert_ids: Tensor  # (T, k) int32
-    weights: Tensor  # (T, k) float32
-
-
-@dataclass(frozen=True, slots=True)
-class TokenGroups:
-    """Slots t * k + j sorted by expert, those of one expert in ascending order."""
-
-    slots: Tensor  # (T k,) int32: the slot at each grouped position
-    offsets: Tensor  # (E + 1,) int32: expert e has positions offsets[e] to offsets[e + 1]
-    positions: Tensor  # (T k,) int32: the grouped position of each slot
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.offsets.numel() - 1
 
 
 def group_tokens(

@@ -1,4 +1,4 @@
-"""What the operations of `experts` mean, in plain torch. The kernels are judged against this file."""
+"""What the operations of `experts` mean, in plain torch: kernels are judged against this file."""
 
 import itertools
 from dataclasses import replace
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from quatom.ops.activations import MixedTensor
-from quatom.ops.experts import PreparedExperts
-from quatom.ops.experts.groups import TokenGroups
+from quatom.ops.experts.prepared import PreparedExperts
+from quatom.ops.experts.routing import TokenGroups
 from quatom.ops.linear import linear
 
 

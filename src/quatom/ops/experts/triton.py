@@ -12,7 +12,7 @@ from torch import Tensor
 from quatom.errors import BackendError
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor
-from quatom.ops.experts.groups import TokenGroups
+from quatom.ops.experts.routing import TokenGroups
 from quatom.ops.linear.triton_product import block_channels, sum_groups
 
 _ROWS = 64

@@ -5,38 +5,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_CHUNK = 1024
+"""Slots of a program of `group_tokens`."""
 _TILE = 1024
 """Channels of a program of `combine`."""
 
 
 @triton.jit(do_not_specialize=["COUNT"])  # steps of every length run one variant
-def _group_kernel(
+def _count_kernel(
     ids_ptr,  # (COUNT,)
+    counts_ptr,  # (E, chunks) int32
+    COUNT,
+    BLOCK: tl.constexpr,
+):
+    """A program counts the slots of one expert in one chunk."""
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + slot, mask=slot < COUNT, other=-1)
+    own = tl.sum((ids == tl.program_id(0)).to(tl.int32), 0)
+    tl.store(counts_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), own)
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+def _place_kernel(
+    ids_ptr,  # (COUNT,)
+    counts_ptr,  # (E, chunks) int32; not read where there is one chunk
     slots_ptr,  # (COUNT,) int32
     offsets_ptr,  # (E + 1,) int32
     positions_ptr,  # (COUNT,) int32
     COUNT,
+    ONE_CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program is an expert: it counts the slots of those before it, then places its own."""
+    """A program places the slots of one expert in one chunk behind all that come before them."""
     expert = tl.program_id(0)
-    before = tl.zeros((BLOCK,), dtype=tl.int32)
-    for start in range(0, COUNT, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        ids = tl.load(ids_ptr + slot, mask=slot < COUNT, other=expert)
-        before += (ids < expert).to(tl.int32)
-    first = tl.sum(before, 0)
-    tl.store(offsets_ptr + expert, first)
-    if expert == tl.num_programs(0) - 1:
-        tl.store(offsets_ptr + expert + 1, COUNT)
-    for start in range(0, COUNT, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        ids = tl.load(ids_ptr + slot, mask=slot < COUNT, other=-1)
-        own = (ids == expert).to(tl.int32)
-        position = first + tl.cumsum(own, 0) - 1
-        tl.store(slots_ptr + position, slot, mask=own > 0)
-        tl.store(positions_ptr + slot, position, mask=own > 0)
-        first += tl.sum(own, 0)
+    chunk = tl.program_id(1)
+    slot = chunk * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + slot, mask=slot < COUNT, other=tl.num_programs(0))
+    if ONE_CHUNK:
+        first = tl.sum((ids < expert).to(tl.int32), 0)
+    else:
+        before = tl.zeros((BLOCK,), dtype=tl.int32)
+        end = expert * tl.num_programs(1) + chunk
+        for start in range(0, end, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            before += tl.load(counts_ptr + at, mask=at < end, other=0)
+        first = tl.sum(before, 0)
+    if chunk == 0:
+        tl.store(offsets_ptr + expert, first)
+        if expert == tl.num_programs(0) - 1:
+            tl.store(offsets_ptr + expert + 1, COUNT)
+    own = (ids == expert).to(tl.int32)
+    position = first + tl.cumsum(own, 0) - 1
+    tl.store(slots_ptr + position, slot, mask=own > 0)
+    tl.store(positions_ptr + slot, position, mask=own > 0)
 
 
 def group_triton(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,14 +65,21 @@ def group_triton(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     count = expert_ids.numel()
     slots, positions = (expert_ids.new_empty(count, dtype=torch.int32) for _ in range(2))
     offsets = expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
-    _group_kernel[(num_experts,)](
+    grid = num_experts, max(1, triton.cdiv(count, _CHUNK))
+    counts = offsets
+    if grid[1] > 1:
+        counts = expert_ids.new_empty(grid, dtype=torch.int32)
+        _count_kernel[grid](expert_ids, counts, count, BLOCK=_CHUNK, num_warps=4)
+    _place_kernel[grid](
         expert_ids,
+        counts,
         slots,
         offsets,
         positions,
         count,
-        BLOCK=1024 if count <= 1024 else 16384,
-        num_warps=4 if count <= 1024 else 32,
+        ONE_CHUNK=grid[1] == 1,
+        BLOCK=_CHUNK,
+        num_warps=4,
     )
     return slots, offsets, positions
 

@@ -34,6 +34,8 @@ from quatom.ops.linear.cpu import linear_cpu, prepare_cpu
 from quatom.ops.linear.prepared import PreparedLinear
 from quatom.ops.linear.reference import linear_reference, prepare_reference
 
+__all__ = ["BACKENDS", "PreparedLinear", "linear", "prepare_weights"]
+
 BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUBLAS, Backend.CUDA)
 
 

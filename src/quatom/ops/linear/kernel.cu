@@ -512,7 +512,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
         codes[r].load(w_thread + at.stage * W_STAGE + r * UNIT_BYTES, ws_thread + at.stage * W_STAGE + r * UNIT_BYTES);
     };
     auto integer_step = [&](Codes (&now)[RB], Codes (&next)[RB], u32 (&a)[RB][16], int (&counts)[RB][PARTS][COLUMNS / 2],
-                            int parts, bool first, bool more) {
+                            bool first, bool more) {
       const u64 b = descriptor(base + X_OFFSET + ring.stage * X_BYTES);
       const u32 before = ring.previous();
       const Ring at = ring;
@@ -535,7 +535,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       }
       wgmma_fence();
 #pragma unroll
-      for (int part = 0; part < parts; ++part)
+      for (int part = 0; part < PARTS; ++part)
 #pragma unroll
         for (int r = 0; r < RB; ++r)
 #pragma unroll
@@ -577,46 +577,32 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       if (int4_steps > 0) {
         float low[RB], high[RB];
         tiles.locate(tile, token_tile, row_tile);
-#if EXPERTS
-        Run run;
-        run.load(runs + 1 + token_tile);
-        const bool last_part_is_empty = __shfl_sync(~0u, run.high, 0) <= (PARTS - 1) * COLUMNS;
-#endif
 #pragma unroll
         for (int r = 0; r < RB; ++r) {
           int block = min((row_tile * WARPGROUPS + warpgroup) * RB + r, row_blocks - 1);
 #if EXPERTS
+          Run run;
+          run.load(runs + 1 + token_tile);
           block += run.expert * row_blocks;
 #endif
           low[r] = row_scales[block * 64 + group_warp * 16 + lane / 4];
           high[r] = row_scales[block * 64 + group_warp * 16 + lane / 4 + 8];
         }
-        // A loop of its own where the last part has no tokens: accumulators that two loops share are multiplied one
-        // instruction at a time. No function, whose counts would be other registers.
-#define MULTIPLY(COUNT)                                                                                                \
-  do {                                                                                                                 \
-    int counts[RB][PARTS][COLUMNS / 2] = {};                                                                           \
-    u32 even[RB][16], odd[RB][16];                                                                                     \
-    Codes even_codes[RB], odd_codes[RB];                                                                               \
-    if (READ_AHEAD) {                                                                                                  \
-      barrier_wait(full + 8 * ring.stage, ring.phase);                                                                 \
-      read_codes(ring, even_codes);                                                                                    \
-    }                                                                                                                  \
-    for (int i = 0; i < int4_steps; i += 2) {                                                                          \
-      integer_step(even_codes, odd_codes, even, counts, COUNT, i == 0, i + 1 < int4_steps);                            \
-      if (i + 1 < int4_steps) integer_step(odd_codes, even_codes, odd, counts, COUNT, false, i + 2 < int4_steps);      \
-    }                                                                                                                  \
-    wgmma_wait();                                                                                                      \
-    const u32 stage = ring.previous();                                                                                 \
-    scale_counts(total, counts, low, high, xs_tile + stage * XS_BYTES);                                                \
-    release(stage);                                                                                                    \
-  } while (0)
-#if EXPERTS
-        if (PARTS > 1 && last_part_is_empty) MULTIPLY(PARTS - 1);
-        else
-#endif
-          MULTIPLY(PARTS);
-#undef MULTIPLY
+        int counts[RB][PARTS][COLUMNS / 2] = {};
+        u32 even[RB][16], odd[RB][16];
+        Codes even_codes[RB], odd_codes[RB];
+        if (READ_AHEAD) {
+          barrier_wait(full + 8 * ring.stage, ring.phase);
+          read_codes(ring, even_codes);
+        }
+        for (int i = 0; i < int4_steps; i += 2) {
+          integer_step(even_codes, odd_codes, even, counts, i == 0, i + 1 < int4_steps);
+          if (i + 1 < int4_steps) integer_step(odd_codes, even_codes, odd, counts, false, i + 2 < int4_steps);
+        }
+        wgmma_wait();
+        const u32 stage = ring.previous();
+        scale_counts(total, counts, low, high, xs_tile + stage * XS_BYTES);
+        release(stage);
       }
 #else
       if (int4_steps > 0) {
