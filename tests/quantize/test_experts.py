@@ -96,7 +96,7 @@ def block_of(source, recipe=FLOAT, weights=None):
 
 
 def test_a_block_is_measured_expert_by_expert(source):
-    layer, _, block = block_of(source)
+    _, _, block = block_of(source)
     hidden = torch.randn(2, 20, 128, generator=torch.Generator().manual_seed(0))
     rotary = RotaryTables(source.model_config, 20)
     seen = {}
@@ -120,7 +120,7 @@ def test_a_block_is_measured_expert_by_expert(source):
 
 
 def test_an_expert_without_tokens_is_measured_on_all(source):
-    layer, weights, _ = block_of(source)
+    _, weights, _ = block_of(source)
     router = dict(weights.router)
     router["weight"] = router["weight"].clone()
     router["weight"][4] = 0.0  # a score of 0: never among the largest 3 of 6 below
