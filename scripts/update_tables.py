@@ -503,9 +503,12 @@ def families(name: str) -> str:
     if not (RESULTS / f"{name}.json").exists():
         return "Not measured yet.\n"
     data = read(name)
-    rows = []
+    rows, missing = [], []
     for family in FAMILIES:
         entries = [e for e in data["results"] if e["family"] == family.name]
+        if not entries:
+            missing.append(f"`{family.name}`")
+            continue
         floats = [e for e in entries if e["recipe"] == "fp16"]
         packed = [e for e in entries if e["recipe"] != "fp16" and "refused" not in e]
         rows.append(
@@ -519,7 +522,8 @@ def families(name: str) -> str:
         )
     header = ["family", "tiny models"]
     header += [f"{dtype} to transformers, largest" for dtype in _dtypes(data)]
-    return f"On {_machine(data)}:\n\n" + table([*header, "recipes", "packed, rms"], rows)
+    rest = f"\nNot measured there: {', '.join(missing)}.\n" if missing else ""
+    return f"On {_machine(data)}:\n\n" + table([*header, "recipes", "packed, rms"], rows) + rest
 
 
 def supported(name: str) -> str:

@@ -13,7 +13,7 @@ from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import bits_per_weight, linear_tensors, qk_norm_sizes
 from quatom.checkpoint.tokenizer import find_tokenizer
 from quatom.errors import BackendError, CheckpointError
-from quatom.families.spec import Attention, ModelConfig, Norm, NormName
+from quatom.families.spec import Attention, ModelConfig, Norm, NormName, RouterTensor
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.build import build_block
 from quatom.modeling.decoder import Decoder
@@ -88,11 +88,16 @@ def load_float_layer(
     read = _reader(source, device, dtype)
     sites = {}
     for name, site in layer.sites.items():
-        weights = [read(f"{lin.name}.weight", (lin.rows, lin.channels)) for lin in site.linears]
-        biases = [read(f"{lin.name}.bias", (lin.rows,)) for lin in site.linears if lin.bias]
-        sites[name] = FloatSite(torch.cat(weights), torch.cat(biases) if biases else None)
+        weights = [read(f"{lin.name}.weight", lin.shape) for lin in site.linears]
+        biases = [read(f"{lin.name}.bias", lin.shape[:-1]) for lin in site.linears if lin.bias]
+        # One tensor is taken as it is: a copy of all experts would double the layer's memory.
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights, dim=-2)
+        sites[name] = FloatSite(joined, torch.cat(biases, dim=-1) if biases else None)
     layer_weights = FloatLayer(
-        norms=_norms(read, layer), sites=sites, qk_norm=_qk_norm(read, layer)
+        norms=_norms(read, layer),
+        sites=sites,
+        qk_norm=_qk_norm(read, layer),
+        router=_router(source, layer, device),
     )
     return in_rotary_order(layer, layer_weights)
 
@@ -121,7 +126,18 @@ def load_quantized_layer(
         sites=sites,
         qk_norm=_qk_norm(read, layer),
         key_offset=offset,
+        router=_router(source, layer, device),
     )
+
+
+def _router(
+    source: TensorSource, layer: LayerPlan, device: torch.device
+) -> dict[RouterTensor, Tensor]:
+    """What chooses experts, in float32 whatever the model's dtype is."""
+    return {
+        tensor: source.load(name, shape).to(device=device, dtype=torch.float32)
+        for tensor, (name, shape) in layer.router_tensors().items()
+    }
 
 
 def _reader(source: TensorSource, device: torch.device, dtype: torch.dtype) -> Read:
@@ -268,6 +284,7 @@ def build_decoder(
         blocks=blocks,
         final_norm=read_norm(read, config.final_norm, config.final_norm_name, config.hidden_size),
         head=None if config.tie_word_embeddings else read(config.head_name, vocab),
+        head_bias=read(config.head_bias_name, vocab[:1]) if config.head_bias else None,
         backend=backend,
     )
     return model.eval()

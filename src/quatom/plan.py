@@ -12,7 +12,7 @@ from math import prod
 from typing import Literal
 
 from quatom.errors import RecipeError
-from quatom.families.spec import SITES, Layer, ModelConfig, NormName, SiteName
+from quatom.families.spec import Layer, ModelConfig, NormName, RouterTensor, SiteName
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import QuantizeSpec
 from quatom.recipe import KVSpec, OutlierSpec, Recipe, WeightSpec
@@ -21,9 +21,9 @@ OrderKind = Literal["none", "gathered", "folded"]
 """How a site's input comes into its channel order: not at all; gathered as it is quantized; or by
 the rows of the linears that make it, which are stored in that order."""
 
-ROW_PARALLEL: tuple[SiteName, ...] = ("o", "down")
+ROW_PARALLEL: tuple[SiteName, ...] = ("o", "down", "experts_down")
 """Sites whose linears are cut along their input, not their output, across tensor-parallel ranks."""
-_MADE_BY: Mapping[SiteName, SiteName] = {"down": "gate_up"}
+_MADE_BY: Mapping[SiteName, SiteName] = {"down": "gate_up", "experts_down": "experts_gate_up"}
 """The site whose output rows become a site's input channels, one by one."""
 _MIN_OUTLIERS = 32
 _GRANULE = 32  # channels; a short last group, an outlier block: kernels read no smaller piece
@@ -40,6 +40,18 @@ class LinearPlan:
     rows: int
     channels: int
     bias: bool
+    experts: int | None = None
+    """E: all tensors but `order` have a leading dimension of so many experts."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (rows, channels), or (E, rows, channels)."""
+        return (*self.lead, self.rows, self.channels)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Dimensions before rows: (), or (E,)."""
+        return () if self.experts is None else (self.experts,)
 
     @property
     def kind(self) -> str:
@@ -74,6 +86,11 @@ class SitePlan:
     activation_format: str
     input_spec: QuantizeSpec | None
     """How the input is quantized; None: it stays in floating point."""
+
+    @property
+    def experts(self) -> int | None:
+        """E where the weight is (E, N, K): one matrix per expert, one input for all of a token."""
+        return self.linears[0].experts
 
     @property
     def rows(self) -> int:
@@ -123,6 +140,16 @@ class LayerPlan:
         capped = self.spec.attention.logit_softcap is not None
         return self.kv_cache.key_offset != "none" and not capped
 
+    def router_tensors(self) -> dict[RouterTensor, tuple[str, tuple[int, ...]]]:
+        """Name and shape of the float tensors beside routed experts, none without experts."""
+        experts = self.spec.experts
+        if experts is None:
+            return {}
+        return {
+            tensor: (self.prefix + names[0], experts.shape(tensor, self.hidden_size))
+            for tensor, names in experts.tensors.items()
+        }
+
     @property
     def key_offset_name(self) -> str:
         """Tensor of the mean of K, (KV, D) float32, where `offsets_keys`."""
@@ -160,7 +187,7 @@ class ModelPlan:
     @property
     def num_weights(self) -> int:
         """Weights of all decoder linears."""
-        return sum(prod((linear.rows, linear.channels)) for linear in self.linears())
+        return sum(prod(linear.shape) for linear in self.linears())
 
 
 def plan(config: ModelConfig, recipe: Recipe) -> ModelPlan:
@@ -169,6 +196,8 @@ def plan(config: ModelConfig, recipe: Recipe) -> ModelPlan:
     Raises:
         RecipeError: the recipe does not fit the model's sizes.
     """
+    if any(layer.experts is not None for layer in config.layers):
+        _check_experts(recipe)
     return ModelPlan(
         config, recipe, tuple(_layer(config, recipe, i) for i in range(config.num_layers))
     )
@@ -177,7 +206,7 @@ def plan(config: ModelConfig, recipe: Recipe) -> ModelPlan:
 def _layer(config: ModelConfig, recipe: Recipe, index: int) -> LayerPlan:
     layer = config.layers[index]
     prefix = f"{config.layer_prefix}{index}."
-    sites = {site: _site(config, recipe, layer, prefix, site) for site in SITES}
+    sites = {site: _site(config, recipe, layer, prefix, site) for site in layer.sites}
     _check_rows(recipe, sites)
     return LayerPlan(index, layer, config.hidden_size, prefix, sites, recipe.kv_cache)
 
@@ -189,7 +218,7 @@ def _site(
     linears, first = [], 0
     for linear in layer.linears[site]:
         name = prefix + linear.name
-        linears.append(LinearPlan(name, first, linear.rows, channels, linear.bias))
+        linears.append(LinearPlan(name, first, linear.rows, channels, linear.bias, linear.experts))
         first += linear.rows
     blocks = recipe.tensor_parallel if site in ROW_PARALLEL else 1
     layout = _layout(config, recipe, layer, linears[0], blocks)
@@ -285,6 +314,21 @@ def input_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
         rotate=activations.rotation == "hadamard",
         scale_mode=scale_mode,
     )
+
+
+def _check_experts(recipe: Recipe) -> None:
+    """Raise RecipeError for what routed experts cannot have."""
+    if recipe.tensor_parallel > 1:
+        raise RecipeError(
+            f"tensor_parallel {recipe.tensor_parallel} cuts the inputs of down projections, and "
+            "those of routed experts are not cut: use tensor_parallel 1 for mixtures of experts"
+        )
+    if recipe.weights.target != "own_input":
+        raise RecipeError(
+            f"weights.target {recipe.weights.target!r} compares outputs of the floating-point and "
+            "of the quantized network token by token, but a token may go to other experts in "
+            "each: use 'own_input' for mixtures of experts"
+        )
 
 
 def _check_rows(recipe: Recipe, sites: Mapping[SiteName, SitePlan]) -> None:

@@ -262,6 +262,9 @@ class CalibrationSpec:
     """Tokens in each sequence."""
     seed: int = 0
     """Seed that chooses the sequences. The same seed and text give a bit-identical checkpoint."""
+    min_expert_tokens: int = 1024
+    """An expert to which fewer tokens came is measured on all tokens, too: the means of both are
+    blended, its own weighing with the fraction of this number that came."""
 
     def __post_init__(self) -> None:
         _check_types("calibration", self)
@@ -269,6 +272,11 @@ class CalibrationSpec:
             raise RecipeError(
                 f"calibration needs at least 1 sample of 2 tokens, got {self.num_samples} of "
                 f"{self.sequence_length}"
+            )
+        if self.min_expert_tokens < 1:
+            raise RecipeError(
+                f"calibration.min_expert_tokens must be at least 1, got {self.min_expert_tokens}: "
+                "an expert without a token has no statistics of its own"
             )
 
 

@@ -18,7 +18,6 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.llm import LLM, Engine, SamplingParams
 from quatom.errors import ModelError, RecipeError
 from quatom.families.registry import read_config
-from quatom.families.spec import SITES
 from quatom.modeling.context import full_sequences_context
 from quatom.numerics.formats import get_format
 from quatom.ops.backend import Backend
@@ -41,6 +40,9 @@ def parameters(config):
         ("llama-2-13b", 13_015_864_320),
         ("llama-2-70b", 68_976_648_192),
         ("llama-3-8b", 8_030_261_248),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-235b-a22b", 235_093_634_560),
     ],
 )
 def test_shapes_have_the_public_number_of_parameters(name, count):
@@ -70,7 +72,7 @@ def test_every_preset_runs_and_generates(name):
 def test_weights_have_the_standard_deviation_of_llama(name):
     loaded = random_model("tiny", PRESETS[name], device="cpu", backend=Backend.REFERENCE)
     for block in loaded.model.blocks:
-        for site in SITES:
+        for site in block.plan.sites:
             (weight,) = block.linears[site].prepared.tensors
             assert weight.std().item() == pytest.approx(STD, rel=0.05)
             assert abs(weight.mean().item()) < STD / 50
@@ -106,7 +108,7 @@ def test_float_weights_take_two_bytes_each_in_half_precision():
 def test_layers_share_neither_memory_nor_numbers_nor_orders():
     loaded = random_model("tiny", PRESETS["atom-w4a4kv4"], device="cpu", backend=Backend.TRITON)
     first, second = loaded.model.blocks
-    for site in SITES:
+    for site in first.plan.sites:
         one, two = (b.linears[site].prepared.tensors[0] for b in (first, second))
         assert one.data_ptr() != two.data_ptr()
         assert not torch.equal(one, two)

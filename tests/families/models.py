@@ -195,6 +195,82 @@ TINY: dict[str, tuple[str, dict]] = {
     "starcoder2": ("Starcoder2", {"hidden_size": 192, "sliding_window": 36}),
     "stablelm": ("StableLm", {"hidden_size": 160, "num_key_value_heads": 2, "use_qkv_bias": True}),
     "opt": ("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "head_dim": 64},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_hidden_layers": 3,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 96,
+            "shared_expert_intermediate_size": 160,
+            "decoder_sparse_step": 2,  # the second layer alone has experts
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 64,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": (
+        "Olmoe",
+        {
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 96,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phimoe": (
+        "Phimoe",
+        {
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "router_jitter_noise": 0.3,  # so that near experts share a softmax
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 40,
+            "rope_parameters": longrope(64, short_mscale=1.2, long_mscale=1.2),
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 64,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 96,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
 }
 ALONE = {"opt": ("intermediate_size", "num_key_value_heads")}
 """Keys of COMMON that a family does not have."""
@@ -222,9 +298,13 @@ def tiny_model(name: str, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     config = tiny_config(name)
     config._attn_implementation = "eager"  # the others leave out soft-caps in some releases
+    config._experts_implementation = "eager"
     model = model_class(TINY[name][0])(config).eval()
     offset = name.startswith("gemma")  # it stores norm weights less 1
     with torch.no_grad():
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if key.endswith("bias"):

@@ -22,7 +22,18 @@ CALIBRATION = CalibrationSpec(num_samples=4, sequence_length=48)
 # One preset with every part that a recipe can have, on every family; all presets on families that
 # differ most: windows and soft-caps, norms after, partial rotary, LayerNorm without gates.
 WHOLE = "quatom-w4a4kv4"
-THOROUGH = ("gemma2", "gemma3", "olmo2", "glm4", "starcoder2", "opt", "seed_oss", "phi3-partial")
+THOROUGH = (
+    "mixtral",
+    "qwen2_moe",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "glm4",
+    "starcoder2",
+    "opt",
+    "seed_oss",
+    "phi3-partial",
+)
 CASES = [(name, WHOLE) for name in TINY]
 CASES += [(n, p) for n in THOROUGH for p in PRESETS if p not in ("fp16", WHOLE)]
 

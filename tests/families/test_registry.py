@@ -331,6 +331,43 @@ def test_a_family_is_a_short_file():
 def test_the_page_on_adding_a_model_quotes_the_source():
     page = Path(__file__).resolve().parents[2] / "docs" / "design" / "adding-a-model.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    source = inspect.getsource(inspect.getmodule(find_family(named("GlmForCausalLM")).read))
-    assert len(blocks) == 3
+    source = "".join(
+        inspect.getsource(inspect.getmodule(find_family(named(name)).read))
+        for name in ("GlmForCausalLM", "MixtralForCausalLM")
+    )
+    assert len(blocks) == 4
     assert all(block in source for block in blocks)
+
+
+@pytest.mark.parametrize(
+    "config", [{"architectures": ["GptOssForCausalLM"]}, {"model_type": "gpt_oss"}]
+)
+def test_gpt_oss_is_refused_with_the_reason(config):
+    with pytest.raises(ModelError, match=r"not supported \(its attention has sinks"):
+        find_family(config)
+
+
+MOE_REFUSALS = [
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+    ("qwen3_moe", {"mlp_only_layers": "0"}, "mlp_only_layers must be a list of layers"),
+    ("qwen3_moe", {"num_experts_per_tok": 9}, "9 experts per token of 8"),
+    ("mixtral", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64"),
+    ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+    ("granitemoe", {"shared_intermediate_size": 64}, "shared_intermediate_size = 64"),
+    ("phimoe", {"num_experts_per_tok": 3}, "sparsemixer chooses 2 experts"),
+    ("glm4_moe", {"n_group": 3}, "8 experts cannot be cut into 3"),
+    ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), MOE_REFUSALS)
+def test_what_experts_do_not_compute_is_refused_by_name(name, change, message):
+    with pytest.raises(ModelError, match=message):
+        read_config(tiny_config(name).to_dict() | change)
+
+
+def test_factors_of_phi_moe_must_be_one():
+    keys = tiny_config("phimoe").to_dict()
+    keys["rope_parameters"] = keys["rope_parameters"] | {"long_mscale": 1.3}
+    with pytest.raises(ModelError, match=r"short_mscale 1.2 and long_mscale 1.3"):
+        read_config(keys)

@@ -22,11 +22,22 @@ def expected_tensors(config):
         for site, linears in layer.linears.items():
             columns = config.input_channels(layer, site)
             for linear in linears:
+                if linear.experts is not None:
+                    # As transformers 5 holds them: all experts in one tensor.
+                    (name,) = (s[0] for s in linear.spellings if s[0].endswith("_proj"))
+                    yield prefix + name, (linear.experts, linear.rows, columns)
+                    continue
                 yield f"{prefix}{linear.name}.weight", (linear.rows, columns)
                 if linear.bias:
                     yield f"{prefix}{linear.name}.bias", (linear.rows,)
         for place, norm in layer.norms.items():
             yield from norm_tensors(prefix + layer.norm_names[place], norm, config.hidden_size)
+        if layer.experts is not None:
+            for kind, names in layer.experts.tensors.items():
+                own = next(name for name in names if "moe.gate" not in name)
+                if config.family == "granitemoe":
+                    own = names[-1]
+                yield prefix + own, layer.experts.shape(kind, config.hidden_size)
         attention = layer.attention
         if attention.qk_norm is not None:
             every = attention.qk_norm_axis == "all"
@@ -36,6 +47,8 @@ def expected_tensors(config):
     yield from norm_tensors(config.final_norm_name, config.final_norm, config.hidden_size)
     if not config.tie_word_embeddings:
         yield config.head_name, (config.vocab_size, config.hidden_size)
+    if config.head_bias:
+        yield config.head_bias_name, (config.vocab_size,)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -16,8 +16,12 @@ from safetensors.torch import load_file
 PLACES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
+    "gate_up": tuple(
+        f"{mlp}.{name}"
+        for mlp in ("mlp", "mlp.shared_expert", "mlp.shared_experts")
+        for name in ("gate_proj", "up_proj")
+    ),
+    "down": ("mlp.down_proj", "mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj"),
 }
 BITS = {"e2m1": 4, "e4m3": 8} | {f"int{b}": b for b in range(2, 9)}
 LARGEST = {"e2m1": 6.0, "e4m3": 448.0} | {f"int{b}": 2.0 ** (b - 1) - 1 for b in range(2, 9)}
@@ -96,6 +100,14 @@ class Counts:
         return theirs
 
 
+def unpack_scales(tensors: dict, groups: int, blocks: int) -> torch.Tensor:
+    """(rows, G): nibbles of multiples less one, each block's from a byte of its own."""
+    packed = tensors["weight_multiple"]
+    nibbles = torch.stack((packed % 16, packed // 16), dim=-1).flatten(1).int()
+    wanted = [part[:, : groups // blocks] for part in nibbles.chunk(blocks, dim=1)]
+    return (torch.cat(wanted, dim=1) + 1) * tensors["row_scale"].float()[:, None]
+
+
 class Simulation:
     """transformers' model with weights, inputs and KV cache as the checkpoint in `folder` says."""
 
@@ -118,7 +130,10 @@ class Simulation:
         for index, layer in enumerate(self.model.model.layers):
             for place, names in PLACES.items():
                 for name in names:
-                    self._replace(layer.get_submodule(name), index, place, name)
+                    if name in dict(layer.named_modules()):
+                        self._replace(layer.get_submodule(name), index, place, name)
+            if hasattr(layer.mlp, "experts"):
+                self._replace_experts(layer.mlp.experts, index)
             if self.recipe["kv_cache"]["format"] != "float16":
                 for name in "kv":
                     projection = getattr(layer.self_attn, f"{name}_proj")
@@ -127,12 +142,58 @@ class Simulation:
                     projection.register_forward_hook(self._kv_hook(index, name))
 
     def _replace(self, linear: torch.nn.Linear, index: int, place: str, name: str) -> None:
-        key = f"model.layers.{index}.{name}"
-        spec, rows, channels = self.recipe["weights"], linear.out_features, linear.in_features
-        codes = unpack(self.tensors[f"{key}.weight_packed"], spec["format"])
-        outliers = self.tensors.get(f"{key}.outlier_weight", torch.empty(rows, 0))
+        key = f"model.layers.{index}.{name}."
+        tensors = {n.removeprefix(key): t for n, t in self.tensors.items() if n.startswith(key)}
+        with torch.no_grad():
+            groups = self._dequantize(linear.weight, tensors, place)
+            if linear.bias is not None:
+                linear.bias.copy_(tensors["bias"])
+        if self.recipe["activations"]["format"] != "float16":
+            linear.register_forward_pre_hook(self._input_hook(index, place, groups))
+
+    def _replace_experts(self, module: torch.nn.Module, index: int) -> None:
+        """A forward of its own: every expert's weights, its slots in order, its inputs rounded."""
+        weights, hooks = {}, {}
+        for place, name in (("experts_gate_up", "gate_up_proj"), ("experts_down", "down_proj")):
+            key = f"model.layers.{index}.mlp.experts.{name}."
+            tensors = {n.removeprefix(key): t for n, t in self.tensors.items() if n.startswith(key)}
+            weights[place] = getattr(module, name).detach().clone()
+            for expert, weight in enumerate(weights[place]):
+                own = {n: t if n == "order" else t[expert] for n, t in tensors.items()}
+                groups = self._dequantize(weight, own, place)
+            hooks[place] = self._input_hook(index, place, groups)
+
+        def quantized(place, x):
+            if self.recipe["activations"]["format"] == "float16":
+                return x
+            return hooks[place](None, (x,))[0]
+
+        def forward(x, chosen, shares):  # (T, hidden), (T, k), (T, k)
+            shape, x, top_k = x.shape, x.flatten(0, -2), chosen.shape[-1]
+            x, out = quantized("experts_gate_up", x), torch.zeros_like(x)
+            slots = sorted(range(chosen.numel()), key=lambda s: (int(chosen.flatten()[s]), s))
+            owners = [int(chosen.flatten()[slot]) for slot in slots]
+            made = [
+                weights["experts_gate_up"][expert] @ x[slot // top_k]
+                for slot, expert in zip(slots, owners, strict=True)
+            ]
+            gate, up = torch.stack(made).chunk(2, dim=1)
+            rows = quantized("experts_down", torch.nn.functional.silu(gate) * up)
+            for slot, expert, row in zip(slots, owners, rows, strict=True):
+                out[slot // top_k] += shares.flatten()[slot] * (
+                    weights["experts_down"][expert] @ row
+                )
+            return out.view(shape)
+
+        module.forward = forward
+
+    def _dequantize(self, weight: torch.Tensor, tensors: dict, place: str) -> Groups:
+        """Fill a weight (N, K) with what its stored tensors stand for."""
+        spec, (rows, channels) = self.recipe["weights"], weight.shape
+        codes = unpack(tensors["weight_packed"], spec["format"])
+        outliers = tensors.get("outlier_weight", torch.empty(rows, 0))
         blocks = self.recipe["tensor_parallel"] if place in ("o", "down") else 1
-        order = self.tensors.get(f"{key}.order", torch.arange(channels)).long()
+        order = tensors.get("order", torch.arange(channels)).long()
         # Each block's slice of the order: its normal channels, then its outliers.
         normal, outlier = order.view(blocks, -1).split(
             (codes.shape[1] // blocks, outliers.shape[1] // blocks), dim=1
@@ -143,40 +204,29 @@ class Simulation:
         if outliers.shape[1]:
             groups.channels += list(outlier)
         if spec["scale_format"] == "packed_multiples":
-            scales = self._unpack_scales(key, groups.normal, blocks)
+            scales = unpack_scales(tensors, groups.normal, blocks)
         else:
-            scales = self.tensors[f"{key}.weight_scale"].float()
+            scales = tensors["weight_scale"].float()
         scales = scales.repeat_interleave(spec["rows_per_scale"], dim=0)[:rows]
-        with torch.no_grad():
-            linear.weight.fill_(torch.nan)  # every channel must be written
-            for g, part in enumerate(codes.split(size, dim=1)):
-                part = part * scales[:, g : g + 1]
-                # A rotation is its own inverse: here weights stand unrotated.
-                part = rotate(part) if self.recipe["activations"]["rotation"] != "none" else part
-                linear.weight[:, groups.channels[g]] = part
-            if outliers.shape[1]:
-                kept = outliers.float().split(outliers.shape[1] // blocks, dim=1)
-                factor = self.tensors.get(f"{key}.outlier_scale", torch.ones(rows, blocks)).float()
-                for b, part in enumerate(kept):
-                    linear.weight[:, outlier[b]] = part * factor[:, b : b + 1]
-            assert torch.isfinite(linear.weight).all()
-            if linear.bias is not None:
-                linear.bias.copy_(self.tensors[f"{key}.bias"])
-        if self.recipe["activations"]["format"] != "float16":
-            linear.register_forward_pre_hook(self._input_hook(index, place, groups))
-
-    def _unpack_scales(self, key: str, groups: int, blocks: int) -> torch.Tensor:
-        """(rows, G): nibbles of multiples less one, each block's from a byte of its own."""
-        packed = self.tensors[f"{key}.weight_multiple"]
-        nibbles = torch.stack((packed % 16, packed // 16), dim=-1).flatten(1).int()
-        wanted = [part[:, : groups // blocks] for part in nibbles.chunk(blocks, dim=1)]
-        return (torch.cat(wanted, dim=1) + 1) * self.tensors[f"{key}.row_scale"].float()[:, None]
+        weight.fill_(torch.nan)  # every channel must be written
+        for g, part in enumerate(codes.split(size, dim=1)):
+            part = part * scales[:, g : g + 1]
+            # A rotation is its own inverse: here weights stand unrotated.
+            part = rotate(part) if self.recipe["activations"]["rotation"] != "none" else part
+            weight[:, groups.channels[g]] = part
+        if outliers.shape[1]:
+            kept = outliers.float().split(outliers.shape[1] // blocks, dim=1)
+            factor = tensors.get("outlier_scale", torch.ones(rows, blocks)).float()
+            for b, part in enumerate(kept):
+                weight[:, outlier[b]] = part * factor[:, b : b + 1]
+        assert torch.isfinite(weight).all()
+        return groups
 
     def _input_hook(self, index: int, place: str, groups: Groups):
         spec = self.recipe["activations"]
 
         def fake_quantize(_, arguments):
-            x = arguments[0][0]  # (tokens, K)
+            x = arguments[0].flatten(0, -2)  # (tokens, K)
             theirs = self.recorded[index, place]
             first = 0
             out = torch.full_like(x, torch.nan)
@@ -197,7 +247,8 @@ class Simulation:
                     if spec["group_size"] == -1 and not is_outlier:
                         absmax = token_absmax
                     step = (clip * absmax / LARGEST[name]).half().float().clamp(min=2.0**-14)
-                    if spec["scale_format"] == "multiples" and not is_outlier:
+                    several = groups.normal > 1  # one group alone has a scale of its own
+                    if spec["scale_format"] == "multiples" and several and not is_outlier:
                         widest = (clip * token_absmax / LARGEST[name]).half().float()
                         step = multiple_of_seven_bits(step, widest.clamp(min=2.0**-14) / 16)
                     ours = nearest(part / step, name) * step
@@ -209,7 +260,7 @@ class Simulation:
                 settled = self.counts.settle(ours[:, None], got[:, None], step)[:, 0]
                 out[:, channels] = rotate(settled) if rotated and not is_outlier else settled
             assert first == x.shape[1]
-            return (out[None],)
+            return (out.view(arguments[0].shape),)
 
         return fake_quantize
 

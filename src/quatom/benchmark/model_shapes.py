@@ -7,6 +7,48 @@ from quatom.errors import ModelError
 from quatom.families.registry import read_config
 from quatom.families.spec import ModelConfig
 
+_MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
 _LLAMA_2 = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -54,6 +96,16 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
+    "mixtral-8x7b": _MIXTRAL,
+    "qwen3-30b-a3b": _QWEN3_MOE,
+    "qwen3-235b-a22b": _QWEN3_MOE
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
     "tiny": _LLAMA_2
     | {
         "vocab_size": 512,
@@ -65,8 +117,25 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 64,
         "max_position_embeddings": 512,
     },
+    "tiny-moe": _QWEN3_MOE
+    | {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "moe_intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "mlp_only_layers": [0],
+        "intermediate_size": 384,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
-"""config.json by name: the public models' own, and "tiny" for tests."""
+"""config.json by name: the public models' own, and "tiny" ones for tests."""
 
 
 def find_shape(name: str) -> ModelConfig:

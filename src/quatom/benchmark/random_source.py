@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quatom.benchmark.model_shapes import SHAPES, find_shape
-from quatom.benchmark.random_weights import STD
+from quatom.benchmark.random_weights import outer_std
 from quatom.checkpoint.reader import TensorSource
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.families.spec import ModelConfig
@@ -27,7 +27,7 @@ def random_source(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> TensorSource:
-    """Weights of standard deviation `STD`, norms of ones, in the sizes called `shape`.
+    """Random weights (see `random_weights`), norms of ones, in the sizes called `shape`.
 
     Args:
         shape: a name in `quatom.benchmark.random_weights.SHAPES`.
@@ -53,7 +53,7 @@ def random_source(
         # Not hash(): Python salts that of a string anew in every process.
         generator = torch.Generator(place).manual_seed(seed + zlib.crc32(name.encode()))
         drawn = torch.empty(spec.shape, dtype=dtype, device=place)
-        return drawn.normal_(0.0, STD, generator=generator).cpu()
+        return drawn.normal_(0.0, outer_std(config, name), generator=generator).cpu()
 
     return TensorSource(
         folder=origin,

@@ -17,7 +17,7 @@ from quatom.checkpoint.schema import norm_tensors, qk_norm_sizes
 from quatom.families.spec import ModelConfig, Norm
 from quatom.loading import LoadedModel, build_decoder, usable_device
 from quatom.modeling.build import build_block
-from quatom.modeling.linear import FloatLinear, QuantizedLinear
+from quatom.modeling.linear import FloatExperts, FloatLinear, QuantizedExperts, QuantizedLinear
 from quatom.modeling.weights import FloatSite, LayerWeights, NormWeights, SiteCodes
 from quatom.numerics.formats import Format, get_format
 from quatom.numerics.multiples import WEIGHT_MULTIPLE, find_row_scales, nearest_multiple
@@ -27,6 +27,9 @@ from quatom.recipe import Recipe
 
 STD = 0.02
 """Standard deviation of every weight, as transformers initializes Llama."""
+EXPERT_EMBEDDING_STD = 1.0
+"""Of the embedding of models with routed experts. With STD, what attention adds to all tokens of a
+sequence alike would outweigh what tells them apart, and all would go to the same experts."""
 
 
 def random_model(
@@ -89,16 +92,16 @@ class _Maker:
         norm = norm_tensors(config.final_norm, config.final_norm_name, config.hidden_size)
 
         def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-            return (
-                self._norm(config.final_norm, name, shape) if name in norm else self.normal(shape)
-            )
+            if name in norm:
+                return self._norm(config.final_norm, name, shape)
+            return self.normal(shape, outer_std(config, name))
 
         return draw
 
-    def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """Weights of standard deviation STD in the model's dtype."""
+    def normal(self, shape: tuple[int, ...], std: float = STD) -> Tensor:
+        """Weights of this standard deviation in the model's dtype."""
         empty = torch.empty(shape, device=self.device, dtype=self.dtype)
-        return empty.normal_(0.0, STD, generator=self.generator)
+        return empty.normal_(0.0, std, generator=self.generator)
 
     def layer(self, layer: LayerPlan) -> LayerWeights:
         """All weights of a layer: floats or codes, as the plan says."""
@@ -124,6 +127,14 @@ class _Maker:
             },
             qk_norm=qk_norm,
             key_offset=offset,
+            router={
+                # Scores of a normed token have a standard deviation of sqrt(hidden) * STD, about 1:
+                # experts differ from token to token, and each of them gets about as many.
+                tensor: torch.zeros(shape, device=self.device)
+                if tensor in ("bias", "correction")
+                else self.normal(shape).float()
+                for tensor, (_, shape) in layer.router_tensors().items()
+            },
         )
 
     def _norm(self, norm: Norm, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -136,28 +147,29 @@ class _Maker:
         return NormWeights(self._norm(norm, "weight", (size,)), bias)
 
     def _floats(self, site: SitePlan) -> FloatSite:
-        return FloatSite(self.normal((site.rows, site.channels)), self._bias(site))
+        return FloatSite(self.normal((*_rows(site), site.channels)), self._bias(site))
 
     def _codes(self, site: SitePlan) -> SiteCodes:
         layout = site.layout
         weights = get_format(site.weights.format)
-        values = [self._values(weights, (site.rows, layout.normal))]
-        scales = [self._scales(site, weights, (site.rows, layout.num_normal_groups))]
+        rows = _rows(site)
+        values = [self._values(weights, (*rows, layout.normal))]
+        scales = [self._scales(site, weights, (*rows, layout.num_normal_groups))]
         if layout.outliers:
             outlier = get_format(site.outliers.format)
-            shape = (site.rows, layout.num_outlier_groups)
+            shape = (*rows, layout.num_outlier_groups)
             if outlier.is_quantized:
-                values.append(self._values(outlier, (site.rows, layout.outliers)))
+                values.append(self._values(outlier, (*rows, layout.outliers)))
                 scales.append(self._scales(site, outlier, shape))
             else:
-                values.append(self.normal((site.rows, layout.outliers)))
+                values.append(self.normal((*rows, layout.outliers)))
                 scales.append(torch.ones(shape, dtype=torch.float16, device=self.device))
         bias = self._bias(site)
         return SiteCodes(
-            torch.cat(values, dim=1), torch.cat(scales, dim=1), bias, self._order(site)
+            torch.cat(values, dim=-1), torch.cat(scales, dim=-1), bias, self._order(site)
         )
 
-    def _values(self, fmt: Format, shape: tuple[int, int]) -> Tensor:
+    def _values(self, fmt: Format, shape: tuple[int, ...]) -> Tensor:
         """Codes, int8, of an integer format; else values, float32."""
         if fmt.is_integer:
             largest = int(fmt.largest)
@@ -174,15 +186,15 @@ class _Maker:
         )
         return fmt.decode(patterns)
 
-    def _scales(self, site: SitePlan, fmt: Format, shape: tuple[int, int]) -> Tensor:
+    def _scales(self, site: SitePlan, fmt: Format, shape: tuple[int, ...]) -> Tensor:
         """Scales within a quarter of the one that makes the standard deviation STD."""
         spread = torch.rand(shape, device=self.device, generator=self.generator) / 2 + 0.75
         scales = (spread * (STD / root_mean_square(fmt))).half()
         if site.weights.scale_format == "float16":
             return scales
-        return nearest_multiple(
-            scales, find_row_scales(scales, WEIGHT_MULTIPLE).unsqueeze(1)
-        ).half()
+        rows = scales.flatten(0, -2)  # of all experts
+        multiples = nearest_multiple(rows, find_row_scales(rows, WEIGHT_MULTIPLE).unsqueeze(1))
+        return multiples.half().view(shape)
 
     def _order(self, site: SitePlan) -> Tensor | None:
         """Channel order as a checkpoint has it."""
@@ -191,7 +203,18 @@ class _Maker:
         return torch.randperm(site.channels, device=self.device, generator=self.generator)
 
     def _bias(self, site: SitePlan) -> Tensor | None:
-        return self.normal((site.rows,)) if site.bias else None
+        return self.normal(_rows(site)) if site.bias else None
+
+
+def outer_std(config: ModelConfig, name: str) -> float:
+    """Standard deviation of a tensor outside of the layers."""
+    routed = any(layer.experts is not None for layer in config.layers)
+    return EXPERT_EMBEDDING_STD if routed and name == config.embedding_name else STD
+
+
+def _rows(site: SitePlan) -> tuple[int, ...]:
+    """(N,), or (E, N) of routed experts."""
+    return (*site.linears[0].lead, site.rows)
 
 
 def root_mean_square(fmt: Format) -> float:
@@ -210,9 +233,9 @@ def weight_bytes(loaded: LoadedModel) -> dict[str, int]:
     model = loaded.model
     linears = 0
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | QuantizedExperts):
             tensors = [*module.prepared.tensors, module.prepared.bias]
-        elif isinstance(module, FloatLinear):
+        elif isinstance(module, FloatLinear | FloatExperts):
             tensors = [module.weight, module.bias]
         else:
             continue

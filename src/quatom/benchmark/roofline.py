@@ -8,10 +8,11 @@ perfect implementation would hide, so a share of this limit never reaches 100 %.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Self
 
-from quatom.checkpoint.schema import bits_per_kv, bits_per_weight
+from quatom.checkpoint.schema import bits_by_linear, bits_per_kv, bits_per_weight
 from quatom.plan import ModelPlan
 
 _HALF = 2  # bytes of a number that no recipe quantizes
@@ -63,10 +64,10 @@ class Roofline:
     """The limits of one model under one recipe on one GPU."""
 
     ceilings: Ceilings
-    linear_weights: int
-    """Weights of all decoder linears."""
+    linear_weights: float
+    """Weights of the decoder linears that a token goes through: of experts those of `top_k`."""
     linear_bytes: float
-    """Their bytes as the recipe stores them, scales and outliers included."""
+    """Bytes of all decoder linears as the recipe stores them, scales and outliers included."""
     linear_tflops: float
     """The matrix rate that their operands allow."""
     head_weights: int
@@ -74,23 +75,51 @@ class Roofline:
     """Bytes of one cached token, all layers."""
     attention_flops: int
     """Operations of one (query, key) pair, all heads and layers: QK and PV."""
+    expert_bytes: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    """Of `linear_bytes`, those of routed experts, by their number and how many a token goes to."""
 
     @classmethod
     def of(cls, resolved: ModelPlan, ceilings: Ceilings) -> Self:
         """The roofline of a model."""
-        weights, config = resolved.num_weights, resolved.config
+        weights: float = resolved.num_weights
+        config = resolved.config
         low_bit = resolved.recipe.quantizes_activations
         attentions = [layer.spec.attention for layer in resolved.layers]
+        expert_bytes: dict[tuple[int, int], float] = {}
+        bits = bits_by_linear(resolved)
+        for layer in resolved.layers:
+            for site in layer.sites.values():
+                if site.experts is None:
+                    continue
+                assert layer.spec.experts is not None
+                kind = (site.experts, layer.spec.experts.top_k)
+                for linear in site.linears:
+                    size = prod(linear.shape)
+                    weights -= size * (1 - kind[1] / kind[0])
+                    expert_bytes[kind] = expert_bytes.get(kind, 0) + size * bits[linear.name] / 8
         kv_numbers = 2 * sum(attention.kv_size for attention in attentions)
         return cls(
             ceilings=ceilings,
             linear_weights=weights,
-            linear_bytes=weights * bits_per_weight(resolved) / 8,
+            linear_bytes=resolved.num_weights * bits_per_weight(resolved) / 8,
             linear_tflops=ceilings.low_bit_tflops if low_bit else ceilings.bf16_tflops,
             head_weights=config.vocab_size * config.hidden_size,
             kv_bytes=kv_numbers * bits_per_kv(resolved) / 8,
             attention_flops=4 * sum(attention.q_size for attention in attentions),
+            expert_bytes=expert_bytes,
         )
+
+    def bytes_read(self, tokens: float) -> float:
+        """Bytes of the decoder linears that a step of so many tokens reads.
+
+        Of E experts, tokens that choose k each, evenly and independently, touch
+        E (1 - (1 - k / E) ** tokens) on average.
+        """
+        untouched = sum(
+            size * (1 - top_k / experts) ** tokens
+            for (experts, top_k), size in self.expert_bytes.items()
+        )
+        return self.linear_bytes - untouched
 
     def seconds(self, work: Work) -> float:
         """Least time: linears, output head and attention, one after another."""
@@ -101,7 +130,7 @@ class Roofline:
         bf16 = self.ceilings.bf16_tflops
         return {
             "linears": self._phase(
-                work.steps * self.linear_bytes,
+                work.steps * self.bytes_read(work.tokens / work.steps),
                 2 * self.linear_weights * work.tokens,
                 self.linear_tflops,
             ),

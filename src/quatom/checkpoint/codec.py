@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quatom.errors import CheckpointError, ShapeError
-from quatom.modeling.weights import SiteCodes
-from quatom.numerics.formats import get_format
+from quatom.modeling.weights import LayerWeights, SiteCodes, matrices
+from quatom.numerics.formats import Format, get_format
 from quatom.numerics.multiples import pack_multiples, split_multiples, unpack_multiples
 from quatom.numerics.packing import pack_bits, unpack_bits
 from quatom.numerics.reorder import check_order, inverse_order, sliceable_positions
@@ -25,22 +25,28 @@ def encode(layer: LayerPlan, site: SitePlan, codes: SiteCodes) -> dict[str, Tens
     values, scales, bias = codes.values, codes.scales, codes.bias
     if (rows := stored_rows(layer, site)) is not None:
         rows = rows.to(values.device)
-        values, scales = values[rows], scales[rows]
-        bias = None if bias is None else bias[rows]
+        values, scales = values[..., rows, :], scales[..., rows, :]
+        bias = None if bias is None else bias[..., rows]
     tensors: dict[str, Tensor] = {}
     for linear in site.linears:
         own = linear.row_range
-        part, part_scales = values[own], scales[own]
-        patterns = normal.encode(part[:, : layout.normal])
-        tensors[f"{linear.name}.weight_packed"] = pack_bits(patterns, normal.bits)
-        normal_scales = part_scales[:: site.weights.rows_per_scale, : layout.num_normal_groups]
+        part, part_scales = values[..., own, :], scales[..., own, :]
+        packed = [
+            pack_bits(normal.encode(own[:, : layout.normal]), normal.bits) for own in matrices(part)
+        ]
+        tensors[f"{linear.name}.weight_packed"] = torch.stack(packed).view(
+            *linear.lead, linear.rows, -1
+        )
+        normal_scales = part_scales[..., :: site.weights.rows_per_scale, : layout.num_normal_groups]
         for suffix, tensor in _encode_scales(site, normal_scales).items():
             tensors[f"{linear.name}.{suffix}"] = tensor
         if layout.outliers:
-            kept = part[:, layout.normal :]
+            kept = part[..., layout.normal :]
             if outlier.is_quantized:
                 tensors[f"{linear.name}.outlier_weight"] = kept.to(torch.int8)
-                tensors[f"{linear.name}.outlier_scale"] = part_scales[:, layout.num_normal_groups :]
+                tensors[f"{linear.name}.outlier_scale"] = part_scales[
+                    ..., layout.num_normal_groups :
+                ]
             else:
                 tensors[f"{linear.name}.outlier_weight"] = kept.half()
         if site.order == "gathered":
@@ -49,7 +55,7 @@ def encode(layer: LayerPlan, site: SitePlan, codes: SiteCodes) -> dict[str, Tens
             tensors[f"{linear.name}.order"] = order.int()
         if linear.bias:
             assert bias is not None
-            tensors[f"{linear.name}.bias"] = bias[own]
+            tensors[f"{linear.name}.bias"] = bias[..., own]
     return tensors
 
 
@@ -62,48 +68,82 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
     layout, normal = site.layout, get_format(site.weights.format)
     joined_values, joined_scales, biases = [], [], []
     for linear in site.linears:
-        packed = tensors[f"{linear.name}.weight_packed"]
-        codes = [normal.decode(unpack_bits(packed, normal.bits))]
-        scales = _decode_scales(site, linear.name, tensors)
-        groups = [scales.repeat_interleave(site.weights.rows_per_scale, dim=0)[: linear.rows]]
+        codes = [_unpack(tensors[f"{linear.name}.weight_packed"], normal)]
+        stored = _decode_scales(site, linear.name, tensors)
+        per_row = stored.repeat_interleave(site.weights.rows_per_scale, dim=-2)
+        groups = [per_row[..., : linear.rows, :]]
         if layout.outliers:
-            codes.append(tensors[f"{linear.name}.outlier_weight"].float())
+            kept = tensors[f"{linear.name}.outlier_weight"]
+            codes.append(kept.float() if linear.experts is None else kept)
             groups.append(
                 tensors[f"{linear.name}.outlier_scale"]
                 if get_format(site.outliers.format).is_quantized
-                else torch.ones(linear.rows, layout.outlier_blocks, dtype=torch.float16)
+                else torch.ones(*linear.shape[:-1], layout.outlier_blocks, dtype=torch.float16)
             )
-        joined_values.append(torch.cat(codes, dim=1))
-        joined_scales.append(torch.cat(groups, dim=1))
+        joined_values.append(torch.cat(codes, dim=-1))
+        joined_scales.append(torch.cat(groups, dim=-1))
         if site.bias:
             biases.append(
-                tensors[f"{linear.name}.bias"] if linear.bias else torch.zeros(linear.rows)
+                tensors[f"{linear.name}.bias"] if linear.bias else torch.zeros(linear.shape[:-1])
             )
-    values, scales = torch.cat(joined_values), torch.cat(joined_scales)
-    bias = torch.cat(biases) if biases else None
+    values, scales = torch.cat(joined_values, dim=-2), torch.cat(joined_scales, dim=-2)
+    bias = torch.cat(biases, dim=-1) if biases else None
     if (stored := stored_rows(layer, site)) is not None:
         rows = inverse_order(stored)
-        values, scales = values[rows], scales[rows]
-        bias = None if bias is None else bias[rows]
+        values, scales = values[..., rows, :], scales[..., rows, :]
+        bias = None if bias is None else bias[..., rows]
     return SiteCodes(values, scales, bias, _decode_order(site, tensors))
 
 
-def _encode_scales(site: SitePlan, scales: Tensor) -> dict[str, Tensor]:  # (rows, G) float16
+def _encode_scales(site: SitePlan, scales: Tensor) -> dict[str, Tensor]:  # (..., rows, G) float16
     """The stored scales of normal groups, by the last part of their names."""
     if site.weights.scale_format != "packed_multiples":
         return {"weight_scale": scales}
-    row_scales, multiples = split_multiples(scales)
+    lead = scales.shape[:-1]
+    row_scales, multiples = split_multiples(scales.flatten(0, -2))
     packed = pack_multiples(multiples, site.blocks)
-    return {"row_scale": row_scales.half(), "weight_multiple": packed}
+    return {"row_scale": row_scales.half().view(lead), "weight_multiple": packed.view(*lead, -1)}
 
 
 def _decode_scales(site: SitePlan, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """(rows, G) float16; a row scale has 7 significant bits, so its multiples are exact."""
+    """(..., rows, G) float16; a row scale has 7 significant bits, so its multiples are exact."""
     if site.weights.scale_format != "packed_multiples":
         return tensors[f"{name}.weight_scale"]
-    groups = site.layout.num_normal_groups
-    multiples = unpack_multiples(tensors[f"{name}.weight_multiple"], groups, site.blocks)
-    return (tensors[f"{name}.row_scale"].float().unsqueeze(1) * multiples).half()
+    groups, row_scales = site.layout.num_normal_groups, tensors[f"{name}.row_scale"]
+    packed = tensors[f"{name}.weight_multiple"].flatten(0, -2)
+    multiples = unpack_multiples(packed, groups, site.blocks).view(*row_scales.shape, groups)
+    return (row_scales.float().unsqueeze(-1) * multiples).half()
+
+
+def _unpack(packed: Tensor, normal: Format) -> Tensor:
+    """Values of packed codes: float32; of routed experts int8 where the format is an integer one.
+
+    One expert after another: the steps in between take many times the memory of the codes.
+    """
+    if packed.ndim == 2:
+        return normal.decode(unpack_bits(packed, normal.bits))
+    dtype = torch.int8 if normal.is_integer else torch.float32
+    return torch.stack([_unpack(own, normal).to(dtype) for own in packed])
+
+
+def encode_layer(layer: LayerPlan, weights: LayerWeights) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds of a quantized layer, by its full name; on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, norm in weights.norms.items():
+        tensors[f"{layer.norm_name(name)}.weight"] = norm.weight
+        if norm.bias is not None:
+            tensors[f"{layer.norm_name(name)}.bias"] = norm.bias
+    if weights.qk_norm is not None:
+        for prefix, weight in zip(layer.qk_norm_names, weights.qk_norm, strict=True):
+            tensors[f"{prefix}.weight"] = weight
+    if weights.key_offset is not None:
+        tensors[layer.key_offset_name] = weights.key_offset
+    for tensor, (full_name, _) in layer.router_tensors().items():
+        tensors[full_name] = weights.router[tensor]
+    for site, codes in weights.sites.items():
+        assert isinstance(codes, SiteCodes)
+        tensors |= encode(layer, layer.sites[site], codes)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def stored_rows(layer: LayerPlan, site: SitePlan) -> Tensor | None:
@@ -118,9 +158,9 @@ def stored_rows(layer: LayerPlan, site: SitePlan) -> Tensor | None:
     return repeat_rows(_sliceable(made), site.rows // made.channels)
 
 
-def repeat_rows(order: Tensor, times: int) -> Tensor:  # (I,) -> (times * I,)
+def repeat_rows(order: Tensor, times: int) -> Tensor:  # (..., I) -> (..., times * I)
     """The same order for each of `times` equal parts of the rows: gate and up, or up alone."""
-    return torch.cat([order + part * order.numel() for part in range(times)])
+    return torch.cat([order + part * order.shape[-1] for part in range(times)], dim=-1)
 
 
 def _sliceable(site: SitePlan) -> Tensor:

@@ -168,11 +168,21 @@ _RENAMINGS: dict[str, Callable[[str], str]] = {
 
 
 def pass_over(
-    stored: Mapping[str, StoredTensor], expected: Iterable[str]
+    stored: Mapping[str, StoredTensor], expected: Iterable[str], unused: tuple[str, ...] = ()
 ) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Tensors without those that no result depends on, and a note of these."""
+    """Tensors without those that no result depends on, and a note of these.
+
+    Args:
+        stored: tensors by name.
+        expected: names of the model's own.
+        unused: prefixes of tensors that this model does not run.
+    """
     wanted = set(expected)
-    harmless = {n: t for n, t in stored.items() if n not in wanted and _is_harmless(n, t)}
+    harmless = {
+        n: t
+        for n, t in stored.items()
+        if n not in wanted and (n.startswith(unused) or _is_harmless(n, t))
+    }
     kept = {name: tensor for name, tensor in stored.items() if name not in harmless}
     if not harmless:
         return kept, []

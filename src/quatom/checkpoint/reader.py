@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quatom.checkpoint.configuration import as_model_config, read_recipe, with_ends
 from quatom.checkpoint.contents import check_contents, exists, is_present
+from quatom.checkpoint.expert_tensors import join_experts
 from quatom.checkpoint.folder_tensors import (
     adapter,
     embedding_from_head,
@@ -251,9 +252,10 @@ def _open_safetensors(folder: Path) -> TensorSource:
     model_config, ends = with_ends(model_config, folder / "generation_config.json")
     headers, notes = read_headers(folder)
     check_blocks(folder, model_config.num_layers, len(headers))
-    expected = checkpoint_tensors(plan(model_config, recipe or PRESETS["fp16"]))
+    resolved = plan(model_config, recipe or PRESETS["fp16"])
+    expected = checkpoint_tensors(resolved)
     headers, renamed = plain_names(folder, headers, expected)
-    headers, passed = pass_over(headers, expected)
+    headers, passed = pass_over(headers, expected, model_config.unused_prefixes)
     if model_config.tie_word_embeddings:
         head, embedding = model_config.head_name, model_config.embedding_name
         headers, moved = embedding_from_head(headers, head, embedding)
@@ -266,9 +268,13 @@ def _open_safetensors(folder: Path) -> TensorSource:
         quantization = config.get("quantization_config") or {}
         headers, scaled, converted = scaled_tensors(folder, headers, quantization)
     stored = {name: TensorSpec(t.shape, t.dtype) for name, t in headers.items()}
+    stored, joined = join_experts(folder, resolved, stored)
     tensors = check_names(folder, expected, stored)
+    parts = {name: joined[name].names if name in joined else [name] for name in tensors}
 
     def read(name: str) -> Tensor:
+        if name in joined:
+            return joined[name].read(read)
         return scaled[name].read() if name in scaled else read_tensor(headers[name])
 
     return TensorSource(
@@ -277,9 +283,9 @@ def _open_safetensors(folder: Path) -> TensorSource:
         model_config=model_config,
         recipe=recipe,
         gguf=None,
-        _files=tuple(sorted({headers[name].file for name in tensors})),
+        _files=tuple(sorted({headers[part].file for name in tensors for part in parts[name]})),
         _tensors=tensors,
         _read=read,
-        _locate=lambda name: headers[name].file,
+        _locate=lambda name: headers[parts[name][0]].file,
         notes=(*ends, *notes, *renamed, *passed, *converted),
     )

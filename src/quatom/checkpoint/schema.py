@@ -12,8 +12,8 @@ groups and B outlier groups per row is stored as
     p.order           int32    (K,)                              if the input is gathered by it
     p.bias            as in the source  (N,)                     if the model has it
 
-and all other tensors as in the source. docs/reference/checkpoint-format.md says what the numbers
-mean.
+Of routed experts all but `order` have a leading dimension E. All other tensors, the router's among
+them, are as in the source. docs/reference/checkpoint-format.md says what the numbers mean.
 """
 
 from dataclasses import dataclass
@@ -53,6 +53,8 @@ def outer_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     tensors |= norm_tensors(config.final_norm, config.final_norm_name, config.hidden_size)
     if not config.tie_word_embeddings:
         tensors[config.head_name] = table
+    if config.head_bias:
+        tensors[config.head_bias_name] = TensorSpec((config.vocab_size,))
     return tensors
 
 
@@ -85,9 +87,9 @@ def qk_norm_sizes(attention: Attention) -> tuple[int, int]:
 
 def float_linear_tensors(linear: LinearPlan) -> dict[str, TensorSpec]:
     """Weight and bias of a linear as the source has them."""
-    tensors = {f"{linear.name}.weight": TensorSpec((linear.rows, linear.channels))}
+    tensors = {f"{linear.name}.weight": TensorSpec(linear.shape)}
     if linear.bias:
-        tensors[f"{linear.name}.bias"] = TensorSpec((linear.rows,))
+        tensors[f"{linear.name}.bias"] = TensorSpec(linear.shape[:-1])
     return tensors
 
 
@@ -100,26 +102,26 @@ def linear_tensors(site: SitePlan, linear: LinearPlan) -> dict[str, TensorSpec]:
         width = packed_bytes(layout.normal, weights.bits)
     except ShapeError as error:  # cannot happen for multiples of 32 channels
         raise RecipeError(f"{linear.name}: {error}") from error
-    scale_rows = -(-linear.rows // weights.rows_per_scale)
-    groups = layout.num_normal_groups
-    tensors = {"weight_packed": TensorSpec((linear.rows, width), torch.uint8)}
+    rows, scale_rows = linear.shape[:-1], -(-linear.rows // weights.rows_per_scale)
+    groups, scaled = layout.num_normal_groups, (*linear.lead, scale_rows)
+    tensors = {"weight_packed": TensorSpec((*rows, width), torch.uint8)}
     if weights.scale_format == "packed_multiples":
-        packed = (scale_rows, multiple_bytes(groups, site.blocks))
-        tensors["row_scale"] = TensorSpec((scale_rows,), torch.float16)
+        packed = (*scaled, multiple_bytes(groups, site.blocks))
+        tensors["row_scale"] = TensorSpec(scaled, torch.float16)
         tensors["weight_multiple"] = TensorSpec(packed, torch.uint8)
     else:
-        tensors["weight_scale"] = TensorSpec((scale_rows, groups), torch.float16)
+        tensors["weight_scale"] = TensorSpec((*scaled, groups), torch.float16)
     if layout.outliers:
         is_integer = site.outliers.format == "int8"
         dtype = torch.int8 if is_integer else torch.float16
-        tensors["outlier_weight"] = TensorSpec((linear.rows, layout.outliers), dtype)
+        tensors["outlier_weight"] = TensorSpec((*rows, layout.outliers), dtype)
         if is_integer:
-            shape = (linear.rows, layout.outlier_blocks)
+            shape = (*rows, layout.outlier_blocks)
             tensors["outlier_scale"] = TensorSpec(shape, torch.float16)
     if site.order == "gathered":
         tensors["order"] = TensorSpec((site.channels,), torch.int32)
     if linear.bias:
-        tensors["bias"] = TensorSpec((linear.rows,))
+        tensors["bias"] = TensorSpec(rows)
     return {f"{linear.name}.{suffix}": spec for suffix, spec in tensors.items()}
 
 
@@ -130,6 +132,7 @@ def layer_tensors(layer: LayerPlan) -> dict[str, TensorSpec]:
         attention = layer.spec.attention
         shape = (attention.num_kv_heads, attention.head_dim)
         tensors[layer.key_offset_name] = TensorSpec(shape, torch.float32)
+    tensors |= {name: TensorSpec(shape) for name, shape in layer.router_tensors().values()}
     for site in layer.sites.values():
         for linear in site.linears:
             tensors |= linear_tensors(site, linear)
@@ -157,14 +160,14 @@ def bits_by_linear(plan: ModelPlan, source_dtype: torch.dtype = torch.float16) -
         for linear in site.linears:
             tensors = linear_tensors(site, linear)
             total = sum(s.bits(source_dtype) for n, s in tensors.items() if not n.endswith(".bias"))
-            bits[linear.name] = total / (linear.rows * linear.channels)
+            bits[linear.name] = total / prod(linear.shape)
     return bits
 
 
 def bits_per_weight(plan: ModelPlan, source_dtype: torch.dtype = torch.float16) -> float:
     """Stored bits per weight, all decoder linears together: see `bits_by_linear`."""
     by_linear = bits_by_linear(plan, source_dtype)
-    total = sum(by_linear[lin.name] * lin.rows * lin.channels for lin in plan.linears())
+    total = sum(by_linear[lin.name] * prod(lin.shape) for lin in plan.linears())
     return total / plan.num_weights
 
 

@@ -79,7 +79,8 @@ def quantize(
         read_dtype,
         read_recipe,
     )
-    from quatom.quantize.pipeline import quantize_checkpoint
+    from quatom.quantize.pipeline import REPORT_FILE, quantize_checkpoint
+    from quatom.quantize.walk import QuantizedBlock
     from quatom.recipe import PRESETS
     from quatom.recipe_file import differences, find_recipe
 
@@ -103,7 +104,15 @@ def quantize(
     text = chosen.calibration
     samples = f", {text.num_samples} x {text.sequence_length} tokens"
     what = f"Quantizing to {chosen.name}{samples if chosen.needs_calibration else ''}"
+    notes: list[str] = []
     with block_progress(what) as (on_start, on_block):
+
+        def finished(block: QuantizedBlock) -> None:
+            on_block(block)
+            if block.experts is not None:
+                sentences = block.experts.sentences(text.min_expert_tokens)
+                notes.extend(f"block {block.index}, {sentence}" for sentence in sentences)
+
         report = quantize_checkpoint(
             opened,
             target,
@@ -113,8 +122,11 @@ def quantize(
             dtype=read_dtype(dtype),
             resume=resume,
             on_start=on_start,
-            on_block=on_block,
+            on_block=finished,
         )
+    if notes:
+        more = f"; {len(notes) - 1} more such experts in {REPORT_FILE}" if len(notes) > 1 else ""
+        typer.echo(f"{notes[0]}{more}", err=True)
     if json is not None:
         from quatom.evaluation.results import add_results, quantize_entry
 

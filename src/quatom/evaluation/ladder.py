@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import linear
 
 from quatom.checkpoint.reader import TensorSource
 from quatom.evaluation.perplexity import mean_loss, perplexity_of
@@ -165,6 +166,7 @@ class LadderRun:
             return source.load(name).to(device=self.device, dtype=self.dtype)
 
         head = outer(config.embedding_name if config.tie_word_embeddings else config.head_name)
+        bias = outer(config.head_bias_name) if config.head_bias else None
         weights = read_norm(
             lambda name, shape: outer(name),
             config.final_norm,
@@ -176,7 +178,7 @@ class LadderRun:
             mean_loss(
                 norm(states)[0],
                 window.to(self.device),
-                lambda rows: scale_logits(config, torch.nn.functional.linear(rows, head).float()),
+                lambda rows: scale_logits(config, linear(rows, head, bias).float()),
             )
             for states, window in zip(hidden, self.windows, strict=True)
         ]

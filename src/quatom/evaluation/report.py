@@ -108,12 +108,12 @@ def _read(path: Path, found: _Collected) -> None:
 def _layer_report(path: Path, name: str, content: dict[str, Any]) -> LayerReport:
     try:
         blocks = sorted(content["blocks"], key=lambda block: block["block"])
-        sites = sorted(blocks[0]["linear_errors"], key=SITES.index)
+        sites = sorted({s for block in blocks for s in block["linear_errors"]}, key=SITES.index)
         return LayerReport(
             name=name,
             relative_errors=tuple(block["relative_error"] for block in blocks),
             linear_errors={
-                site: tuple(block["linear_errors"][site] for block in blocks) for site in sites
+                site: tuple(block["linear_errors"].get(site) for block in blocks) for site in sites
             },
             plan=_checkpoint_plan(path),
         )

@@ -15,6 +15,7 @@ from quatom.families.sizes import Sizes, same_window
 from quatom.families.spec import (
     Activation,
     Attention,
+    Experts,
     FeedForward,
     Layer,
     Linear,
@@ -83,6 +84,17 @@ def read_feed_forward(
     return FeedForward(size=size, activation=activation(keys, *names, default=default), gated=gated)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """What follows attention in a layer: a dense feed-forward layer, experts, or both."""
+
+    dense: FeedForward | None
+    """The feed-forward layer; beside experts the shared expert."""
+    experts: Experts | None = None
+    linears: Mapping[SiteName, tuple[Linear, ...]]
+    """Of the sites that it has."""
+
+
 def activation(keys: Keys, *names: str, default: str) -> Activation:
     """The activation under `names`, or under hidden_act.
 
@@ -106,7 +118,7 @@ def decoder(
     *,
     family: str,
     norm: Norm,
-    feed_forward: FeedForward,
+    feed_forward: FeedForward | Sequence[Feed],
     windows: Sequence[int | None] | None = None,
     scale: float | None = None,
     score_softcap: float | None = None,
@@ -121,7 +133,7 @@ def decoder(
     tied: bool = False,
     **model: Any,
 ) -> ModelConfig:
-    """A decoder whose layers differ in window and rotary embedding alone.
+    """A decoder whose layers differ in window, rotary embedding and feed-forward layer alone.
 
     Args:
         keys: of config.json; all of them must be understood when this returns.
@@ -129,7 +141,7 @@ def decoder(
         rotary: from `quatom.families.rope`, one entry per layer.
         family: Name in the registry.
         norm: Every norm outside attention.
-        feed_forward: of every layer.
+        feed_forward: of every layer, or what each has (`quatom.families.experts`).
         windows: Window of each layer; None: none has one.
         scale: Factor of scores; None: head_dim ** -0.5.
         score_softcap: Soft-cap of attention scores.
@@ -156,16 +168,14 @@ def decoder(
         qk_norm=qk_norm,
         qk_norm_axis=qk_norm_axis,
     )
-    joined = feed_forward.size * (2 if feed_forward.gated and len(linears["gate_up"]) == 1 else 1)
-    rows = {
-        "qkv": (plain.q_size, plain.kv_size, plain.kv_size)
-        if len(linears["qkv"]) == 3
-        else (plain.q_size + 2 * plain.kv_size,),
-        "o": (sizes.hidden,),
-        "gate_up": (joined,) * len(linears["gate_up"]),
-        "down": (sizes.hidden,),
+    qkv_rows = (plain.q_size, plain.kv_size, plain.kv_size)
+    attention_linears: dict[SiteName, tuple[Linear, ...]] = {
+        "qkv": named(linears["qkv"], qkv_rows, attention_bias),
+        "o": named(linears["o"], (sizes.hidden,), output_bias),
     }
-    biases = {"qkv": attention_bias, "o": output_bias, "gate_up": mlp_bias, "down": mlp_bias}
+    if isinstance(feed_forward, FeedForward):
+        feed = dense_feed(feed_forward, sizes.hidden, linears, bias=mlp_bias)
+        feed_forward = (feed,) * sizes.layers
 
     if windows is None:
         windows = same_window(keys, sizes.layers, None)
@@ -178,19 +188,14 @@ def decoder(
     layers = tuple(
         Layer(
             attention=attention(rope, window),
-            feed_forward=feed_forward,
-            linears={
-                site: tuple(
-                    Linear(name=name, rows=size, bias=biases[site])
-                    for name, size in zip(names, rows[site], strict=True)
-                )
-                for site, names in linears.items()
-            },
+            feed_forward=feed.dense,
+            experts=feed.experts,
+            linears={**attention_linears, **feed.linears},
             norms=dict.fromkeys(norms, norm),
             norm_names=norms,
             residual_multiplier=residual_multiplier,
         )
-        for rope, window in zip(rotary.ropes, windows, strict=True)
+        for rope, window, feed in zip(rotary.ropes, windows, feed_forward, strict=True)
     )
     return ModelConfig(
         family=family,
@@ -203,4 +208,31 @@ def decoder(
         bos_token_id=keys.token("bos_token_id"),
         eos_token_ids=keys.tokens("eos_token_id"),
         **model,
+    )
+
+
+def named(names: Sequence[str], rows: Sequence[int], bias: bool = False) -> tuple[Linear, ...]:
+    """Linears of these rows; one name alone is one linear with the rows of all."""
+    if len(names) == 1:
+        rows = (sum(rows),)
+    return tuple(
+        Linear(name=name, rows=size, bias=bias) for name, size in zip(names, rows, strict=True)
+    )
+
+
+def dense_feed(
+    feed_forward: FeedForward,
+    hidden_size: int,
+    names: Mapping[SiteName, tuple[str, ...]] = LINEARS,
+    *,
+    bias: bool = False,
+) -> Feed:
+    """A layer without routed experts."""
+    halves = (feed_forward.size,) * (2 if feed_forward.gated else 1)
+    return Feed(
+        dense=feed_forward,
+        linears={
+            "gate_up": named(names["gate_up"], halves, bias),
+            "down": named(names["down"], (hidden_size,), bias),
+        },
     )

@@ -15,8 +15,9 @@ _TRAINING = """
     activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop
     classifier_dropout dropout embd_pdrop embedding_dropout gradient_checkpointing
     hidden_dropout hidden_dropout_prob init_device init_std initializer_range layerdrop
-    loss_type neftune_noise_alpha pretraining_tp resid_pdrop residual_dropout tf_legacy_loss
-    use_gradient_checkpointing use_reentrant z_loss
+    loss_type neftune_noise_alpha output_router_logits pretraining_tp resid_pdrop
+    residual_dropout tf_legacy_loss
+    router_aux_loss_coef use_gradient_checkpointing use_reentrant z_loss
 """
 # Heads of other tasks.
 _TASKS = """

@@ -14,10 +14,15 @@ from quatom.errors import ModelError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 """Of a feed-forward layer. gelu is exact (erf), gelu_tanh its tanh approximation."""
-SiteName = Literal["qkv", "o", "gate_up", "down"]
-"""A place in a layer where one activation is made and read by one or several linears."""
+SiteName = Literal["qkv", "o", "gate_up", "down", "experts_gate_up", "experts_down"]
+"""A place in a layer where one activation is made and read by one or several linears. The last two
+are those of routed experts: their weights have a leading dimension, one matrix per expert."""
 SITES: tuple[SiteName, ...] = get_args(SiteName)
-"""All sites of a layer, in the order of the network."""
+"""All sites that a layer may have, in the order of the network."""
+RouterTensor = Literal["weight", "bias", "correction", "shared_gate"]
+"""Float tensors beside routed experts: the router's weight (E, hidden), its bias (E,), what is
+added to scores for the choice alone (E,), the weight of the shared expert's gate (1, hidden)."""
+
 NormName = Literal["attention", "attention_output", "feed_forward", "feed_forward_output"]
 """A norm of a layer: before attention, after it, before the feed-forward layer, after it."""
 NORMS: tuple[NormName, ...] = get_args(NormName)
@@ -163,6 +168,71 @@ class FeedForward:
     def __post_init__(self) -> None:
         _positive_integers(self, "size")
 
+    @property
+    def made_rows(self) -> int:
+        """Rows of gate and up together, or of up alone."""
+        return self.size * (2 if self.gated else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Which experts a token goes to, and with which weights, from its scores for all experts."""
+
+    scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    """Of the products of the token and the router's weight. softmax: over all experts, the largest
+    are chosen. sigmoid: of each, the largest after the correction are chosen. sparsemixer: the two
+    largest products, each with its softmax over the products that are near enough to it and not
+    chosen before."""
+    normalized: bool = False
+    """softmax and sigmoid: weights of a token's experts are divided by their sum."""
+    scale: float = 1.0
+    """Factor of all weights."""
+    groups: int = 1
+    """sigmoid: experts are cut into so many equal groups..."""
+    top_groups: int = 1
+    """...of which those with the largest sums of their two largest scores may be chosen from."""
+    jitter: float = 0.0
+    """sparsemixer: how far below the largest product another may lie, as half a fraction of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """Feed-forward layers of which each token runs through `top_k`."""
+
+    count: int
+    """E."""
+    top_k: int
+    feed_forward: FeedForward
+    """Of each expert."""
+    router: Router
+    tensors: Mapping[RouterTensor, tuple[str, ...]]
+    """Names within the layer: this library's, which is transformers', then other ones in files."""
+
+    def __post_init__(self) -> None:
+        _positive_integers(self, "count", "top_k")
+        router = self.router
+        if self.top_k > self.count:
+            raise ModelError(f"{self.top_k} experts per token of {self.count} cannot be chosen")
+        if router.scores == "sparsemixer" and self.top_k != 2:
+            raise ModelError(f"sparsemixer chooses 2 experts per token, not {self.top_k}")
+        if self.count % router.groups or not 1 <= router.top_groups <= router.groups:
+            raise ModelError(
+                f"{self.count} experts cannot be cut into {router.groups} equal groups of which "
+                f"{router.top_groups} are chosen"
+            )
+        size = self.count // router.groups
+        if router.groups > 1 and (size < 2 or self.top_k > router.top_groups * size):
+            raise ModelError(
+                f"{self.top_k} experts per token from {router.top_groups} groups of {size}: "
+                "groups must hold 2 experts and all that are chosen"
+            )
+
+    def shape(self, tensor: RouterTensor, hidden_size: int) -> tuple[int, ...]:
+        """Shape of a float tensor beside the experts."""
+        if tensor == "shared_gate":
+            return (1, hidden_size)
+        return (self.count, hidden_size) if tensor == "weight" else (self.count,)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
@@ -172,6 +242,11 @@ class Linear:
     """Within the layer: "self_attn.q_proj"."""
     rows: int
     bias: bool = False
+    experts: int | None = None
+    """E: the weight is (E, rows, input channels), one matrix per expert."""
+    spellings: tuple[tuple[str, ...], ...] = ()
+    """Other ways in which files hold the weight: tensors whose rows are joined, {} in their names
+    standing for the number of an expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,11 +256,14 @@ class Layer:
     h = hidden + m * norm[attention_output](attend(norm[attention](hidden)))
     hidden = h + m * norm[feed_forward_output](feed(norm[feed_forward](h)))
 
-    with m = residual_multiplier; a norm that is absent is the identity.
+    with m = residual_multiplier; a norm that is absent is the identity. Where there are experts,
+    feed(x) is the sum of what a token's experts give, each times its weight, and of `feed_forward`
+    (the shared expert, times sigmoid(gate x) where there is a gate), if there is one.
     """
 
     attention: Attention
-    feed_forward: FeedForward
+    feed_forward: FeedForward | None
+    """None: routed experts alone."""
     linears: Mapping[SiteName, tuple[Linear, ...]]
     """The linears of every site, in the order in which their rows are joined: q, k, v; o; gate, up
     (or up alone); down. A file may hold several of them as one linear."""
@@ -195,13 +273,18 @@ class Layer:
     qk_norm_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     """Prefixes of the norms of q and k within the layer, where there are any."""
     residual_multiplier: float = 1.0
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if self.norms.keys() != self.norm_names.keys():
             raise ModelError("every norm of a layer needs a name, and every name a norm")
-        qkv = self.attention.q_size + 2 * self.attention.kv_size
-        gate_up = self.feed_forward.size * (2 if self.feed_forward.gated else 1)
-        wanted: dict[SiteName, int] = {"qkv": qkv, "gate_up": gate_up}
+        wanted: dict[SiteName, int] = {"qkv": self.attention.q_size + 2 * self.attention.kv_size}
+        if self.feed_forward is not None:
+            wanted["gate_up"] = self.feed_forward.made_rows
+        if self.experts is not None:
+            wanted["experts_gate_up"] = self.experts.feed_forward.made_rows
+        if self.feed_forward is None and self.experts is None:
+            raise ModelError("a layer has neither a feed-forward layer nor experts")
         for site, linears in self.linears.items():
             if len({linear.bias for linear in linears}) > 1:
                 raise ModelError(f"some linears of {site} have a bias and some have none")
@@ -209,6 +292,11 @@ class Layer:
             found = sum(linear.rows for linear in self.linears[site])
             if found != rows:
                 raise ModelError(f"the linears of {site} have {found} rows, expected {rows}")
+
+    @property
+    def sites(self) -> tuple[SiteName, ...]:
+        """Sites of this layer, in the order of the network."""
+        return tuple(site for site in SITES if site in self.linears)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +336,10 @@ class ModelConfig:
     final_norm_name: str = "model.norm"
     """Prefix of the tensors of the final norm."""
     head_name: str = "lm_head.weight"
+    head_bias: bool = False
+    """The output projection adds a bias."""
+    unused_layers: int = 0
+    """Layers behind the decoder's in files that it does not run."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a generation; may be empty."""
@@ -263,6 +355,17 @@ class ModelConfig:
                 f"{self.positions.name} has rows for {rows} positions, the model asks for "
                 f"{self.max_position}"
             )
+
+    @property
+    def unused_prefixes(self) -> tuple[str, ...]:
+        """What names of tensors of `unused_layers` begin with."""
+        last = self.num_layers + self.unused_layers
+        return tuple(f"{self.layer_prefix}{layer}." for layer in range(self.num_layers, last))
+
+    @property
+    def head_bias_name(self) -> str:
+        """Tensor (vocab_size,), where `head_bias`."""
+        return self.head_name.removesuffix("weight") + "bias"
 
     @property
     def num_layers(self) -> int:
@@ -283,7 +386,13 @@ class ModelConfig:
         """Input channels of the linears of a site."""
         if site == "o":
             return layer.attention.q_size
-        return layer.feed_forward.size if site == "down" else self.hidden_size
+        if site == "down":
+            assert layer.feed_forward is not None
+            return layer.feed_forward.size
+        if site == "experts_down":
+            assert layer.experts is not None
+            return layer.experts.feed_forward.size
+        return self.hidden_size
 
 
 def _positive(name: str, value: float) -> None:

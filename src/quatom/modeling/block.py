@@ -5,6 +5,9 @@ For T packed tokens of any number of sequences:
     hidden, residual -> norm -> q, k, v -> rotate, append to the KV cache, attend -> o -> norm
                      -> norm -> gate, up -> activation(gate) * up -> down -> norm
 
+A layer with routed experts runs the last line, between its norms, through each token's experts
+instead, or besides.
+
 What differs between families is data (`quatom.families.spec.Layer`): which of the norms there are,
 sizes, windows, activations. What differs between recipes is which linear and which `InputQuantizer`
 a block holds, and the format of the KV cache. Nothing here asks for a family or a precision.
@@ -15,15 +18,17 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from quatom.families.spec import SITES, Attention, NormName, SiteName
+from quatom.families.spec import Attention, NormName, RouterTensor, SiteName
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
-from quatom.modeling.linear import FloatLinear, QuantizedLinear
+from quatom.modeling.linear import SiteLinear
 from quatom.modeling.rotary import RotaryTables
+from quatom.modeling.router import ExpertRouter
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.activations import MixedTensor
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
+from quatom.ops.experts import combine, group_tokens
 from quatom.ops.head_norm import head_norm
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.plan import LayerPlan
@@ -60,27 +65,34 @@ class DecoderBlock(nn.Module):
     """Attention and feed-forward layer with their norms. `quatom.modeling.build` makes it."""
 
     key_offset: Tensor | None
+    shared_gate: Tensor | None
 
     def __init__(
         self,
         plan: LayerPlan,
         *,
-        linears: Mapping[SiteName, FloatLinear | QuantizedLinear],
+        linears: Mapping[SiteName, SiteLinear],
         inputs: Mapping[SiteName, InputQuantizer],
         norms: Mapping[NormName, NormLayer],
         qk_norm: tuple[Tensor, Tensor] | None = None,
         key_offset: Tensor | None = None,  # (KV, D) float32
+        router: Mapping[RouterTensor, Tensor] | None = None,  # where there are routed experts
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
         self.spec = plan.spec
         self.backend = backend
-        self.linears = nn.ModuleDict({site: linears[site] for site in SITES})
-        self.inputs = nn.ModuleDict({site: inputs[site] for site in SITES})
+        self.linears = nn.ModuleDict({site: linears[site] for site in plan.sites})
+        self.inputs = nn.ModuleDict({site: inputs[site] for site in plan.sites})
         self.norms = nn.ModuleDict({name: norms[name] for name in norms})
         self.heads = Heads(plan.spec.attention, qk_norm, backend)
         self.register_buffer("key_offset", key_offset, persistent=False)
+        # Of the backends that multiply, the reference alone has grouping and sums of its own.
+        self.routing_backend = backend if backend == Backend.REFERENCE else None
+        experts, tensors = plan.spec.experts, router or {}
+        self.router = None if experts is None else ExpertRouter(experts, tensors)
+        self.register_buffer("shared_gate", tensors.get("shared_gate"), persistent=False)
 
     def forward(
         self,
@@ -91,15 +103,52 @@ class DecoderBlock(nn.Module):
         rotary: RotaryTables,
     ) -> tuple[Tensor, Tensor]:
         """Returns the block's last output, not yet added, and the residual to add it to."""
-        linears = self.linears
-        o_input, down_input = self._input_of("o"), self._input_of("down")
+        linears, o_input = self.linears, self._input_of("o")
         x, residual = self._input("qkv", "attention", hidden, residual)
         attended = self._attend(self.heads(linears["qkv"](x)), context, kv, rotary)
         hidden = linears["o"](o_input.plain(attended.flatten(1)))
         hidden = self._output("attention_output", hidden)
-        x, residual = self._input("gate_up", "feed_forward", hidden, residual)
-        x = down_input.activate(linears["gate_up"](x), self.spec.feed_forward)
-        return self._output("feed_forward_output", linears["down"](x)), residual
+        if self.spec.experts is None:
+            x, residual = self._input("gate_up", "feed_forward", hidden, residual)
+            hidden = self._feed(x)
+        else:
+            hidden, residual = self._mix(hidden, residual)
+        return self._output("feed_forward_output", hidden), residual
+
+    def _feed(self, x: Tensor | MixedTensor) -> Tensor:
+        """The dense feed-forward layer of the input of gate and up."""
+        spec = self.spec.feed_forward
+        assert spec is not None
+        x = self._input_of("down").activate(self.linears["gate_up"](x), spec)
+        return cast("Tensor", self.linears["down"](x))
+
+    def _mix(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What a token's experts give, and the residual: the router reads what no format rounds."""
+        experts = self.spec.experts
+        assert experts is not None
+        assert self.router is not None
+        if "feed_forward" in self.spec.norms:
+            normed, residual = self.norms["feed_forward"](hidden, residual)
+        else:
+            normed = residual = hidden + residual
+        routing = self.router(normed)
+        groups = group_tokens(routing.expert_ids, experts.count, backend=self.routing_backend)
+        x = self._input_of("experts_gate_up").plain(normed)
+        x = self.linears["experts_gate_up"](x, groups, experts.top_k)
+        x = self._input_of("experts_down").activate(x, experts.feed_forward)
+        mixed = combine(
+            self.linears["experts_down"](x, groups, None),
+            groups,
+            routing.weights,
+            backend=self.routing_backend,
+        )
+        if self.spec.feed_forward is None:
+            return mixed, residual
+        shared = self._feed(self._input_of("gate_up").plain(normed))
+        if self.shared_gate is not None:
+            gate = nn.functional.linear(normed.float(), self.shared_gate).sigmoid()
+            shared = shared * gate.to(shared.dtype)
+        return mixed + shared, residual
 
     def _input(
         self, site: SiteName, norm: NormName, hidden: Tensor, residual: Tensor | None

@@ -1,11 +1,17 @@
 """The one place where a decoder block is assembled from its plan and its weights."""
 
-from quatom.families.spec import SITES
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.inputs import InputQuantizer, NormLayer
-from quatom.modeling.linear import FloatLinear, QuantizedLinear
+from quatom.modeling.linear import (
+    FloatExperts,
+    FloatLinear,
+    QuantizedExperts,
+    QuantizedLinear,
+    SiteLinear,
+)
 from quatom.modeling.weights import FloatSite, LayerWeights, SiteCodes
 from quatom.ops.backend import Backend
+from quatom.ops.experts import prepare_experts
 from quatom.ops.linear import prepare_weights
 from quatom.plan import LayerPlan, SitePlan
 
@@ -27,9 +33,8 @@ def build_block(
         BackendError: the backend asked for cannot run these formats on this device.
     """
     linears, inputs = {}, {}
-    for site in SITES:
-        plan, held = layer.sites[site], weights.sites[site]
-        linears[site], inputs[site] = _build_site(plan, held, backend)
+    for site, plan in layer.sites.items():
+        linears[site], inputs[site] = _build_site(plan, weights.sites[site], backend)
     return DecoderBlock(
         layer,
         linears=linears,
@@ -40,29 +45,50 @@ def build_block(
         },
         qk_norm=weights.qk_norm,
         key_offset=weights.key_offset,
+        router=weights.router,
         backend=backend,
     )
 
 
 def _build_site(
     plan: SitePlan, held: FloatSite | SiteCodes, backend: Backend | None
-) -> tuple[FloatLinear | QuantizedLinear, InputQuantizer]:
+) -> tuple[SiteLinear, InputQuantizer]:
     """The linear of a site, and the quantizer of its input in the byte layout that it reads."""
     order = held.order if plan.order == "gathered" else None
     if isinstance(held, FloatSite):
-        return FloatLinear(held.weight, held.bias), InputQuantizer(plan.input_spec, order, backend)
-    prepared = prepare_weights(
-        held.values,
-        held.scales,
-        plan.layout,
-        bias=held.bias,
-        weight_format=plan.weights.format,
-        activation_format=plan.activation_format,
-        outlier_format=plan.outliers.format,
-        scale_mode=plan.scale_mode,
-        backend=backend,
-    )
-    spec = None if plan.input_spec is None else prepared.input_spec(plan.input_spec)
+        floats = FloatLinear if plan.experts is None else FloatExperts
+        return floats(held.weight, held.bias), InputQuantizer(plan.input_spec, order, backend)
+    formats = {
+        "weight_format": plan.weights.format,
+        "activation_format": plan.activation_format,
+        "outlier_format": plan.outliers.format,
+    }
+    linear: QuantizedLinear | QuantizedExperts
+    if plan.experts is None:
+        linear = QuantizedLinear(
+            prepare_weights(
+                held.values,
+                held.scales,
+                plan.layout,
+                bias=held.bias,
+                scale_mode=plan.scale_mode,
+                backend=backend,
+                **formats,
+            )
+        )
+    else:
+        linear = QuantizedExperts(
+            prepare_experts(
+                held.values,
+                held.scales,
+                plan.layout,
+                bias=held.bias,
+                scale_mode=plan.scale_mode,
+                backend=backend,
+                **formats,
+            )
+        )
+    spec = None if plan.input_spec is None else linear.prepared.input_spec(plan.input_spec)
     if order is not None:
         order = order.to(held.values.device)
-    return QuantizedLinear(prepared), InputQuantizer(spec, order, backend)
+    return linear, InputQuantizer(spec, order, backend)

@@ -24,6 +24,8 @@ FEW_ROWS = 64
 class Decoder(nn.Module):
     """A decoder of any family."""
 
+    head_bias: Tensor | None
+
     def __init__(
         self,
         config: ModelConfig,
@@ -33,6 +35,7 @@ class Decoder(nn.Module):
         final_norm: NormWeights,
         head: Tensor | None,  # (vocab, hidden); None: tied to the embedding
         positions: Tensor | None = None,  # (rows, hidden), where config.positions
+        head_bias: Tensor | None = None,  # (vocab,), where config.head_bias
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
@@ -41,6 +44,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = NormLayer(config.final_norm, final_norm, backend)
         self.head = None if head is None else nn.Parameter(head, requires_grad=False)
+        self.register_buffer("head_bias", head_bias, persistent=False)
         self.rotary = RotaryTables(config, config.max_position, embedding.device)
         self._goes_beyond = self._beyond_training(config.max_position)
 
@@ -90,7 +94,10 @@ class Decoder(nn.Module):
             logits = (head @ hidden.t()).t().contiguous()
         else:
             logits = nn.functional.linear(hidden, head)
-        return scale_logits(self.config, logits.float())
+        logits = logits.float()
+        if self.head_bias is not None:
+            logits = logits + self.head_bias
+        return scale_logits(self.config, logits)
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KVPages]:
         """Empty pages for every layer, in the recipe's format, on the model's device."""

@@ -1,12 +1,13 @@
 """The linear layers of a decoder block. Precision lives here and in the KV cache alone.
 
-Both classes take what an `InputQuantizer` returns: a plain tensor, or a MixedTensor of codes. A
+Linear classes take what an `InputQuantizer` returns: a plain tensor, or a MixedTensor of codes. A
 float weight under quantized inputs is what calibration runs; codes under a plain tensor is W4A16.
 """
 
 from torch import Tensor, nn
 
 from quatom.ops.activations import MixedTensor
+from quatom.ops.experts import PreparedExperts, TokenGroups, expert_linear
 from quatom.ops.linear import PreparedLinear, linear
 
 
@@ -39,3 +40,36 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor | MixedTensor) -> Tensor:  # (T, K) -> (T, N)
         """Multiply codes by codes, or dequantized weights by a plain tensor."""
         return linear(x, self.prepared)
+
+
+class FloatExperts(nn.Module):
+    """y = x W_e^T + b_e of every row's expert e, with floating-point weights."""
+
+    def __init__(
+        self,
+        weight: Tensor,  # (E, N, K), columns in the order of their input
+        bias: Tensor | None = None,  # (E, N)
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor | MixedTensor, groups: TokenGroups, top_k: int | None) -> Tensor:
+        """As `quatom.ops.experts.expert_linear`: (T k, N) in grouped order."""
+        return expert_linear(x, self.weight, groups, top_k=top_k, bias=self.bias)
+
+
+class QuantizedExperts(nn.Module):
+    """The same with weights of codes, repacked once for the backend that multiplies them."""
+
+    def __init__(self, prepared: PreparedExperts) -> None:
+        super().__init__()
+        self.prepared = prepared
+
+    def forward(self, x: Tensor | MixedTensor, groups: TokenGroups, top_k: int | None) -> Tensor:
+        """As `quatom.ops.experts.expert_linear`: (T k, N) in grouped order."""
+        return expert_linear(x, self.prepared, groups, top_k=top_k)
+
+
+SiteLinear = FloatLinear | QuantizedLinear | FloatExperts | QuantizedExperts
+"""What multiplies the input of a site."""

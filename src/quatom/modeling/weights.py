@@ -5,18 +5,22 @@ together are half a head apart, whatever order the model's files have.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from quatom.families.spec import NormName, SiteName
+from quatom.families.spec import NormName, RouterTensor, SiteName
 
 
 @dataclass(frozen=True, slots=True)
 class FloatSite:
-    """The joined weight of a site in floating point."""
+    """The joined weight of a site in floating point.
+
+    That of routed experts has a leading dimension E, and so has the order where each expert's input
+    has one of its own.
+    """
 
     weight: Tensor  # (N, K), channels in the order that `order` gives them
     bias: Tensor | None = None  # (N,)
@@ -26,7 +30,10 @@ class FloatSite:
 
 @dataclass(frozen=True, slots=True)
 class SiteCodes:
-    """The joined weight of a site in codes, in the order of rows and channels of operations."""
+    """The joined weight of a site in codes, in the order of rows and channels of operations.
+
+    That of routed experts has a leading dimension E.
+    """
 
     values: Tensor  # (N, K) codes of any dtype that holds them, in units of the scales
     scales: Tensor  # (N, S) float16
@@ -56,6 +63,8 @@ class LayerWeights:
     qk_norm: tuple[Tensor, Tensor] | None = None
     """Weights of the norms of q and k, as `quatom.ops.head_norm` reads them."""
     key_offset: Tensor | None = None  # (KV, D) float32
+    router: Mapping[RouterTensor, Tensor] = field(default_factory=dict)
+    """float32 tensors beside routed experts: see `quatom.families.spec.RouterTensor`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +72,8 @@ class FloatLayer(LayerWeights):
     """A layer whose weights are all floating-point: what transforms rewrite."""
 
     sites: Mapping[SiteName, FloatSite]
+
+
+def matrices(weight: Tensor) -> Tensor:  # (N, K) or (E, N, K) -> (E, N, K)
+    """The matrices of a site: those of all experts, or the only one."""
+    return weight if weight.ndim == 3 else weight.unsqueeze(0)

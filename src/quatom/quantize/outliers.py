@@ -28,7 +28,7 @@ class ChannelMagnitudes:
     """Inputs of one site of a block, by channel."""
 
     site: SiteName
-    """"qkv", "o", "gate_up" or "down": the linears that share the input."""
+    """The linears that share the input. That of experts' down projections counts all experts."""
     absmax: Tensor  # (K,) float32, largest magnitude
     second_moment: Tensor  # (K,) float32, mean square
 
@@ -79,7 +79,11 @@ def channel_magnitudes(
         with observe(block, see):
             run_block(block, hidden, rotary)
     count = tokens.numel()
-    return [ChannelMagnitudes(site, largest[site], squares[site] / count) for site in SITES]
+    return [
+        ChannelMagnitudes(site, largest[site], squares[site] / count)
+        for site in SITES
+        if site in largest
+    ]
 
 
 def plot_magnitudes(measured: list[ChannelMagnitudes], title: str, path: Path) -> None:

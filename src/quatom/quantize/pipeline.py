@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
 from quatom.plan import ModelPlan, plan
 from quatom.quantize.calibration_data import calibration_tokens, check_token_ids, check_tokens
+from quatom.quantize.expert_report import ExpertReport
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 
@@ -33,6 +35,8 @@ LARGE_STATE = 2**28
 STATE_SECONDS = 60.0
 """Time between two saves of large hidden states: what an interruption can cost. A 7B model's, 4.3
 GB, would otherwise take longer to write than its blocks to quantize."""
+_NONE = float("nan")
+_EXPERTS = "experts-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +136,14 @@ def _quantize_blocks(
     while first and not writer.has_state(_state_name(first - 1)):
         first -= 1  # blocks after the last saved state are made again, to the same bytes
     saved, saved_at = first - 1, time.monotonic()
-    # Row i: relative error of the hidden states after block i, then of each of its sites.
+    # Row i: relative error of the hidden states after block i, then of each site, if it has it.
     errors = torch.zeros(0, 1 + len(SITES), dtype=torch.float64)
+    experts: dict[str, Tensor] = {}
     streams = None
     if first:
         state = writer.load_state(_state_name(first - 1))
         errors = state["errors"]
+        experts = {name: row for name, row in state.items() if name.startswith(_EXPERTS)}
         if tokens is not None:
             streams = Streams(state["float"].to(device), state["quantized"].to(device))
     elif tokens is not None:
@@ -147,10 +153,12 @@ def _quantize_blocks(
         source, resolved, device=device, dtype=dtype, streams=streams, backend=backend
     )
     for block in quantizer.run(first):
-        relative = float("nan") if block.relative_error is None else block.relative_error
-        row = torch.tensor([[relative, *(block.linear_errors[site] for site in SITES)]])
+        relative = _NONE if block.relative_error is None else block.relative_error
+        row = torch.tensor([[relative, *(block.linear_errors.get(site, _NONE) for site in SITES)]])
         errors = torch.cat((errors, row.double()))
-        state = {"errors": errors}
+        if block.experts is not None:
+            experts[f"{_EXPERTS}{block.index}"] = block.experts.state()
+        state = {"errors": errors} | experts
         if streams is not None:
             assert streams.float_hidden is not None
             state |= {"float": streams.float_hidden, "quantized": streams.quantized_hidden}
@@ -169,7 +177,7 @@ def _quantize_blocks(
     report = {
         "recipe": resolved.recipe.name,
         "source": list(source.notes),
-        "blocks": _describe(errors),
+        "blocks": _describe(errors, experts, resolved.recipe.calibration.min_expert_tokens),
     }
     writer.finish({REPORT_FILE: report})
 
@@ -217,13 +225,17 @@ def _state_name(index: int) -> str:
     return f"after-{index}"
 
 
-def _describe(errors: Tensor) -> list[dict[str, object]]:
+def _describe(errors: Tensor, experts: dict[str, Tensor], bound: int) -> list[dict[str, object]]:
     """Rows of errors as JSON; an uncalibrated block has no relative error."""
-    return [
-        {
+    blocks: list[dict[str, object]] = []
+    for index, row in enumerate(errors.tolist()):
+        sites = zip(SITES, row[1:], strict=True)
+        block: dict[str, object] = {
             "block": index,
-            "relative_error": None if row[0] != row[0] else row[0],
-            "linear_errors": dict(zip(SITES, row[1:], strict=True)),
+            "relative_error": None if isnan(row[0]) else row[0],
+            "linear_errors": {site: error for site, error in sites if not isnan(error)},
         }
-        for index, row in enumerate(errors.tolist())
-    ]
+        if (state := experts.get(f"{_EXPERTS}{index}")) is not None:
+            block["experts"] = ExpertReport.from_state(state).describe(bound)
+        blocks.append(block)
+    return blocks

@@ -1,8 +1,9 @@
 """Round the joined weight of one site as the recipe says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from quatom.errors import QuantizationError
@@ -85,6 +86,20 @@ class RoundedSite:
 
     weight: RoundedWeight
     relative_error: float
+    nearest: bool = False
+    """Rounded to nearest because its second moments could not be inverted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedExperts:
+    """The joined weights of a site of routed experts after rounding."""
+
+    values: Tensor  # (E, N, K) in units of the scales, int8 where all formats are integers
+    scales: Tensor  # (E, N, S) float16
+    relative_errors: list[float]
+    """Of each expert."""
+    nearest: list[bool]
+    """Of each expert, as in `RoundedSite`."""
 
 
 def round_site(
@@ -100,7 +115,7 @@ def round_site(
         QuantizationError: the second moments cannot be inverted and the recipe says to stop, or
             the result is not finite.
     """
-    spec = site.weights
+    spec, nearest = site.weights, False
     try:
         if target is not None:
             assert moment is not None
@@ -112,8 +127,34 @@ def round_site(
                 f"{site.title}: {error}; give more calibration text, raise weights.damping "
                 f"(now {spec.damping}), or allow on_singular='nearest'"
             ) from error
-        rounded = _nearest(site, weight, moment)
-    return RoundedSite(rounded, _relative_error(weight, rounded, moment))
+        rounded, nearest = _nearest(site, weight, moment), True
+    return RoundedSite(rounded, _relative_error(weight, rounded, moment), nearest)
+
+
+def round_experts(
+    site: SitePlan,
+    weights: Tensor,  # (E, N, K) in reordered position, of each expert
+    moments: Tensor | None,  # (E, K, K)
+    recipe: Recipe,
+) -> RoundedExperts:
+    """Round the weight of every expert on its own, with second moments of its own.
+
+    Raises:
+        QuantizationError: as `round_site`; the message names the expert.
+    """
+    formats = (site.weights.format, site.outliers.format) if site.layout.outliers else ()
+    small = all(get_format(name).is_integer for name in (site.weights.format, *formats))
+    values = weights.new_empty(weights.shape, dtype=torch.int8 if small else torch.float32)
+    scales, errors, nearest = [], [], []
+    for expert, weight in enumerate(weights):
+        named = replace(site, title=f"{site.title} of expert {expert}")
+        moment = None if moments is None else moments[expert]
+        rounded = round_site(named, weight, moment, None, recipe)
+        values[expert] = rounded.weight.values
+        scales.append(rounded.weight.scales)
+        errors.append(rounded.relative_error)
+        nearest.append(rounded.nearest)
+    return RoundedExperts(values, torch.stack(scales), errors, nearest)
 
 
 def _relative_error(weight: Tensor, rounded: RoundedWeight, moment: Tensor | None) -> float:

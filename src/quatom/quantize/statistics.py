@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from quatom.families.spec import SITES, Attention, SiteName
+from quatom.families.spec import Attention, SiteName
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import full_sequences_context
 from quatom.modeling.decoder import allocate_pages
 from quatom.modeling.rotary import RotaryTables
 from quatom.ops.activations import MixedTensor
+from quatom.ops.experts import Routing
 from quatom.ops.rope_append_kv.reference import rotate_halves
+from quatom.quantize.expert_statistics import ExpertInputs
 
 KV_BLOCK_SIZE = 64
 """Tokens of a KV block during calibration; results do not depend on it."""
@@ -34,13 +36,20 @@ class ChannelScores:
 
     def add(self, site: SiteName, x: Tensor) -> None:  # (T, K)
         """Accumulate the inputs of one batch."""
-        x = x.float()
+        if site not in self.sums:
+            self.sums[site] = self.zeros(x)
+        self.accumulate(self.sums[site], x.float())
+
+    def zeros(self, x: Tensor) -> Tensor:  # (T, K) -> (K,) float32
+        """Sums over no input."""
+        return x.new_zeros(x.shape[1], dtype=torch.float32)
+
+    def accumulate(self, total: Tensor, x: Tensor) -> None:  # (K,), (T, K) float32
+        """Add the scores of some rows."""
         if self.metric == "absmax":
-            scores = x.abs().amax(dim=0)
-            self.sums[site] = torch.maximum(scores, self.sums.get(site, scores))
-            return
-        scores = (x.abs() if self.metric == "abs_mean" else x.square()).sum(dim=0)
-        self.sums[site] = scores + self.sums[site] if site in self.sums else scores
+            torch.maximum(total, x.abs().amax(dim=0), out=total)
+        else:
+            total += (x.abs() if self.metric == "abs_mean" else x.square()).sum(dim=0)
 
 
 class KeyStatistics:
@@ -98,11 +107,18 @@ class SecondMoments:
 
     def add(self, site: SiteName, x: Tensor) -> None:  # (T, K)
         """Accumulate the inputs of one batch."""
-        x = x.float()
         if site not in self.sums:
-            self.sums[site] = x.new_zeros(x.shape[1], x.shape[1])
+            self.sums[site] = self.zeros(x)
+        self.accumulate(self.sums[site], x.float())
+
+    def zeros(self, x: Tensor) -> Tensor:  # (T, K) -> (K, K) float32
+        """Sums over no input."""
+        return x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32)
+
+    def accumulate(self, total: Tensor, x: Tensor) -> None:  # (K, K), (T, K) float32
+        """Add the moments of some rows."""
         with _tf32_products() if self.tf32 else nullcontext():
-            self.sums[site].addmm_(x.t(), x)
+            total.addmm_(x.t(), x)
 
 
 @contextmanager
@@ -135,23 +151,34 @@ def observe(
     *,
     see_output: Callable[[SiteName, Tensor], None] | None = None,
     see_heads: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    see_experts: Callable[[ExpertInputs], None] | None = None,
 ) -> Iterator[None]:
     """While active, call the given functions with what flows through a block.
 
     Args:
         block: the block.
-        see_input: called with (site, input (T, K)) before the linears of every site.
+        see_input: called with (site, input (T, K)) before the linears of every site; inputs of
+            routed experts' down projections are (T k, K) in grouped order.
         see_output: called with (site, output (T, N)) after them.
         see_heads: called with q (T, H, D), k and v (T, KV, D) before rotary embedding.
+        see_experts: called with the input of both sites of routed experts, and who reads it.
     """
+    routings: list[Routing] = []
 
     def before(site: SiteName) -> Callable[..., None]:
-        def hook(_: torch.nn.Module, arguments: tuple[Tensor | MixedTensor]) -> None:
-            assert see_input is not None
-            x = arguments[0]
-            see_input(site, x.dequantize() if isinstance(x, MixedTensor) else x)
+        def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            x, *rest = arguments
+            x = x.dequantize() if isinstance(x, MixedTensor) else x
+            if see_input is not None:
+                see_input(site, x)
+            if rest and see_experts is not None:
+                groups, top_k = rest
+                see_experts(ExpertInputs(site, x, top_k, groups, routings[-1]))
 
         return hook
+
+    def routing(_: torch.nn.Module, __: object, output: Routing) -> None:
+        routings[:] = [output]
 
     def after(site: SiteName) -> Callable[..., None]:
         def hook(_: torch.nn.Module, __: object, output: Tensor) -> None:
@@ -165,12 +192,15 @@ def observe(
         see_heads(*output)
 
     handles = []
-    for site in SITES:
+    for site in block.plan.sites:
         linear = block.linears[site]
-        if see_input is not None:
+        if see_input is not None or see_experts is not None:
             handles.append(linear.register_forward_pre_hook(before(site)))
         if see_output is not None:
             handles.append(linear.register_forward_hook(after(site)))
+    if see_experts is not None:
+        assert block.router is not None
+        handles.append(block.router.register_forward_hook(routing))
     if see_heads is not None:
         handles.append(block.heads.register_forward_hook(heads))
     try:

@@ -10,14 +10,14 @@ Source: Atom (Zhao et al., MLSys 2024): orders from float statistics, GPTQ on qu
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quatom.checkpoint.codec import encode
+from quatom.checkpoint.codec import encode_layer
 from quatom.checkpoint.reader import TensorSource
-from quatom.families.spec import SITES, SiteName
+from quatom.families.spec import SiteName
 from quatom.loading import load_float_layer
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.build import build_block
@@ -26,10 +26,11 @@ from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import FloatLayer, FloatSite, LayerWeights, SiteCodes
 from quatom.ops.backend import Backend
 from quatom.plan import LayerPlan, ModelPlan, plan
+from quatom.quantize.expert_report import ExpertReport
 from quatom.quantize.finite import check_finite_block
 from quatom.quantize.host_memory import return_free_memory
-from quatom.quantize.measure import LayerStatistics
-from quatom.quantize.rounding import round_site
+from quatom.quantize.measure import EXPERT_TOKENS, Moments, measure_channels, measure_moments
+from quatom.quantize.rounding import round_experts, round_site
 from quatom.quantize.statistics import (
     SecondMoments,
     TargetMoments,
@@ -41,9 +42,6 @@ from quatom.quantize.statistics import (
 from quatom.quantize.transforms import Statistics, transforms_of
 from quatom.quantize.transforms.order import made_rows
 from quatom.recipe import PRESETS
-
-Moments = dict[str, Tensor]
-"""A matrix for each site."""
 
 
 @dataclass(slots=True)
@@ -66,10 +64,13 @@ class QuantizedBlock:
     module: DecoderBlock
     """The block as the checkpoint will run it."""
     linear_errors: dict[str, float]
-    """Relative output error that rounding caused at each site, on the calibration inputs."""
+    """Relative output error that rounding caused at each site, on the calibration inputs; of routed
+    experts the root mean square of all."""
     relative_error: float | None
     """||quantized - float|| / ||float|| of the hidden states after it; None uncalibrated."""
     seconds: float
+    experts: ExpertReport | None = None
+    """What was done with each expert, where there are any."""
 
 
 def embed(source: TensorSource, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -136,21 +137,24 @@ class BlockQuantizer:
             self._run_float(index, original) if self.statistics is None else self.statistics[index]
         )
         arranged = self.transforms.finish(layer, original, statistics)
-        moments, targets = self._moments(layer, arranged, original, entering)
+        moments, targets, tokens = self._moments(layer, arranged, original, entering)
         floats = dict(arranged.sites)
-        norms, qk_norm, key_offset = arranged.norms, arranged.qk_norm, arranged.key_offset
+        rest = replace(arranged, sites={})
         del original, arranged
-        codes, errors = self._round(layer, floats, moments, targets)
-        weights = LayerWeights(norms, codes, qk_norm, key_offset)
+        codes, errors, nearest = self._round(layer, floats, moments, targets)
+        weights = LayerWeights(rest.norms, codes, rest.qk_norm, rest.key_offset, rest.router)
         module = build_block(layer, weights, self.backend)
         return QuantizedBlock(
             index=index,
             num_blocks=self.plan.config.num_layers,
-            tensors=stored_tensors(layer, weights),
+            tensors=encode_layer(layer, weights),
             module=module,
             linear_errors=errors,
             relative_error=self._run_quantized(index, module),
             seconds=time.perf_counter() - started,
+            experts=None
+            if nearest is None
+            else ExpertReport((statistics or {}).get(EXPERT_TOKENS), tokens, nearest),
         )
 
     def collect_statistics(self) -> Iterator[dict[str, Tensor]]:
@@ -168,14 +172,12 @@ class BlockQuantizer:
         """Advance the float stream, and measure it."""
         if self.streams is None or self.streams.float_hidden is None:
             return None
-        layer = self.float_plan.layers[index]
-        module = build_block(layer, weights, self.backend)
-        length = self.streams.float_hidden.shape[1]
-        measured = LayerStatistics(self.recipe, layer.spec.attention, length, self.rotary.of(index))
-        with measured.watching(module):
-            self.streams.float_hidden = run_block(module, self.streams.float_hidden, self.rotary)
+        module = build_block(self.float_plan.layers[index], weights, self.backend)
+        self.streams.float_hidden, statistics = measure_channels(
+            module, self.streams.float_hidden, self.rotary, self.recipe
+        )
         check_finite_block(self.streams.float_hidden, index, "in floating point", self.dtype)
-        return measured.finish()
+        return statistics
 
     def _moments(
         self,
@@ -183,19 +185,26 @@ class BlockQuantizer:
         arranged: FloatLayer,
         original: FloatLayer,
         entering: Tensor | None,  # float stream in front of this block
-    ) -> tuple[Moments, Moments]:
-        """X^T X of the quantized inputs X of every site, and Y^T X of target outputs Y."""
+    ) -> tuple[Moments, Moments, Tensor | None]:
+        """X^T X of the quantized inputs X of every site, and Y^T X of target outputs Y.
+
+        Then the tokens of each expert, (E,), where they were counted.
+        """
         weights = self.recipe.weights
         if self.streams is None or not self.recipe.needs_moments:
-            return {}, {}
+            return {}, {}, None
         module = build_block(layer, arranged, self.backend)
         if weights.target != "own_input":
             assert entering is not None
-            return self._target_moments(layer, arranged, original, entering, module)
-        moments = SecondMoments(tf32=self.dtype != torch.float32)
-        with observe(module, moments.add):
-            run_block(module, self.streams.quantized_hidden, self.rotary)
-        return moments.sums, {}
+            return *self._target_moments(layer, arranged, original, entering, module), None
+        moments, tokens = measure_moments(
+            module,
+            self.streams.quantized_hidden,
+            self.rotary,
+            tf32=self.dtype != torch.float32,
+            bound=self.recipe.calibration.min_expert_tokens,
+        )
+        return moments, {}, tokens
 
     def _target_moments(
         self,
@@ -232,27 +241,30 @@ class BlockQuantizer:
         floats: dict[SiteName, FloatSite],
         moments: Moments,
         targets: Moments,
-    ) -> tuple[dict[SiteName, SiteCodes], dict[str, float]]:
-        """Codes of every site, and the relative error of each.
+    ) -> tuple[dict[SiteName, SiteCodes], dict[str, float], Tensor | None]:
+        """Codes of every site, the relative error of each, and the experts rounded to nearest.
 
         What a site was made from leaves `floats`, `moments` and `targets` as its codes come: at no
         time is the block in memory several times over.
         """
         codes: dict[SiteName, SiteCodes] = {}
         errors: dict[str, float] = {}
-        for site in SITES:
+        nearest: Tensor | None = None
+        for site, resolved in layer.sites.items():
             held = floats.pop(site)
-            result = round_site(
-                layer.sites[site],
-                held.weight,
-                moments.pop(site, None),
-                targets.pop(site, None),
-                self.recipe,
-            )
-            weight = result.weight
-            codes[site] = SiteCodes(weight.values, weight.scales, held.bias, held.order)
-            errors[site] = result.relative_error
-        return codes, errors
+            moment, target = moments.pop(site, None), targets.pop(site, None)
+            if resolved.experts is None:
+                result = round_site(resolved, held.weight, moment, target, self.recipe)
+                values, scales = result.weight.values, result.weight.scales
+                errors[site] = result.relative_error
+            else:
+                each = round_experts(resolved, held.weight, moment, self.recipe)
+                values, scales = each.values, each.scales
+                errors[site] = float(torch.tensor(each.relative_errors).square().mean().sqrt())
+                flags = torch.tensor(each.nearest)
+                nearest = flags if nearest is None else nearest | flags
+            codes[site] = SiteCodes(values, scales, held.bias, held.order)
+        return codes, errors, nearest
 
     def _run_quantized(self, index: int, module: DecoderBlock) -> float | None:
         """Advance the quantized stream; its distance from the float stream."""
@@ -270,21 +282,3 @@ class BlockQuantizer:
         )
         norm = sum(f.float().square().sum() for f in target)
         return float((error / norm).sqrt())
-
-
-def stored_tensors(layer: LayerPlan, weights: LayerWeights) -> dict[str, Tensor]:
-    """Every tensor that a checkpoint holds of a quantized layer, by its full name; on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for name, norm in weights.norms.items():
-        tensors[f"{layer.norm_name(name)}.weight"] = norm.weight
-        if norm.bias is not None:
-            tensors[f"{layer.norm_name(name)}.bias"] = norm.bias
-    if weights.qk_norm is not None:
-        for prefix, weight in zip(layer.qk_norm_names, weights.qk_norm, strict=True):
-            tensors[f"{prefix}.weight"] = weight
-    if weights.key_offset is not None:
-        tensors[layer.key_offset_name] = weights.key_offset
-    for site, codes in weights.sites.items():
-        assert isinstance(codes, SiteCodes)
-        tensors |= encode(layer, layer.sites[site], codes)
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

@@ -6,6 +6,7 @@ Source: Atom (Zhao et al., MLSys 2024).
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from quatom.checkpoint.codec import repeat_rows
@@ -16,12 +17,22 @@ from quatom.plan import LayerPlan, SitePlan
 
 
 def choose_orders(layer: LayerPlan, scores: Mapping[SiteName, Tensor]) -> dict[SiteName, Tensor]:
-    """Channel order of every site that has outliers, (K,) int64 each; scores are (K,) by site."""
+    """Channel order of every site that has outliers, from scores (K,) by site: (K,) int64.
+
+    Scores of a folded input of routed experts are (E, K), and so is its order: every expert has its
+    own.
+    """
     return {
-        name: channel_order(scores[name], site.block_outliers, site.blocks)
+        name: _order(scores[name], site)
         for name, site in layer.sites.items()
         if site.order != "none"
     }
+
+
+def _order(scores: Tensor, site: SitePlan) -> Tensor:
+    if scores.ndim == 1:
+        return channel_order(scores, site.block_outliers, site.blocks)
+    return torch.stack([_order(own, site) for own in scores])
 
 
 def order_channels(
@@ -34,7 +45,7 @@ def order_channels(
     scores = {name: _scores(layer.sites[name], weights, statistics) for name in layer.sites}
     orders = choose_orders(layer, scores)
     sites = {
-        name: replace(held, weight=held.weight[..., orders[name]], order=orders[name])
+        name: replace(held, weight=_columns(held.weight, orders[name]), order=orders[name])
         if name in orders
         else held
         for name, held in weights.sites.items()
@@ -42,8 +53,8 @@ def order_channels(
     for name in layer.sites:
         if (rows := made_rows(layer, name, orders)) is not None:
             held = sites[name]
-            bias = None if held.bias is None else held.bias[rows]
-            sites[name] = replace(held, weight=held.weight[rows], bias=bias)
+            bias = None if held.bias is None else _gather(held.bias, rows)
+            sites[name] = replace(held, weight=_gather(held.weight, rows), bias=bias)
     return replace(weights, sites=sites)
 
 
@@ -57,9 +68,26 @@ def _scores(site: SitePlan, weights: FloatLayer, statistics: Mapping[str, Tensor
 
 
 def made_rows(layer: LayerPlan, name: SiteName, orders: Mapping[SiteName, Tensor]) -> Tensor | None:
-    """Old row at each row of a site whose rows are in the order of the input that they make."""
+    """Old row at each row of a site whose rows are in the order of the input that they make.
+
+    (N,) int64, or (E, N) of routed experts.
+    """
     made = layer.sites[name].makes
     if made is None or made not in orders:
         return None
     order = orders[made]
-    return repeat_rows(order, layer.sites[name].rows // order.numel())
+    return repeat_rows(order, layer.sites[name].rows // order.shape[-1])
+
+
+def _gather(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows (N, ...) in an order (N,), or those of every expert, (E, N, ...), in its own (E, N)."""
+    if order.ndim == 1:
+        return rows[order]
+    return torch.stack([own[own_order] for own, own_order in zip(rows, order, strict=True)])
+
+
+def _columns(weight: Tensor, order: Tensor) -> Tensor:
+    """Columns of all matrices in one order (K,), or of every expert's in its own (E, K)."""
+    if order.ndim == 1:
+        return weight[..., order]
+    return torch.stack([own[:, own_order] for own, own_order in zip(weight, order, strict=True)])

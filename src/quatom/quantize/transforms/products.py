@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quatom.families.spec import SiteName
-from quatom.modeling.weights import FloatLayer
+from quatom.modeling.weights import FloatLayer, matrices
 from quatom.plan import LayerPlan
 
 SMALLEST_POWER = 4
@@ -27,33 +27,40 @@ so a factor of 2**3 leaves them far above 2**-14."""
 def balance_products(
     layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
 ) -> FloatLayer:
-    """v_proj balanced against o_proj and, where the MLP is gated, up_proj against down_proj.
+    """v_proj balanced against o_proj and, where a layer is gated, up_proj against down_proj.
 
-    Attention is linear in V, and a gated MLP in the output of up_proj.
+    Attention is linear in V, and a gated layer in the output of up_proj. Every expert is balanced
+    on its own.
     """
-    attention, feed_forward = layer.spec.attention, layer.spec.feed_forward
+    attention, spec = layer.spec.attention, layer.spec
     weights = _balance(weights, "qkv", attention.q_size + attention.kv_size, "o")
-    if feed_forward.gated:
-        weights = _balance(weights, "gate_up", feed_forward.size, "down")
+    if spec.feed_forward is not None and spec.feed_forward.gated:
+        weights = _balance(weights, "gate_up", spec.feed_forward.size, "down")
+    if spec.experts is not None and spec.experts.feed_forward.gated:
+        size = spec.experts.feed_forward.size
+        weights = _balance(weights, "experts_gate_up", size, "experts_down")
     return weights
 
 
 def _balance(weights: FloatLayer, makes: SiteName, first: int, takes: SiteName) -> FloatLayer:
     """Scale the rows of a site from `first` on, and undo it in the columns of another."""
     maker, taker = weights.sites[makes], weights.sites[takes]
-    power = balancing_power(maker.weight[first:], taker.weight)
-    if power == 0:
+    rows, columns = matrices(maker.weight), matrices(taker.weight)
+    powers = [balancing_power(m[first:], t) for m, t in zip(rows, columns, strict=True)]
+    if not any(powers):
         return weights
-    bias = None if maker.bias is None else _scale_rows(maker.bias, first, power)
+    made, taken = maker.weight.clone(), taker.weight.clone()
+    bias = None if maker.bias is None else maker.bias.clone()
+    for index, power in enumerate(powers):
+        matrices(made)[index, first:] *= 2.0**power
+        matrices(taken)[index] *= 2.0**-power
+        if bias is not None:
+            bias.view(len(powers), -1)[index, first:] *= 2.0**power
     scaled = {
-        makes: replace(maker, weight=_scale_rows(maker.weight, first, power), bias=bias),
-        takes: replace(taker, weight=taker.weight * 2.0**-power),
+        makes: replace(maker, weight=made, bias=bias),
+        takes: replace(taker, weight=taken),
     }
     return replace(weights, sites={**weights.sites, **scaled})
-
-
-def _scale_rows(rows: Tensor, first: int, power: int) -> Tensor:
-    return torch.cat((rows[:first], rows[first:] * 2.0**power))
 
 
 def balancing_power(maker: Tensor, taker: Tensor) -> int:

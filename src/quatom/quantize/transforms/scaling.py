@@ -25,8 +25,12 @@ _FOLD_ORDER: tuple[SiteName, ...] = ("o", "down", "qkv", "gate_up")
 def scale_channels(
     layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor], spec: ScalingSpec
 ) -> FloatLayer:
-    """Every site that the method scales, and whose input can take the division."""
-    for name in _FOLD_ORDER:
+    """Every site that the method scales, and whose input can take the division.
+
+    Inputs that routed experts read stay as they are: the router reads the same, and the rows that
+    make the input of an expert's down projection are its own.
+    """
+    for name in (name for name in _FOLD_ORDER if name in layer.sites):
         if spec.method == "smoothquant" and name not in _NORMS:
             continue  # published for the inputs that a norm makes
         if can_fold(layer, name):
@@ -37,6 +41,8 @@ def scale_channels(
 
 def can_fold(layer: LayerPlan, site: SiteName) -> bool:
     """Whether what makes a site's input can divide its channels, each by a factor of its own."""
+    if site == "gate_up" and layer.spec.experts is not None:
+        return False  # a shared expert reads what the router and the experts read
     if site in _NORMS:
         return _NORMS[site] in layer.spec.norms
     if site == "down":

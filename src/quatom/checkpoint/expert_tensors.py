@@ -1,0 +1,136 @@
+"""Routed experts of a floating-point model, by one name whatever form its files have.
+
+Files hold one tensor per expert and projection, or all experts in one tensor (E, rows, channels);
+a family lists the spellings (`quatom.families.spec.Linear.spellings`). What is joined here is read
+from its parts one after the other, into memory of the whole.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quatom.checkpoint.schema import TensorSpec
+from quatom.errors import CheckpointError
+from quatom.families.spec import Layer, Linear
+from quatom.plan import ModelPlan
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTensor:
+    """A tensor that lies in files in another form."""
+
+    parts: tuple[tuple[str, ...], ...]
+    """Tensors of every expert, whose rows follow one another; one entry alone: the whole tensor
+    under another name."""
+    spec: TensorSpec
+
+    def read(self, read: Read) -> Tensor:
+        """The tensor, its parts read with `read`."""
+        if len(self.parts) == 1 and len(self.parts[0]) == 1:
+            return read(self.parts[0][0])
+        whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
+        for expert, names in zip(whole, self.parts, strict=True):
+            first = 0
+            for name in names:
+                part = read(name)
+                expert[first : first + len(part)] = part
+                first += len(part)
+        return whole
+
+    @property
+    def names(self) -> list[str]:
+        """All its parts."""
+        return [name for names in self.parts for name in names]
+
+
+def join_experts(
+    where: Path, resolved: ModelPlan, stored: Mapping[str, TensorSpec]
+) -> tuple[dict[str, TensorSpec], dict[str, JoinedTensor]]:
+    """Stored tensors with those of experts under this library's names, and how these are read.
+
+    Args:
+        where: what an error names.
+        resolved: what is opened; a Quatom checkpoint has one form.
+        stored: tensors of the files, by name.
+
+    Raises:
+        CheckpointError: some tensors of a spelling are there and others are missing, or tensors
+            that belong together differ in shape or dtype.
+    """
+    joined: dict[str, JoinedTensor] = {}
+    if resolved.recipe.quantizes_weights:
+        return dict(stored), joined
+    used: set[str] = set()
+    for layer in resolved.layers:
+        for name, spellings in _spellings(layer.spec, len(stored)):
+            own = layer.prefix + name
+            if own in stored:
+                continue
+            for spelling in spellings:
+                parts = tuple(tuple(layer.prefix + n for n in names) for names in spelling)
+                names = [n for expert in parts for n in expert]
+                missing = [n for n in names if n not in stored]
+                if len(missing) == len(names):
+                    continue
+                if missing:
+                    raise CheckpointError(
+                        f"{where} lacks {missing[0]} ({len(missing)} of {len(names)} such tensors "
+                        "are missing); download the model again"
+                    )
+                joined[own] = JoinedTensor(parts, _joined_spec(where, parts, stored))
+                used.update(names)
+                break
+    rest = {name: spec for name, spec in stored.items() if name not in used}
+    return rest | {name: tensor.spec for name, tensor in joined.items()}, joined
+
+
+Spelling = tuple[tuple[str, ...], ...]
+"""Names of the parts of every expert."""
+
+
+def _spellings(layer: Layer, most: int) -> Iterator[tuple[str, list[Spelling]]]:
+    """Names within a layer, and other spellings of each of at most `most` tensors."""
+    for site in layer.sites:
+        for linear in layer.linears[site]:
+            # A damaged number of experts must not fill the memory with names.
+            few = linear.experts is None or linear.experts <= most
+            spellings = linear.spellings if few else ()
+            yield f"{linear.name}.weight", [_parts(linear, names) for names in spellings]
+    if layer.experts is not None:
+        for own, *others in layer.experts.tensors.values():
+            yield own, [((other,),) for other in others]
+
+
+def _parts(linear: Linear, names: tuple[str, ...]) -> Spelling:
+    if any("{}" in name for name in names):
+        assert linear.experts is not None
+        return tuple(
+            tuple(name.format(expert) for name in names) for expert in range(linear.experts)
+        )
+    return (names,)
+
+
+def _joined_spec(where: Path, parts: Spelling, stored: Mapping[str, TensorSpec]) -> TensorSpec:
+    specs = [[stored[name] for name in names] for names in parts]
+    if len(parts) == 1 and len(parts[0]) == 1:
+        return specs[0][0]
+    for names, expert in zip(parts, specs, strict=True):
+        for name, spec, like in zip(names, expert, specs[0], strict=True):
+            if (spec.shape, spec.dtype) != (like.shape, like.dtype) or len(spec.shape) != 2:
+                raise CheckpointError(
+                    f"{where}: {name} is {spec.shape} {spec.dtype}, the same tensor of the first "
+                    f"expert {like.shape} {like.dtype}: all must be equal; download the model again"
+                )
+    first = specs[0]
+    if any((spec.shape[1], spec.dtype) != (first[0].shape[1], first[0].dtype) for spec in first):
+        raise CheckpointError(
+            f"{where}: {' and '.join(parts[0])} differ in input channels or dtype; download the "
+            "model again"
+        )
+    rows = sum(spec.shape[0] for spec in first)
+    return TensorSpec((len(parts), rows, first[0].shape[1]), first[0].dtype)

@@ -1,0 +1,67 @@
+"""GLM-4.5: experts chosen by corrected sigmoids within groups, beside a shared expert."""
+
+from dataclasses import replace
+
+from quatom.families.decoder import Family, decoder, dense_feed, read_feed_forward
+from quatom.families.experts import expert_feed
+from quatom.families.keys import Keys
+from quatom.families.rope import one_rope
+from quatom.families.sizes import read_sizes
+from quatom.families.spec import ModelConfig, Norm, Router
+
+
+def read(keys: Keys) -> ModelConfig:
+    """What a Glm4MoeForCausalLM computes.
+
+    Raises:
+        ModelError: a key is missing or not supported.
+    """
+    sizes = read_sizes(keys, max_position=131_072, kv_heads=8)
+    drafts = keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=1, least=0)
+    dense = read_feed_forward(keys)
+    width = keys.integer("moe_intermediate_size", default=1408)
+    feed = expert_feed(
+        sizes.hidden,
+        count=keys.integer("n_routed_experts", "num_local_experts", default=128),
+        top_k=keys.integer("num_experts_per_tok", default=8),
+        feed_forward=replace(dense, size=width),
+        router=Router(
+            scores="sigmoid",
+            normalized=keys.flag("norm_topk_prob", default=True),
+            scale=keys.positive("routed_scaling_factor", default=1.0),
+            groups=keys.integer("n_group", default=1),
+            top_groups=keys.integer("topk_group", default=1),
+        ),
+        tensors={
+            "weight": ("mlp.gate.weight",),
+            "correction": ("mlp.gate.e_score_correction_bias",),
+        },
+        shared=replace(dense, size=width * keys.integer("n_shared_experts", default=1)),
+        shared_name="mlp.shared_experts",
+    )
+    first = keys.integer("first_k_dense_replace", default=1, least=0)
+    norm = Norm(eps=keys.positive("rms_norm_eps", default=1e-5))
+    return decoder(
+        keys,
+        sizes,
+        one_rope(keys, sizes, partial=0.5),
+        family="glm4_moe",
+        norm=norm,
+        feed_forward=tuple(
+            dense_feed(dense, sizes.hidden) if layer < first else feed
+            for layer in range(sizes.layers)
+        ),
+        qk_norm=norm if keys.flag("use_qk_norm") else None,
+        attention_bias=keys.flag("attention_bias"),
+        # Layers that draft several tokens at once follow the decoder's own in the files.
+        unused_layers=drafts,
+    )
+
+
+GLM4_MOE = Family(
+    name="glm4_moe",
+    architectures=("Glm4MoeForCausalLM",),
+    model_type="glm4_moe",
+    models="GLM-4.5 to 4.7, their Air variants",
+    read=read,
+)

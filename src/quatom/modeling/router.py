@@ -1,0 +1,81 @@
+"""Which experts a token goes to. All of it is float32, on the input before it is quantized."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quatom.families.spec import Experts, Router, RouterTensor
+from quatom.ops.experts import Routing
+
+
+class ExpertRouter(nn.Module):
+    """Chooses the experts of every token, and says how much each counts."""
+
+    bias: Tensor | None
+    correction: Tensor | None
+
+    def __init__(self, spec: Experts, tensors: Mapping[RouterTensor, Tensor]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        for name in ("bias", "correction"):
+            self.register_buffer(name, tensors.get(name), persistent=False)
+
+    def forward(self, x: Tensor) -> Routing:  # (T, hidden)
+        """Experts (T, k) and their weights (T, k)."""
+        logits = nn.functional.linear(x.float(), self.weight, self.bias)
+        return route(logits, self.spec, self.correction)
+
+
+def route(
+    logits: Tensor,  # (T, E) float32
+    spec: Experts,
+    correction: Tensor | None = None,  # (E,) float32
+) -> Routing:
+    """The experts of each token from its products with the router's weight."""
+    router = spec.router
+    match router.scores:
+        case "sparsemixer":
+            chosen, weights = _sparsemixer(logits, router.jitter)
+        case "sigmoid":
+            scores = logits.sigmoid()
+            chosen = _choice(scores, correction, router).topk(spec.top_k).indices
+            weights = scores.gather(1, chosen)
+        case _:
+            # A softmax leaves the order as it is; normalized, it is the softmax of the chosen.
+            best, chosen = logits.topk(spec.top_k)
+            weights = (
+                best.softmax(-1) if router.normalized else logits.softmax(-1).gather(1, chosen)
+            )
+    if router.scores == "sigmoid" and router.normalized:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(chosen.int(), (weights * router.scale).contiguous())
+
+
+def _choice(scores: Tensor, correction: Tensor | None, router: Router) -> Tensor:  # (T, E)
+    """What the largest are chosen by: corrected scores, -inf outside of the best groups."""
+    corrected = scores if correction is None else scores + correction
+    if router.groups == 1:
+        return corrected
+    grouped = corrected.unflatten(1, (router.groups, -1))  # (T, G, E / G)
+    totals = grouped.topk(2).values.sum(dim=-1)
+    best = totals.topk(router.top_groups).indices
+    allowed = torch.zeros_like(totals, dtype=torch.bool).scatter(1, best, True)
+    return grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def _sparsemixer(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:  # (T, 2) each
+    """Two experts, one after the other, each with its softmax over what is near enough to it.
+
+    Source: sparse backpropagation for MoE training (Liu et al., 2023), at inference.
+    """
+    chosen, weights, left = [], [], logits
+    for _ in range(2):
+        best, index = left.max(dim=-1, keepdim=True)
+        size = torch.maximum(logits.abs(), best)
+        far = (best - logits) / size > 2 * jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(1, index))
+        chosen.append(index)
+        left = left.scatter(1, index, float("-inf"))
+    return torch.cat(chosen, dim=1), torch.cat(weights, dim=1)

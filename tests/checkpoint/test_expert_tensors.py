@@ -1,0 +1,83 @@
+"""Routed experts are read from files with one tensor per expert, and from files with all in one."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quatom.checkpoint.reader import open_source
+from quatom.errors import CheckpointError
+from quatom.loading import load
+from tests.families.models import save_tiny, tiny_model
+
+FAMILIES = ("mixtral", "qwen2_moe", "granitemoe", "phimoe", "glm4_moe")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_forms_of_files_hold_the_model(name, fused, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "m", save_original_format=not fused)
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert any(tensor.ndim == 3 for tensor in stored.values()) == (fused or name == "granitemoe")
+    source = open_source(tmp_path / "m")
+    for index, layer in enumerate(model.model.layers):
+        mlp = getattr(layer, "mlp", None) or layer.block_sparse_moe
+        if not hasattr(mlp, "experts"):
+            continue
+        for part in ("gate_up_proj", "down_proj"):
+            own = source.load(f"model.layers.{index}.mlp.experts.{part}.weight")
+            assert torch.equal(own, getattr(mlp.experts, part))
+    assert load(tmp_path / "m").config.family == name
+
+
+def test_experts_in_several_shards(tmp_path):
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "m", max_shard_size="200KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 3
+    source = open_source(tmp_path / "m")
+    assert len(source.files) == len(list((tmp_path / "m").glob("*.safetensors")))
+    own = source.load("model.layers.1.mlp.experts.gate_up_proj.weight")
+    assert torch.equal(own, model.model.layers[1].mlp.experts.gate_up_proj)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny(tmp_path / "m", "mixtral")
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+
+def test_a_missing_expert_is_named(folder):
+    change(folder, lambda tensors: tensors.pop(W1))
+    with pytest.raises(CheckpointError, match=rf"lacks {W1} \(1 of 8 such tensors"):
+        open_source(folder)
+
+
+def test_experts_of_different_sizes_or_dtypes_are_refused(folder):
+    change(folder, lambda tensors: tensors.update({W1: tensors[W1][:-32]}))
+    with pytest.raises(CheckpointError, match=rf"{W1} is \(160, 128\).*first expert \(192, 128\)"):
+        open_source(folder)
+
+
+def test_a_damaged_number_of_experts_is_found_without_listing_all(folder):
+    text = (folder / "config.json").read_text()
+    text = text.replace('"num_local_experts": 4', '"num_local_experts": 4000000000')
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.mlp\.experts"):
+        open_source(folder)
+
+
+def test_drafting_layers_behind_the_last_one_are_passed_over(tmp_path):
+    folder = save_tiny(tmp_path / "m", "glm4_moe")
+    change(folder, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(2)}))
+    assert any("model.layers.3.eh_proj" in note for note in open_source(folder).notes)
+    change(folder, lambda tensors: tensors.update({"model.layers.4.eh_proj.weight": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.4\.eh_proj"):
+        open_source(folder)

@@ -1,0 +1,82 @@
+"""Routers by hand; tests/families compares whole models with transformers."""
+
+import pytest
+import torch
+
+from quatom.errors import ModelError
+from quatom.families.spec import Experts, FeedForward, Router
+from quatom.modeling.router import ExpertRouter, route
+
+LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+
+
+def experts(top_k=2, count=4, **router):
+    return Experts(
+        count=count,
+        top_k=top_k,
+        feed_forward=FeedForward(size=32),
+        router=Router(**router),
+        tensors={"weight": ("gate.weight",)},
+    )
+
+
+def chosen(routing):
+    pairs = zip(routing.expert_ids[0].tolist(), routing.weights[0].tolist(), strict=True)
+    return {expert: pytest.approx(weight, rel=1e-6) for expert, weight in pairs}
+
+
+def test_softmax_over_all_or_over_the_chosen():
+    shares = LOGITS[0].exp() / LOGITS[0].exp().sum()
+    assert chosen(route(LOGITS, experts())) == {1: shares[1].item(), 2: shares[2].item()}
+    total = (shares[1] + shares[2]).item()
+    want = {1: shares[1].item() / total, 2: shares[2].item() / total}
+    assert chosen(route(LOGITS, experts(normalized=True))) == want
+
+
+def test_a_correction_counts_for_the_choice_alone():
+    correction = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    sigmoids = LOGITS[0].sigmoid()
+    # 0: 0.5 + 0.5, 1: 0.88, 2: 0.73, 3: 0.27
+    got = chosen(route(LOGITS, experts(scores="sigmoid", scale=3.0), correction))
+    assert got == {0: 3 * sigmoids[0].item(), 1: 3 * sigmoids[1].item()}
+
+
+def test_groups_are_chosen_by_their_two_best():
+    # Sums of two: 0.88 + 0.5 and 0.73 + 0.73; the largest score lies in the group that loses.
+    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0]])
+    spec = experts(scores="sigmoid", groups=2, top_groups=1)
+    assert set(chosen(route(logits, spec))) == {2, 3}
+
+
+def test_sparsemixer_chooses_one_after_the_other():
+    # Within 2 * 0.3 of the largest, in units of max(|x|, largest): 2 and 1 ((2 - 1) / 2 = 0.5).
+    got = chosen(route(LOGITS, experts(scores="sparsemixer", jitter=0.3)))
+    first = torch.tensor([2.0, 1.0]).softmax(0)[0].item()
+    # Then 1 alone: (1 - 0) / 1 and (1 + 1) / 1 are too far.
+    assert got == {1: first, 2: 1.0}
+    zeros = chosen(route(torch.zeros(1, 4), experts(scores="sparsemixer", jitter=0.01)))
+    assert sorted(zeros.values(), key=lambda w: w.expected) == [0.25, pytest.approx(1 / 3)]
+
+
+def test_a_router_is_float32_whatever_its_input():
+    spec = experts(top_k=1)
+    # In bfloat16 both products would be 1: 2**-9 is lost.
+    weight = torch.tensor([[1.0, 0.0], [1.0, 2.0**-9], [0.0, 0.0], [0.0, 0.0]])
+    routing = ExpertRouter(spec, {"weight": weight})(torch.ones(1, 2, dtype=torch.bfloat16))
+    assert routing.expert_ids.tolist() == [[1]]
+    assert (routing.expert_ids.dtype, routing.weights.dtype) == (torch.int32, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 5}, "5 experts per token of 4"),
+        ({"scores": "sparsemixer", "top_k": 1}, "chooses 2 experts"),
+        ({"groups": 3, "top_groups": 1}, "4 experts cannot be cut into 3"),
+        ({"groups": 2, "top_groups": 3}, "2 equal groups of which 3"),
+        ({"groups": 4, "top_groups": 2}, "groups must hold 2 experts"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ModelError, match=message):
+        experts(**options)
