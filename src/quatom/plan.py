@@ -21,7 +21,7 @@ OrderKind = Literal["none", "gathered", "folded"]
 """How a site's input comes into its channel order: not at all; gathered as it is quantized; or by
 the rows of the linears that make it, which are stored in that order."""
 
-_ROW_PARALLEL: tuple[SiteName, ...] = ("o", "down")
+ROW_PARALLEL: tuple[SiteName, ...] = ("o", "down")
 """Sites whose linears are cut along their input, not their output, across tensor-parallel ranks."""
 _MADE_BY: Mapping[SiteName, SiteName] = {"down": "gate_up"}
 """The site whose output rows become a site's input channels, one by one."""
@@ -191,7 +191,7 @@ def _site(
         name = prefix + linear.name
         linears.append(LinearPlan(name, first, linear.rows, channels, linear.bias))
         first += linear.rows
-    blocks = recipe.tensor_parallel if site in _ROW_PARALLEL else 1
+    blocks = recipe.tensor_parallel if site in ROW_PARALLEL else 1
     layout = _layout(config, recipe, layer, linears[0], blocks)
     order: OrderKind = "none"
     if layout.outliers:
@@ -209,7 +209,7 @@ def _site(
         weights=recipe.weights,
         outliers=recipe.outliers,
         activation_format=recipe.activations.format,
-        input_spec=_input_spec(recipe, layout),
+        input_spec=input_spec(recipe, layout),
     )
 
 
@@ -267,7 +267,7 @@ def _layout(
     )
 
 
-def _input_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
+def input_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
     """How the input of a site is quantized; None where activations stay as they are."""
     activations = recipe.activations
     if not recipe.quantizes_activations:

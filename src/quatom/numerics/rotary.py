@@ -92,6 +92,20 @@ def head_order(rope: Rope | None, head_dim: int) -> Tensor | None:
     return torch.cat([turning[0], still[0], turning[1], still[1]])
 
 
+def turn_back(
+    heads: Tensor,  # (T, H, D), turned
+    cos: Tensor,  # (max_position, D / 2) float32
+    sin: Tensor,  # (max_position, D / 2) float32
+    positions: Tensor,  # (T,) int64
+) -> Tensor:  # (T, H, D)
+    """Heads before rotary embedding, up to the rounding of their dtype."""
+    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    first, second = heads.float().chunk(2, dim=-1)
+    before = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    # The square of the tables' attention factor, 1 for most models.
+    return (before / (cos * cos + sin * sin).repeat(1, 1, 2)).to(heads.dtype)
+
+
 def _periods(theta: float, dim: int) -> Tensor:
     """Theta ** (2 j / dim), (dim / 2,) float32."""
     return theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)

@@ -1,0 +1,45 @@
+"""Plugin of vLLM: `vllm serve CHECKPOINT` runs Quatom checkpoints with vLLM's own models.
+
+vLLM calls `register` in every process (entry point group `vllm.general_plugins`). What follows
+from a checkpoint's recipe is in the modules beside this one:
+
+    shares      what one tensor-parallel rank holds of a layer: slices of what is stored
+    linear      the linear method: loads the slices, quantizes the input, multiplies
+    operator    the torch operator that does both, with a fake implementation for torch.compile
+    attention   the attention backend over 4-bit and 8-bit KV pages
+    config      which of vLLM's layers gets which of these
+    settings    what the recipe asks of vLLM's own settings, before anything starts
+"""
+
+TRIED = ("0.26.0", "0.32.0")
+"""Versions of vLLM that the tests or the measurements in the docs ran with."""
+
+
+def register() -> None:
+    """Make the quantization method "quatom" known to vLLM; calling it again changes nothing."""
+    from quatom.integrations.vllm.config import QuatomConfig
+    from quatom.integrations.vllm.settings import hook_architectures, route_cpu_attention
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_quantization_config("quatom")(QuatomConfig)
+    backend = "quatom.integrations.vllm.attention.QuatomAttentionBackend"
+    register_backend(AttentionBackendEnum.CUSTOM, backend)
+    route_cpu_attention()
+    hook_architectures()
+
+
+def check_version(version: str) -> None:
+    """Refuse versions of vLLM that nobody tried.
+
+    Raises:
+        BackendError: `version` is none of `TRIED`.
+    """
+    from quatom.errors import BackendError
+
+    release = version.partition("+")[0]
+    if release not in TRIED:
+        raise BackendError(
+            f"Quatom's plugin was tried with vLLM {' and '.join(TRIED)}, this is {version}: install "
+            "one of those"
+        )

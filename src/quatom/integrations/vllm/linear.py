@@ -1,0 +1,154 @@
+"""vLLM's linears with Quatom's weights."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quatom.checkpoint.codec import decode
+from quatom.errors import CheckpointError, ModelError
+from quatom.integrations.vllm.operator import name_scheme
+from quatom.integrations.vllm.shares import Share, joined_shapes, share_of
+from quatom.ops.linear import prepare_weights
+from quatom.plan import LayerPlan, SitePlan
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+if TYPE_CHECKING:
+    from quatom.integrations.vllm.config import QuatomConfig
+
+_PARTS = {"q": 0, "k": 1, "v": 2}
+"""vLLM's names of the linears that QKV joins."""
+
+
+class QuatomLinearMethod(LinearMethodBase):
+    """Linears of one site. Stored tensors are cut as they are loaded, repacked once after that."""
+
+    def __init__(self, config: "QuatomConfig", layer: LayerPlan, site: SitePlan) -> None:
+        self.config, self.layer, self.site = config, layer, site
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: Sequence[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Room for the stored tensors of this rank, under the names that they have in files."""
+        share = share_of(
+            self.layer,
+            self.site,
+            self.config.recipe,
+            partitions=output_partition_sizes,
+            rank=layer.tp_rank,
+            degree=layer.tp_size,
+        )
+        if share.site.channels != input_size_per_partition:
+            raise ModelError(
+                f"{self.site.title}: vLLM's linear reads {input_size_per_partition} channels, the "
+                f"checkpoint's {share.site.channels}"
+            )
+        layer.quatom_share = share
+        for suffix, spec in joined_shapes(share.tensors()).items():
+            # -1 is in no order: what is never loaded cannot pass for one.
+            parameter = nn.Parameter(
+                torch.full(spec.shape, -1 if suffix == "order" else 0, dtype=spec.dtype),
+                requires_grad=False,
+            )
+            set_weight_attrs(parameter, {"weight_loader": _loader(share, suffix)})
+            layer.register_parameter(suffix, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Repack the loaded slices for the backend that multiplies them."""
+        share: Share = layer.quatom_share
+        site, device = share.site, layer.weight_packed.device
+        if self.config.dummy:
+            _fill(layer)
+        with torch.device(device):
+            codes = decode(share.layer, site, _loaded(layer, share))
+        prepared = prepare_weights(
+            codes.values,
+            codes.scales,
+            site.layout,
+            weight_format=site.weights.format,
+            activation_format=site.activation_format,
+            outlier_format=site.outliers.format,
+            scale_mode=site.scale_mode,
+        )
+        spec = None if site.input_spec is None else prepared.input_spec(site.input_spec)
+        for suffix in share.tensors():
+            delattr(layer, suffix)
+        del layer.quatom_share
+        layer.quatom_scheme = name_scheme(spec, prepared)
+        layer.quatom_weights = nn.ParameterList(
+            nn.Parameter(tensor, requires_grad=False) for tensor in prepared.tensors
+        )
+        layer.quatom_order = None
+        if codes.order is not None:
+            layer.quatom_order = nn.Parameter(codes.order.int(), requires_grad=False)
+        if codes.bias is not None:
+            layer.bias = nn.Parameter(codes.bias.float(), requires_grad=False)
+        self.config.note_kernel(str(prepared.backend))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y = x W^T + b for x (..., K)."""
+        y = torch.ops.quatom.site_linear(
+            x.reshape(-1, x.shape[-1]),
+            layer.quatom_order,
+            list(layer.quatom_weights),
+            bias,
+            layer.quatom_scheme,
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _loader(share: Share, suffix: str) -> Any:
+    """vLLM's way of handing over a stored tensor: the parameter, the tensor, which part it is."""
+
+    def load(parameter: nn.Parameter, stored: Tensor, part: str | int | None = None) -> None:
+        linear = _PARTS[part] if isinstance(part, str) else part or 0
+        specs = share.tensors()[suffix]
+        for number, piece in share.slices(suffix, stored, linear).items():
+            if suffix == "order":
+                parameter.data[number].copy_(piece)
+                continue
+            start = sum(spec.shape[0] for spec in specs[:number])
+            parameter.data.narrow(0, start, piece.shape[0]).copy_(piece)
+
+    return load
+
+
+def _loaded(layer: nn.Module, share: Share) -> dict[str, Tensor]:
+    """The loaded tensors by the names of the rank's own linears."""
+    found: dict[str, Tensor] = {}
+    linears = share.site.linears
+    for suffix, specs in share.tensors().items():
+        joined = getattr(layer, suffix).data
+        rows = [1 if suffix == "order" else spec.shape[0] for spec in specs]
+        for linear, part in zip(linears, joined.split(rows), strict=True):
+            found[f"{linear.name}.{suffix}"] = part.squeeze(0) if suffix == "order" else part
+    if share.site.bias:
+        if layer.bias is None:
+            raise CheckpointError(f"{share.stored.title} has a bias, vLLM's linear has none")
+        for linear in linears:
+            found[f"{linear.name}.bias"] = layer.bias.data[linear.row_range]
+    return found
+
+
+def _fill(layer: nn.Module) -> None:
+    """Valid weights in place of dummies: any codes, one scale, channels as they are."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name in ("weight_packed", "outlier_weight"):
+            bound = 256 if parameter.dtype is torch.uint8 else 128
+            parameter.data.copy_(torch.randint(0, bound, parameter.shape))
+        elif name.endswith("_scale"):
+            parameter.data.fill_(2.0**-8)
+        elif name == "order":
+            channels = parameter.shape[-1]
+            parameter.data.copy_(torch.arange(channels).expand_as(parameter))
+
+

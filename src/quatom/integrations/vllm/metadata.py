@@ -1,0 +1,102 @@
+"""What the attention of every layer reads about a batch of vLLM's."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quatom.ops.shared import Shared
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
+
+
+@dataclass(slots=True)
+class QuatomMetadata(AttentionMetadata):
+    """A batch; `quatom.modeling.context.ForwardContext` says what most fields are."""
+
+    num_tokens: int
+    """T: new tokens, those left out that pad a CUDA graph's batch."""
+    slot_mapping: Tensor  # (T,) int64
+    block_tables: Tensor  # (B, max_blocks) int32
+    cu_seqlens_q: Tensor  # (B + 1,) int32
+    seq_lens: Tensor  # (B,) int32
+    max_seqlen_q: int
+    max_seq_len: int
+    num_decodes: int
+    total_kv_tokens: int | None
+    prefill_cu_seqlens: tuple[Tensor, Tensor] | None
+    positions: Tensor  # (T,) int64
+    first_positions: Tensor  # (T,) int64 zeros: rows of `no_turn`
+    no_turn: tuple[Tensor, Tensor]
+    """Cos and sin of no angle, (1, D / 2): vLLM's model has turned q and k already."""
+    shared: Shared
+
+
+class QuatomMetadataBuilder(AttentionMetadataBuilder[QuatomMetadata]):
+    """Makes a `QuatomMetadata` of what vLLM knows about a batch."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    reorder_batch_threshold = 1  # decodes come first
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        tokens = max(tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        half = kv_cache_spec.head_size // 2
+        # CUDA graphs read these again at every replay: they live as long as the builder.
+        self.zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.no_turn = (torch.ones(1, half, device=device), torch.zeros(1, half, device=device))
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> QuatomMetadata:
+        """Describe a batch."""
+        common = common_attn_metadata
+        tokens, sequences = common.num_actual_tokens, common.num_reqs
+        new = common.query_start_loc_cpu.diff()
+        longer = (new != 1).nonzero()
+        decodes = int(longer[0]) if len(longer) else sequences
+        lengths = common.seq_lens_cpu_upper_bound
+        total = prefill = None
+        if decodes < sequences and lengths is not None:
+            rest = lengths[decodes:sequences]
+            total = int(rest.sum())
+            prefill = (
+                (common.query_start_loc[decodes:] - decodes).int(),
+                torch.cat((rest.new_zeros(1), rest.cumsum(0))).int().to(self.device),
+            )
+        positions = self.positions[:tokens]
+        positions.copy_(self._positions(common, tokens))
+        return QuatomMetadata(
+            num_tokens=tokens,
+            slot_mapping=common.slot_mapping[:tokens],
+            block_tables=common.block_table_tensor,
+            cu_seqlens_q=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            max_seqlen_q=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            num_decodes=decodes,
+            total_kv_tokens=total,
+            prefill_cu_seqlens=prefill,
+            positions=positions,
+            first_positions=self.zeros[:tokens],
+            no_turn=self.no_turn,
+            shared={},
+        )
+
+    def _positions(self, common: Any, tokens: int) -> Tensor:
+        """Position of every new token: they are the last ones of their sequences."""
+        starts = common.query_start_loc.long()
+        new = starts.diff()
+        first = common.seq_lens.long() - new - starts[:-1]
+        spread = first.repeat_interleave(new, output_size=tokens)
+        return spread + torch.arange(tokens, device=spread.device)

@@ -1,0 +1,73 @@
+"""The torch operator of a linear: reorder and quantize its input, multiply.
+
+One operator does both, so that the input of linears that vLLM fuses (q, k, v; gate, up) is
+quantized once. Its fake implementation gives torch.compile the shape of the result. What does not
+change from call to call is a `Scheme`, and graphs name it by a text that is equal for equal
+schemes, so that layers which are alike share compiled code, also in later processes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from quatom.ops.activations import QuantizeSpec
+from quatom.ops.linear import PreparedLinear, linear
+from quatom.ops.reorder_quantize import reorder_quantize
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A linear without its tensors."""
+
+    spec: QuantizeSpec | None
+    """How the input is quantized; None: it stays in floating point."""
+    prepared: PreparedLinear
+    """With no tensors in it."""
+
+
+_schemes: dict[str, Scheme] = {}
+
+
+def name_scheme(spec: QuantizeSpec | None, prepared: PreparedLinear) -> str:
+    """The name under which `quatom::site_linear` finds this scheme in this process."""
+    scheme = Scheme(spec, replace(prepared, tensors=(), bias=None))
+    name = sha256(repr(scheme).encode()).hexdigest()[:16]
+    _schemes[name] = scheme
+    return name
+
+
+def site_linear(
+    x: Tensor,  # (T, K)
+    order: Tensor | None,  # (K,) int32
+    weights: Sequence[Tensor],
+    bias: Tensor | None,  # (N,) float32
+    scheme: str,
+) -> Tensor:  # (T, N)
+    """Multiply the reordered, quantized input by prepared weights."""
+    known = _schemes[scheme]
+    prepared = replace(known.prepared, tensors=tuple(weights), bias=bias)
+    if known.spec is not None:
+        return linear(reorder_quantize(x, order, known.spec), prepared)
+    return linear(x if order is None else x[:, order.long()], prepared)
+
+
+def _site_linear_fake(
+    x: Tensor,
+    order: Tensor | None,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    scheme: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], _schemes[scheme].prepared.out_channels)
+
+
+_library = torch.library.Library("quatom", "FRAGMENT")
+_library.define(
+    "site_linear(Tensor x, Tensor? order, Tensor[] weights, Tensor? bias, str scheme) -> Tensor"
+)
+_library.impl("site_linear", site_linear, "CPU")
+_library.impl("site_linear", site_linear, "CUDA")
+torch.library.register_fake("quatom::site_linear", _site_linear_fake, lib=_library)

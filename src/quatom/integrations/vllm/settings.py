@@ -1,0 +1,105 @@
+"""What a checkpoint's recipe asks of vLLM's settings, before any process starts.
+
+vLLM lets each architecture adjust its configuration (`VerifyAndUpdateConfig`). Ours does that for
+every architecture that Quatom knows, where the checkpoint is Quatom's, after vLLM's own.
+"""
+
+from typing import Any
+
+from quatom.errors import BackendError, RecipeError
+from quatom.families.registry import FAMILIES
+from quatom.integrations.vllm.shares import check_degree
+from quatom.recipe import Recipe
+
+CACHE_DTYPES = {"int4": "int4_per_token_head", "int8": "int8_per_token_head"}
+"""vLLM's names of caches whose pages have the size of ours, by our format."""
+
+
+def update_settings(vllm_config: Any) -> None:
+    """Set the KV cache's format and attention backend; refuse what the checkpoint cannot run on.
+
+    Raises:
+        RecipeError: the tensor-parallel degree does not divide the recipe's.
+        BackendError: another KV cache or attention backend was asked for than the recipe's.
+    """
+    quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "quatom":
+        return
+    recipe = Recipe.from_dict(quantization["recipe"])
+    check_degree(recipe, vllm_config.parallel_config.tensor_parallel_size)
+    cache = recipe.kv_cache.format
+    if cache == "float16":
+        return
+    dtype, asked = CACHE_DTYPES[cache], vllm_config.cache_config.cache_dtype
+    if asked not in ("auto", dtype):
+        raise BackendError(
+            f"recipe {recipe.name} has an {cache} KV cache, kv_cache_dtype {asked} was asked for: "
+            "leave it at auto"
+        )
+    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        raise RecipeError(
+            f"recipe {recipe.name} has an {cache} KV cache in every layer: leave "
+            "kv_cache_dtype_skip_layers empty"
+        )
+    vllm_config.cache_config.cache_dtype = dtype
+    _choose_backend(vllm_config.attention_config, cache)
+
+
+def _choose_backend(attention_config: Any, cache: str) -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if current_platform.is_cpu():
+        return  # see `route_cpu_attention`
+    ours = AttentionBackendEnum.CUSTOM
+    if attention_config.backend not in (None, ours):
+        raise BackendError(
+            f"attention backend {attention_config.backend.name} does not read Quatom's {cache} "
+            "pages: leave attention_config.backend unset"
+        )
+    attention_config.backend = ours
+
+
+def hook_architectures() -> None:
+    """Let every architecture of `quatom.families` call `update_settings`; once per process."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    for family in FAMILIES:
+        for architecture in family.architectures:
+            before = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+            if not getattr(before, "quatom", False):
+                MODELS_CONFIG_MAP[architecture] = _after(before)
+
+
+def _after(before: Any) -> type:
+    class Update(before):  # type: ignore[misc]
+        """vLLM's own adjustments, then ours."""
+
+        quatom = True
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            before.verify_and_update_config(vllm_config)
+            update_settings(vllm_config)
+
+    return Update
+
+
+def route_cpu_attention() -> None:
+    """On a CPU, where vLLM takes its one backend, send our KV cache formats to ours."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if not current_platform.is_cpu() or hasattr(platform, "quatom_before"):
+        return
+    before = platform.get_attn_backend_cls
+
+    def choose(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *rest: Any, **options: Any
+    ) -> str:
+        if attn_selector_config.kv_cache_dtype in CACHE_DTYPES.values():
+            return "quatom.integrations.vllm.attention.QuatomCPUAttentionBackend"
+        return str(before(selected_backend, attn_selector_config, *rest, **options))
+
+    platform.quatom_before = before
+    platform.get_attn_backend_cls = classmethod(choose)
