@@ -1,0 +1,38 @@
+"""Tiny Quatom checkpoints, made on the spot."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from quatom.quantize.pipeline import quantize_checkpoint
+from quatom.recipe import PRESETS, Recipe
+from tests.conftest import LLAMA, make_model
+
+TWO_BLOCKS = LLAMA | {"intermediate_size": 768}
+"""Sizes that divide into two tensor-parallel blocks of groups of 32."""
+
+
+def tiny_recipe(name: str, *, tensor_parallel: int = 1) -> Recipe:
+    """A preset that calibrates in a second; with groups of 32 where blocks are small."""
+    recipe = PRESETS[name]
+    calibration = replace(recipe.calibration, num_samples=4, sequence_length=64)
+    recipe = replace(recipe, calibration=calibration, tensor_parallel=tensor_parallel)
+    if tensor_parallel == 1:
+        return recipe
+    specs = recipe.weights, recipe.activations
+    weights, activations = (
+        s if s.group_size == -1 else replace(s, group_size=32) for s in specs
+    )
+    return replace(recipe, weights=weights, activations=activations)
+
+
+def tiny_checkpoint(folder: Path, source: Path, recipe: Recipe, text: Path) -> Path:
+    """The checkpoint of a recipe, made once per folder."""
+    target = folder / f"{source.name}-{recipe.name}-{recipe.tensor_parallel}"
+    if not target.exists():
+        quantize_checkpoint(source, target, recipe, calibration=text)
+    return target
+
+
+def two_block_model(folder: Path) -> Path:
+    """A Llama that `tiny_recipe(..., tensor_parallel=2)` fits."""
+    return make_model(folder / "two-blocks", TWO_BLOCKS)

@@ -1,0 +1,80 @@
+"""vLLM with the plugin against Quatom's own engine, on a CPU: `make test-vllm`."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
+
+from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe
+from tests.integrations.vllm_engine import assert_agree, own_greedy, vllm_greedy
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_llama_dir, tiny_qwen2_dir, text_file):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    sources = {"llama": tiny_llama_dir, "qwen2": tiny_qwen2_dir}
+
+    def make(model, recipe, **options):
+        return tiny_checkpoint(folder, sources[model], tiny_recipe(recipe, **options), text_file)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("llama", "quatom-w4a8kv4"),  # outliers, K turned, offset and rotated
+        ("qwen2", "quatom-w4a4kv4"),  # biases, tied embeddings, scales of multiples
+        ("qwen2", "atom-w4a4kv4"),  # K cached before rotary embedding
+        ("llama", "w8a8"),  # vLLM's own float cache
+        ("llama", "w4a16"),  # activations stay as they are
+    ],
+)
+def test_tokens_and_logprobs_are_those_of_our_engine(checkpoint, model, recipe):
+    folder = checkpoint(model, recipe)
+    assert_agree(vllm_greedy(folder), own_greedy(folder), flips=1)
+
+
+def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoint):
+    folder = checkpoint("llama", "quatom-w4a8kv4")
+    plain = vllm_greedy(folder, enable_prefix_caching=False)
+    cached = vllm_greedy(folder, enable_prefix_caching=True, rounds=2)
+    assert_agree(cached, plain, flips=1)
+    chunked = vllm_greedy(
+        folder, enable_prefix_caching=False, max_num_batched_tokens=16, enable_chunked_prefill=True
+    )
+    assert_agree(chunked, plain, flips=1)
+
+
+def test_the_log_names_recipe_kernels_and_cache(checkpoint, monkeypatch):
+    from quatom.integrations.vllm import config
+
+    lines = []
+    monkeypatch.setattr(config.logger, "info", lambda text, *words: lines.append(text % words))
+    vllm_greedy(checkpoint("llama", "quatom-w4a8kv4"))
+    assert len(lines) == 1
+    assert "recipe quatom-w4a8kv4, linears on backend" in lines[0]
+    assert lines[0].endswith("KV cache int4")
+
+
+def refused(folder, **options):
+    with pytest.raises(Exception, match="") as caught:
+        vllm_greedy(folder, **options)
+    return str(caught.value)
+
+
+def test_a_degree_that_does_not_divide_is_refused_with_both_numbers(checkpoint):
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"), tensor_parallel_size=2)
+    assert "over 2 ranks does not divide the checkpoint's tensor_parallel 1" in message
+
+
+def test_another_cache_format_is_refused(checkpoint):
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"), kv_cache_dtype="fp8")
+    assert "has an int4 KV cache, kv_cache_dtype fp8 was asked for" in message
+
+
+def test_an_untried_version_is_refused(checkpoint, monkeypatch):
+    from quatom.integrations.vllm import config
+
+    monkeypatch.setattr(config, "vllm_version", "0.99.1+cpu")
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"))
+    assert "was tried with vLLM 0.26.0 and 0.32.0, this is 0.99.1" in message
