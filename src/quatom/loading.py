@@ -13,7 +13,7 @@ from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import bits_per_weight, linear_tensors, qk_norm_sizes
 from quatom.checkpoint.tokenizer import find_tokenizer
 from quatom.errors import BackendError, CheckpointError
-from quatom.families.spec import ModelConfig, Norm, NormName
+from quatom.families.spec import Attention, ModelConfig, Norm, NormName
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.build import build_block
 from quatom.modeling.decoder import Decoder
@@ -128,27 +128,36 @@ def _reader(source: TensorSource, device: torch.device, dtype: torch.dtype) -> R
     return lambda name, shape: source.load(name, shape).to(device=device, dtype=dtype)
 
 
+def rotary_rows(attention: Attention) -> Tensor | None:
+    """Row of a model's files at each row of q, k and v in rotary order; None: nothing moves."""
+    order = head_order(attention.rope, attention.head_dim)
+    if order is None:
+        return None
+    turned = _head_rows(order, attention.num_heads + attention.num_kv_heads)
+    return torch.cat((turned, turned.numel() + torch.arange(attention.kv_size)))
+
+
+def _head_rows(order: Tensor, heads: int) -> Tensor:
+    """The order of one head, for all of `heads`."""
+    return (torch.arange(heads).unsqueeze(1) * order.numel() + order).flatten()
+
+
 def in_rotary_order(layer: LayerPlan, weights: FloatLayer) -> FloatLayer:
     """Rows of q and k, in the order of a model's files, moved to rotary order."""
     attention, joined = layer.spec.attention, weights.sites["qkv"]
-    order = head_order(attention.rope, attention.head_dim)
-    if order is None:
+    rows = rotary_rows(attention)
+    if rows is None:
         return weights
-    order = order.to(joined.weight.device)
-
-    def rows(heads: int) -> Tensor:
-        starts = torch.arange(heads, device=order.device).unsqueeze(1) * attention.head_dim
-        return (starts + order).flatten()
-
-    turned = rows(attention.num_heads + attention.num_kv_heads)
-    rest = torch.arange(turned.numel(), joined.weight.shape[0], device=order.device)
-    every = torch.cat((turned, rest))
-    site = FloatSite(joined.weight[every], None if joined.bias is None else joined.bias[every])
+    rows = rows.to(joined.weight.device)
+    site = FloatSite(joined.weight[rows], None if joined.bias is None else joined.bias[rows])
     norms = weights.qk_norm
     if norms is not None:
+        order = head_order(attention.rope, attention.head_dim)
+        assert order is not None
         per_head = attention.qk_norm_axis == "head"
         sizes = (1, 1) if per_head else (attention.num_heads, attention.num_kv_heads)
-        norms = norms[0][rows(sizes[0])], norms[1][rows(sizes[1])]
+        q, k = (_head_rows(order, heads).to(rows.device) for heads in sizes)
+        norms = norms[0][q], norms[1][k]
     return replace(weights, sites={**weights.sites, "qkv": site}, qk_norm=norms)
 
 

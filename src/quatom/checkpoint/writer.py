@@ -250,6 +250,9 @@ class CheckpointWriter:
         config, recipe = self.plan.config, self.plan.recipe
         skipped = [config.head_name.removesuffix(".weight")]
         return self.source.config_dict | {
+            # transformers has no such attention: from_pretrained stops where nothing has made
+            # these tensors known to it, instead of making weights up.
+            "attn_implementation": "quatom",
             "quantization_config": {
                 "quant_method": "quatom",
                 "recipe": recipe.to_dict(),

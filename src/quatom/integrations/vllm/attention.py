@@ -16,7 +16,7 @@ from quatom.errors import BackendError
 from quatom.integrations.vllm.metadata import QuatomMetadata, QuatomMetadataBuilder
 from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.kv_pages import BLOCK_MULTIPLE, HEAD_DIMS, KVPages, bytes_per_token_head
-from quatom.numerics.rotary import turn_back
+from quatom.numerics.rotary import head_order, turn_back
 from quatom.ops.attention import attention
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.plan import LayerPlan
@@ -43,6 +43,9 @@ class QuatomCacheMethod(BaseKVCacheMethod):
         super().create_weights(layer)
         layer.quatom = self.layer
         layer.k_offset = None
+        attention = self.layer.spec.attention
+        order = head_order(attention.rope, attention.head_dim)
+        layer.register_buffer("quatom_order", order, persistent=False)
         if not self.layer.offsets_keys:
             return
         layer.k_offset = nn.Parameter(
@@ -203,6 +206,8 @@ class QuatomAttention(AttentionImpl):
         batch, cache = attn_metadata, self.config.recipe.kv_cache
         tokens = batch.num_tokens
         q, k, v = query[:tokens], key[:tokens], value[:tokens]
+        if layer.quatom_order is not None:  # as kernels turn and rotate them
+            q, k = q[..., layer.quatom_order], k[..., layer.quatom_order]
         blocks, heads, block_size, _ = kv_cache.shape
         form = _FORMATS[self.kv_cache_dtype]
         storage = kv_cache.view(torch.uint8).view(blocks, heads, -1)

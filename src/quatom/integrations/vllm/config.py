@@ -55,19 +55,19 @@ class QuatomConfig(QuantizationConfig):
         """Resolve the recipe for the model; vLLM calls this once it knows the folder.
 
         Raises:
-            ModelError: the model is not supported, or its heads are stored in another order than
-                vLLM's rotary embedding turns them in.
+            ModelError: the model is not supported, or vLLM's model normalizes q and k whose channels
+                the checkpoint holds in another order.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(model_name)
         self.plan = plan(config, self.recipe)
         for layer in self.plan.layers:
             attention = layer.spec.attention
-            if head_order(attention.rope, attention.head_dim) is not None:
+            moved = head_order(attention.rope, attention.head_dim) is not None
+            if moved and attention.qk_norm is not None:
                 raise ModelError(
-                    f"{model_name}: this family turns other pairs of channels than Quatom's kernels "
-                    "do, so rows of q and k are stored in another order than vLLM's model reads "
-                    "them: run it with Quatom's own engine"
+                    f"{model_name} normalizes q and k whose channels Quatom stores in another order "
+                    "than vLLM's model: run it with Quatom's own engine"
                 )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:

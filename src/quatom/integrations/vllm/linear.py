@@ -1,6 +1,7 @@
 """vLLM's linears with Quatom's weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,9 @@ from quatom.checkpoint.codec import decode
 from quatom.errors import CheckpointError, ModelError
 from quatom.integrations.vllm.operator import name_scheme
 from quatom.integrations.vllm.shares import Share, joined_shapes, share_of
+from quatom.loading import rotary_rows
+from quatom.modeling.weights import SiteCodes
+from quatom.numerics.reorder import inverse_order
 from quatom.ops.linear import prepare_weights
 from quatom.plan import LayerPlan, SitePlan
 from vllm.model_executor.layers.linear import LinearMethodBase
@@ -69,7 +73,7 @@ class QuatomLinearMethod(LinearMethodBase):
         if self.config.dummy:
             _fill(layer)
         with torch.device(device):
-            codes = decode(share.layer, site, _loaded(layer, share))
+            codes = in_file_order(share, decode(share.layer, site, _loaded(layer, share)))
         prepared = prepare_weights(
             codes.values,
             codes.scales,
@@ -104,6 +108,20 @@ class QuatomLinearMethod(LinearMethodBase):
             layer.quatom_scheme,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def in_file_order(share: Share, codes: SiteCodes) -> SiteCodes:
+    """Rows of q and k where vLLM's model turns them: as in the files of its family."""
+    if share.site.name != "qkv":
+        return codes
+    attention = share.layer.spec.attention
+    q, k, _ = (piece.rows // attention.head_dim for piece in share.pieces)
+    rows = rotary_rows(replace(attention, num_heads=q, num_kv_heads=k))
+    if rows is None:
+        return codes
+    back = inverse_order(rows).to(codes.values.device)
+    bias = None if codes.bias is None else codes.bias[back]
+    return SiteCodes(codes.values[back], codes.scales[back], bias, codes.order)
 
 
 def _loader(share: Share, suffix: str) -> Any:

@@ -1,0 +1,240 @@
+"""Quatom checkpoints in transformers. Importing this module is what makes them known.
+
+    import quatom.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained("CHECKPOINT")
+
+The model is transformers' own, with our linears. It computes what `quatom.LLM` computes; speed and
+memory are the engine's business, not this module's: every linear quantizes its own input, and
+transformers' cache keeps K and V in floating point, each read as the value that a Quatom cache
+would give back.
+
+Without the import from_pretrained stops: config.json names an attention implementation, "quatom",
+that transformers does not have.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quatom.checkpoint.codec import decode
+from quatom.checkpoint.reader import read_model_config
+from quatom.checkpoint.schema import linear_tensors
+from quatom.errors import CheckpointError, ModelError
+from quatom.families.spec import Attention
+from quatom.loading import rotary_rows
+from quatom.modeling.inputs import InputQuantizer
+from quatom.numerics.hadamard import rotate_heads
+from quatom.numerics.kv_codes import asymmetric_codes, asymmetric_range
+from quatom.numerics.reorder import inverse_order
+from quatom.numerics.rotary import head_order
+from quatom.ops.linear import PreparedLinear, linear, prepare_weights
+from quatom.plan import LayerPlan, LinearPlan, SitePlan, plan
+from quatom.recipe import KVSpec, Recipe
+
+METHOD = "quatom"
+"""quant_method and attn_implementation in a checkpoint's config.json."""
+
+
+class QuatomQuantizationConfig(QuantizationConfigMixin):
+    """quantization_config of a checkpoint: the recipe."""
+
+    def __init__(
+        self,
+        recipe: dict[str, Any],
+        modules_to_not_convert: list[str] | None = None,
+        **_: Any,  # quant_method
+    ) -> None:
+        self.quant_method = METHOD
+        self.recipe = recipe
+        self.modules_to_not_convert = modules_to_not_convert
+
+
+class QuatomQuantizer(HfQuantizer):
+    """Puts our linears into transformers' model before it loads weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("a Quatom checkpoint is loaded from its files alone")
+        config, _recipe = read_model_config(Path(checkpoint_files[0]).parent)
+        recipe = Recipe.from_dict(self.quantization_config.recipe)
+        asked = model.config._attn_implementation
+        if recipe.kv_cache.format != "float16" and asked != METHOD:
+            if asked not in (None, "sdpa"):
+                raise ModelError(
+                    f"recipe {recipe.name} has an {recipe.kv_cache.format} KV cache, which "
+                    f"attn_implementation {asked!r} does not know: leave it out"
+                )
+            model.set_attn_implementation(METHOD)
+        model.config.attn_implementation = METHOD  # `save_pretrained` writes it again
+        for layer in plan(config, recipe).layers:
+            _convert_layer(model, layer, recipe)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """What is saved is what was loaded."""
+        return True
+
+
+def _convert_layer(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> None:
+    spec = layer.spec.attention
+    if head_order(spec.rope, spec.head_dim) is not None and spec.qk_norm is not None:
+        raise ModelError(
+            f"{layer.prefix[:-1]} normalizes q and k whose channels Quatom stores in another order: "
+            "use quatom.load"
+        )
+    attention = model.get_submodule(f"{layer.prefix}self_attn")
+    attention.quatom_attention, attention.quatom_cache = spec, layer.kv_cache
+    attention.k_offset = None
+    if layer.offsets_keys:
+        shape = spec.num_kv_heads, spec.head_dim
+        attention.k_offset = nn.Parameter(torch.empty(shape, dtype=torch.float32), False)
+    if recipe.quantizes_weights:
+        for site in layer.sites.values():
+            for stored in site.linears:
+                model.set_submodule(stored.name, QuatomLinear(layer, site, stored))
+    cache = layer.kv_cache
+    if cache.format != "float16" and cache.keys == "pre_rope":
+        _quantize_unturned_keys(model, layer)
+
+
+def _quantize_unturned_keys(model: nn.Module, layer: LayerPlan) -> None:
+    """K is cached before rotary embedding: what makes it returns what a cache would give back."""
+    spec, cache = layer.spec.attention, layer.kv_cache
+    keys = slice(spec.q_size, spec.q_size + spec.kv_size)  # in the joined output of q, k and v
+    for stored in layer.sites["qkv"].linears:
+        if stored.first <= keys.start < stored.first + stored.rows:
+            maker, own = stored.name, slice(keys.start - stored.first, keys.stop - stored.first)
+    if spec.qk_norm is not None:
+        maker, own = layer.qk_norm_names[1], slice(None)
+
+    def hook(_module: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
+        made = y[..., own]
+        heads = made.reshape(*made.shape[:-1], -1, spec.head_dim) if own.stop else made
+        y = y.clone()
+        y[..., own] = cached_values(heads, cache).reshape(made.shape).to(y.dtype)
+        return y
+
+    model.get_submodule(maker).register_forward_hook(hook)
+
+
+class QuatomLinear(nn.Module):
+    """One linear as stored; repacked for the device that it first runs on."""
+
+    def __init__(self, layer: LayerPlan, site: SitePlan, stored: LinearPlan) -> None:
+        super().__init__()
+        self.stored = stored
+        own = replace(site, linears=(replace(stored, first=0),))
+        self.layer, self.site = replace(layer, sites={**layer.sites, site.name: own}), own
+        for name, spec in linear_tensors(own, stored).items():
+            dtype = spec.dtype or torch.get_default_dtype()
+            tensor = nn.Parameter(torch.empty(spec.shape, dtype=dtype), requires_grad=False)
+            self.register_parameter(name.removeprefix(f"{stored.name}."), tensor)
+        self._prepared: tuple[InputQuantizer, PreparedLinear] | None = None
+        rows = rotary_rows(layer.spec.attention) if site.name == "qkv" else None
+        self._rows = None if rows is None else inverse_order(rows[stored.row_range] - stored.first)
+
+    @torch.no_grad()
+    def _prepare(self) -> tuple[InputQuantizer, PreparedLinear]:
+        site, tensors = self.site, {}
+        for name, parameter in self.named_parameters():
+            tensors[f"{self.stored.name}.{name}"] = parameter.detach().cpu()
+        device = next(self.parameters()).device
+        codes = decode(self.layer, site, tensors).to(device)
+        prepared = prepare_weights(
+            codes.values,
+            codes.scales,
+            site.layout,
+            bias=codes.bias,
+            weight_format=site.weights.format,
+            activation_format=site.activation_format,
+            outlier_format=site.outliers.format,
+            scale_mode=site.scale_mode,
+        )
+        spec = None if site.input_spec is None else prepared.input_spec(site.input_spec)
+        return InputQuantizer(spec, codes.order).to(device), prepared
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W^T + b for x (..., K)."""
+        if self._prepared is None or self._prepared[1].tensors[0].device != x.device:
+            self._prepared = self._prepare()
+        quantizer, prepared = self._prepared
+        y = linear(quantizer.plain(x.reshape(-1, x.shape[-1])), prepared)
+        if self._rows is not None:  # transformers turns the channels of q and k where files have them
+            y = y[:, self._rows.to(y.device)]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@torch.no_grad()
+def cached_values(x: Tensor, cache: KVSpec) -> Tensor:  # (..., D)
+    """What a Quatom cache gives back for rows of K or V, float32."""
+    scale, minimum = asymmetric_range(x, cache.bits, cache.clip_ratio)
+    codes = asymmetric_codes(x, scale, minimum, cache.bits)
+    return codes.float().mul_(scale).add_(minimum)
+
+
+def quatom_attention(
+    module: nn.Module,
+    query: Tensor,  # (B, H, T, D), turned
+    key: Tensor,  # (B, KV, S, D), turned
+    value: Tensor,  # (B, KV, S, D)
+    attention_mask: Tensor | None,  # (B, 1, T, S) bool; None: causal
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention over the values that a Quatom cache would give back: (B, T, H, D)."""
+    spec: Attention = module.quatom_attention
+    cache: KVSpec = module.quatom_cache
+    if cache.format != "float16":
+        dtype = query.dtype
+        value = cached_values(value, cache).to(dtype)
+        if cache.keys == "post_rope":
+            order = head_order(spec.rope, spec.head_dim)
+            if order is not None:
+                query, key = query[..., order], key[..., order]
+            key = key.float()
+            if module.k_offset is not None:
+                key = key - module.k_offset.unsqueeze(1)
+            if cache.rotation == "hadamard":
+                query, key = rotate_heads(query).to(dtype), rotate_heads(key)
+            key = cached_values(key, cache).to(dtype)
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    scores = query @ key.transpose(2, 3) * options["scaling"]
+    scores = torch.tanh(scores.float() / softcap) * softcap
+    if attention_mask is None:
+        shape = scores.shape[-2:]
+        allowed = torch.ones(shape, dtype=torch.bool, device=scores.device)
+        attention_mask = allowed.tril(shape[1] - shape[0])
+    weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1)
+    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # the module may be loaded again
+    register_quantization_config(METHOD)(QuatomQuantizationConfig)
+    register_quantizer(METHOD)(QuatomQuantizer)
+    AttentionInterface.register(METHOD, quatom_attention)
+    AttentionMaskInterface.register(METHOD, sdpa_mask)

@@ -1,0 +1,119 @@
+"""transformers' own models with our linears and KV values against `quatom.load`."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quatom.errors import ModelError
+from quatom.loading import load
+from quatom.modeling.context import full_sequences_context
+from quatom.recipe import OutlierSpec
+from tests.families.models import save_tiny
+from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe
+
+FAMILIES = (
+    "llama-biased",  # biases in all linears
+    "mistral",  # a window
+    "qwen3",  # norms of q and k
+    "gemma2",  # scores with a soft-cap
+    "phi3-partial",  # q, k and v in one tensor; part of a head turns
+    "glm4",  # neighbouring channels turn
+    "opt",  # learned positions, no gate
+)
+LENGTH = 60
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, text_file):
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def make(family, name):
+        recipe = tiny_recipe(name)
+        weights = replace(recipe.weights, group_size=32)
+        activations = recipe.activations
+        if activations.group_size != -1:
+            activations = replace(activations, group_size=32)
+        recipe = replace(
+            recipe, weights=weights, activations=activations, outliers=OutlierSpec(channels=32)
+        )
+        source = folder / family
+        if not source.exists():
+            save_tiny(source, family)
+        return tiny_checkpoint(folder, source, recipe, text_file)
+
+    return make
+
+
+def from_pretrained(folder, **options):
+    import quatom.integrations.transformers  # noqa: F401  makes checkpoints known
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [(family, "quatom-w4a8kv4") for family in FAMILIES]
+    + [("qwen3", "atom-w4a4kv4"), ("phi3-partial", "atom-w4a4kv4")],
+)
+@torch.inference_mode()
+def test_logits_are_those_of_quatom(checkpoint, family, recipe):
+    folder = checkpoint(family, recipe)
+    loaded = load(folder)
+    loaded.model.limit_length(LENGTH)
+    tokens = torch.randint(0, 256, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    cache = loaded.model.allocate_kv_cache(-(-LENGTH // 16), 16)
+    context = full_sequences_context(1, LENGTH, 16, loaded.device)
+    want = loaded.model.compute_logits(loaded.model(tokens, context, cache))
+    got = from_pretrained(folder)(tokens[None]).logits[0]
+    # Float32 sums in another order differ by 1e-6; where that crosses a rounding boundary a code
+    # moves by a step. A K or V that is not quantized, or quantized otherwise, is 0.03 and more.
+    error = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    print(f"{family} {recipe}: median {error.median():.2e}, largest {error.max():.2e}")
+    assert error.median() < 2e-3
+
+
+def test_it_generates_what_the_engine_generates(checkpoint):
+    from quatom import LLM, SamplingParams
+
+    folder = checkpoint("llama-biased", "quatom-w4a8kv4")
+    prompt = [256, *b"The quick brown fox"]
+    model = from_pretrained(folder)
+    made = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    assert made[0, len(prompt) :].tolist() == list(
+        LLM(folder).generate([prompt], sampling)[0].outputs[0].token_ids
+    )
+
+
+def test_saved_again_it_is_the_same_checkpoint(checkpoint, tmp_path):
+    folder = checkpoint("qwen3", "quatom-w4a8kv4")
+    model = from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+    assert load(tmp_path).recipe == load(folder).recipe
+    assert json.loads((tmp_path / "config.json").read_text())["attn_implementation"] == "quatom"
+
+
+def test_an_attention_that_knows_no_kv_format_is_refused(checkpoint):
+    folder = checkpoint("qwen3", "quatom-w4a8kv4")
+    with pytest.raises(ModelError, match="int4 KV cache, which attn_implementation 'eager'"):
+        from_pretrained(folder, attn_implementation="eager")
+
+
+def test_without_the_import_transformers_stops(checkpoint):
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM; "
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    folder = str(checkpoint("qwen3", "quatom-w4a8kv4"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert 'attn_implementation="quatom"` is not supported' in done.stderr
