@@ -19,9 +19,7 @@ def tiny_recipe(name: str, *, tensor_parallel: int = 1) -> Recipe:
     if tensor_parallel == 1:
         return recipe
     specs = recipe.weights, recipe.activations
-    weights, activations = (
-        s if s.group_size == -1 else replace(s, group_size=32) for s in specs
-    )
+    weights, activations = (s if s.group_size == -1 else replace(s, group_size=32) for s in specs)
     return replace(recipe, weights=weights, activations=activations)
 
 

@@ -17,8 +17,9 @@ TASKS = ("piqa", "arc_easy")
 
 
 def test_the_harness_gives_the_numbers_of_quatom_eval(tiny_llama_dir, text_file, tmp_path):
-    import quatom.integrations.lm_eval  # noqa: F401  makes the model known
     from lm_eval.evaluator import simple_evaluate
+
+    import quatom.integrations.lm_eval  # noqa: F401  makes the model known
 
     rows = write_task_rows(tmp_path / "rows")
     folder = tiny_checkpoint(tmp_path, tiny_llama_dir, tiny_recipe("quatom-w4a8kv4"), text_file)

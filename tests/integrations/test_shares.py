@@ -11,8 +11,10 @@ from quatom.integrations.vllm import TRIED, check_version
 from quatom.integrations.vllm.operator import name_scheme, site_linear
 from quatom.integrations.vllm.shares import check_degree, share_of
 from quatom.numerics.groups import dequantize_groups
-from quatom.numerics.reorder import channel_order, sliceable_positions
+from quatom.numerics.hadamard import rotate_groups
+from quatom.numerics.reorder import channel_order, inverse_order, sliceable_positions
 from quatom.ops.linear import prepare_weights
+from quatom.ops.reorder_quantize import reorder_quantize
 from quatom.plan import plan
 from tests.checkpoint.models import CONFIG, random_tensor
 from tests.integrations.checkpoints import tiny_recipe
@@ -89,9 +91,7 @@ def test_ranks_hold_the_weight_between_them(name, blocks, degree):
         assert torch.equal(torch.cat(parts, dim=1), whole)
         return
     for linear, part in zip(site.linears, range(3), strict=True):
-        pieces = [
-            dense(s.site, c)[s.site.linears[part].row_range] for s, c in shares
-        ]
+        pieces = [dense(s.site, c)[s.site.linears[part].row_range] for s, c in shares]
         copies = degree * pieces[0].shape[0] // linear.rows
         assert torch.equal(torch.cat(pieces[::copies]), whole[linear.row_range])
         for i, piece in enumerate(pieces):  # heads of k and v that several ranks hold
@@ -165,3 +165,41 @@ def test_the_operator_is_one_that_torch_compile_can_trace(name):
     arguments = (x, order, list(prepared.tensors), torch.randn(site.rows), scheme)
     torch.library.opcheck(torch.ops.quatom.site_linear.default, arguments)
     assert torch.equal(torch.ops.quatom.site_linear(*arguments), site_linear(*arguments))
+
+
+@pytest.mark.parametrize("name", ["o", "down"])
+def test_a_scale_per_rank_loses_less_than_one_for_all(name):
+    """Each rank's largest magnitude is at most that of all: scales get finer, errors smaller."""
+    recipe = tiny_recipe("quatom-w4a8kv4", tensor_parallel=4)
+    layer = plan(read_config(MODEL), recipe).layers[0]
+    site = layer.sites[name]
+    tensors = stored(site)
+    x = torch.randn(64, site.channels, generator=torch.Generator().manual_seed(3))
+    x[:, ::40] *= 8
+
+    def multiply(rank, degree, quantizes=True):
+        share, codes = rank_codes(layer, site, recipe, tensors, rank, degree)
+        own = share.site
+        part = x.chunk(degree, dim=1)[rank] if codes.order is not None else folded(rank, degree)
+        if quantizes:
+            part = reorder_quantize(part.contiguous(), codes.order, own.input_spec).dequantize()
+        else:
+            part = part if codes.order is None else part[:, codes.order]
+            part = rotate_groups(part, own.layout)
+        return part @ dequantize_groups(codes.values, codes.scales, own.layout).T
+
+    def folded(rank, degree):
+        """Down's input in the order of one rank's operations."""
+        slices = x[:, sliceable_positions(site.channels, site.block_outliers, site.blocks)]
+        part = slices.chunk(degree, dim=1)[rank]
+        blocks = site.blocks // degree
+        own = sliceable_positions(site.channels // degree, site.block_outliers, blocks)
+        return part[:, inverse_order(own)]
+
+    exact = multiply(0, 1, quantizes=False)
+    whole = (multiply(0, 1) - exact).norm()
+    ranks = (sum(multiply(rank, 4) for rank in range(4)) - exact).norm()
+    print(
+        f"{name}: error of four scales {ranks / exact.norm():.2e}, of one {whole / exact.norm():.2e}"
+    )
+    assert ranks < whole

@@ -49,8 +49,9 @@ def checkpoint(tmp_path_factory, text_file):
 
 
 def from_pretrained(folder, **options):
-    import quatom.integrations.transformers  # noqa: F401  makes checkpoints known
     from transformers import AutoModelForCausalLM
+
+    import quatom.integrations.transformers  # noqa: F401  makes checkpoints known
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
 

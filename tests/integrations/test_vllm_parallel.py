@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 
 from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe, two_block_model
-from tests.integrations.vllm_engine import assert_agree, own_greedy, vllm_greedy
+from tests.integrations.vllm_engine import PROMPTS, assert_agree, own_greedy, vllm_greedy
 
 pytestmark = pytest.mark.slow
 
@@ -30,20 +30,24 @@ def checkpoint(tmp_path_factory, text_file):
     return make
 
 
-@pytest.mark.parametrize("recipe", ["atom-w4a4kv4", "quatom-w4a8kv4"])
-def test_two_ranks_compute_what_one_does(checkpoint, recipe, monkeypatch):
-    """Scales of groups are those of one rank; one scale per token is one scale per rank and token.
+@pytest.mark.parametrize(("recipe", "most"), [("atom-w4a4kv4", 1e-4), ("quatom-w4a8kv4", 0.3)])
+def test_two_ranks_compute_what_one_does(checkpoint, recipe, most, monkeypatch):
+    """Log-probabilities of first tokens, of most prompts.
 
-    So the first recipe agrees to rounding, and the second to what one step of INT8 is worth.
+    Scales of groups do not depend on the number of ranks: what differs is the order of a sum. One
+    scale per token is one per rank and token on two, so that every code of the second recipe may
+    differ by a step, which this random network turns into 0.2 of a log-probability
+    (test_shares.py: the error of a linear gets smaller by it). A wrong slice is worth 1 and more.
     """
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    folder = checkpoint(recipe)
-    one, two = own_greedy(folder), vllm_greedy(folder, tensor_parallel_size=2)
-    if recipe == "atom-w4a4kv4":
-        assert_agree(two, one, flips=1)
-        return
-    for ranks, whole in zip(two, one, strict=True):
-        assert abs(ranks.logprobs[0] - whole.logprobs[0]) < 0.05
+    folder, prompts = checkpoint(recipe), PROMPTS[:4]
+    one, two = own_greedy(folder, prompts), vllm_greedy(folder, prompts, tensor_parallel_size=2)
+    differences = sorted(
+        abs(ranks.logprobs[0] - whole.logprobs[0]) for ranks, whole in zip(two, one, strict=True)
+    )
+    print(recipe, differences)
+    assert differences[2] < most  # one prompt may have a code on the edge of two
+    assert differences[3] < 0.5
 
 
 def test_two_stages_compute_what_one_does(checkpoint, monkeypatch):

@@ -9,9 +9,8 @@ Every other option is the harness's. In Python importing this module is enough.
 
 from typing import Any
 
-import torch
-
 import lm_eval.models  # noqa: F401  fills the registry: an entry of ours alone would hide the others
+import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import MODEL_REGISTRY, register_model
 

@@ -176,12 +176,14 @@ class QuatomLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """y = x W^T + b for x (..., K)."""
+        """Y = x W^T + b for x (..., K)."""
         if self._prepared is None or self._prepared[1].tensors[0].device != x.device:
             self._prepared = self._prepare()
         quantizer, prepared = self._prepared
         y = linear(quantizer.plain(x.reshape(-1, x.shape[-1])), prepared)
-        if self._rows is not None:  # transformers turns the channels of q and k where files have them
+        if (
+            self._rows is not None
+        ):  # transformers turns the channels of q and k where files have them
             y = y[:, self._rows.to(y.device)]
         return y.view(*x.shape[:-1], y.shape[-1])
 

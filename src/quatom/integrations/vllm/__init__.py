@@ -17,10 +17,11 @@ TRIED = ("0.26.0", "0.32.0")
 
 def register() -> None:
     """Make the quantization method "quatom" known to vLLM; calling it again changes nothing."""
-    from quatom.integrations.vllm.config import QuatomConfig
-    from quatom.integrations.vllm.settings import hook_architectures, route_cpu_attention
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from quatom.integrations.vllm.config import QuatomConfig
+    from quatom.integrations.vllm.settings import hook_architectures, route_cpu_attention
 
     register_quantization_config("quatom")(QuatomConfig)
     backend = "quatom.integrations.vllm.attention.QuatomAttentionBackend"

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf
 
 from quatom.errors import BackendError
 from quatom.integrations.vllm.metadata import QuatomMetadata, QuatomMetadataBuilder
@@ -20,10 +24,6 @@ from quatom.numerics.rotary import head_order, turn_back
 from quatom.ops.attention import attention
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.plan import LayerPlan
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
-from vllm.model_executor.utils import set_weight_attrs
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf
 
 if TYPE_CHECKING:
     from quatom.integrations.vllm.config import QuatomConfig
@@ -53,6 +53,15 @@ class QuatomCacheMethod(BaseKVCacheMethod):
             requires_grad=False,
         )
         set_weight_attrs(layer.k_offset, {"weight_loader": _load_heads})
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Tables for K that is cached before rotary embedding: no CUDA graph could make them."""
+        super().process_weights_after_loading(layer)
+        config: QuatomConfig = self.quant_config
+        if self.layer.kv_cache.keys == "pre_rope" and config.rotary is None:
+            assert config.plan is not None
+            length = get_current_vllm_config().model_config.max_model_len
+            config.rotary = RotaryTables(config.plan.config, length, layer._k_scale.device)
 
 
 def _load_heads(parameter: nn.Parameter, stored: Tensor) -> None:
@@ -179,9 +188,7 @@ class QuatomAttention(AttentionImpl):
         self.scale, self.sliding_window = float(scale), sliding_window
         self.logits_soft_cap = logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
-        vllm_config = get_current_vllm_config()
-        self.max_length = vllm_config.model_config.max_model_len
-        config = vllm_config.quant_config
+        config = get_current_vllm_config().quant_config
         if getattr(config, "get_name", lambda: None)() != "quatom":
             raise BackendError(
                 "Quatom's attention backend runs Quatom checkpoints alone: choose another backend"
@@ -214,7 +221,8 @@ class QuatomAttention(AttentionImpl):
         pages = KVPages(storage, block_size, self.head_size, form)  # type: ignore[arg-type]
         tables = None
         if cache.keys == "pre_rope":
-            tables = self._tables(layer, q.device)
+            assert self.config.rotary is not None
+            tables = self.config.rotary.of(layer.quatom.index)
             k = turn_back(k, *tables, batch.positions)
         q = rope_append_kv(
             q,
@@ -249,11 +257,3 @@ class QuatomAttention(AttentionImpl):
         )
         output.view(-1, self.num_heads, self.head_size)[:tokens].copy_(attended)
         return output
-
-    def _tables(self, layer: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cos and sin that the layer's K was turned by."""
-        config = self.config
-        if config.rotary is None:
-            assert config.plan is not None
-            config.rotary = RotaryTables(config.plan.config, self.max_length, device)
-        return config.rotary.of(layer.quatom.index)

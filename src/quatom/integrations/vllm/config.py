@@ -5,16 +5,6 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-
-from quatom.checkpoint.reader import read_model_config
-from quatom.errors import ModelError
-from quatom.integrations.vllm import check_version
-from quatom.integrations.vllm.attention import QuatomCacheMethod
-from quatom.integrations.vllm.linear import QuatomLinearMethod
-from quatom.modeling.rotary import RotaryTables
-from quatom.numerics.rotary import head_order
-from quatom.plan import LayerPlan, ModelPlan, SitePlan, plan
-from quatom.recipe import Recipe
 from vllm import __version__ as vllm_version
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
@@ -25,6 +15,16 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 from vllm.model_executor.models.utils import WeightsMapper
+
+from quatom.checkpoint.reader import read_model_config
+from quatom.errors import ModelError
+from quatom.integrations.vllm import check_version
+from quatom.integrations.vllm.attention import QuatomCacheMethod
+from quatom.integrations.vllm.linear import QuatomLinearMethod
+from quatom.modeling.rotary import RotaryTables
+from quatom.numerics.rotary import head_order
+from quatom.plan import LayerPlan, ModelPlan, SitePlan, plan
+from quatom.recipe import Recipe
 
 logger = init_logger("vllm.quatom")
 
@@ -37,7 +37,7 @@ class QuatomConfig(QuantizationConfig):
         self.recipe = recipe
         self.plan: ModelPlan | None = None
         self.rotary: RotaryTables | None = None
-        """Tables for caches that hold K before rotary embedding, once a batch has run."""
+        """Tables for caches that hold K before rotary embedding, once weights are loaded."""
         self._kernels: set[str] = set()
 
     @classmethod

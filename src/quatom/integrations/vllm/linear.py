@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.utils import set_weight_attrs
 
 from quatom.checkpoint.codec import decode
 from quatom.errors import CheckpointError, ModelError
@@ -16,8 +18,6 @@ from quatom.modeling.weights import SiteCodes
 from quatom.numerics.reorder import inverse_order
 from quatom.ops.linear import prepare_weights
 from quatom.plan import LayerPlan, SitePlan
-from vllm.model_executor.layers.linear import LinearMethodBase
-from vllm.model_executor.utils import set_weight_attrs
 
 if TYPE_CHECKING:
     from quatom.integrations.vllm.config import QuatomConfig
@@ -99,7 +99,7 @@ class QuatomLinearMethod(LinearMethodBase):
         self.config.note_kernel(str(prepared.backend))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """y = x W^T + b for x (..., K)."""
+        """Y = x W^T + b for x (..., K)."""
         y = torch.ops.quatom.site_linear(
             x.reshape(-1, x.shape[-1]),
             layer.quatom_order,
@@ -125,7 +125,7 @@ def in_file_order(share: Share, codes: SiteCodes) -> SiteCodes:
 
 
 def _loader(share: Share, suffix: str) -> Any:
-    """vLLM's way of handing over a stored tensor: the parameter, the tensor, which part it is."""
+    """VLLM's way of handing over a stored tensor: the parameter, the tensor, which part it is."""
 
     def load(parameter: nn.Parameter, stored: Tensor, part: str | int | None = None) -> None:
         linear = _PARTS[part] if isinstance(part, str) else part or 0
@@ -162,11 +162,9 @@ def _fill(layer: nn.Module) -> None:
     for name, parameter in layer.named_parameters(recurse=False):
         if name in ("weight_packed", "outlier_weight"):
             bound = 256 if parameter.dtype is torch.uint8 else 128
-            parameter.data.copy_(torch.randint(0, bound, parameter.shape))
+            parameter.data.random_(0, bound)
         elif name.endswith("_scale"):
             parameter.data.fill_(2.0**-8)
         elif name == "order":
             channels = parameter.shape[-1]
             parameter.data.copy_(torch.arange(channels).expand_as(parameter))
-
-

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-
-from quatom.ops.shared import Shared
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
 )
+
+from quatom.ops.shared import Shared
 
 
 @dataclass(slots=True)

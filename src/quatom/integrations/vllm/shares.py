@@ -130,7 +130,9 @@ def share_of(
     """
     check_degree(recipe, degree)
     pieces = []
-    for (linear, first, whole), rows in zip(_parts(layer, site, partitions), partitions, strict=True):
+    for (linear, first, whole), rows in zip(
+        _parts(layer, site, partitions), partitions, strict=True
+    ):
         shards = whole // rows  # fewer than ranks where several hold the same heads of k and v
         if whole % rows or degree % shards:
             raise ModelError(
