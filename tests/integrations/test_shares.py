@@ -199,7 +199,4 @@ def test_a_scale_per_rank_loses_less_than_one_for_all(name):
     exact = multiply(0, 1, quantizes=False)
     whole = (multiply(0, 1) - exact).norm()
     ranks = (sum(multiply(rank, 4) for rank in range(4)) - exact).norm()
-    print(
-        f"{name}: error of four scales {ranks / exact.norm():.2e}, of one {whole / exact.norm():.2e}"
-    )
     assert ranks < whole

@@ -57,7 +57,9 @@ def test_the_log_names_recipe_kernels_and_cache(checkpoint, monkeypatch):
 
 
 def refused(folder, **options):
-    with pytest.raises(Exception, match="") as caught:
+    from quatom.errors import QuatomError
+
+    with pytest.raises(QuatomError) as caught:
         vllm_greedy(folder, **options)
     return str(caught.value)
 

@@ -100,8 +100,8 @@ def _convert_layer(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> None:
     spec = layer.spec.attention
     if head_order(spec.rope, spec.head_dim) is not None and spec.qk_norm is not None:
         raise ModelError(
-            f"{layer.prefix[:-1]} normalizes q and k whose channels Quatom stores in another order: "
-            "use quatom.load"
+            f"{layer.prefix[:-1]} normalizes q and k whose channels Quatom stores in another "
+            "order: use quatom.load"
         )
     attention = model.get_submodule(f"{layer.prefix}self_attn")
     attention.quatom_attention, attention.quatom_cache = spec, layer.kv_cache
@@ -176,7 +176,7 @@ class QuatomLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Y = x W^T + b for x (..., K)."""
+        """Multiply x (..., K), bias added: (..., N)."""
         if self._prepared is None or self._prepared[1].tensors[0].device != x.device:
             self._prepared = self._prepare()
         quantizer, prepared = self._prepared

@@ -41,6 +41,6 @@ def check_version(version: str) -> None:
     release = version.partition("+")[0]
     if release not in TRIED:
         raise BackendError(
-            f"Quatom's plugin was tried with vLLM {' and '.join(TRIED)}, this is {version}: install "
-            "one of those"
+            f"Quatom's plugin was tried with vLLM {' and '.join(TRIED)}, this is {version}: "
+            "install one of those"
         )

@@ -55,8 +55,8 @@ class QuatomConfig(QuantizationConfig):
         """Resolve the recipe for the model; vLLM calls this once it knows the folder.
 
         Raises:
-            ModelError: the model is not supported, or vLLM's model normalizes q and k whose channels
-                the checkpoint holds in another order.
+            ModelError: the model is not supported, or vLLM's model normalizes q and k whose
+                channels the checkpoint holds in another order.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(model_name)
@@ -66,8 +66,8 @@ class QuatomConfig(QuantizationConfig):
             moved = head_order(attention.rope, attention.head_dim) is not None
             if moved and attention.qk_norm is not None:
                 raise ModelError(
-                    f"{model_name} normalizes q and k whose channels Quatom stores in another order "
-                    "than vLLM's model: run it with Quatom's own engine"
+                    f"{model_name} normalizes q and k whose channels Quatom stores in another "
+                    "order than vLLM's model: run it with Quatom's own engine"
                 )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -112,8 +112,8 @@ class QuatomConfig(QuantizationConfig):
                 return layer, site
         sites = "; ".join(" ".join(lin.kind for lin in s.linears) for s in layer.sites.values())
         raise ModelError(
-            f"vLLM's {prefix} joins {' '.join(parts)}, the checkpoint's linears that share an input "
-            f"are: {sites}"
+            f"vLLM's {prefix} joins {' '.join(parts)}, the checkpoint's linears that share an "
+            f"input are: {sites}"
         )
 
     @property

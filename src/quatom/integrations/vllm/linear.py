@@ -99,7 +99,7 @@ class QuatomLinearMethod(LinearMethodBase):
         self.config.note_kernel(str(prepared.backend))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Y = x W^T + b for x (..., K)."""
+        """Multiply x (..., K), bias added: (..., N)."""
         y = torch.ops.quatom.site_linear(
             x.reshape(-1, x.shape[-1]),
             layer.quatom_order,
@@ -125,7 +125,7 @@ def in_file_order(share: Share, codes: SiteCodes) -> SiteCodes:
 
 
 def _loader(share: Share, suffix: str) -> Any:
-    """VLLM's way of handing over a stored tensor: the parameter, the tensor, which part it is."""
+    """What vLLM hands a stored tensor to: the parameter, the tensor, which part it is."""
 
     def load(parameter: nn.Parameter, stored: Tensor, part: str | int | None = None) -> None:
         linear = _PARTS[part] if isinstance(part, str) else part or 0

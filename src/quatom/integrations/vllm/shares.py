@@ -136,8 +136,8 @@ def share_of(
         shards = whole // rows  # fewer than ranks where several hold the same heads of k and v
         if whole % rows or degree % shards:
             raise ModelError(
-                f"{site.title}: a rank of {degree} holds {rows} rows of a part of {whole}; expected "
-                "equal shares"
+                f"{site.title}: a rank of {degree} holds {rows} rows of a part of {whole}; "
+                "expected equal shares"
             )
         if rows % recipe.weights.rows_per_scale:
             raise RecipeError(
