@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, Recipe
+from quatom.recipe import PRESETS, OutlierSpec, Recipe
 from tests.conftest import LLAMA, make_model
+from tests.families.models import save_tiny
 
 TWO_BLOCKS = LLAMA | {"intermediate_size": 768}
 """Sizes that divide into two tensor-parallel blocks of groups of 32."""
@@ -34,3 +35,18 @@ def tiny_checkpoint(folder: Path, source: Path, recipe: Recipe, text: Path) -> P
 def two_block_model(folder: Path) -> Path:
     """A Llama that `tiny_recipe(..., tensor_parallel=2)` fits."""
     return make_model(folder / "two-blocks", TWO_BLOCKS)
+
+
+def family_checkpoint(folder: Path, family: str, name: str, text: Path) -> Path:
+    """A checkpoint of one of `tests.families.models`, whose sizes want groups of 32."""
+    recipe = tiny_recipe(name)
+    sizes = {
+        part: replace(spec, group_size=32)
+        for part in ("weights", "activations")
+        if (spec := getattr(recipe, part)).group_size != -1
+    }
+    recipe = replace(recipe, **sizes, outliers=OutlierSpec(channels=32))
+    source = folder / family
+    if not source.exists():
+        save_tiny(source, family)
+    return tiny_checkpoint(folder, source, recipe, text)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ import torch
 from quatom.errors import ModelError
 from quatom.loading import load
 from quatom.modeling.context import full_sequences_context
-from quatom.recipe import OutlierSpec
-from tests.families.models import save_tiny
-from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe
+from tests.integrations.checkpoints import family_checkpoint
 
 FAMILIES = (
     "llama-biased",  # biases in all linears
@@ -32,18 +29,7 @@ def checkpoint(tmp_path_factory, text_file):
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def make(family, name):
-        recipe = tiny_recipe(name)
-        weights = replace(recipe.weights, group_size=32)
-        activations = recipe.activations
-        if activations.group_size != -1:
-            activations = replace(activations, group_size=32)
-        recipe = replace(
-            recipe, weights=weights, activations=activations, outliers=OutlierSpec(channels=32)
-        )
-        source = folder / family
-        if not source.exists():
-            save_tiny(source, family)
-        return tiny_checkpoint(folder, source, recipe, text_file)
+        return family_checkpoint(folder, family, name, text_file)
 
     return make
 
@@ -71,11 +57,12 @@ def test_logits_are_those_of_quatom(checkpoint, family, recipe):
     context = full_sequences_context(1, LENGTH, 16, loaded.device)
     want = loaded.model.compute_logits(loaded.model(tokens, context, cache))
     got = from_pretrained(folder)(tokens[None]).logits[0]
-    # Float32 sums in another order differ by 1e-6; where that crosses a rounding boundary a code
-    # moves by a step. A K or V that is not quantized, or quantized otherwise, is 0.03 and more.
+    # Equal codes give equal results. Float32 sums in another order differ by 1e-6, and where that
+    # moves one code of K or V by a step, what follows differs by 0.01. A cache that is quantized
+    # otherwise is 0.03 and more, from the first tokens on.
     error = (got - want).norm(dim=-1) / want.norm(dim=-1)
-    print(f"{family} {recipe}: median {error.median():.2e}, largest {error.max():.2e}")
-    assert error.median() < 2e-3
+    assert (error < 1e-5).float().mean() > 0.2
+    assert error.max() < 0.03
 
 
 def test_it_generates_what_the_engine_generates(checkpoint):

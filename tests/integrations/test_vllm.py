@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 
-from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe
-from tests.integrations.vllm_engine import assert_agree, own_greedy, vllm_greedy
+from tests.integrations.checkpoints import family_checkpoint, tiny_checkpoint, tiny_recipe
+from tests.integrations.vllm_engine import PROMPTS, assert_agree, own_greedy, vllm_greedy
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,23 @@ def checkpoint(tmp_path_factory, tiny_llama_dir, tiny_qwen2_dir, text_file):
 def test_tokens_and_logprobs_are_those_of_our_engine(checkpoint, model, recipe):
     folder = checkpoint(model, recipe)
     assert_agree(vllm_greedy(folder), own_greedy(folder), flips=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mistral",  # a window
+        "qwen3",  # norms of q and k
+        "gemma2",  # scores with a soft-cap, windows in every other layer
+        "phi3-partial",  # q, k and v in one tensor; part of a head turns; longrope
+        "glm4",  # neighbouring channels turn
+        "opt",  # learned positions, no gate
+    ],
+)
+def test_vllm_s_own_models_of_other_families(family, tmp_path, text_file):
+    folder = family_checkpoint(tmp_path, family, "quatom-w4a8kv4", text_file)
+    assert_agree(vllm_greedy(folder, PROMPTS[:3]), own_greedy(folder, PROMPTS[:3]), flips=1)
 
 
 def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoint):

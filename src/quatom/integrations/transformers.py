@@ -151,8 +151,7 @@ class QuatomLinear(nn.Module):
             tensor = nn.Parameter(torch.empty(spec.shape, dtype=dtype), requires_grad=False)
             self.register_parameter(name.removeprefix(f"{stored.name}."), tensor)
         self._prepared: tuple[InputQuantizer, PreparedLinear] | None = None
-        rows = rotary_rows(layer.spec.attention) if site.name == "qkv" else None
-        self._rows = None if rows is None else inverse_order(rows[stored.row_range] - stored.first)
+        self._rows: Tensor | None = None
 
     @torch.no_grad()
     def _prepare(self) -> tuple[InputQuantizer, PreparedLinear]:
@@ -160,6 +159,11 @@ class QuatomLinear(nn.Module):
         for name, parameter in self.named_parameters():
             tensors[f"{self.stored.name}.{name}"] = parameter.detach().cpu()
         device = next(self.parameters()).device
+        # transformers turns q and k in the order of their files.
+        rows = rotary_rows(self.layer.spec.attention) if site.name == "qkv" else None
+        if rows is not None:
+            own = rows[self.stored.row_range] - self.stored.first
+            self._rows = inverse_order(own).to(device)
         codes = decode(self.layer, site, tensors).to(device)
         prepared = prepare_weights(
             codes.values,
@@ -181,10 +185,8 @@ class QuatomLinear(nn.Module):
             self._prepared = self._prepare()
         quantizer, prepared = self._prepared
         y = linear(quantizer.plain(x.reshape(-1, x.shape[-1])), prepared)
-        if (
-            self._rows is not None
-        ):  # transformers turns the channels of q and k where files have them
-            y = y[:, self._rows.to(y.device)]
+        if self._rows is not None:
+            y = y[:, self._rows]
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
