@@ -1,6 +1,7 @@
 """`quatom quantize`: a floating-point model in, a Quatom checkpoint out."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,13 @@ def quantize(
     seed: Annotated[
         int | None, typer.Option(help="Seed that chooses the sequences; default: the recipe's.")
     ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Lay o_proj and down_proj out in so many blocks, that as many ranks of vLLM, or "
+            "any number that divides it, can load slices; default: the recipe's, 1 in the presets."
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[
         str | None,
@@ -78,6 +86,8 @@ def quantize(
     chosen = read_recipe(
         recipe, num_samples=num_samples, sequence_length=sequence_length, seed=seed
     )
+    if tensor_parallel is not None:
+        chosen = replace(chosen, tensor_parallel=tensor_parallel)
     _, base = find_recipe(recipe)
     base = PRESETS.get(recipe, base)
     if differences(chosen, base):

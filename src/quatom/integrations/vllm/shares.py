@@ -29,7 +29,7 @@ def check_degree(recipe: Recipe, degree: int) -> None:
         raise RecipeError(
             f"tensor parallelism over {degree} ranks does not divide the checkpoint's "
             f"tensor_parallel {blocks}: run it on a number of ranks that divides {blocks}, or "
-            f"quantize the model with tensor_parallel {degree}"
+            f"quantize the model with --tensor-parallel {degree}"
         )
 
 
