@@ -97,3 +97,14 @@ def test_an_untried_version_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(config, "vllm_version", "0.99.1+cpu")
     message = refused(checkpoint("llama", "quatom-w4a8kv4"))
     assert "was tried with vLLM 0.26.0 and 0.32.0, this is 0.99.1" in message
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
+def test_exported_checkpoints_run_without_the_plugin(checkpoint, tmp_path, recipe):
+    from quatom.checkpoint.compressed_tensors import export_compressed_tensors
+
+    folder = checkpoint("llama", recipe)
+    target = export_compressed_tensors(folder, tmp_path / "ct")
+    found, wanted = vllm_greedy(target), own_greedy(folder)
+    for one, other in zip(found, wanted, strict=True):
+        assert abs(one.logprobs[0] - other.logprobs[0]) < 0.05

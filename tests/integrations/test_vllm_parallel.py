@@ -1,6 +1,7 @@
 """vLLM with the plugin over several processes, compiled, behind HTTP, and on real weights."""
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -76,8 +77,6 @@ def test_compiled_it_computes_the_same(checkpoint):
         cwd=root,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    import json
-
     from tests.integrations.vllm_engine import Greedy
 
     line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
@@ -134,6 +133,11 @@ def server(checkpoint, tmp_path):
     command += ["--max-model-len", 256, "--kv-cache-memory-bytes", 2**26, "--block-size", 32]
     command += ["--served-model-name", "tiny", "--enable-auto-tool-choice"]
     command += ["--tool-call-parser", "hermes"]
+    # Random weights would go on with spaces for ever.
+    command += [
+        "--structured-outputs-config",
+        '{"backend": "xgrammar", "disable_any_whitespace": true}',
+    ]
     process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
     yield f"http://127.0.0.1:{port}/v1", process, Path(log.name)
     process.terminate()
@@ -161,10 +165,18 @@ def test_the_server_answers_the_openai_client(server):
         "type": "function",
         "function": {
             "name": "look_up",
-            "parameters": {"type": "object", "properties": {"n": {"type": "boolean"}}},
+            "parameters": {
+                "type": "object",
+                "properties": {"n": {"type": "boolean"}},
+                "required": ["n"],
+                "additionalProperties": False,
+            },
         },
     }
     choice = {"type": "function", "function": {"name": "look_up"}}
+    options["max_tokens"] = 100  # a whole call
     answer = client.chat.completions.create(**options, tools=[tool], tool_choice=choice)
-    assert answer.choices[0].message.tool_calls[0].function.name == "look_up"
+    call = answer.choices[0].message.tool_calls[0].function
+    assert call.name == "look_up"
+    assert isinstance(json.loads(call.arguments)["n"], bool)
     assert "Quatom: recipe quatom-w4a8kv4" in log.read_text()

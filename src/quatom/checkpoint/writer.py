@@ -257,7 +257,7 @@ class CheckpointWriter:
                 "quant_method": "quatom",
                 "recipe": recipe.to_dict(),
                 "modules_to_not_convert": skipped,
-            }
+            },
         }
 
     def _block_tensors(self, index: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -39,6 +39,7 @@ def _register() -> None:
     from quatom.cli.bench import app as bench
     from quatom.cli.doctor import doctor
     from quatom.cli.evaluate import evaluate
+    from quatom.cli.export import export
     from quatom.cli.generate import generate
     from quatom.cli.inspect import inspect
     from quatom.cli.plan import plan
@@ -56,6 +57,7 @@ def _register() -> None:
     app.command("eval")(evaluate)
     app.command("ablate")(ablate)
     app.command("agree")(agree)
+    app.command("export")(export)
     app.command("generate")(generate)
     app.command("inspect")(inspect)
     app.command("doctor")(doctor)
