@@ -29,7 +29,7 @@ class QuatomMetadata(AttentionMetadata):
     num_decodes: int
     total_kv_tokens: int | None
     prefill_cu_seqlens: tuple[Tensor, Tensor] | None
-    positions: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64, where K is cached before rotary embedding
     first_positions: Tensor  # (T,) int64 zeros: rows of `no_turn`
     no_turn: tuple[Tensor, Tensor]
     """Cos and sin of no angle, (1, D / 2): vLLM's model has turned q and k already."""
@@ -50,6 +50,8 @@ class QuatomMetadataBuilder(AttentionMetadataBuilder[QuatomMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         tokens = max(tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        self.max_length = vllm_config.model_config.max_model_len
+        self.turns_keys_back = vllm_config.quant_config.recipe.kv_cache.keys == "pre_rope"
         half = kv_cache_spec.head_size // 2
         # CUDA graphs read these again at every replay: they live as long as the builder.
         self.zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
@@ -62,9 +64,10 @@ class QuatomMetadataBuilder(AttentionMetadataBuilder[QuatomMetadata]):
         """Describe a batch."""
         common = common_attn_metadata
         tokens, sequences = common.num_actual_tokens, common.num_reqs
-        new = common.query_start_loc_cpu.diff()
-        longer = (new != 1).nonzero()
-        decodes = int(longer[0]) if len(longer) else sequences
+        decodes = sequences
+        if common.max_query_len > 1:
+            longer = (common.query_start_loc_cpu.diff() != 1).nonzero()
+            decodes = int(longer[0]) if len(longer) else sequences
         lengths = common.seq_lens_cpu_upper_bound
         total = prefill = None
         if decodes < sequences and lengths is not None:
@@ -75,7 +78,8 @@ class QuatomMetadataBuilder(AttentionMetadataBuilder[QuatomMetadata]):
                 torch.cat((rest.new_zeros(1), rest.cumsum(0))).int().to(self.device),
             )
         positions = self.positions[:tokens]
-        positions.copy_(self._positions(common, tokens))
+        if self.turns_keys_back:
+            positions.copy_(self._positions(common, tokens))
         return QuatomMetadata(
             num_tokens=tokens,
             slot_mapping=common.slot_mapping[:tokens],
@@ -94,9 +98,12 @@ class QuatomMetadataBuilder(AttentionMetadataBuilder[QuatomMetadata]):
         )
 
     def _positions(self, common: Any, tokens: int) -> Tensor:
-        """Position of every new token: they are the last ones of their sequences."""
+        """Position of every new token: they are the last ones of their sequences.
+
+        Rows that pad a CUDA graph's batch get any position that there is.
+        """
         starts = common.query_start_loc.long()
-        new = starts.diff()
-        first = common.seq_lens.long() - new - starts[:-1]
-        spread = first.repeat_interleave(new, output_size=tokens)
-        return spread + torch.arange(tokens, device=spread.device)
+        first = common.seq_lens.long() - starts[1:]
+        token = torch.arange(tokens, device=starts.device)
+        row = torch.searchsorted(starts[1:], token, right=True).clamp_(max=len(first) - 1)
+        return (first[row] + token).clamp_(0, self.max_length - 1)
