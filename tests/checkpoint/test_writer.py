@@ -97,6 +97,7 @@ def test_the_files_of_a_checkpoint(tmp_path, source):
     ]
     config = json.loads((target / "config.json").read_text())
     quantization = config.pop("quantization_config")
+    assert config.pop("attn_implementation") == "quatom"
     assert config == source.config_dict
     assert quantization == {
         "quant_method": "quatom",

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 
 from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe, two_block_model
-from tests.integrations.vllm_engine import PROMPTS, assert_agree, own_greedy, vllm_greedy
+from tests.integrations.vllm_engine import PROMPTS, Greedy, assert_agree, own_greedy, vllm_greedy
 
 pytestmark = pytest.mark.slow
 
@@ -51,36 +51,41 @@ def test_two_ranks_compute_what_one_does(checkpoint, recipe, most, monkeypatch):
     assert differences[3] < 0.5
 
 
-def test_two_stages_compute_what_one_does(checkpoint, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+def in_a_process_of_its_own(folder, *, environment, **options):
+    """`vllm_greedy` under variables that vLLM reads when it is imported."""
+    code = (
+        "import sys, json, dataclasses\n"
+        "from tests.integrations.vllm_engine import vllm_greedy\n"
+        "if __name__ == '__main__':\n"
+        "    found = vllm_greedy(sys.argv[1], **json.loads(sys.argv[2]))\n"
+        "    print('FOUND', json.dumps([dataclasses.asdict(f) for f in found]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    return [Greedy(**one) for one in json.loads(line.removeprefix("FOUND "))]
+
+
+def test_two_stages_compute_what_one_does(checkpoint):
+    """vLLM's queue of stages needs its engine in a process of its own."""
     folder = checkpoint("quatom-w4a8kv4")
-    assert_agree(vllm_greedy(folder, pipeline_parallel_size=2), own_greedy(folder), flips=1)
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    found = in_a_process_of_its_own(folder, environment=environment, pipeline_parallel_size=2)
+    assert_agree(found, own_greedy(folder), flips=1)
 
 
 def test_compiled_it_computes_the_same(checkpoint):
     """torch.compile traces the operators through their fake implementations."""
-    folder = str(checkpoint("quatom-w4a8kv4"))
-    code = (
-        "import sys, json, dataclasses;"
-        "from tests.integrations.vllm_engine import vllm_greedy;"
-        "found = vllm_greedy(sys.argv[1], enforce_eager=False);"
-        "print('FOUND', json.dumps([dataclasses.asdict(f) for f in found]))"
-    )
-    environment = os.environ | {"TORCH_COMPILE_DISABLE": "0"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=root,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    from tests.integrations.vllm_engine import Greedy
-
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    found = [Greedy(**one) for one in json.loads(line.removeprefix("FOUND "))]
+    folder = checkpoint("quatom-w4a8kv4")
+    environment = {"TORCH_COMPILE_DISABLE": "0"}
+    found = in_a_process_of_its_own(folder, environment=environment, enforce_eager=False)
     assert_agree(found, own_greedy(folder), flips=1)
 
 
