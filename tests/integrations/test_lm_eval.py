@@ -21,7 +21,7 @@ def test_the_harness_gives_the_numbers_of_quatom_eval(tiny_llama_dir, text_file,
 
     import quatom.integrations.lm_eval  # noqa: F401  makes the model known
 
-    rows = write_task_rows(tmp_path / "rows")
+    rows = write_task_rows(tmp_path)
     folder = tiny_checkpoint(tmp_path, tiny_llama_dir, tiny_recipe("quatom-w4a8kv4"), text_file)
     own = evaluate_tasks(load(folder), TASKS, data_dir=rows, progress=False)
     found = simple_evaluate(

@@ -99,12 +99,30 @@ def test_an_untried_version_is_refused(checkpoint, monkeypatch):
     assert "was tried with vLLM 0.26.0 and 0.32.0, this is 0.99.1" in message
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
-def test_exported_checkpoints_run_without_the_plugin(checkpoint, tmp_path, recipe):
+@pytest.mark.parametrize(("recipe", "most"), [("w4a16", 1e-4), ("w8a8", 0.05)])
+def test_exported_checkpoints_mean_the_same_to_compressed_tensors(
+    checkpoint, tmp_path, recipe, most
+):
+    """Read by transformers and the library compressed-tensors, which this environment has.
+
+    vLLM's own INT8 and INT4 kernels need a CPU with AVX-512 VNNI or AMX. Scales of activations are
+    float16 numbers in Quatom alone, so that codes of w8a8 may differ by a step.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     from quatom.checkpoint.compressed_tensors import export_compressed_tensors
+    from quatom.loading import load
+    from quatom.modeling.context import full_sequences_context
 
     folder = checkpoint("llama", recipe)
     target = export_compressed_tensors(folder, tmp_path / "ct")
-    found, wanted = vllm_greedy(target), own_greedy(folder)
-    for one, other in zip(found, wanted, strict=True):
-        assert abs(one.logprobs[0] - other.logprobs[0]) < 0.05
+    tokens, loaded = torch.tensor(PROMPTS[2]), load(folder)
+    blocks = -(-len(tokens) // 16)
+    with torch.inference_mode():
+        context = full_sequences_context(1, len(tokens), 16, loaded.device)
+        cache = loaded.model.allocate_kv_cache(blocks, 16)
+        want = loaded.model.compute_logits(loaded.model(tokens, context, cache))
+        theirs = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        got = theirs(tokens[None]).logits[0]
+    assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).median() < most
