@@ -63,10 +63,10 @@ def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoint):
 
 
 def test_the_log_names_recipe_kernels_and_cache(checkpoint, monkeypatch):
-    from quatom.integrations.vllm import config
+    from quatom.integrations.vllm import state
 
     lines = []
-    monkeypatch.setattr(config.logger, "info", lambda text, *words: lines.append(text % words))
+    monkeypatch.setattr(state.logger, "info", lambda text, *words: lines.append(text % words))
     vllm_greedy(checkpoint("llama", "quatom-w4a8kv4"))
     assert len(lines) == 1
     assert "recipe quatom-w4a8kv4, linears on backend" in lines[0]

@@ -7,6 +7,7 @@ from a checkpoint's recipe is in the modules beside this one:
     linear      the linear method: loads the slices, quantizes the input, multiplies
     operator    the torch operator that does both, with a fake implementation for torch.compile
     attention   the attention backend over 4-bit and 8-bit KV pages
+    state       what a process knows about its checkpoint
     config      which of vLLM's layers gets which of these
     settings    what the recipe asks of vLLM's own settings, before anything starts
 """

@@ -7,7 +7,7 @@ pre_rope   K is turned back, stored, and turned again as attention reads it
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 
 from quatom.errors import BackendError
 from quatom.integrations.vllm.metadata import QuatomMetadata, QuatomMetadataBuilder
+from quatom.integrations.vllm.state import CheckpointState
 from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.kv_pages import BLOCK_MULTIPLE, HEAD_DIMS, KVPages, bytes_per_token_head
 from quatom.numerics.rotary import head_order, turn_back
@@ -25,18 +26,15 @@ from quatom.ops.attention import attention
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.plan import LayerPlan
 
-if TYPE_CHECKING:
-    from quatom.integrations.vllm.config import QuatomConfig
-
 _FORMATS = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
 
 
 class QuatomCacheMethod(BaseKVCacheMethod):
     """What a layer's cache needs besides pages: the mean of K, and the layer's plan."""
 
-    def __init__(self, config: "QuatomConfig", layer: LayerPlan) -> None:
+    def __init__(self, config: Any, state: CheckpointState, layer: LayerPlan) -> None:
         super().__init__(config)
-        self.layer = layer
+        self.state, self.layer = state, layer
 
     def create_weights(self, layer: nn.Module) -> None:
         """Room for the mean of K of this rank's heads."""
@@ -57,11 +55,10 @@ class QuatomCacheMethod(BaseKVCacheMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Tables for K that is cached before rotary embedding: no CUDA graph could make them."""
         super().process_weights_after_loading(layer)
-        config: QuatomConfig = self.quant_config
-        if self.layer.kv_cache.keys == "pre_rope" and config.rotary is None:
-            assert config.plan is not None
+        if self.layer.kv_cache.keys == "pre_rope" and self.state.rotary is None:
+            config = self.state.plan.config
             length = get_current_vllm_config().model_config.max_model_len
-            config.rotary = RotaryTables(config.plan.config, length, layer._k_scale.device)
+            self.state.rotary = RotaryTables(config, length, layer._k_scale.device)
 
 
 def _load_heads(parameter: nn.Parameter, stored: Tensor) -> None:
@@ -193,7 +190,7 @@ class QuatomAttention(AttentionImpl):
             raise BackendError(
                 "Quatom's attention backend runs Quatom checkpoints alone: choose another backend"
             )
-        self.config: QuatomConfig = config
+        self.state: CheckpointState = config.state
 
     def forward(
         self,
@@ -210,7 +207,7 @@ class QuatomAttention(AttentionImpl):
         """Append the new tokens and attend; rows beyond the batch stay as they are."""
         if attn_metadata is None:  # vLLM measures memory
             return output.zero_()
-        batch, cache = attn_metadata, self.config.recipe.kv_cache
+        batch, cache = attn_metadata, self.state.recipe.kv_cache
         tokens = batch.num_tokens
         q, k, v = query[:tokens], key[:tokens], value[:tokens]
         if layer.quatom_order is not None:  # as kernels turn and rotate them
@@ -221,8 +218,8 @@ class QuatomAttention(AttentionImpl):
         pages = KVPages(storage, block_size, self.head_size, form)  # type: ignore[arg-type]
         tables = None
         if cache.keys == "pre_rope":
-            assert self.config.rotary is not None
-            tables = self.config.rotary.of(layer.quatom.index)
+            assert self.state.rotary is not None
+            tables = self.state.rotary.of(layer.quatom.index)
             k = turn_back(k, *tables, batch.positions)
         q = rope_append_kv(
             q,

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -13,14 +14,12 @@ from quatom.checkpoint.codec import decode
 from quatom.errors import CheckpointError, ModelError
 from quatom.integrations.vllm.operator import name_scheme
 from quatom.integrations.vllm.shares import Share, joined_shapes, share_of
+from quatom.integrations.vllm.state import CheckpointState
 from quatom.loading import rotary_rows
 from quatom.modeling.weights import SiteCodes
 from quatom.numerics.reorder import inverse_order
 from quatom.ops.linear import prepare_weights
 from quatom.plan import LayerPlan, SitePlan
-
-if TYPE_CHECKING:
-    from quatom.integrations.vllm.config import QuatomConfig
 
 _PARTS = {"q": 0, "k": 1, "v": 2}
 """vLLM's names of the linears that QKV joins."""
@@ -29,8 +28,8 @@ _PARTS = {"q": 0, "k": 1, "v": 2}
 class QuatomLinearMethod(LinearMethodBase):
     """Linears of one site. Stored tensors are cut as they are loaded, repacked once after that."""
 
-    def __init__(self, config: "QuatomConfig", layer: LayerPlan, site: SitePlan) -> None:
-        self.config, self.layer, self.site = config, layer, site
+    def __init__(self, state: CheckpointState, layer: LayerPlan, site: SitePlan) -> None:
+        self.state, self.layer, self.site = state, layer, site
 
     def create_weights(
         self,
@@ -46,7 +45,7 @@ class QuatomLinearMethod(LinearMethodBase):
         share = share_of(
             self.layer,
             self.site,
-            self.config.recipe,
+            self.state.recipe,
             partitions=output_partition_sizes,
             rank=layer.tp_rank,
             degree=layer.tp_size,
@@ -70,7 +69,7 @@ class QuatomLinearMethod(LinearMethodBase):
         """Repack the loaded slices for the backend that multiplies them."""
         share: Share = layer.quatom_share
         site, device = share.site, layer.weight_packed.device
-        if self.config.dummy:
+        if get_current_vllm_config().load_config.load_format == "dummy":
             _fill(layer)
         with torch.device(device):
             codes = in_file_order(share, decode(share.layer, site, _loaded(layer, share)))
@@ -96,7 +95,7 @@ class QuatomLinearMethod(LinearMethodBase):
             layer.quatom_order = nn.Parameter(codes.order.int(), requires_grad=False)
         if codes.bias is not None:
             layer.bias = nn.Parameter(codes.bias.float(), requires_grad=False)
-        self.config.note_kernel(str(prepared.backend))
+        self.state.note_kernel(str(prepared.backend))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x (..., K), bias added: (..., N)."""

@@ -1,0 +1,101 @@
+"""What a process knows about the checkpoint that it runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vllm.logger import init_logger
+
+from quatom.checkpoint.reader import read_model_config
+from quatom.errors import ModelError
+from quatom.modeling.rotary import RotaryTables
+from quatom.numerics.rotary import head_order
+from quatom.plan import LayerPlan, ModelPlan, SitePlan, plan
+from quatom.recipe import Recipe
+
+logger = init_logger("vllm.quatom")
+
+
+@dataclass(slots=True)
+class CheckpointState:
+    """A recipe, and the plan that it makes of a model."""
+
+    recipe: Recipe
+    resolved: ModelPlan | None = None
+    rotary: RotaryTables | None = None
+    """Tables for caches that hold K before rotary embedding, once weights are loaded."""
+    kernels: set[str] = field(default_factory=set)
+    """Backends that the log has named."""
+
+    @property
+    def plan(self) -> ModelPlan:
+        """The recipe resolved for the model.
+
+        Raises:
+            ModelError: `resolve` was not called.
+        """
+        if self.resolved is None:
+            raise ModelError("vLLM did not say which folder the checkpoint is in")
+        return self.resolved
+
+    def resolve(self, folder: str) -> None:
+        """Read the model's config.json.
+
+        Raises:
+            ModelError: the model is not supported, or vLLM's model normalizes q and k whose
+                channels the checkpoint holds in another order.
+            RecipeError: the recipe does not fit the model's sizes.
+        """
+        config, _recipe = read_model_config(folder)
+        self.resolved = plan(config, self.recipe)
+        for layer in self.resolved.layers:
+            attention = layer.spec.attention
+            moved = head_order(attention.rope, attention.head_dim) is not None
+            if moved and attention.qk_norm is not None:
+                raise ModelError(
+                    f"{folder} normalizes q and k whose channels Quatom stores in another order "
+                    "than vLLM's model: run it with Quatom's own engine"
+                )
+
+    def layer_of(self, prefix: str) -> LayerPlan:
+        """The layer that a module of this name is in.
+
+        Raises:
+            ModelError: there is none.
+        """
+        for layer in self.plan.layers:
+            if prefix.startswith(layer.prefix):
+                return layer
+        raise ModelError(f"vLLM's model has {prefix}, which is in no layer of the checkpoint")
+
+    def site_of(self, prefix: str, parts: Sequence[str]) -> tuple[LayerPlan, SitePlan]:
+        """The layer and site of a linear.
+
+        Args:
+            prefix: Its name in vLLM's model.
+            parts: Last parts of the names of the linears that it was fused of.
+
+        Raises:
+            ModelError: these linears are no site of the checkpoint.
+        """
+        layer = self.layer_of(prefix)
+        parent = prefix.rpartition(".")[0]
+        wanted = [{f"{parent}.{part}" for part in parts}, {prefix}]
+        for site in layer.sites.values():
+            if {linear.name for linear in site.linears} in wanted:
+                return layer, site
+        sites = "; ".join(" ".join(lin.kind for lin in s.linears) for s in layer.sites.values())
+        raise ModelError(
+            f"vLLM's {prefix} joins {' '.join(parts)}, the checkpoint's linears that share an "
+            f"input are: {sites}"
+        )
+
+    def note_kernel(self, backend: str) -> None:
+        """Say once which kernels run the recipe."""
+        if backend not in self.kernels:
+            self.kernels.add(backend)
+            logger.info(
+                "Quatom: recipe %s, linears on backend %s, KV cache %s",
+                self.recipe.name,
+                backend,
+                self.recipe.kv_cache.format,
+            )
