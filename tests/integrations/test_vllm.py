@@ -91,6 +91,21 @@ def test_another_cache_format_is_refused(checkpoint):
     assert "has an int4 KV cache, kv_cache_dtype fp8 was asked for" in message
 
 
+def test_a_tensor_that_vllm_hands_to_nobody_is_missed(checkpoint, monkeypatch):
+    """Its loader checks no quantized model for tensors that are not there."""
+    from quatom.integrations.vllm import linear
+
+    before = linear.Share.slices
+
+    def slices(share, suffix, stored, number):
+        found = before(share, suffix, stored, number)
+        return {} if suffix == "weight_scale" and share.stored.name == "down" else found
+
+    monkeypatch.setattr(linear.Share, "slices", slices)
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"))
+    assert "did not load model.layers.0.mlp.down_proj.weight_scale" in message
+
+
 def test_an_untried_version_is_refused(checkpoint, monkeypatch):
     from quatom.integrations.vllm import config
 

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf
 
-from quatom.errors import BackendError
+from quatom.errors import BackendError, CheckpointError
 from quatom.integrations.vllm.metadata import QuatomMetadata, QuatomMetadataBuilder
 from quatom.integrations.vllm.state import CheckpointState
 from quatom.modeling.rotary import RotaryTables
@@ -47,7 +47,7 @@ class QuatomCacheMethod(BaseKVCacheMethod):
         if not self.layer.offsets_keys:
             return
         layer.k_offset = nn.Parameter(
-            torch.zeros(layer.num_kv_heads, layer.head_size, dtype=torch.float32),
+            torch.full((layer.num_kv_heads, layer.head_size), torch.nan, dtype=torch.float32),
             requires_grad=False,
         )
         set_weight_attrs(layer.k_offset, {"weight_loader": _load_heads})
@@ -55,6 +55,10 @@ class QuatomCacheMethod(BaseKVCacheMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Tables for K that is cached before rotary embedding: no CUDA graph could make them."""
         super().process_weights_after_loading(layer)
+        if layer.k_offset is not None and layer.k_offset.isnan().any():
+            raise CheckpointError(
+                f"vLLM's model did not load {self.layer.key_offset_name}: it cannot run this model"
+            )
         if self.layer.kv_cache.keys == "pre_rope" and self.state.rotary is None:
             config = self.state.plan.config
             length = get_current_vllm_config().model_config.max_model_len

@@ -55,14 +55,11 @@ class QuatomLinearMethod(LinearMethodBase):
                 f"{self.site.title}: vLLM's linear reads {input_size_per_partition} channels, the "
                 f"checkpoint's {share.site.channels}"
             )
-        layer.quatom_share = share
+        layer.quatom_share, layer.quatom_loaded = share, set()
         for suffix, spec in joined_shapes(share.tensors()).items():
-            # -1 is in no order: what is never loaded cannot pass for one.
-            parameter = nn.Parameter(
-                torch.full(spec.shape, -1 if suffix == "order" else 0, dtype=spec.dtype),
-                requires_grad=False,
-            )
-            set_weight_attrs(parameter, {"weight_loader": _loader(share, suffix)})
+            parameter = nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False)
+            loader = _loader(share, suffix, layer.quatom_loaded)
+            set_weight_attrs(parameter, {"weight_loader": loader})
             layer.register_parameter(suffix, parameter)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -71,6 +68,8 @@ class QuatomLinearMethod(LinearMethodBase):
         site, device = share.site, layer.weight_packed.device
         if get_current_vllm_config().load_config.load_format == "dummy":
             _fill(layer)
+        else:
+            _check_loaded(share, layer.quatom_loaded)
         with torch.device(device):
             codes = in_file_order(share, decode(share.layer, site, _loaded(layer, share)))
         prepared = prepare_weights(
@@ -85,7 +84,7 @@ class QuatomLinearMethod(LinearMethodBase):
         spec = None if site.input_spec is None else prepared.input_spec(site.input_spec)
         for suffix in share.tensors():
             delattr(layer, suffix)
-        del layer.quatom_share
+        del layer.quatom_share, layer.quatom_loaded
         layer.quatom_scheme = name_scheme(spec, prepared)
         layer.quatom_weights = nn.ParameterList(
             nn.Parameter(tensor, requires_grad=False) for tensor in prepared.tensors
@@ -123,13 +122,14 @@ def in_file_order(share: Share, codes: SiteCodes) -> SiteCodes:
     return SiteCodes(codes.values[back], codes.scales[back], bias, codes.order)
 
 
-def _loader(share: Share, suffix: str) -> Any:
+def _loader(share: Share, suffix: str, loaded: set[tuple[str, int]]) -> Any:
     """What vLLM hands a stored tensor to: the parameter, the tensor, which part it is."""
 
     def load(parameter: nn.Parameter, stored: Tensor, part: str | int | None = None) -> None:
         linear = _PARTS[part] if isinstance(part, str) else part or 0
         specs = share.tensors()[suffix]
         for number, piece in share.slices(suffix, stored, linear).items():
+            loaded.add((suffix, number))
             if suffix == "order":
                 parameter.data[number].copy_(piece)
                 continue
@@ -137,6 +137,15 @@ def _loader(share: Share, suffix: str) -> Any:
             parameter.data.narrow(0, start, piece.shape[0]).copy_(piece)
 
     return load
+
+
+def _check_loaded(share: Share, loaded: set[tuple[str, int]]) -> None:
+    """Raise CheckpointError where vLLM handed a tensor over to nobody: it does not look itself."""
+    for suffix in share.tensors():
+        for number, piece in enumerate(share.pieces):
+            if (suffix, number) not in loaded:
+                name = f"{share.stored.linears[piece.linear].name}.{suffix}"
+                raise CheckpointError(f"vLLM's model did not load {name}: it cannot run this model")
 
 
 def _loaded(layer: nn.Module, share: Share) -> dict[str, Tensor]:
