@@ -80,7 +80,10 @@ def _after(before: Any) -> type:
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             before.verify_and_update_config(vllm_config)
-            update_settings(vllm_config)
+            try:
+                update_settings(vllm_config)
+            except ValueError as error:  # pydantic, which calls us, would wrap it in a page
+                raise BackendError(str(error)) from error
 
     return Update
 
