@@ -104,7 +104,7 @@ def _write(source: TensorSource, resolved: ModelPlan, folder: Path) -> None:
         name = f"model-{number + 1:05d}-of-{config.num_layers + 1:05d}.safetensors"
         with (folder / name).open("wb") as stream:
             shapes = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}
-            write_tensors(stream, shapes, lambda key, held=tensors: held[key])
+            write_tensors(stream, shapes, tensors.__getitem__)
         files |= dict.fromkeys(tensors, name)
         total += sum(t.numel() * t.itemsize for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}

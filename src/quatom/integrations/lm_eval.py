@@ -59,7 +59,7 @@ class QuatomHarnessModel(QuatomLM):
             )
         if dtype is not None and dtype not in _DTYPES:
             raise RequestError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        loaded = load(pretrained, device=device, dtype=dtype and _DTYPES[dtype])
+        loaded = load(pretrained, device=device, dtype=None if dtype is None else _DTYPES[dtype])
         super().__init__(loaded, batch_tokens=batch_tokens)
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quatom.checkpoint.codec import decode
@@ -57,7 +57,7 @@ class QuatomQuantizationConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         **_: Any,  # quant_method
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.recipe = recipe
         self.modules_to_not_convert = modules_to_not_convert
 
@@ -68,12 +68,13 @@ class QuatomQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         if not checkpoint_files:
             raise CheckpointError("a Quatom checkpoint is loaded from its files alone")
         config, _recipe = read_model_config(Path(checkpoint_files[0]).parent)
-        recipe = Recipe.from_dict(self.quantization_config.recipe)
+        stored: Any = self.quantization_config
+        recipe = Recipe.from_dict(stored.recipe)
         asked = model.config._attn_implementation
         if recipe.kv_cache.format != "float16" and asked != METHOD:
             if asked not in (None, "sdpa"):
@@ -96,7 +97,7 @@ class QuatomQuantizer(HfQuantizer):
         return True
 
 
-def _convert_layer(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> None:
+def _convert_layer(model: Any, layer: LayerPlan, recipe: Recipe) -> None:
     spec = layer.spec.attention
     if head_order(spec.rope, spec.head_dim) is not None and spec.qk_norm is not None:
         raise ModelError(
@@ -199,7 +200,7 @@ def cached_values(x: Tensor, cache: KVSpec) -> Tensor:  # (..., D)
 
 
 def quatom_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,  # (B, H, T, D), turned
     key: Tensor,  # (B, KV, S, D), turned
     value: Tensor,  # (B, KV, S, D)

@@ -20,13 +20,19 @@ from quatom.errors import BackendError, CheckpointError
 from quatom.integrations.vllm.metadata import QuatomMetadata, QuatomMetadataBuilder
 from quatom.integrations.vllm.state import CheckpointState
 from quatom.modeling.rotary import RotaryTables
-from quatom.numerics.kv_pages import BLOCK_MULTIPLE, HEAD_DIMS, KVPages, bytes_per_token_head
+from quatom.numerics.kv_pages import (
+    BLOCK_MULTIPLE,
+    HEAD_DIMS,
+    KVDtype,
+    KVPages,
+    bytes_per_token_head,
+)
 from quatom.numerics.rotary import head_order, turn_back
 from quatom.ops.attention import attention
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.plan import LayerPlan
 
-_FORMATS = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
+_FORMATS: dict[str, KVDtype] = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
 
 
 class QuatomCacheMethod(BaseKVCacheMethod):
@@ -36,7 +42,7 @@ class QuatomCacheMethod(BaseKVCacheMethod):
         super().__init__(config)
         self.state, self.layer = state, layer
 
-    def create_weights(self, layer: nn.Module) -> None:
+    def create_weights(self, layer: Any) -> None:
         """Room for the mean of K of this rank's heads."""
         super().create_weights(layer)
         layer.quatom = self.layer
@@ -52,7 +58,7 @@ class QuatomCacheMethod(BaseKVCacheMethod):
         )
         set_weight_attrs(layer.k_offset, {"weight_loader": _load_heads})
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Tables for K that is cached before rotary embedding: no CUDA graph could make them."""
         super().process_weights_after_loading(layer)
         if layer.k_offset is not None and layer.k_offset.isnan().any():
@@ -108,7 +114,7 @@ class QuatomAttentionBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Bytes of a token and head, for vLLM 0.28 and later."""
-        form = "int4" if spec.kv_quant_mode.name.startswith("INT4") else "int8"
+        form: KVDtype = "int4" if spec.kv_quant_mode.name.startswith("INT4") else "int8"
         return replace(spec, state_content_bytes=bytes_per_token_head(spec.head_size, form))
 
     @classmethod
@@ -127,7 +133,7 @@ class QuatomAttentionBackend(AttentionBackend):
         cache_dtype_str: str = "int4_per_token_head",
     ) -> tuple[int, ...]:
         """Shape of the pages in bytes, for vLLM 0.26."""
-        record = bytes_per_token_head(head_size, _FORMATS[cache_dtype_str])  # type: ignore[arg-type]
+        record = bytes_per_token_head(head_size, _FORMATS[cache_dtype_str])
         return num_blocks, num_kv_heads, block_size, record
 
     @staticmethod
@@ -198,7 +204,7 @@ class QuatomAttention(AttentionImpl):
 
     def forward(
         self,
-        layer: nn.Module,
+        layer: Any,
         query: Tensor,  # (T, H, D), turned by vLLM's model
         key: Tensor,  # (T, KV, D)
         value: Tensor,  # (T, KV, D)
@@ -219,7 +225,7 @@ class QuatomAttention(AttentionImpl):
         blocks, heads, block_size, _ = kv_cache.shape
         form = _FORMATS[self.kv_cache_dtype]
         storage = kv_cache.view(torch.uint8).view(blocks, heads, -1)
-        pages = KVPages(storage, block_size, self.head_size, form)  # type: ignore[arg-type]
+        pages = KVPages(storage, block_size, self.head_size, form)
         tables = None
         if cache.keys == "pre_rope":
             assert self.state.rotary is not None

@@ -33,7 +33,7 @@ class QuatomLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: Sequence[int],
         input_size: int,
@@ -62,7 +62,7 @@ class QuatomLinearMethod(LinearMethodBase):
             set_weight_attrs(parameter, {"weight_loader": loader})
             layer.register_parameter(suffix, parameter)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Repack the loaded slices for the backend that multiplies them."""
         share: Share = layer.quatom_share
         site, device = share.site, layer.weight_packed.device
@@ -96,7 +96,7 @@ class QuatomLinearMethod(LinearMethodBase):
             layer.bias = nn.Parameter(codes.bias.float(), requires_grad=False)
         self.state.note_kernel(str(prepared.backend))
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x (..., K), bias added: (..., N)."""
         y = torch.ops.quatom.site_linear(
             x.reshape(-1, x.shape[-1]),
@@ -148,7 +148,7 @@ def _check_loaded(share: Share, loaded: set[tuple[str, int]]) -> None:
                 raise CheckpointError(f"vLLM's model did not load {name}: it cannot run this model")
 
 
-def _loaded(layer: nn.Module, share: Share) -> dict[str, Tensor]:
+def _loaded(layer: Any, share: Share) -> dict[str, Tensor]:
     """The loaded tensors by the names of the rank's own linears."""
     found: dict[str, Tensor] = {}
     linears = share.site.linears
@@ -165,7 +165,7 @@ def _loaded(layer: nn.Module, share: Share) -> dict[str, Tensor]:
     return found
 
 
-def _fill(layer: nn.Module) -> None:
+def _fill(layer: Any) -> None:
     """Valid weights in place of dummies: any codes, one scale, channels as they are."""
     for name, parameter in layer.named_parameters(recurse=False):
         if name in ("weight_packed", "outlier_weight"):
