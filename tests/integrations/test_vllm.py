@@ -114,14 +114,16 @@ def test_an_untried_version_is_refused(checkpoint, monkeypatch):
     assert "was tried with vLLM 0.32.0, this is 0.99.1" in message
 
 
-@pytest.mark.parametrize(("recipe", "most"), [("w4a16", 1e-4), ("w8a8", 0.05)])
+@pytest.mark.parametrize(("recipe", "most"), [("w4a16", 1e-4), ("w8a8", 0.2)])
 def test_exported_checkpoints_mean_the_same_to_compressed_tensors(
     checkpoint, tmp_path, recipe, most
 ):
     """Read by transformers and the library compressed-tensors, which this environment has.
 
-    vLLM's own INT8 and INT4 kernels need a CPU with AVX-512 VNNI or AMX. Scales of activations are
-    float16 numbers in Quatom alone, so that codes of w8a8 may differ by a step.
+    vLLM's own INT8 and INT4 kernels need a CPU with AVX-512 VNNI or AMX. The library's scale of an
+    activation is its largest magnitude / 127.5, Quatom's and vLLM's / 127: all codes of w8a8 may
+    differ by a step, which planted outliers make a tenth of the logits. Weights are compared in
+    tests/checkpoint/test_compressed_tensors.py, bit for bit.
     """
     import torch
     from transformers import AutoModelForCausalLM
