@@ -73,6 +73,7 @@ def _unsaid(resolved: ModelPlan) -> list[str]:
         f"activations.format {activations.format}": activations.format not in ("int8", "float16"),
         "int8 activations with int4 weights": (weights.format, activations.format)
         == ("int4", "int8"),
+        "routed experts": any(layer.spec.experts is not None for layer in resolved.layers),
         f"outliers.channels {recipe.outliers.channels}": any(
             site.layout.outliers for site in resolved.sites()
         ),

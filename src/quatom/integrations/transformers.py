@@ -99,6 +99,8 @@ class QuatomQuantizer(HfQuantizer):
 
 def _convert_layer(model: Any, layer: LayerPlan, recipe: Recipe) -> None:
     spec = layer.spec.attention
+    if layer.spec.experts is not None and recipe.quantizes_weights:
+        raise ModelError(f"{layer.prefix[:-1]} has routed experts: use quatom.load")
     if head_order(spec.rope, spec.head_dim) is not None and spec.qk_norm is not None:
         raise ModelError(
             f"{layer.prefix[:-1]} normalizes q and k whose channels Quatom stores in another "

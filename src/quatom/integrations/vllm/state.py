@@ -41,13 +41,17 @@ class CheckpointState:
         """Read the model's config.json.
 
         Raises:
-            ModelError: the model is not supported, or vLLM's model normalizes q and k whose
-                channels the checkpoint holds in another order.
+            ModelError: the model is not supported, has routed experts, or vLLM's model normalizes
+                q and k whose channels the checkpoint holds in another order.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(folder)
         self.resolved = plan(config, self.recipe)
         for layer in self.resolved.layers:
+            if layer.spec.experts is not None:
+                raise ModelError(
+                    f"{folder} has routed experts, which the plugin does not run: use quatom serve"
+                )
             attention = layer.spec.attention
             moved = head_order(attention.rope, attention.head_dim) is not None
             if moved and attention.qk_norm is not None:
