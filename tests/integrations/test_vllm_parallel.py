@@ -46,7 +46,6 @@ def test_two_ranks_compute_what_one_does(checkpoint, recipe, most, monkeypatch):
     differences = sorted(
         abs(ranks.logprobs[0] - whole.logprobs[0]) for ranks, whole in zip(two, one, strict=True)
     )
-    print(recipe, differences)
     assert differences[2] < most  # one prompt may have a code on the edge of two
     assert differences[3] < 0.5
 
