@@ -69,8 +69,8 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
     joined_values, joined_scales, biases = [], [], []
     for linear in site.linears:
         codes = [_unpack(tensors[f"{linear.name}.weight_packed"], normal)]
-        stored = _decode_scales(site, linear.name, tensors)
-        per_row = stored.repeat_interleave(site.weights.rows_per_scale, dim=-2)
+        scales = _decode_scales(site, linear.name, tensors)
+        per_row = scales.repeat_interleave(site.weights.rows_per_scale, dim=-2)
         groups = [per_row[..., : linear.rows, :]]
         if layout.outliers:
             kept = tensors[f"{linear.name}.outlier_weight"]

@@ -47,6 +47,7 @@ def can_fold(layer: LayerPlan, site: SiteName) -> bool:
         return _NORMS[site] in layer.spec.norms
     if site == "down":
         feed_forward = layer.spec.feed_forward
+        assert feed_forward is not None  # or there would be no such site
         return feed_forward.gated or feed_forward.activation == "relu"
     attention = layer.spec.attention
     own_values = attention.num_heads == attention.num_kv_heads
