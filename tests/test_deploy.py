@@ -123,8 +123,13 @@ def test_the_options_file_is_read_by_serve(monkeypatch, tmp_path, serve_in_proce
     keys = tmp_path / "keys"
     keys.write_text("a\n")
     file = tmp_path / "serve.yaml"
-    file.write_text((DEPLOY / "serve.yaml").read_text().replace("/etc/quatom/keys", str(keys)))
-    done = CliRunner().invoke(app, ["serve", "--config", str(file), "--port", "0"])
+    file.write_text((DEPLOY / "serve.yaml").read_text())
+    # The unit's user cannot read root's files: systemd hands it the keys.
+    name, stored = dict(unit())["LoadCredential"].split(":")
+    assert (name, stored) == ("keys", "/etc/quatom/keys")
+    command = dict(unit())["ExecStart"].replace("${CREDENTIALS_DIRECTORY}", str(tmp_path))
+    words = shlex.split(command.replace("/etc/quatom", str(tmp_path)))
+    done = CliRunner().invoke(app, [*words[1:], "--port", "0"])
     assert done.exit_code == 0, (done.output, done.exception)
     assert calls["restart"] is True
     assert calls["o"][1].api_keys == ("a",)
@@ -192,6 +197,7 @@ def test_compose_mounts_what_is_there_and_starts_serve():
     # The engine's sockets are in /tmp, kernels in the cache: all else is read-only.
     assert server["read_only"]
     assert "/tmp" in server["tmpfs"]
+    assert server["init"]  # someone must wait for children of an engine that was killed
 
 
 def test_prometheus_reads_the_server():

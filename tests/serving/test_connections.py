@@ -1,5 +1,6 @@
 """How clients reach the server: keys, TLS, pages of other origins, idle connections, probes."""
 
+import signal
 import socket
 import ssl
 
@@ -209,7 +210,30 @@ def test_keys_and_origins_that_no_client_could_send(tmp_path):
         read_api_keys(None, file, None)
     with pytest.raises(ServerError, match="cannot read the API keys"):
         read_api_keys(None, tmp_path / "missing", None)
-    assert check_origins(["*", ORIGIN, "http://localhost:3000"])
+    given = ("*", ORIGIN, "http://localhost:3000", "https://localhost:80")
+    assert check_origins(given) == given
+    # Browsers write an origin in lower case and without the scheme's own port.
+    assert check_origins(["https://Chat.Example.org:443"]) == (ORIGIN,)
+    assert check_origins(["HTTP://[::1]:80"]) == ("http://[::1]",)
     for origin in ("chat.example.org", f"{ORIGIN}/", "https://*.example.org", "", "null"):
         with pytest.raises(ServerError, match="is no origin"):
             check_origins([origin])
+
+
+def test_a_signal_before_the_server_runs_is_not_lost(monkeypatch):
+    async def main_loop(self):
+        raise AssertionError("it serves on")
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(
+        server_module, "forget_startup", lambda: signal.raise_signal(signal.SIGTERM)
+    )
+    monkeypatch.setattr(server_module._Server, "main_loop", main_loop)
+    try:
+        with open_listener("127.0.0.1", 0) as listener:
+            connections = Connections(listener=listener)
+            serve_engine(make_engine(), ServerOptions(model_names=("m",)), connections)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

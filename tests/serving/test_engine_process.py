@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import msgspec
@@ -25,6 +26,7 @@ from quatom.serving import messages
 from quatom.serving.engine_launch import EnginePlan, EngineProcess
 from quatom.serving.engine_state import EngineStats
 from quatom.serving.engine_worker import Worker
+from quatom.serving.generation import Generation, Service
 from quatom.serving.process_engine import MAX_RESTARTS, ProcessEngine
 from tests.serving.conftest import (
     assert_server_idle,
@@ -341,11 +343,13 @@ class FakeProcess:
 
         self.facts = facts_of(make_engine())
         self.commands = []
+        self.under_way = []
         self.engine = None
 
     def send(self, command):
         self.commands.append(command)
         if isinstance(command, messages.Prepare):
+            self.under_way.append(len(self.engine._preparing))
             report = messages.Prepared(command.request_id, command.params.n)
             asyncio.get_running_loop().call_soon(self.engine._take, report)
 
@@ -380,8 +384,70 @@ def test_a_request_that_nobody_runs_is_dropped():
         assert process.commands[-1] == messages.Drop("late")
         assert engine._preparing == {}
         assert engine.num_waiting == 0
+        process.send = lambda command: 1 // 0
+        with pytest.raises(ZeroDivisionError):
+            await engine.make_request("unsent", [1], SamplingParams())
+        assert engine._preparing == {}
 
     asyncio.run(main())
+
+
+def test_prompts_of_one_request_are_checked_together():
+    async def main():
+        process = FakeProcess()
+        engine = ProcessEngine(process, None, plan=None)
+        process.engine, engine._event_loop = engine, asyncio.get_running_loop()
+        service = Service(engine, encoder=None, model_names=("m",))
+        generation = Generation(service, "cmpl", "m", SamplingParams(), http=None)
+        await generation.prepare([[1], [2, 3], [4]])
+        # The first one alone, so that the others find its constraint compiled.
+        assert process.under_way == [1, 1, 2]
+        assert [command.prompt_ids for command in process.commands] == [[1], [2, 3], [4]]
+        assert [r.request_id for r in generation.requests] == [
+            f"{generation.id}-{i}" for i in range(3)
+        ]
+        assert [o.prompt_token_ids for o in generation.outputs] == [[1], [2, 3], [4]]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [EngineError("no folder"), OSError("no folder")])
+def test_a_server_whose_engine_cannot_be_started_anew_ends(monkeypatch, error):
+    def start(plan):
+        raise error
+
+    monkeypatch.setattr("quatom.serving.process_engine.EngineProcess", start)
+    stops = []
+    engine = ProcessEngine(FakeProcess(), None, plan=EnginePlan(factory="a:b"))
+    engine.on_stop = lambda: stops.append(engine.error)
+    asyncio.run(engine._restart())
+    assert stops == ["the engine could not be started anew: no folder"]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(3, "ended with status 3"), (-9, "was killed by SIGKILL"), (-40, "was killed by signal 40")],
+)
+def test_every_ending_has_words(status, words):
+    process = object.__new__(EngineProcess)
+    process.popen = SimpleNamespace(returncode=status)
+    assert process.ending == f"the engine's process {words}"
+
+
+def test_a_process_that_cannot_read_its_commands_says_why_and_ends():
+    process = EngineProcess(EnginePlan(factory="tests.serving.engines:make_engine"))
+    process.wait_until_ready()
+    # Ctrl-C in a terminal goes to the server's group.
+    assert os.getpgid(process.popen.pid) != os.getpgid(0)
+    process._commands.send(b"\xc1")  # what msgpack never uses
+    reports = []
+    while process.reports.poll(10_000):
+        reports.append(process.receive())
+        if isinstance(reports[-1], messages.Stopped):
+            break
+    process.close()
+    assert "malformed" in reports[-1].message
+    assert process.popen.returncode == 1
 
 
 class Reports(list):
@@ -412,6 +478,9 @@ def test_the_worker_keeps_nothing_that_was_dropped(monkeypatch):
     assert reports == []
     worker._prepare(messages.Prepare("c", [], SamplingParams()))
     assert reports.pop().failure.kind == "RequestError"
+    monkeypatch.setattr(worker.loop.engine.requests, "compile", lambda wanted: 1 // 0)
+    worker._prepare(messages.Prepare("d", [1], params))  # a fault of ours is one request's alone
+    assert reports.pop().failure.message.startswith("ZeroDivisionError")
 
 
 def test_commands_that_make_no_sense_are_refused():

@@ -127,6 +127,25 @@ def open_page(chromium):
     return lambda server, size="desk": Page(chromium, server.url, size)
 
 
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [(">" * 20_000 + "x", 21), ("1. " * 20_000 + "x", 41), ("`a` " * 20_000, 20_001)],
+    ids=["quotes", "lists", "inline"],
+)
+def test_a_model_that_repeats_itself_does_not_break_the_page(server, open_page, text, most):
+    page = open_page(server)
+    script = """
+        const [text, done] = arguments;
+        import("/static/markdown.js")
+          .then(({ markdown }) => markdown(text))
+          .then((made) => done([made.textContent.trim().at(-1), made.querySelectorAll("*").length]))
+          .catch((error) => done([error.message, 0]));
+    """
+    end, elements = page.browser.execute_async_script(script, text)
+    assert end in "xa", end
+    assert 20 < elements <= most
+
+
 def test_chat_and_charts(server, open_page):
     page = open_page(server)
     assert page.one("#hint").is_displayed()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quatom.errors import ServerError
 
-_ORIGIN = re.compile(r"https?://[^/\s?#*]+")
+_ORIGIN = re.compile(r"https?://[^/\s?#*]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,16 +122,20 @@ def read_api_keys(
 
 
 def check_origins(origins: Iterable[str]) -> tuple[str, ...]:
-    """Origins of pages that may use the server from a browser.
+    """Origins of pages that may use the server from a browser, as browsers write them.
 
     Raises:
         ServerError: one is neither * nor of the form scheme://host[:port].
     """
-    checked = tuple(origins)
-    for origin in checked:
+    given = tuple(origins)
+    for origin in given:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise ServerError(
                 f"--allowed-origins {origin!r} is no origin: write * or scheme://host[:port], for "
                 "example https://chat.example.org"
             )
-    return checked
+    return tuple(_as_browsers_write(origin.lower()) for origin in given)
+
+
+def _as_browsers_write(origin: str) -> str:
+    return origin.removesuffix(":443" if origin.startswith("https:") else ":80")

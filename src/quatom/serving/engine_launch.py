@@ -45,7 +45,7 @@ class EngineProcess:
         Call it in a thread that lives as long as the process shall: Linux ends the process with it.
 
         Raises:
-            EngineError: the sockets cannot be made.
+            EngineError: the sockets cannot be made, or the system starts no process.
         """
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="quatom-"))  # only this user may enter it
@@ -69,7 +69,15 @@ class EngineProcess:
                 f"cannot make a socket in {self._folder}: {error}; set TMPDIR to a folder with a "
                 "short path"
             ) from error
-        self.popen = start_module("quatom.serving.engine_process", stdin=subprocess.PIPE)
+        try:
+            self.popen = start_module(
+                "quatom.serving.engine_process",
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the server, which ends this process itself
+            )
+        except OSError as error:
+            self._close_sockets()
+            raise EngineError(f"cannot start the engine's process: {error}") from error
         assert self.popen.stdin is not None
         line = json.dumps({**asdict(plan), "folder": str(self._folder)}) + "\n"
         with contextlib.suppress(BrokenPipeError):  # it has ended, which will be noticed
@@ -82,7 +90,8 @@ class EngineProcess:
         status = self.popen.returncode
         if status is None or status >= 0:
             return f"the engine's process ended with status {status}"
-        return f"the engine's process was killed by {signal.Signals(-status).name}"
+        names = {int(s): s.name for s in signal.Signals}  # real-time signals have none
+        return f"the engine's process was killed by {names.get(-status, f'signal {-status}')}"
 
     def wait_until_ready(self) -> None:
         """Wait until the engine takes requests. Any error or interruption ends the process.
@@ -94,7 +103,8 @@ class EngineProcess:
             match self._first_report():
                 case Ready(facts):
                     self.facts = facts
-                    self._commands.poll(CONNECT_MS, zmq.POLLOUT)
+                    if not self._commands.poll(CONNECT_MS, zmq.POLLOUT):
+                        raise EngineError("the engine's process does not take commands")
                 case NotStarted(failure):
                     raise failure.error()
                 case report:

@@ -47,6 +47,7 @@ def main() -> int:
     channel = Channel(context, folder)
     try:
         engine = build(plan)
+        engine.requests.warm_up()
     except Exception as error:
         if not isinstance(error, QuatomError | OSError):
             logger.exception("the engine cannot be built")
@@ -57,7 +58,6 @@ def main() -> int:
     worker = Worker(engine, channel)
     receiver = threading.Thread(target=worker.receive, args=(context, folder), daemon=True)
     receiver.start()
-    engine.requests.warm_up()
     forget_startup()
     channel.send(Ready(facts_of(engine)))
     worker.loop.run()
@@ -68,10 +68,10 @@ def main() -> int:
 
 
 def _end_with_the_server() -> None:
-    """No signal but SIGKILL ends this process before its server does; nor does it outlive that.
+    """Neither SIGINT nor SIGTERM ends this process, and it does not outlive its server.
 
-    A terminal and a service manager signal every process of a group. The server needs the engine
-    until its requests are answered, and then tells it to quit.
+    A service manager may signal every process of a service. The server needs the engine until its
+    requests are answered, and then tells it to quit.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # SIG_IGN would be handed down to processes of ours

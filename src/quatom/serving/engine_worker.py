@@ -1,7 +1,6 @@
 """Worker: takes the server's commands in the engine's process, and reports what becomes of them."""
 
 import logging
-import os
 import threading
 from collections import deque
 from concurrent.futures import Future
@@ -87,8 +86,7 @@ class Worker:
         except Exception as error:  # without commands this process is of no use
             logger.exception("the engine process cannot read its commands")
             self.failed(f"{type(error).__name__}: {error}")
-            self._channel.close()
-            os._exit(1)
+            self.loop.commands.put(Stop())
         finally:
             socket.close()
 
@@ -100,8 +98,8 @@ class Worker:
             return
         try:
             compilation = self._engine.requests.compile(wanted)
-        except QuatomError as error:
-            self.refused(command.request_id, error)
+        except Exception as error:
+            self._refuse(command.request_id, error)
             return
         self._compiling[command.request_id] = compilation
         compilation.future.add_done_callback(lambda done: self._compiled(command, done))

@@ -78,12 +78,18 @@ class Generation:
             await self._while_connected(self._make_requests(prompts, shorten))
 
     async def _make_requests(self, prompts: list[list[int]], shorten: bool) -> None:
-        for i, token_ids in enumerate(prompts):
-            request_id = f"{self.id}-{i}"
-            params = self._that_fit(token_ids) if shorten else self.params
-            request = await self.service.engine.make_request(request_id, token_ids, params)
-            self.requests.append(request)
-            self.outputs.append(empty_output(request_id, token_ids, token_ids, params))
+        params = [self._that_fit(p) if shorten else self.params for p in prompts]
+
+        def make(i: int) -> Coroutine[Any, Any, PreparedRequest]:
+            return self.service.engine.make_request(f"{self.id}-{i}", prompts[i], params[i])
+
+        # The first one alone: the others find its constraint compiled, and need not take turns.
+        first = await make(0)
+        self.requests = [first, *await asyncio.gather(*map(make, range(1, len(prompts))))]
+        self.outputs = [
+            empty_output(request.request_id, prompt, prompt, fitting)
+            for request, prompt, fitting in zip(self.requests, prompts, params, strict=True)
+        ]
 
     def _that_fit(self, token_ids: list[int]) -> SamplingParams:
         room = self.service.engine.facts.max_model_len - len(token_ids)

@@ -94,7 +94,7 @@ class UnexpectedErrorMiddleware:
 
 
 class RequestLogMiddleware:
-    """One JSON line a request, and its id in the response's X-Request-ID."""
+    """One JSON line per request, and its id in the response's X-Request-ID."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -100,7 +100,9 @@ class ProcessEngine(AsyncEngine):
     async def make_request(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams
     ) -> _RemoteRequest:
-        """Let the engine's process check a request; it keeps what is dropped here unused no longer.
+        """Let the engine's process check a request, and keep it until it is run.
+
+        It drops the request when this end cancels, or drops the result without running it.
 
         Raises:
             QuatomError: the request is not valid, or the engine has stopped.
@@ -108,8 +110,8 @@ class ProcessEngine(AsyncEngine):
         self._check_running()
         answer: asyncio.Future[int] = self._loop.create_future()
         self._preparing[request_id] = answer
-        self._process.send(messages.Prepare(request_id, prompt_ids, params))
         try:
+            self._process.send(messages.Prepare(request_id, prompt_ids, params))
             request = _RemoteRequest(request_id, await answer)
         except asyncio.CancelledError:
             self._process.send(messages.Drop(request_id))
@@ -225,16 +227,20 @@ class ProcessEngine(AsyncEngine):
 
     async def _restart(self) -> None:
         assert self._plan is not None
-        process = EngineProcess(self._plan)  # in this thread: the process ends with its starter
         try:
-            await asyncio.to_thread(process.wait_until_ready)
-        except QuatomError as error:
+            process = EngineProcess(self._plan)  # in this thread: the process ends with its starter
+            await self._wait_until_ready(process)
+        except Exception as error:
             self.error = f"the engine could not be started anew: {error}"
             logger.error("the engine could not be started anew: %s", error)
             self.on_stop()
             return
+        self._process, self.facts, self.error = process, process.facts, None
+        self._watch()
+
+    async def _wait_until_ready(self, process: EngineProcess) -> None:
+        try:
+            await asyncio.to_thread(process.wait_until_ready)
         except asyncio.CancelledError:
             process.popen.kill()  # the thread that waits for it closes the rest
             raise
-        self._process, self.facts, self.error = process, process.facts, None
-        self._watch()

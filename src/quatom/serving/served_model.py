@@ -92,7 +92,12 @@ def start_engine(
     )
     process = EngineProcess(plan)
     process.wait_until_ready()
-    return ProcessEngine(process, _tokenizer(arguments["model"]), plan=plan if restart else None)
+    try:
+        tokenizer = _tokenizer(arguments["model"])
+    except BaseException:
+        process.close(0.0)
+        raise
+    return ProcessEngine(process, tokenizer, plan=plan if restart else None)
 
 
 def _tokenizer(model: str | None) -> Any:

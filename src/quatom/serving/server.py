@@ -74,9 +74,14 @@ def serve_engine(
         )
     )
     server.url = url_of(listener, tls)
-    # uvicorn raises the signal again when it has drained; that shall not look like a crash.
+
+    def leave(*_: object) -> None:
+        server.should_exit = True
+
+    # A signal counts before uvicorn has handlers of its own, too. When it has drained, it raises
+    # the signal again, which shall not look like a crash.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, leave)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     forget_startup()
     server.run(sockets=[listener])

@@ -10,6 +10,7 @@ const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const INLINE =
   /(`+)(?!`)([^]*?[^`])\1(?!`)|\*\*(?=\S)([^]*?\S)\*\*|__(?=\S)([^]*?\S)__(?!\w)|\*(?=\S)([^*]*?[^\s*])\*|\b_(?=\S)([^_]*?[^\s_])_\b|~~(?=\S)([^]*?\S)~~|\[([^\]\n]+)\]\(\s*<?([^\s)>]+)>?(?:\s+"[^"]*")?\s*\)/;
+const MAX_DEPTH = 20; // of quotes and lists; what is deeper is text
 const SAFE_ADDRESS = /^(?:https?:\/\/|mailto:)/i;
 
 export function markdown(text) {
@@ -18,7 +19,8 @@ export function markdown(text) {
   return fragment;
 }
 
-function blocks(lines) {
+function blocks(lines, depth = 0) {
+  const nests = depth < MAX_DEPTH;
   const made = [];
   let i = 0;
   while (i < lines.length) {
@@ -36,13 +38,13 @@ function blocks(lines) {
     } else if (RULE.test(line)) {
       made.push(element("hr"));
       i += 1;
-    } else if (QUOTE.test(line)) {
+    } else if (nests && QUOTE.test(line)) {
       const end = firstNot(lines, i, (l) => QUOTE.test(l));
-      made.push(element("blockquote", {}, ...blocks(lines.slice(i, end).map((l) => QUOTE.exec(l)[1]))));
+      made.push(element("blockquote", {}, ...blocks(lines.slice(i, end).map((l) => QUOTE.exec(l)[1]), depth + 1)));
       i = end;
-    } else if (ITEM.test(line)) {
+    } else if (nests && ITEM.test(line)) {
       const end = firstNot(lines, i, (l, j) => belongsToList(lines, l, j, indent(line)));
-      made.push(list(lines.slice(i, end)));
+      made.push(list(lines.slice(i, end), depth + 1));
       i = end;
     } else if (line.includes("|") && i + 1 < lines.length && TABLE_RULE.test(lines[i + 1])) {
       const end = firstNot(lines, i, (l) => l.includes("|"));
@@ -86,23 +88,23 @@ function belongsToList(lines, line, i, depth) {
   return indent(line) > depth || (ITEM.test(line) && indent(line) === depth) || !beginsBlock(line) && Boolean(lines[i - 1]?.trim());
 }
 
-function list(lines) {
-  const depth = indent(lines[0]);
+function list(lines, depth) {
+  const margin = indent(lines[0]);
   const number = ITEM.exec(lines[0])[2];
   const made = element(number === undefined ? "ul" : "ol");
   if (number !== undefined && number !== "1") made.start = Number(number);
   let item = [];
   const close = () => {
-    if (item.length) made.append(element("li", {}, ...tight(blocks(item))));
+    if (item.length) made.append(element("li", {}, ...tight(blocks(item, depth))));
     item = [];
   };
   for (const line of lines) {
     const match = ITEM.exec(line);
-    if (match && match[1].length <= depth) {
+    if (match && match[1].length <= margin) {
       close();
       item.push(match[3]);
     } else {
-      item.push(line.slice(Math.min(indent(line), depth + 2)));
+      item.push(line.slice(Math.min(indent(line), margin + 2)));
     }
   }
   close();
@@ -123,17 +125,20 @@ function table(lines) {
 }
 
 function inline(text) {
-  const match = INLINE.exec(text);
-  if (!match) return text ? [text] : [];
-  const [whole, , codeText, strong, strong2, emphasis, emphasis2, struck, label, address] = match;
-  let made;
-  if (codeText !== undefined) made = element("code", { text: codeText.trim() || codeText });
-  else if (strong ?? strong2) made = element("strong", {}, ...inline(strong ?? strong2));
-  else if (emphasis ?? emphasis2) made = element("em", {}, ...inline(emphasis ?? emphasis2));
-  else if (struck) made = element("del", {}, ...inline(struck));
-  else if (SAFE_ADDRESS.test(address)) {
-    made = element("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, ...inline(label));
-  } else made = whole;
-  const end = match.index + whole.length;
-  return [...(match.index ? [text.slice(0, match.index)] : []), made, ...inline(text.slice(end))];
+  const nodes = [];
+  for (let match; (match = INLINE.exec(text)); text = text.slice(match.index + match[0].length)) {
+    if (match.index) nodes.push(text.slice(0, match.index));
+    nodes.push(marked(match));
+  }
+  if (text) nodes.push(text);
+  return nodes;
+}
+
+function marked([whole, , codeText, strong, strong2, emphasis, emphasis2, struck, label, address]) {
+  if (codeText !== undefined) return element("code", { text: codeText.trim() || codeText });
+  if (strong ?? strong2) return element("strong", {}, ...inline(strong ?? strong2));
+  if (emphasis ?? emphasis2) return element("em", {}, ...inline(emphasis ?? emphasis2));
+  if (struck) return element("del", {}, ...inline(struck));
+  if (!SAFE_ADDRESS.test(address)) return whole;
+  return element("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, ...inline(label));
 }
