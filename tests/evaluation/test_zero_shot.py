@@ -353,7 +353,7 @@ def test_a_damaged_row_is_named_with_its_line(loaded, tmp_path, line, match):
 
 
 def test_a_limit_below_one_is_refused(loaded, task_dir):
-    with pytest.raises(CalibrationError, match="at least 1 example a task, got 0"):
+    with pytest.raises(CalibrationError, match="at least 1 example per task, got 0"):
         evaluate_tasks(loaded, ["piqa"], data_dir=task_dir, limit=0)
 
 
