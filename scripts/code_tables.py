@@ -14,7 +14,8 @@ from typer.core import TyperGroup
 
 import quatom
 from quatom.cli.main import app
-from quatom.recipe import PRESETS, Recipe
+from quatom.presets import PRESETS
+from quatom.recipe import Recipe
 
 PACKAGE = Path(quatom.__file__).parent
 

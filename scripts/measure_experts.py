@@ -23,7 +23,7 @@ from tests.quantize.planted_experts import (
     with_bound,
 )
 
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 
 class Texts(TypedDict):

@@ -25,8 +25,9 @@ from quatom.benchmark.environment import command_line, describe_environment, wri
 from quatom.errors import RecipeError
 from quatom.loading import LoadedModel, load
 from quatom.modeling.context import full_sequences_context
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.recipe import CalibrationSpec
 
 LENGTH = 72
 """Tokens of the text: longer than every window and than several KV blocks."""

@@ -11,8 +11,8 @@ from quatom.errors import BackendError, CheckpointError
 from quatom.loading import default_dtype, load, usable_device
 from quatom.modeling.linear import FloatLinear, QuantizedLinear
 from quatom.ops.backend import Backend
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS
 from tests.checkpoint.models import CONFIG, write_model
 from tests.conftest import write_byte_tokenizer
 

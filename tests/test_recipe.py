@@ -7,9 +7,9 @@ from typing import Literal, get_origin, get_type_hints
 import pytest
 
 from quatom.errors import RecipeError
+from quatom.presets import PRESETS
 from quatom.recipe import (
     FORMAT_VERSION,
-    PRESETS,
     ActivationSpec,
     CalibrationSpec,
     KVSpec,

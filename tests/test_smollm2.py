@@ -15,8 +15,9 @@ from quatom.checkpoint.schema import bits_per_weight
 from quatom.families.registry import read_config
 from quatom.loading import load
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.recipe import CalibrationSpec
 from tests.checkpoint.models import SMOLLM2
 from tests.conftest import SHARED_DATA
 from tests.quantize.simulation import Simulation, run_and_record

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from quatom.evaluation.zero_shot import evaluate_tasks as evaluate_tasks
     from quatom.loading import LoadedModel as LoadedModel
     from quatom.loading import load as load
+    from quatom.presets import PRESETS as PRESETS
     from quatom.quantize.pipeline import QuantizeReport as QuantizeReport
     from quatom.quantize.pipeline import quantize_checkpoint as quantize_checkpoint
-    from quatom.recipe import PRESETS as PRESETS
     from quatom.recipe import Recipe as Recipe
 
 _PUBLIC = {
@@ -38,7 +38,7 @@ _PUBLIC = {
     "evaluate_tasks": "quatom.evaluation.zero_shot",
     "SamplingParams": "quatom.engine.sampling",
     "Recipe": "quatom.recipe",
-    "PRESETS": "quatom.recipe",
+    "PRESETS": "quatom.presets",
     "load": "quatom.loading",
     "quantize_checkpoint": "quatom.quantize.pipeline",
 }

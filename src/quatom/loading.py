@@ -22,7 +22,8 @@ from quatom.modeling.weights import FloatLayer, FloatSite, LayerWeights, NormWei
 from quatom.numerics.rotary import head_order
 from quatom.ops.backend import Backend
 from quatom.plan import LayerPlan, ModelPlan, plan
-from quatom.recipe import PRESETS, Recipe
+from quatom.presets import PRESETS
+from quatom.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from quatom.errors import RecipeError
-from quatom.recipe import PRESETS, Recipe
+from quatom.presets import PRESETS
+from quatom.recipe import Recipe
 
 CUSTOM = "custom"
 """Name of a recipe file that gives none."""

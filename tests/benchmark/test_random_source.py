@@ -10,8 +10,9 @@ from quatom.benchmark.model_shapes import SHAPES, find_shape
 from quatom.benchmark.random_source import random_source, random_tokens
 from quatom.checkpoint.reader import open_source
 from quatom.errors import ModelError
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.recipe import CalibrationSpec
 
 
 def test_every_shape_is_described_by_a_config_and_has_the_tensors_of_one():

@@ -22,7 +22,8 @@ from quatom.modeling.context import full_sequences_context
 from quatom.numerics.formats import get_format
 from quatom.ops.backend import Backend
 from quatom.plan import plan
-from quatom.recipe import PRESETS, OutlierSpec
+from quatom.presets import PRESETS
+from quatom.recipe import OutlierSpec
 
 TINY = find_shape("tiny")
 FLOAT = PRESETS["fp16"]

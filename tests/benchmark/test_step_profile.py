@@ -10,7 +10,7 @@ from quatom.benchmark.step_profile import IDLE, REST, charge, part_of, profile_s
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.errors import EngineError
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 
 def test_a_kernel_that_waits_for_its_predecessor_is_charged_from_its_end():

@@ -19,7 +19,7 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.startup import GIB, bytes_in_use
 from quatom.errors import EngineError, ModelError
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 FORM = {  # the keys that every entry of a serving file has

@@ -12,7 +12,7 @@ from quatom.checkpoint.gguf_model import hf_name
 from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.families.registry import read_config
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 from tests.checkpoint.models import CONFIG, random_tensor
 
 BASE = {

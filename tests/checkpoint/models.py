@@ -9,7 +9,7 @@ from quatom.checkpoint.safetensors_file import write_tensors
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.families.registry import read_config
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

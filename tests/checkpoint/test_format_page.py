@@ -12,7 +12,7 @@ from quatom.numerics.formats import get_format
 from quatom.numerics.groups import dequantize_groups
 from quatom.numerics.packing import unpack_bits
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 from tests.checkpoint.models import CONFIG, SMOLLM2, write_model
 from tests.checkpoint.test_writer import write
 

@@ -21,7 +21,7 @@ from quatom.checkpoint.reader import open_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.plan import plan
 from quatom.quantize.host_memory import return_free_memory
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 source = open_source(sys.argv[1])
 writer = CheckpointWriter(sys.argv[2], source, plan(source.model_config, PRESETS["fp16"]))

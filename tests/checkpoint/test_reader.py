@@ -13,7 +13,7 @@ from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.errors import CheckpointError, ModelError, QuatomError, RecipeError
 from quatom.families.registry import read_config
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 from tests.checkpoint.models import CONFIG, replace_tensors, write_file, write_model
 
 ATOM = PRESETS["atom-w4a4kv4"]

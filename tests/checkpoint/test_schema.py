@@ -19,7 +19,13 @@ from quatom.errors import RecipeError
 from quatom.families.registry import read_config
 from quatom.numerics.groups import GroupLayout
 from quatom.plan import num_outliers, plan
-from quatom.recipe import PRESETS, ActivationSpec, OutlierSpec, Recipe, WeightSpec
+from quatom.presets import PRESETS
+from quatom.recipe import (
+    ActivationSpec,
+    OutlierSpec,
+    Recipe,
+    WeightSpec,
+)
 from tests.checkpoint.models import CONFIG, LLAMA_7B, SMOLLM2
 
 ATOM = PRESETS["atom-w4a4kv4"]

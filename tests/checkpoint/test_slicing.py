@@ -12,7 +12,8 @@ from quatom.numerics.groups import GroupLayout, dequantize_groups
 from quatom.numerics.packing import unpack_bits
 from quatom.numerics.reorder import channel_order, inverse_order, sliceable_positions
 from quatom.plan import plan
-from quatom.recipe import PRESETS, ActivationSpec, WeightSpec
+from quatom.presets import PRESETS
+from quatom.recipe import ActivationSpec, WeightSpec
 from tests.checkpoint.models import CONFIG, random_tensor
 
 MODEL = read_config(CONFIG | {"hidden_size": 256, "intermediate_size": 512})

@@ -20,7 +20,7 @@ from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CheckpointError
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 from tests.checkpoint.models import CONFIG, random_tensor, write_model
 
 ATOM = PRESETS["atom-w4a4kv4"]

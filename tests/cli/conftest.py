@@ -23,8 +23,9 @@ def small_checkpoint(small_dir, text_file, tmp_path_factory):
     """`small_dir` quantized with Atom's recipe."""
     from dataclasses import replace
 
+    from quatom.presets import PRESETS
     from quatom.quantize.pipeline import quantize_checkpoint
-    from quatom.recipe import PRESETS, CalibrationSpec
+    from quatom.recipe import CalibrationSpec
 
     target = tmp_path_factory.mktemp("checkpoints") / "small-q"
     spec = CalibrationSpec(num_samples=2, sequence_length=24)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from quatom.errors import CalibrationError, ModelError
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.recipe import CalibrationSpec
 from tests.checkpoint.gguf_models import write_gguf
 
 RECIPE = replace(

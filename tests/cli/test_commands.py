@@ -9,7 +9,8 @@ from quatom.checkpoint.schema import bits_per_weight
 from quatom.families.registry import read_config
 from quatom.loading import load
 from quatom.plan import plan
-from quatom.recipe import PRESETS, Recipe
+from quatom.presets import PRESETS
+from quatom.recipe import Recipe
 from tests.cli.commands import SMALL
 
 SHORT = ("--num-samples", 2, "--sequence-length", 24)

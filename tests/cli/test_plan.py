@@ -8,7 +8,7 @@ import pytest
 from quatom.benchmark.memory_plan import GIB, GPUS, plan_memory
 from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.random_weights import random_model
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 from tests.checkpoint.gguf_models import write_gguf
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from quatom.errors import RecipeError
+from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import DEFAULT_RECIPE, PRESETS, Recipe
+from quatom.recipe import Recipe
 from quatom.recipe_file import differences, find_recipe, recipe_from
 
 

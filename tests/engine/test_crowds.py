@@ -21,7 +21,7 @@ from quatom.engine.llm import LLM
 from quatom.engine.sampling import SamplingParams
 from quatom.loading import load
 from quatom.ops.backend import Backend
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 from .doubles import HashCache, HashModel, expected_tokens, hash_loaded, state_of
 

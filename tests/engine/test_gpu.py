@@ -6,7 +6,7 @@ from quatom.benchmark.random_weights import random_model
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 pytestmark = pytest.mark.gpu
 

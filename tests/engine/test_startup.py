@@ -13,7 +13,7 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.startup import GIB, build_engine, bytes_in_use, step_sizes
 from quatom.errors import EngineError
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=128)
 

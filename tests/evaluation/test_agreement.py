@@ -7,7 +7,7 @@ from quatom.benchmark.random_weights import random_model
 from quatom.engine.config import EngineConfig
 from quatom.errors import CheckpointError, EngineError
 from quatom.evaluation.agreement import Choices, compare_choices, cut_prompts, record_choices
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=256, max_model_len=64)
 PROMPTS = [[5 + i, 90 + i, 7, 300, 11 * i + 1] for i in range(4)]

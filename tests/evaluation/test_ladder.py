@@ -11,8 +11,9 @@ from quatom.evaluation.ladder import LadderRun
 from quatom.evaluation.ladders import LADDERS
 from quatom.evaluation.perplexity import measure_perplexity
 from quatom.loading import load
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.recipe import CalibrationSpec
 from tests.checkpoint.models import write_model
 from tests.cli.commands import SMALL, Shell
 from tests.conftest import write_byte_tokenizer

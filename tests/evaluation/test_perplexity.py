@@ -12,7 +12,8 @@ from quatom.evaluation.perplexity import cut_windows, measure_perplexity, window
 from quatom.loading import build_decoder, load, load_float_layer
 from quatom.modeling.build import build_block
 from quatom.plan import plan
-from quatom.recipe import PRESETS, KVSpec
+from quatom.presets import PRESETS
+from quatom.recipe import KVSpec
 
 
 @pytest.fixture(scope="module")

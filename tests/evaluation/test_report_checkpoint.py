@@ -16,7 +16,7 @@ from quatom.errors import CalibrationError, ModelError
 from quatom.evaluation.report import read_inputs, render_report
 from quatom.evaluation.report_charts import Series, bar_chart, heat_map, ladder_chart
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 from tests.evaluation.test_report import BLOCKS, PIXEL, Tables
 
 RECIPE = PRESETS["quatom-w4a8kv4"]

@@ -12,7 +12,7 @@ from quatom.evaluation.perplexity import Perplexity
 from quatom.evaluation.results import accuracy_entry, add_results, read_results
 from quatom.loading import load
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 MEASURED = Perplexity(
     perplexity=12.5, sequence_length=64, windows=8, all_windows=False, seconds=1.26

@@ -268,7 +268,7 @@ def test_a_line_cut_off_by_a_kill_is_asked_again(loaded, tmp_path):
 def test_answers_are_kept_apart_by_model_recipe_and_dtype(loaded, tmp_path, tiny_qwen2_dir):
     from dataclasses import replace
 
-    from quatom.recipe import PRESETS
+    from quatom.presets import PRESETS
 
     others = [
         load(tiny_qwen2_dir),

@@ -13,9 +13,10 @@ from quatom.errors import RecipeError
 from quatom.loading import load
 from quatom.modeling.context import full_sequences_context
 from quatom.modeling.rotary import RotaryTables
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.statistics import run_block
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.recipe import CalibrationSpec
 from tests.families.models import TINY, save_tiny
 
 CALIBRATION = CalibrationSpec(num_samples=4, sequence_length=48)

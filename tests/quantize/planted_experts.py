@@ -15,9 +15,10 @@ from quatom.loading import load_float_layer
 from quatom.modeling.build import build_block
 from quatom.modeling.rotary import RotaryTables
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.measure import measure_channels
 from quatom.quantize.walk import BlockQuantizer, Streams
-from quatom.recipe import PRESETS, Recipe
+from quatom.recipe import Recipe
 from tests.families.models import COMMON, model_class
 
 EXPERTS, OUTLIERS, FACTOR, RARE = 4, 16, 20.0, 3

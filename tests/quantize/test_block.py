@@ -11,12 +11,13 @@ from quatom.loading import load_float_layer
 from quatom.modeling.build import build_block
 from quatom.modeling.rotary import RotaryTables
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.outliers import channel_magnitudes
 from quatom.quantize.rounding import round_site
 from quatom.quantize.statistics import ChannelScores, SecondMoments, observe, run_block
 from quatom.quantize.transforms import transforms_of
 from quatom.quantize.transforms.order import choose_orders
-from quatom.recipe import PRESETS, KVSpec, OutlierSpec, WeightSpec
+from quatom.recipe import KVSpec, OutlierSpec, WeightSpec
 
 CPU = torch.device("cpu")
 FLOAT = PRESETS["fp16"]

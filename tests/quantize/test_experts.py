@@ -13,6 +13,7 @@ from quatom.modeling.build import build_block
 from quatom.modeling.rotary import RotaryTables
 from quatom.ops.experts import Routing, group_tokens
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.expert_report import ExpertReport
 from quatom.quantize.expert_statistics import ExpertInputs, ExpertSums, down_input
 from quatom.quantize.measure import EXPERT_TOKENS, measure_channels, measure_moments
@@ -20,7 +21,7 @@ from quatom.quantize.pipeline import REPORT_FILE, quantize_checkpoint
 from quatom.quantize.rounding import round_experts, round_site
 from quatom.quantize.statistics import ChannelScores, SecondMoments, run_block
 from quatom.quantize.transforms import transforms_of
-from quatom.recipe import PRESETS, CalibrationSpec, WeightSpec
+from quatom.recipe import CalibrationSpec, WeightSpec
 from tests.families.models import save_tiny
 from tests.quantize.planted_experts import (
     RARE,

@@ -14,11 +14,12 @@ from quatom.numerics.kv_pages import KVPages
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.ops.rope_append_kv.reference import rotate_halves
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.statistics import KeyStatistics, observe, run_block
 from quatom.quantize.transforms import transforms_of
 from quatom.quantize.walk import embed
-from quatom.recipe import PRESETS, CalibrationSpec, KVSpec
+from quatom.recipe import CalibrationSpec, KVSpec
 from tests.checkpoint.models import CONFIG, write_model
 from tests.conftest import write_byte_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 
 from quatom.families.registry import read_config
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 from tests.checkpoint.models import CONFIG, random_tensor, write_file
 from tests.checkpoint.rss import peak_rss_bytes
 from tests.conftest import write_byte_tokenizer
@@ -27,7 +27,8 @@ QUANTIZE = """
 import sys
 from dataclasses import replace
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.presets import PRESETS
+from quatom.recipe import CalibrationSpec
 
 recipe = PRESETS["atom-w4a4kv4"]
 recipe = replace(

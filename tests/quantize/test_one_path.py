@@ -8,9 +8,9 @@ import torch
 
 from quatom.errors import RecipeError
 from quatom.loading import load
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.recipe import (
-    PRESETS,
     ActivationSpec,
     CalibrationSpec,
     KVSpec,

@@ -8,9 +8,10 @@ import torch
 from quatom.checkpoint.reader import open_source
 from quatom.loading import load_float_layer
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.transforms.products import balance_products, balancing_power
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.recipe import CalibrationSpec
 from tests.checkpoint.models import replace_tensors
 
 PAIRS = {

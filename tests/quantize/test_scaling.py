@@ -13,6 +13,7 @@ from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.clipping import SEARCH_RATIOS, weight_scales
 from quatom.numerics.formats import get_format
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.measure import LayerStatistics
 from quatom.quantize.statistics import run_block
 from quatom.quantize.transforms import transforms_of
@@ -24,7 +25,7 @@ from quatom.quantize.transforms.scaling import (
     scale_channels,
     smooth_factors,
 )
-from quatom.recipe import PRESETS, KVSpec, Recipe, ScalingSpec
+from quatom.recipe import KVSpec, Recipe, ScalingSpec
 from tests.families.models import save_tiny
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ from quatom.engine.engine import Engine
 from quatom.engine.llm import LLM
 from quatom.engine.sampling import SamplingParams
 from quatom.loading import load
+from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.recipe import CalibrationSpec
 from tests.families.models import save_tiny
 from tests.serving.conftest import running_server
 

@@ -24,7 +24,8 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
 from quatom.modeling.context import ForwardContext
-from quatom.recipe import PRESETS, Recipe
+from quatom.presets import PRESETS
+from quatom.recipe import Recipe
 
 PROMPT_TOKENS = 1024
 KINDS: dict[str, dict[str, Any]] = {

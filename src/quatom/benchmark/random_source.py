@@ -17,7 +17,8 @@ from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.families.spec import ModelConfig
 from quatom.loading import usable_device
 from quatom.plan import plan
-from quatom.recipe import PRESETS, CalibrationSpec
+from quatom.presets import PRESETS
+from quatom.recipe import CalibrationSpec
 
 
 def random_source(

@@ -13,7 +13,8 @@ from quatom.errors import EngineError, ModelError
 from quatom.families.spec import ModelConfig
 from quatom.loading import LoadedModel, load
 from quatom.plan import plan
-from quatom.recipe import PRESETS, Recipe
+from quatom.presets import PRESETS
+from quatom.recipe import Recipe
 
 
 def benchmark_models(

@@ -39,7 +39,8 @@ from quatom.checkpoint.validation import (
 from quatom.errors import CheckpointError
 from quatom.families.spec import ModelConfig
 from quatom.plan import plan
-from quatom.recipe import PRESETS, Recipe
+from quatom.presets import PRESETS
+from quatom.recipe import Recipe
 
 _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 

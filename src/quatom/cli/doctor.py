@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quatom.cli.options import DeviceOption
-from quatom.recipe import DEFAULT_RECIPE
+from quatom.presets import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

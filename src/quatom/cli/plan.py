@@ -33,7 +33,7 @@ def plan(
     from quatom.benchmark.model_shapes import find_shape
     from quatom.checkpoint.reader import read_model_config
     from quatom.cli.common import print_table, read_recipe
-    from quatom.recipe import DEFAULT_RECIPE, PRESETS
+    from quatom.presets import DEFAULT_RECIPE, PRESETS
 
     own = None
     if model.startswith("random:"):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quatom.cli.options import DeviceOption
-from quatom.recipe import DEFAULT_RECIPE
+from quatom.presets import DEFAULT_RECIPE
 
 
 def quantize(
@@ -79,9 +79,9 @@ def quantize(
         read_dtype,
         read_recipe,
     )
+    from quatom.presets import PRESETS
     from quatom.quantize.pipeline import REPORT_FILE, quantize_checkpoint
     from quatom.quantize.walk import QuantizedBlock
-    from quatom.recipe import PRESETS
     from quatom.recipe_file import differences, find_recipe
 
     chosen = read_recipe(

@@ -15,7 +15,7 @@ def recipes(
     from json import dumps
 
     from quatom.cli.common import print_recipe, print_table
-    from quatom.recipe import PRESETS
+    from quatom.presets import PRESETS
     from quatom.recipe_file import find_recipe
 
     if name is None:

@@ -24,12 +24,13 @@ from quatom.modeling.inputs import NormLayer
 from quatom.modeling.rotary import RotaryTables
 from quatom.ops.backend import Backend
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.finite import check_finite_block
 from quatom.quantize.measure import wanted_statistics
 from quatom.quantize.statistics import run_block
 from quatom.quantize.transforms import Statistics, transforms_of
 from quatom.quantize.walk import BlockQuantizer, Streams, embed
-from quatom.recipe import PRESETS, Recipe
+from quatom.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

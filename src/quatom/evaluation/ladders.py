@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from quatom.presets import PRESETS
 from quatom.recipe import (
-    PRESETS,
     ActivationFormat,
     ActivationSpec,
     KVSpec,

@@ -18,9 +18,9 @@ from quatom.modeling.build import build_block
 from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.reorder import channel_order
 from quatom.plan import plan
+from quatom.presets import PRESETS
 from quatom.quantize.statistics import observe, run_block
 from quatom.quantize.walk import embed
-from quatom.recipe import PRESETS
 
 
 @dataclass(frozen=True, slots=True)

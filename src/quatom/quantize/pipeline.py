@@ -23,10 +23,11 @@ from quatom.families.spec import SITES
 from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
 from quatom.plan import ModelPlan, plan
+from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.quantize.calibration_data import calibration_tokens, check_token_ids, check_tokens
 from quatom.quantize.expert_report import ExpertReport
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
-from quatom.recipe import DEFAULT_RECIPE, PRESETS, Recipe
+from quatom.recipe import Recipe
 
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""

@@ -26,6 +26,7 @@ from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import FloatLayer, FloatSite, LayerWeights, SiteCodes
 from quatom.ops.backend import Backend
 from quatom.plan import LayerPlan, ModelPlan, plan
+from quatom.presets import PRESETS
 from quatom.quantize.expert_report import ExpertReport
 from quatom.quantize.finite import check_finite_block
 from quatom.quantize.host_memory import return_free_memory
@@ -41,7 +42,6 @@ from quatom.quantize.statistics import (
 )
 from quatom.quantize.transforms import Statistics, transforms_of
 from quatom.quantize.transforms.order import made_rows
-from quatom.recipe import PRESETS
 
 
 @dataclass(slots=True)
