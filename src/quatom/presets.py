@@ -1,0 +1,133 @@
+"""The named recipes."""
+
+from quatom.recipe import (
+    ActivationSpec,
+    KVSpec,
+    OutlierSpec,
+    Recipe,
+    ScalingSpec,
+    WeightSpec,
+)
+
+
+def _presets() -> dict[str, Recipe]:
+    no_outliers = OutlierSpec(channels=0)
+    float_activations = ActivationSpec(format="float16")
+    float_cache = KVSpec(format="float16")
+    atom_weights = WeightSpec(rows_per_scale=2, clip_ratio=0.85)
+    searched_weights = WeightSpec(
+        clip_search="mse", scale_format="packed_multiples", descent_sweeps=3
+    )
+    rotated_cache = KVSpec(
+        keys="post_rope",
+        rotation="hadamard",
+        key_offset="weighted",
+        key_scaling="weighted",
+        value_rotation="hadamard",
+    )
+    half_balance = ScalingSpec(method="balanced", strength=0.5)
+    recipes = (
+        Recipe(
+            name="fp16",
+            weights=WeightSpec(format="float16", rounding="nearest"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="w8a8",
+            weights=WeightSpec(format="int8", group_size=-1, rounding="nearest"),
+            activations=ActivationSpec(format="int8", group_size=-1),
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="w4a16",
+            weights=WeightSpec(clip_search="mse", column_order="important_first"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="gptq-w4a16",
+            weights=WeightSpec(column_order="important_first"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="awq-w4a16",
+            weights=WeightSpec(rounding="nearest", clip_search="group_output"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+            channel_scaling=ScalingSpec(method="awq", strength=1.0),
+        ),
+        Recipe(
+            name="smoothquant-w8a8",
+            weights=WeightSpec(format="int8", group_size=-1, rounding="nearest"),
+            activations=ActivationSpec(format="int8", group_size=-1),
+            kv_cache=float_cache,
+            outliers=no_outliers,
+            channel_scaling=ScalingSpec(method="smoothquant"),
+        ),
+        Recipe(
+            name="smoothquant-w4a4",
+            weights=WeightSpec(group_size=-1, rounding="nearest"),
+            activations=ActivationSpec(group_size=-1),
+            kv_cache=float_cache,
+            outliers=no_outliers,
+            channel_scaling=ScalingSpec(method="smoothquant"),
+        ),
+        Recipe(
+            name="rtn-w4a4",
+            weights=WeightSpec(group_size=-1, rounding="nearest"),
+            activations=ActivationSpec(group_size=-1),
+            kv_cache=float_cache,
+            outliers=no_outliers,
+        ),
+        Recipe(
+            name="atom-w4a4kv4",
+            weights=atom_weights,
+            activations=ActivationSpec(clip_ratio=0.9),
+        ),
+        Recipe(
+            name="atom-w4a8kv4",
+            weights=atom_weights,
+            activations=ActivationSpec(format="e4m3"),
+        ),
+        Recipe(
+            name="atom-fp4",
+            weights=WeightSpec(format="e2m1", rows_per_scale=2, clip_ratio=0.85),
+            activations=ActivationSpec(format="e2m1"),
+        ),
+        Recipe(
+            name="atom-w3a3",
+            weights=WeightSpec(format="int3", rows_per_scale=2, clip_ratio=0.85),
+            activations=ActivationSpec(format="int3", clip_ratio=0.9),
+        ),
+        Recipe(
+            name="quatom-w4a4kv4",
+            weights=searched_weights,
+            activations=ActivationSpec(
+                clip_ratio=0.85, scale_format="multiples", rotation="hadamard"
+            ),
+            kv_cache=rotated_cache,
+            channel_scaling=half_balance,
+        ),
+        Recipe(
+            name="quatom-w4a8kv4",
+            weights=searched_weights,
+            activations=ActivationSpec(format="int8", group_size=-1, rotation="hadamard"),
+            kv_cache=rotated_cache,
+            channel_scaling=half_balance,
+        ),
+    )
+    return {recipe.name: recipe for recipe in recipes}
+
+
+PRESETS: dict[str, Recipe] = _presets()
+"""Recipes by name; each is a row of the accuracy and throughput tables in the docs."""
+
+DEFAULT_RECIPE = "quatom-w4a8kv4"
+"""The preset that the command line and `quantize_checkpoint` take when none is named."""
