@@ -112,3 +112,20 @@ def test_a_step_reads_the_experts_that_its_tokens_touch():
     kv = (2 * 100 + 2) * 2 * 2 * 8 * 128 * 32
     assert step == pytest.approx((mixtral.bytes_read(2) + head + kv) / 3.35e12, rel=1e-12)
     assert roofline("fp16").bytes_read(1) == roofline("fp16").linear_bytes
+
+
+def test_a_step_reads_the_experts_that_its_tokens_touch():
+    mixtral = roofline("fp16", find_shape("mixtral-8x7b"))
+    expert = 3 * 4096 * 14336  # weights of one expert
+    attention = 2 * 4096 * (4096 + 1024)
+    assert mixtral.linear_weights == pytest.approx(32 * (attention + 2 * expert), rel=1e-12)
+    assert mixtral.linear_bytes == 2 * 32 * (attention + 8 * expert)
+    # One token touches 2 of 8; two touch 8 (1 - (3 / 4) ** 2) = 3.5; many touch all.
+    for tokens, touched in [(1, 2), (2, 3.5), (1000, 8)]:
+        read = 2 * 32 * (attention + touched * expert)
+        assert mixtral.bytes_read(tokens) == pytest.approx(read, rel=1e-12)
+    step = mixtral.decode_step(2, 100)
+    head = 2 * 32000 * 4096
+    kv = (2 * 100 + 2) * 2 * 2 * 8 * 128 * 32
+    assert step == pytest.approx((mixtral.bytes_read(2) + head + kv) / 3.35e12, rel=1e-12)
+    assert roofline("fp16").bytes_read(1) == roofline("fp16").linear_bytes

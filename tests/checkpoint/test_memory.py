@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 
 from quatom.checkpoint.reader import open_source
@@ -34,6 +35,7 @@ writer.finish()
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     peaks = {}
     for blocks in (4, 16):

@@ -89,6 +89,7 @@ def peaks(tmp_path_factory, text_file):
     return least
 
 
+@pytest.mark.slow
 def test_twelve_blocks_more_need_no_more_memory(peaks):
     # Two blocks allow for that noise; whatever held a sixth of every block would need more.
     assert peaks[16] - peaks[4] < 2 * BLOCK_BYTES, {n: p / 1e6 for n, p in peaks.items()}
