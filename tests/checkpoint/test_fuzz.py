@@ -98,7 +98,7 @@ def change_bytes(content: bytes, draw: random.Random, head: int) -> bytes:
         elif kind < 0.9:
             content = content[:at] + piece + content[at:]
         else:
-            content = content[: draw.randrange(len(content))]
+            content = content[: draw.randrange(len(content) or 1)]
     return content
 
 
