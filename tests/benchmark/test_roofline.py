@@ -5,7 +5,7 @@ import pytest
 from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.roofline import Ceilings, Roofline, Work
 from quatom.plan import plan
-from quatom.recipe import PRESETS
+from quatom.presets import PRESETS
 
 SPEC = Ceilings(copy_tb_s=3.35, bf16_tflops=989.0, low_bit_tflops=1979.0)
 LLAMA = find_shape("llama-2-7b")
