@@ -14,6 +14,7 @@ from quatom.checkpoint.schema import bits_by_linear, bits_per_weight
 from quatom.cli.main import app
 from quatom.errors import CalibrationError, ModelError
 from quatom.evaluation.report import read_inputs, render_report
+from quatom.evaluation.report_checkpoint import _bits_by_kind
 from quatom.evaluation.report_charts import Series, bar_chart, heat_map, ladder_chart
 from quatom.plan import plan
 from quatom.presets import PRESETS
@@ -166,3 +167,11 @@ def test_a_recipe_without_text_has_no_calibration(tmp_path):
     page = render_report(read_inputs([tmp_path / "x.json"]))
     assert Tables(page).sections["sizes"] == [["checkpoint", "size, MB"], ["m, w8a8", "1.0"]]
     assert "None" not in page
+
+
+def test_all_experts_of_a_linear_are_counted():
+    resolved = plan(find_shape("mixtral-8x7b"), PRESETS["quatom-w4a8kv4"])
+    kinds = _bits_by_kind(resolved)
+    assert sum(count for found in kinds.values() for _, count in found) == resolved.num_weights
+    bits = sum(bits * count for found in kinds.values() for bits, count in found)
+    assert bits / resolved.num_weights == pytest.approx(bits_per_weight(resolved), rel=1e-12)

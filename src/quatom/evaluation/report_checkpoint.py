@@ -95,9 +95,8 @@ def _bits_by_kind(plan: ModelPlan) -> dict[str, list[tuple[float, int]]]:
     for layer in plan.layers:
         for site in layer.sites.values():
             for linear in site.linears:
-                kind = linear.name.removeprefix(layer.prefix).rpartition(".")[2]
-                entry = (bits[linear.name], linear.rows * linear.channels)
-                kinds.setdefault(kind, []).append(entry)
+                entry = (bits[linear.name], math.prod(linear.shape))
+                kinds.setdefault(linear.kind, []).append(entry)
     return kinds
 
 
