@@ -91,7 +91,7 @@ def test_bits_are_the_bytes_in_the_files():
     ("preset", "weights", "activations", "cache"),
     [
         ("fp16", 16.0, 16.0, 16.0),
-        # One float16 scale a row: 16 / 4096, 16 / 11008.
+        # One float16 scale per row: 16 / 4096, 16 / 11008.
         ("w8a8", 8.00336, 8.00275, 16.0),
         ("w4a16", 4.125, 16.0, 16.0),
         ("atom-w4a4kv4", 4.17558, 4.21291, 4.25),

@@ -14,7 +14,7 @@ from quatom.numerics.clipping import SEARCH_RATIOS, weight_scales
 from quatom.numerics.formats import get_format
 from quatom.plan import plan
 from quatom.presets import PRESETS
-from quatom.quantize.measure import LayerStatistics
+from quatom.quantize.measure import measure_channels
 from quatom.quantize.statistics import run_block
 from quatom.quantize.transforms import transforms_of
 from quatom.quantize.transforms.awq import search_factors
@@ -52,14 +52,12 @@ def measure(source, recipe, hidden):
     floating = plan(source.model_config, PRESETS["fp16"]).layers[0]
     module, length = build_block(floating, weights), hidden.shape[1]
     rotary = RotaryTables(source.model_config, length)
-    watch = LayerStatistics(recipe, layer.spec.attention, length, rotary.of(0))
-    with watch.watching(module):
-        output = run_block(module, hidden, rotary)
+    output, statistics = measure_channels(module, hidden, rotary, recipe)
 
     def run(changed):
         return run_block(build_block(floating, changed), hidden, rotary)
 
-    return layer, weights, watch.finish(), output, run
+    return layer, weights, statistics, output, run
 
 
 @pytest.mark.parametrize("family", FAMILIES)

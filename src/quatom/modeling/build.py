@@ -11,7 +11,7 @@ from quatom.modeling.linear import (
 )
 from quatom.modeling.weights import FloatSite, LayerWeights, SiteCodes
 from quatom.ops.backend import Backend
-from quatom.ops.experts import prepare_experts
+from quatom.ops.experts import PreparedExperts, prepare_experts
 from quatom.ops.linear import prepare_weights
 from quatom.plan import LayerPlan, SitePlan
 
@@ -58,37 +58,24 @@ def _build_site(
     if isinstance(held, FloatSite):
         floats = FloatLinear if plan.experts is None else FloatExperts
         return floats(held.weight, held.bias), InputQuantizer(plan.input_spec, order, backend)
-    formats = {
-        "weight_format": plan.weights.format,
-        "activation_format": plan.activation_format,
-        "outlier_format": plan.outliers.format,
-    }
-    linear: QuantizedLinear | QuantizedExperts
-    if plan.experts is None:
-        linear = QuantizedLinear(
-            prepare_weights(
-                held.values,
-                held.scales,
-                plan.layout,
-                bias=held.bias,
-                scale_mode=plan.scale_mode,
-                backend=backend,
-                **formats,
-            )
-        )
+    prepare = prepare_weights if plan.experts is None else prepare_experts
+    prepared = prepare(
+        held.values,
+        held.scales,
+        plan.layout,
+        bias=held.bias,
+        weight_format=plan.weights.format,
+        activation_format=plan.activation_format,
+        outlier_format=plan.outliers.format,
+        scale_mode=plan.scale_mode,
+        backend=backend,
+    )
+    linear: SiteLinear
+    if isinstance(prepared, PreparedExperts):
+        linear = QuantizedExperts(prepared)
     else:
-        linear = QuantizedExperts(
-            prepare_experts(
-                held.values,
-                held.scales,
-                plan.layout,
-                bias=held.bias,
-                scale_mode=plan.scale_mode,
-                backend=backend,
-                **formats,
-            )
-        )
-    spec = None if plan.input_spec is None else linear.prepared.input_spec(plan.input_spec)
+        linear = QuantizedLinear(prepared)
+    spec = None if plan.input_spec is None else prepared.input_spec(plan.input_spec)
     if order is not None:
         order = order.to(held.values.device)
     return linear, InputQuantizer(spec, order, backend)

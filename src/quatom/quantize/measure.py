@@ -1,7 +1,6 @@
 """Run a block over calibration text and measure what transforms and rounders want to know."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -67,12 +66,6 @@ class LayerStatistics:
         self.sensitivity = (
             KeySensitivity(attention, length, rotary) if recipe.kv_cache.weighs_keys else None
         )
-
-    @contextmanager
-    def watching(self, block: DecoderBlock) -> Iterator[None]:
-        """While active, everything that runs through a block without experts is measured."""
-        with observe(block, self.see_input, see_heads=self.see_heads):
-            yield
 
     def finish(self) -> dict[str, Tensor]:
         """Everything that was measured, by name."""

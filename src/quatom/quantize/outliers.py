@@ -19,7 +19,7 @@ from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.reorder import channel_order
 from quatom.plan import plan
 from quatom.presets import PRESETS
-from quatom.quantize.statistics import observe, run_block
+from quatom.quantize.statistics import ChannelScores, observe, run_block
 from quatom.quantize.walk import embed
 
 
@@ -62,14 +62,11 @@ def channel_magnitudes(
         )
     hidden = embed(source, tokens, device, torch.float32)
     rotary = RotaryTables(config, tokens.shape[1], device)
-    largest: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
+    largest, squares = ChannelScores("absmax"), ChannelScores("second_moment")
 
     def see(site: SiteName, x: Tensor) -> None:
-        top, square = x.abs().amax(dim=0), x.square().sum(dim=0)
-        if site in largest:
-            top, square = torch.maximum(top, largest[site]), square + squares[site]
-        largest[site], squares[site] = top, square
+        largest.add(site, x)
+        squares.add(site, x)
 
     for spec in plan(config, PRESETS["fp16"]).layers[: layer + 1]:
         block = build_block(spec, load_float_layer(source, spec, device, torch.float32))
@@ -80,9 +77,9 @@ def channel_magnitudes(
             run_block(block, hidden, rotary)
     count = tokens.numel()
     return [
-        ChannelMagnitudes(site, largest[site], squares[site] / count)
+        ChannelMagnitudes(site, largest.sums[site], squares.sums[site] / count)
         for site in SITES
-        if site in largest
+        if site in largest.sums
     ]
 
 

@@ -56,7 +56,7 @@ def serve(place: str, num_seqs: int, length: int, tokenizer: str | None) -> None
 
 
 def measure(place: str, *, num_seqs: int, tokens: int, tokenizer: str | None) -> dict[str, Any]:
-    """Microseconds of CPU that each token takes in each process, and tokens a second."""
+    """Microseconds of CPU that each token takes in each process, and tokens per second."""
     length = PROMPT_TOKENS + tokens
     options = ["--serve", place, "--sequences", str(num_seqs), "--tokens", str(tokens)]
     options += [] if tokenizer is None else ["--tokenizer", tokenizer]

@@ -107,10 +107,12 @@ def prepare_experts(
     if chosen in _ONE_BY_ONE:
         tensors = tuple(tensor for index in range(experts) for tensor in prepare(index))
     else:
-        tensors = tuple(tensor.new_empty((experts, *tensor.shape)) for tensor in prepare(0))
+        own = prepare(0)
+        tensors = tuple(tensor.new_empty((experts, *tensor.shape)) for tensor in own)
         for index in range(experts):
-            for all_experts, own in zip(tensors, prepare(index), strict=True):
-                all_experts[index] = own
+            own = prepare(index) if index else own
+            for all_experts, tensor in zip(tensors, own, strict=True):
+                all_experts[index] = tensor
         if values.is_cuda:  # as `prepare_weights` does: no kernel may fetch what is being packed
             torch.cuda.synchronize(values.device)
     return PreparedExperts(

@@ -13,7 +13,7 @@ from quatom.errors import BackendError
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor
 from quatom.ops.experts.routing import TokenGroups
-from quatom.ops.linear.triton_product import block_channels, sum_groups
+from quatom.ops.linear.triton_product import layout_options, sum_groups, tile_rows
 
 _ROWS = 64
 """BN: output channels of a program."""
@@ -113,7 +113,6 @@ def experts_triton(
             "the Triton expert kernel reads int8, float16 or bfloat16 activations, got float32: "
             "cast them, or use the reference backend"
         )
-    packed = weights.dtype is torch.uint8
     y = torch.empty((groups.slots.numel(), channels), dtype=x.dtype, device=codes.device)
     _launch(
         codes,
@@ -125,14 +124,7 @@ def experts_triton(
         y,
         groups,
         top_k,
-        NORMAL=layout.normal,
-        GROUP_SIZE=layout.group_size,
-        OUTLIERS=layout.outliers,
-        OUTLIER_SIZE=max(1, layout.outliers // layout.outlier_blocks),
-        NUM_SCALES=layout.num_scales,
-        PACKED=packed,
-        BK=block_channels(layout),
-        num_stages=3 if packed else 5,
+        **layout_options(layout, packed=weights.dtype is torch.uint8),
     )
     return y
 
@@ -181,8 +173,7 @@ def _launch(
         return
     if x.stride(1) != 1:
         x = x.contiguous()
-    mean = positions / experts
-    bm = 16 if mean <= 16 else 32 if mean <= 32 else 64
+    bm = tile_rows(positions / experts)
     tiles = positions // bm + min(experts, positions)  # each expert may have one that is not full
     _experts_kernel[(triton.cdiv(y.shape[1], _ROWS), tiles)](
         x,

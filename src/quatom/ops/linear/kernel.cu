@@ -11,7 +11,7 @@
 // one warpgroup does this, the matrix unit works for another.
 //
 // INTEGER is another way through the same pipeline, for INT8 activations of one scale a token and weight scales that are
-// multiples (1 to 16) of one scale a row: a weight becomes code * multiple, an INT8 number, and the matrix unit
+// multiples (1 to 16) of one scale per row: a weight becomes code * multiple, an INT8 number, and the matrix unit
 // adds up over all groups in int32. Multiples, 16 bits each, then stand where a unit has its scales.
 //
 // EXPERTS multiplies each run of tokens by the weights of its own expert. `arrange.cu` has written where runs are cut into

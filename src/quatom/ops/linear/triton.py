@@ -12,7 +12,7 @@ from quatom.errors import BackendError
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import MixedTensor
 from quatom.ops.cuda_build import multiprocessors
-from quatom.ops.linear.triton_product import block_channels, sum_groups
+from quatom.ops.linear.triton_product import block_channels, layout_options, sum_groups, tile_rows
 
 _ROWS = 64
 """BN: output channels of a program."""
@@ -120,12 +120,11 @@ def linear_triton(
         return y
     if codes.stride(1) != 1:
         codes = codes.contiguous()
-    bm = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    block = block_channels(layout)
+    bm = tile_rows(tokens)
     packed = weights.dtype is torch.uint8
     tiles = triton.cdiv(channels, _ROWS), triton.cdiv(tokens, bm)
     if split is None:
-        blocks = layout.num_normal_groups * triton.cdiv(layout.group_size, block)
+        blocks = layout.num_normal_groups * triton.cdiv(layout.group_size, block_channels(layout))
         split = _choose_split(tiles[0] * tiles[1], blocks, y.device, packed=packed)
     parts = y
     if split > 1:
@@ -142,21 +141,14 @@ def linear_triton(
         channels,
         codes.stride(0),
         weights.stride(0),
-        NORMAL=layout.normal,
-        GROUP_SIZE=layout.group_size,
-        OUTLIERS=layout.outliers,
-        OUTLIER_SIZE=max(1, layout.outliers // layout.outlier_blocks),
-        NUM_SCALES=layout.num_scales,
-        PACKED=packed,
         FLOATS=codes.dtype is not torch.int8,
         HAS_XS=is_mixed,
         HAS_BIAS=bias is not None,
         SPLIT=split,
         BM=bm,
         BN=_ROWS,
-        BK=block,
         num_warps=4,
-        num_stages=3 if packed else 5,
+        **layout_options(layout, packed=packed),
     )
     if split > 1:
         _sum_parts_kernel[(triton.cdiv(y.numel(), 512),)](

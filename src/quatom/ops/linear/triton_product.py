@@ -141,6 +141,25 @@ def block_channels(layout: GroupLayout) -> int:
     return 128 if layout.group_size > 64 else 64
 
 
+def tile_rows(rows: float) -> int:
+    """BM: rows of x of a program that has about `rows` of them."""
+    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+
+def layout_options(layout: GroupLayout, *, packed: bool) -> dict[str, int | bool]:
+    """Constants of a launch that follow from the groups and from how weights are stored."""
+    return {
+        "NORMAL": layout.normal,
+        "GROUP_SIZE": layout.group_size,
+        "OUTLIERS": layout.outliers,
+        "OUTLIER_SIZE": max(1, layout.outliers // layout.outlier_blocks),
+        "NUM_SCALES": layout.num_scales,
+        "PACKED": packed,
+        "BK": block_channels(layout),
+        "num_stages": 3 if packed else 5,
+    }
+
+
 def prepare_triton(
     values: Tensor, scales: Tensor, layout: GroupLayout, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
