@@ -14,8 +14,8 @@ from quatom.checkpoint.schema import bits_by_linear, bits_per_weight
 from quatom.cli.main import app
 from quatom.errors import CalibrationError, ModelError
 from quatom.evaluation.report import read_inputs, render_report
-from quatom.evaluation.report_checkpoint import _bits_by_kind
 from quatom.evaluation.report_charts import Series, bar_chart, heat_map, ladder_chart
+from quatom.evaluation.report_checkpoint import _bits_by_kind
 from quatom.plan import plan
 from quatom.presets import PRESETS
 from tests.evaluation.test_report import BLOCKS, PIXEL, Tables
