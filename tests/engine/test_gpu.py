@@ -15,8 +15,8 @@ DEVICE = "cuda"
 RECIPES = ["fp16", "w8a8", "w4a16", "atom-w4a4kv4", "quatom-w4a4kv4", "quatom-w4a8kv4"]
 
 
-def make_engine(recipe="quatom-w4a4kv4", **options):
-    loaded = random_model("tiny", PRESETS[recipe], device=DEVICE)
+def make_engine(recipe="quatom-w4a4kv4", *, shape="tiny", **options):
+    loaded = random_model(shape, PRESETS[recipe], device=DEVICE)
     given = dict(max_num_seqs=8, max_num_batched_tokens=128, kv_cache_memory=2**23)
     return Engine(loaded, EngineConfig(**{**given, **options}))
 
@@ -39,14 +39,55 @@ def generate(engine, prompts=PROMPTS, **params):
 def test_graphs_and_overlap_change_no_token_and_runs_repeat(recipe):
     # One prompt at a time: the same batches, so the same products. Attention over less than 512
     # tokens is never split, so graphs, which must assume the longest, add in the same order.
+    # Prompts run without graphs: padding one changes which kernel of cuBLAS multiplies it.
     options = dict(prefix_caching=False, max_model_len=256)
-    engine = make_engine(recipe, **options)
-    assert engine.runner.graphs is not None
+    engine = make_engine(recipe, prefill_graph_tokens=0, **options)
+    assert engine.runner.decode_graphs is not None
     graphs = [generate(engine, [prompt])[0] for prompt in PROMPTS]
     assert graphs == [generate(engine, [prompt])[0] for prompt in PROMPTS]
     eager = make_engine(recipe, cuda_graphs=False, overlap=False, **options)
     assert graphs == [generate(eager, [prompt])[0] for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in graphs}) == len(PROMPTS)
+
+
+def spy_on_prefills(engine):
+    """Tokens of the steps that the prefill graphs of an engine replay."""
+    replayed, replay = [], engine.runner.prefill_graphs.replay
+
+    def record(input_ids, batch):
+        replayed.append(input_ids.shape[0])
+        return replay(input_ids, batch)
+
+    engine.runner.prefill_graphs.replay = record
+    return replayed
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_prefill_graphs_change_no_token(shape, recipe):
+    # Prompts that are as long as a size class: the same rows in the same products.
+    lengths = (64, 96, 128, 192)
+    prompts = [[(7 * n * j + n) % 500 + 1 for j in range(n)] for n in lengths]
+    options = dict(prefix_caching=False, max_num_batched_tokens=192, max_model_len=256)
+    engine = make_engine(recipe, shape=shape, **options)
+    replayed = spy_on_prefills(engine)
+    graphs = [generate(engine, [prompt])[0] for prompt in prompts]
+    assert tuple(replayed) == lengths
+    eager = make_engine(recipe, shape=shape, prefill_graph_tokens=0, **options)
+    assert eager.runner.prefill_graphs is None
+    assert graphs == [generate(eager, [prompt])[0] for prompt in prompts]
+    assert len({tuple(tokens) for tokens in graphs}) == len(prompts)
+
+
+def test_padded_and_mixed_prefill_graphs_change_no_token_of_integer_products():
+    # A row of an integer product is the same whatever rows are beside it, so padding changes
+    # nothing; the head is a product of cuBLAS, but of as many rows with and without graphs.
+    options = dict(prefix_caching=False, max_model_len=256)
+    engine = make_engine("quatom-w4a4kv4", **options)
+    replayed = spy_on_prefills(engine)
+    mixed = generate(engine)
+    assert any(tokens not in (64, 96, 128) for tokens in replayed)
+    assert mixed == generate(make_engine("quatom-w4a4kv4", prefill_graph_tokens=0, **options))
 
 
 def test_a_batch_repeats_and_samples_by_seed():
@@ -85,7 +126,7 @@ def test_logprobs_and_penalties_run_on_the_device():
 def test_the_reference_generates_on_a_gpu(monkeypatch):
     monkeypatch.setenv("QUATOM_BACKEND", "reference")
     engine = make_engine(prefix_caching=False)
-    assert engine.runner.graphs is None
+    assert engine.runner.decode_graphs is engine.runner.prefill_graphs is None
     tokens = generate(engine)
     assert tokens == generate(engine)
     assert all(len(row) == 24 for row in tokens)

@@ -75,7 +75,7 @@ def test_on_a_gpu_the_cache_gets_what_a_trial_leaves(loaded, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"prefix_caching": False}, {"max_waiting": 2}], ids=str)
 def test_warm_up_runs_every_size(options, loaded, monkeypatch):
-    assert step_sizes(20) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    assert step_sizes(20) == [1, 2, 3, 4, 6, 8, 12, 16, 17, 20]
     engine = Engine(loaded, replace(CONFIG, max_model_len=48, **options))
     sizes, batches = set(), set()
     launch = engine.runner.launch

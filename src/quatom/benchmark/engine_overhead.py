@@ -22,6 +22,7 @@ from torch import Tensor
 from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
+from quatom.engine.model import Stages
 from quatom.engine.sampling import SamplingParams
 from quatom.modeling.context import ForwardContext
 from quatom.presets import PRESETS
@@ -68,6 +69,13 @@ class StubModel:
     ) -> Tensor:
         """(T, 1) zeros."""
         return self._hidden[:1].expand(input_ids.shape[0], 1)
+
+    def stages(
+        self, input_ids: Tensor, context: ForwardContext, kv_cache: Sequence[StubCache]
+    ) -> Stages:
+        """It attends to nothing."""
+        yield from ()
+        return self.forward(input_ids, context, kv_cache)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(M, vocab); sampling may change them, so a copy would be part of the model's time."""

@@ -38,7 +38,10 @@ class EngineConfig:
     overlap: bool | None = None
     """Launch step i + 1 before the tokens of step i have been read back; None: on a GPU."""
     cuda_graphs: bool = True
-    """Replay decode steps as CUDA graphs on a GPU, unless QUATOM_BACKEND asks for the reference."""
+    """Replay steps as CUDA graphs on a GPU, unless QUATOM_BACKEND asks for the reference."""
+    prefill_graph_tokens: int | None = None
+    """Tokens of the largest step with prompts that is replayed; 0: only decode steps are; None:
+    max_num_batched_tokens."""
     keep_freed_memory: bool = False
     """Make the C library keep memory that is freed in this process (glibc's mallopt). That saves
     about a fifth of a decode step on a CPU, and changes the allocator of the whole process."""
@@ -50,6 +53,10 @@ class EngineConfig:
         for name in ("max_prefill_chunk", "max_model_len", "max_waiting", "kv_cache_memory"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise EngineError(f"{name} must be at least 1, got {value}")
+        if self.prefill_graph_tokens is not None and self.prefill_graph_tokens < 0:
+            raise EngineError(
+                f"prefill_graph_tokens must not be negative, got {self.prefill_graph_tokens}"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise EngineError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "

@@ -3,10 +3,6 @@
 A graph replays the launches of a forward pass and the logits on fixed addresses, so a batch is
 copied into static buffers and padded to its size class. Padding rows have no KV (length 0) and are
 not stored (slot -1).
-
-All graphs share one memory pool. Only one runs at a time and its logits are read before the next
-starts, so their memory is handed back after capture and used again by the graphs of smaller sizes:
-512 rows of 128256 logits are 263 MB, and there are dozens of sizes.
 """
 
 from collections.abc import Sequence
@@ -16,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quatom.engine.batch import Batch
+from quatom.engine.graph_pool import GraphPool, borrow
 from quatom.engine.model import KVCacheLayer, Model
 from quatom.modeling.context import ForwardContext
 from quatom.ops import attention
@@ -41,6 +38,7 @@ class DecodeGraphs:
         self,
         model: Model,
         kv_cache: Sequence[KVCacheLayer],
+        pool: GraphPool,
         *,
         max_num_seqs: int,
         max_model_len: int,
@@ -62,13 +60,8 @@ class DecodeGraphs:
         )
         self._sizes = size_classes(max_num_seqs)
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
-        # One stream for all captures: cuBLAS keeps a workspace for every stream it has seen.
-        self._stream = torch.cuda.Stream(device)
-        pool = None
         for size in reversed(self._sizes):  # the largest first: smaller ones reuse its memory
-            graph, logits = self._capture(model, kv_cache, size, pool)
-            pool = pool or graph.pool()
-            self._graphs[size] = (graph, logits)
+            self._graphs[size] = self._capture(model, kv_cache, size, pool)
 
     def accepts(self, batch: Batch) -> bool:
         """Whether every sequence of the batch runs one token and samples."""
@@ -96,7 +89,7 @@ class DecodeGraphs:
         return logits[:used]
 
     def _capture(
-        self, model: Model, kv_cache: Sequence[KVCacheLayer], size: int, pool: Any
+        self, model: Model, kv_cache: Sequence[KVCacheLayer], size: int, pool: GraphPool
     ) -> tuple[Any, Tensor]:
         full = self._context
         context = ForwardContext(
@@ -113,28 +106,8 @@ class DecodeGraphs:
             hidden = model.forward(self._input_ids[:size], context, kv_cache)
             return model.compute_logits(hidden)
 
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):  # compile and autotune outside of the capture
+        with pool.stream():  # compile and autotune outside of the capture
             run()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+        with pool.capture() as graph:
             logits = run()
-        return graph, _borrow(logits)
-
-
-class _Memory:
-    """Device memory by address, for torch to see as a tensor."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": tuple(tensor.shape),
-            "typestr": "<f4",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def _borrow(tensor: Tensor) -> Tensor:
-    """The same contiguous float32 memory, not owned: the pool may hand it out again."""
-    return torch.as_tensor(_Memory(tensor), device=tensor.device)
+        return graph, borrow(logits)

@@ -1,6 +1,6 @@
 """What an engine asks of a model: the network, its KV cache, and what belongs to it."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,17 @@ class KVCacheLayer(Protocol):
         """Copy whole blocks, (n,) int64 each."""
 
 
+class AttentionCall(Protocol):
+    """The attention that a forward pass stops for (`quatom.modeling.decoder`)."""
+
+    def __call__(self, q: Tensor, context: ForwardContext) -> Tensor:
+        """(T, H, D) -> (T, H, D)."""
+
+
+Stages = Generator[tuple[AttentionCall, Tensor], Tensor | None, Tensor]
+"""A forward pass that stops for each attention with its queries, and is sent the result."""
+
+
 class Model(Protocol):
     """The network (`quatom.modeling.decoder.Decoder`)."""
 
@@ -31,6 +42,12 @@ class Model(Protocol):
         kv_cache: Any,  # what `allocate_kv_cache` of the same model returned
     ) -> Tensor:
         """Hidden states (T, hidden) of T new tokens, appended to the cache."""
+
+    def stages(self, input_ids: Tensor, context: ForwardContext, kv_cache: Any) -> Stages:
+        """`forward` that stops for each attention; for CUDA graphs alone.
+
+        Of the context the rest reads positions and slot_mapping alone.
+        """
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(M, hidden) -> (M, vocab) float32."""

@@ -17,6 +17,7 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.cuda_graphs import DecodeGraphs
 from quatom.engine.model import KVCacheLayer, Model
 from quatom.engine.outputs import TokenLogprobs
+from quatom.engine.prefill_graphs import PrefillGraphs
 from quatom.engine.sampler import INVALID_TOKEN, Sampled, build_inputs, gather_logprobs, sample
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep
 from quatom.engine.sequence import Sequence
@@ -75,7 +76,6 @@ class ModelRunner:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         device: torch.device,
-        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -83,7 +83,8 @@ class ModelRunner:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.device = device
-        self.graphs = graphs
+        self.decode_graphs: DecodeGraphs | None = None
+        self.prefill_graphs: PrefillGraphs | None = None
         self._last_tokens = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -99,10 +100,13 @@ class ModelRunner:
             sampled = (-1 - input_ids).clamp(min=0)
             input_ids = torch.where(input_ids < 0, self._last_tokens[sampled], input_ids)
         rows: Tensor | None
-        if self.graphs is not None and self.graphs.accepts(batch):
-            rows, logits = None, self.graphs.replay(input_ids, batch)
+        if self.decode_graphs is not None and self.decode_graphs.accepts(batch):
+            rows, logits = None, self.decode_graphs.replay(input_ids, batch)
         else:
-            hidden = self.model.forward(input_ids, batch.context, self.kv_cache)
+            if self.prefill_graphs is not None and self.prefill_graphs.accepts(batch):
+                hidden = self.prefill_graphs.replay(input_ids, batch)
+            else:
+                hidden = self.model.forward(input_ids, batch.context, self.kv_cache)
             self._record_prompt_logprobs(hidden, batch)
             rows = hidden[batch.sample_rows]
             logits = self.model.compute_logits(rows)

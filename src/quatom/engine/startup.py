@@ -13,6 +13,7 @@ import torch
 
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
+from quatom.engine.prefill_graphs import PADDING_SHARE
 from quatom.engine.sampling import SamplingParams
 from quatom.errors import EngineError
 from quatom.loading import LoadedModel
@@ -93,9 +94,13 @@ def warm_up(engine: Engine) -> None:
 
 
 def step_sizes(most: int) -> list[int]:
-    """Tokens of the steps that warm-up runs: powers of two, once and a half, up to `most`."""
+    """Tokens of the steps that warm-up runs: powers of two, once and a half, up to `most`.
+
+    And the largest step that fills no size class of the prefill graphs, which runs without.
+    """
     powers = [2**i for i in range(most.bit_length())]
-    return sorted({n for p in powers for n in (p, p * 3 // 2) if n <= most} | {most})
+    classes = {n for p in powers for n in (p, p * 3 // 2) if n <= most}
+    return sorted(classes | {most, max(1, most - most // PADDING_SHARE - 1)})
 
 
 def greedy(max_tokens: int) -> SamplingParams:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from quatom.loading import LoadedModel
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import full_sequences_context
 from quatom.quantize.calibration_data import check_token_ids
+from quatom.quantize.statistics import run_block
 
 KV_BLOCK_SIZE = 64
 LOGIT_ROWS = 512
@@ -101,30 +103,19 @@ def perplexity_of(losses: Sequence[float]) -> float:
     return math.exp(mean)
 
 
+@torch.no_grad()
 def _where_not_finite(loaded: LoadedModel, window: Tensor) -> str:
     """The first block whose output is not finite, found by running the window once more."""
-    found: list[str] = []
-
-    def see(name: str) -> Callable[..., None]:
-        def hook(_: torch.nn.Module, __: object, output: object) -> None:
-            parts = output if isinstance(output, tuple) else (output,)
-            for part in parts:
-                if isinstance(part, Tensor) and not torch.isfinite(part).all() and not found:
-                    value = part[~torch.isfinite(part)].flatten()[0].item()
-                    found.append(f"{name} gives {value}")
-
-        return hook
-
-    blocks = (m for m in loaded.model.modules() if isinstance(m, DecoderBlock))
-    handles = [
-        block.register_forward_hook(see(f"block {index}")) for index, block in enumerate(blocks)
-    ]
-    try:
-        window_loss(loaded, window)
-    finally:
-        for handle in handles:
-            handle.remove()
-    where = found[0] if found else "all blocks give finite values, the output head does not"
+    model, window = loaded.model, window.to(loaded.device)
+    positions = torch.arange(window.numel(), device=loaded.device)
+    hidden = model.embed(window, positions).unsqueeze(0)
+    where = "all blocks give finite values, the output head does not"
+    for index, block in enumerate(model.blocks):
+        hidden = run_block(cast("DecoderBlock", block), hidden, model.rotary)
+        odd = hidden[~torch.isfinite(hidden)]
+        if odd.numel():
+            where = f"block {index} gives {odd[0].item()}"
+            break
     return f"{where}; evaluate in --dtype float32, or check the weights"
 
 

@@ -103,10 +103,46 @@ class DecoderBlock(nn.Module):
         rotary: RotaryTables,
     ) -> tuple[Tensor, Tensor]:
         """Returns the block's last output, not yet added, and the residual to add it to."""
-        linears, o_input = self.linears, self._input_of("o")
+        q, residual = self.before_attention(hidden, residual, context, kv, rotary)
+        return self.after_attention(self.attend(q, context, kv, rotary), residual)
+
+    def before_attention(
+        self,
+        hidden: Tensor,  # (T, hidden)
+        residual: Tensor | None,  # (T, hidden); None in the first block
+        context: ForwardContext,
+        kv: KVPages,
+        rotary: RotaryTables,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries (T, H, D) and the residual. Appends keys and values to the cache.
+
+        Of the context this reads positions and slot_mapping alone.
+        """
         x, residual = self._input("qkv", "attention", hidden, residual)
-        attended = self._attend(self.heads(linears["qkv"](x)), context, kv, rotary)
-        hidden = linears["o"](o_input.plain(attended.flatten(1)))
+        heads: tuple[Tensor, Tensor, Tensor] = self.heads(self.linears["qkv"](x))
+        tables, cache = rotary.of(self.plan.index), self.plan.kv_cache
+        q = rope_append_kv(
+            *heads,
+            *tables,
+            context.positions,
+            context.slot_mapping,
+            kv,
+            rotate_keys_in_cache=cache.keys == "post_rope",
+            rotate_kv=cache.rotation == "hadamard",
+            clip_ratio=cache.clip_ratio,
+            key_offset=self.key_offset,
+            shared=context.shared,
+            backend=self.backend,
+        )
+        return q, residual
+
+    def after_attention(
+        self,
+        attended: Tensor,  # (T, H, D)
+        residual: Tensor,  # (T, hidden)
+    ) -> tuple[Tensor, Tensor]:
+        """The block's last output, not yet added, and the residual to add it to."""
+        hidden = self.linears["o"](self._input_of("o").plain(attended.flatten(1)))
         hidden = self._output("attention_output", hidden)
         if self.spec.experts is None:
             x, residual = self._input("gate_up", "feed_forward", hidden, residual)
@@ -168,29 +204,15 @@ class DecoderBlock(nn.Module):
             hidden = hidden * self.spec.residual_multiplier
         return hidden
 
-    def _attend(
+    def attend(
         self,
-        heads: tuple[Tensor, Tensor, Tensor],
+        q: Tensor,  # (T, H, D)
         context: ForwardContext,
         kv: KVPages,
         rotary: RotaryTables,
-    ) -> Tensor:  # (T, H, D)
-        spec, cache = self.spec.attention, self.plan.kv_cache
-        tables = rotary.of(self.plan.index)
-        rotates_cached = cache.keys == "post_rope"
-        q = rope_append_kv(
-            *heads,
-            *tables,
-            context.positions,
-            context.slot_mapping,
-            kv,
-            rotate_keys_in_cache=rotates_cached,
-            rotate_kv=cache.rotation == "hadamard",
-            clip_ratio=cache.clip_ratio,
-            key_offset=self.key_offset,
-            shared=context.shared,
-            backend=self.backend,
-        )
+    ) -> Tensor:
+        """What the queries see of their sequences, (T, H, D)."""
+        spec = self.spec.attention
         return attention(
             q,
             kv,
@@ -202,7 +224,7 @@ class DecoderBlock(nn.Module):
             softmax_scale=spec.scale,
             sliding_window=spec.window,
             logit_softcap=spec.logit_softcap,
-            rotary=None if rotates_cached else tables,
+            rotary=(None if self.plan.kv_cache.keys == "post_rope" else rotary.of(self.plan.index)),
             num_decodes=context.num_decodes,
             total_kv_tokens=context.total_kv_tokens,
             prefill_cu_seqlens=context.prefill_cu_seqlens,

@@ -1,6 +1,7 @@
 """A whole decoder: embedding, blocks, final norm and output head."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import cast
 
@@ -19,6 +20,19 @@ from quatom.plan import LayerPlan
 
 FEW_ROWS = 64
 """Rows up to which a CPU multiplies the head from the left."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """The attention that a forward pass stops for."""
+
+    block: DecoderBlock
+    kv: KVPages
+    rotary: RotaryTables
+
+    def __call__(self, q: Tensor, context: ForwardContext) -> Tensor:  # (T, H, D)
+        """What the queries see of their sequences."""
+        return self.block.attend(q, context, self.kv, self.rotary)
 
 
 class Decoder(nn.Module):
@@ -80,11 +94,36 @@ class Decoder(nn.Module):
         kv_cache: Sequence[KVPages],
     ) -> Tensor:
         """Hidden states after the final norm, (T, hidden). Appends to the KV cache."""
+        stages = self.stages(input_ids, context, kv_cache)
+        attended: Tensor | None = None
+        while True:
+            try:
+                attention, q = stages.send(attended)
+            except StopIteration as end:
+                return cast("Tensor", end.value)
+            attended = attention(q, context)
+
+    def stages(
+        self,
+        input_ids: Tensor,  # (T,) int64
+        context: ForwardContext,
+        kv_cache: Sequence[KVPages],
+    ) -> Generator[tuple[AttentionCall, Tensor], Tensor | None, Tensor]:
+        """A forward pass that stops for each attention with its queries, and is sent the result.
+
+        What runs between two stops has shapes that T alone decides, and of the context it reads
+        positions and slot_mapping: it can be captured in a CUDA graph for any batch of T tokens.
+        """
         hidden = self.embed(input_ids, context.positions)
         residual: Tensor | None = None
-        for block, kv in zip(self.blocks, kv_cache, strict=True):
-            hidden, residual = block(hidden, residual, context, kv, self.rotary)
-        return self.final_norm(hidden, residual)[0]
+        for module, kv in zip(self.blocks, kv_cache, strict=True):
+            block = cast("DecoderBlock", module)
+            q, residual = block.before_attention(hidden, residual, context, kv, self.rotary)
+            attended = yield AttentionCall(block, kv, self.rotary), q
+            assert attended is not None
+            hidden, residual = block.after_attention(attended, residual)
+        final: Tensor = self.final_norm(hidden, residual)[0]
+        return final
 
     def compute_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab) float32
         """Scores of the next token."""

@@ -1,0 +1,149 @@
+"""PrefillGraphs: a step with prompts as CUDA graphs of what lies between its attentions.
+
+A layer is a dozen launches and more, each some microseconds of the host's time: with experts the
+host took longer to launch a step of 2048 tokens than the GPU to compute it. What lies between two
+attentions depends on the number of tokens alone, so it is captured once for each size class, and a
+step is a replay, an attention, a replay and so on. A batch is padded to its size class: padding
+rows are not stored (slot -1), and no attention reads or writes them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quatom.engine.batch import Batch
+from quatom.engine.graph_pool import GraphPool, borrow
+from quatom.engine.model import AttentionCall, KVCacheLayer, Model, Stages
+from quatom.modeling.context import ForwardContext
+
+SMALLEST = 64
+"""Tokens of the smallest size class."""
+FREE_TOKENS = 512
+"""Tokens up to which a step takes about the time of reading the weights: padding costs little."""
+PADDING_SHARE = 8
+"""Above FREE_TOKENS a batch is padded by at most one part in so many of its size class."""
+
+
+def prefill_sizes(most: int) -> list[int]:
+    """Tokens of the captured steps: 64, 96, 128, 192 and so on below `most`, and `most`."""
+    powers = [SMALLEST << i for i in range(max(1, most.bit_length()))]
+    return sorted({n for p in powers for n in (p, p * 3 // 2) if n < most} | {most})
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What runs before one attention, and that attention."""
+
+    graph: Any  # torch.cuda.CUDAGraph
+    attention: AttentionCall
+    q: Tensor  # (size, H, D), overwritten by the next piece
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    pieces: list[_Piece]
+    last: Any  # graph of what comes after the last attention
+    hidden: Tensor  # (size, hidden)
+
+
+class PrefillGraphs:
+    """Graphs of steps that are no pure decode. Needs a CUDA device; captures all when made."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: Sequence[KVCacheLayer],
+        pool: GraphPool,
+        *,
+        max_num_tokens: int,
+        device: torch.device,
+    ) -> None:
+        def static(value: int) -> Tensor:
+            return torch.full((max_num_tokens,), value, dtype=torch.int64, device=device)
+
+        self._input_ids, self._positions, self._slots = static(0), static(0), static(-1)
+        self._attended: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._sizes = prefill_sizes(max_num_tokens)
+        self._steps: dict[int, _Step] = {}
+        for size in reversed(self._sizes):  # the largest first: smaller ones reuse its memory
+            self._steps[size] = self._capture(model, kv_cache, size, pool)
+
+    def accepts(self, batch: Batch) -> bool:
+        """Whether the batch has a size class that it fills well enough."""
+        return self.size_of(batch.input_ids.shape[0]) is not None
+
+    def replay(self, input_ids: Tensor, batch: Batch) -> Tensor:
+        """Hidden states (T, hidden) of a batch; overwritten by the next replay."""
+        context, used = batch.context, input_ids.shape[0]
+        size = self.size_of(used)
+        assert size is not None
+        self._input_ids[:used].copy_(input_ids)
+        self._positions[:used].copy_(context.positions)
+        self._slots[:used].copy_(context.slot_mapping)
+        if used < size:
+            self._slots[used:size].fill_(-1)
+        step = self._steps[size]
+        for piece in step.pieces:
+            piece.graph.replay()
+            attended = piece.attention(piece.q[:used], context)
+            self._buffer(piece.q)[:used].copy_(attended)
+        step.last.replay()
+        return step.hidden[:used]
+
+    def size_of(self, tokens: int) -> int | None:
+        """The size class of a step, or None: it would have to be padded by too much."""
+        size = next((size for size in self._sizes if size >= tokens), None)
+        if size is None or tokens <= FREE_TOKENS:
+            return size
+        return size if (size - tokens) * PADDING_SHARE <= size else None
+
+    def _buffer(self, q: Tensor) -> Tensor:
+        """Where graphs read what attention gave for these queries, (most tokens, H, D)."""
+        key = (q.shape[1], q.shape[2], q.dtype)
+        if key not in self._attended:
+            self._attended[key] = q.new_zeros((self._sizes[-1], *q.shape[1:]))
+        return self._attended[key]
+
+    def _capture(
+        self, model: Model, kv_cache: Sequence[KVCacheLayer], size: int, pool: GraphPool
+    ) -> _Step:
+        unused = self._slots[:1].int()
+        context = ForwardContext(
+            positions=self._positions[:size],
+            slot_mapping=self._slots[:size],
+            block_tables=unused,
+            cu_seqlens_q=unused,
+            seq_lens=unused,
+            max_seqlen_q=size,
+            max_seq_len=size,
+        )
+
+        def stages() -> Stages:
+            return model.stages(self._input_ids[:size], context, kv_cache)
+
+        with pool.stream():  # compile and autotune outside of the captures
+            run, attended = stages(), None
+            while not isinstance(stop := _advance(run, attended), Tensor):
+                attended = self._buffer(stop[1])[:size]
+        pieces: list[_Piece] = []
+        run, attended = stages(), None
+        while True:
+            with pool.capture() as graph:
+                stop = _advance(run, attended)
+            if isinstance(stop, Tensor):
+                return _Step(pieces, graph, borrow(stop))
+            attention, q = stop
+            attended = self._buffer(q)[:size]
+            pieces.append(_Piece(graph, attention, borrow(q)))
+
+
+def _advance(run: Stages, attended: Tensor | None) -> tuple[AttentionCall, Tensor] | Tensor:
+    """The next attention with its queries, or the hidden states at the end."""
+    try:
+        return run.send(attended)
+    except StopIteration as end:
+        hidden: Tensor = end.value
+        return hidden
