@@ -6,6 +6,7 @@ import torch
 from quatom.errors import ModelError
 from quatom.families.spec import Experts, FeedForward, Router
 from quatom.modeling.router import ExpertRouter, route
+from quatom.ops.backend import Backend
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
 
@@ -65,6 +66,38 @@ def test_a_router_is_float32_whatever_its_input():
     routing = ExpertRouter(spec, {"weight": weight})(torch.ones(1, 2, dtype=torch.bfloat16))
     assert routing.expert_ids.tolist() == [[1]]
     assert (routing.expert_ids.dtype, routing.weights.dtype) == (torch.int32, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("count", "top_k", "router", "corrected"),
+    [
+        (8, 2, dict(normalized=True), False),
+        (60, 4, dict(), False),
+        (128, 8, dict(normalized=True, scale=2.5), False),
+        (32, 1, dict(scores="sigmoid"), False),
+        (160, 8, dict(scores="sigmoid", normalized=True, scale=2.5), True),
+        (3, 3, dict(scores="sigmoid"), True),
+    ],
+)
+@pytest.mark.parametrize("tokens", [0, 1, 133])
+def test_the_kernel_chooses_as_the_reference_does(count, top_k, router, corrected, tokens, device):
+    rng = torch.Generator().manual_seed(count + tokens)
+    logits = torch.randn(tokens, count, generator=rng).mul_(4).to(device)
+    correction = torch.randn(count, generator=rng).to(device) if corrected else None
+    spec = experts(top_k, count, **router)
+    got, want = (
+        route(logits, spec, correction, backend=b) for b in (Backend.TRITON, Backend.REFERENCE)
+    )
+    assert torch.equal(got.expert_ids, want.expert_ids)
+    # An exponential on a GPU is within 2 ulp; k of them are added up and divided by.
+    torch.testing.assert_close(got.weights, want.weights, rtol=(4 + top_k) * 2.0**-23, atol=1e-30)
+
+
+def test_products_that_are_no_numbers_name_experts_that_there_are(device):
+    logits = torch.full((5, 6), float("nan"), device=device)
+    logits[3:] = -float("inf")
+    ids = route(logits, experts(4, 6), backend=Backend.TRITON).expert_ids
+    assert ((ids >= 0) & (ids < 6)).all()
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,17 @@ build(
     ONE_CHUNK=False, BLOCK=1024,
 )
 """,
+    "route": """
+from quatom.ops.experts.triton_routing import _route_kernel as kernel
+for sigmoid, normalized in ((True, True), (False, True), (False, False)):
+    build(
+        kernel,
+        {"*fp32": "logits_ptr correction_ptr weights_ptr", "*i32": "ids_ptr", "i32": "T",
+         "fp32": "SCALE"},
+        E=60, K=6, SIGMOID=sigmoid, NORMALIZED=normalized, CORRECTED=sigmoid, TOKENS=8,
+        BLOCK_E=64, BLOCK_K=8,
+    )
+""",
     "combine": """
 from quatom.ops.experts.triton_groups import _combine_kernel as kernel
 build(

@@ -91,7 +91,9 @@ class DecoderBlock(nn.Module):
         # Of the backends that multiply, the reference alone has grouping and sums of its own.
         self.routing_backend = backend if backend == Backend.REFERENCE else None
         experts, tensors = plan.spec.experts, router or {}
-        self.router = None if experts is None else ExpertRouter(experts, tensors)
+        self.router = (
+            None if experts is None else ExpertRouter(experts, tensors, self.routing_backend)
+        )
         self.register_buffer("shared_gate", tensors.get("shared_gate"), persistent=False)
 
     def forward(

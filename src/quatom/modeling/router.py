@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from quatom.families.spec import Experts, Router, RouterTensor
+from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.experts import Routing
+
+BACKENDS = (Backend.REFERENCE, Backend.TRITON)
 
 
 class ExpertRouter(nn.Module):
@@ -15,9 +18,15 @@ class ExpertRouter(nn.Module):
     bias: Tensor | None
     correction: Tensor | None
 
-    def __init__(self, spec: Experts, tensors: Mapping[RouterTensor, Tensor]) -> None:
+    def __init__(
+        self,
+        spec: Experts,
+        tensors: Mapping[RouterTensor, Tensor],
+        backend: Backend | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.backend = backend
         self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         for name in ("bias", "correction"):
             self.register_buffer(name, tensors.get(name), persistent=False)
@@ -25,16 +34,40 @@ class ExpertRouter(nn.Module):
     def forward(self, x: Tensor) -> Routing:  # (T, hidden)
         """Experts (T, k) and their weights (T, k)."""
         logits = nn.functional.linear(x.float(), self.weight, self.bias)
-        return route(logits, self.spec, self.correction)
+        return route(logits, self.spec, self.correction, backend=self.backend)
 
 
 def route(
     logits: Tensor,  # (T, E) float32
     spec: Experts,
     correction: Tensor | None = None,  # (E,) float32
+    *,
+    backend: Backend | None = None,
 ) -> Routing:
-    """The experts of each token from its products with the router's weight."""
+    """The experts of each token from its products with the router's weight.
+
+    Args:
+        logits: those products.
+        spec: how many experts there are, and how they are chosen.
+        correction: of the choice by sigmoid scores.
+        backend: implementation to run; None picks the fastest one for the device. Groups of experts
+            and sparsemixer have the reference alone.
+    """
     router = spec.router
+    fused = router.scores != "sparsemixer" and router.groups == 1
+    if fused and choose_backend("route", BACKENDS, logits.device, backend) is Backend.TRITON:
+        from quatom.ops.experts.triton_routing import route_triton
+
+        return Routing(
+            *route_triton(
+                logits,
+                spec.top_k,
+                sigmoid=router.scores == "sigmoid",
+                normalized=router.normalized,
+                scale=router.scale,
+                correction=correction,
+            )
+        )
     match router.scores:
         case "sparsemixer":
             chosen, weights = _sparsemixer(logits, router.jitter)
