@@ -177,7 +177,7 @@ class DecoderBlock(nn.Module):
     ) -> Tensor:  # (T, H, D)
         spec, cache = self.spec.attention, self.plan.kv_cache
         tables = rotary.of(self.plan.index)
-        rotates_cached = cache.keys == "post_rope"
+        rotates_cached = cache.post_rope
         q = rope_append_kv(
             *heads,
             *tables,
@@ -185,7 +185,7 @@ class DecoderBlock(nn.Module):
             context.slot_mapping,
             kv,
             rotate_keys_in_cache=rotates_cached,
-            rotate_kv=cache.rotation == "hadamard",
+            rotate_kv=cache.rotates_keys,
             clip_ratio=cache.clip_ratio,
             key_offset=self.key_offset,
             shared=context.shared,
