@@ -162,14 +162,17 @@ def test_a_checkpoint_of_format_version_1_loads(tiny_llama_dir, text_file, tmp_p
     recipe = short(replace(Recipe(), weights=weights, kv_cache=cache))
     recipe = replace(recipe, activations=preset.activations)
     quantize_checkpoint(tiny_llama_dir, tmp_path / "q", recipe, calibration=text_file)
+    agree(tiny_llama_dir, tmp_path / "q", monkeypatch)
+    want, _ = run_and_record(load(tmp_path / "q"), TOKENS)
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     stored = config["quantization_config"]["recipe"]
     assert stored["format_version"] == 3
     stored |= as_version_1(stored)
     del stored["channel_scaling"]
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    assert load(tmp_path / "q").recipe == recipe
-    agree(tiny_llama_dir, tmp_path / "q", monkeypatch)
+    loaded = load(tmp_path / "q")
+    assert loaded.recipe == recipe
+    assert torch.equal(run_and_record(loaded, TOKENS)[0], want)
     stored["format_version"] = 4
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match="format_version 4, this Quatom reads up to 3; upgrade"):
