@@ -3,7 +3,7 @@
 import ast
 import inspect
 import textwrap
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,6 +16,7 @@ import quatom
 from quatom.cli.main import app
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
+from quatom.recipe_fields import dataclasses_in, is_optional, tags_of
 
 PACKAGE = Path(quatom.__file__).parent
 
@@ -47,27 +48,31 @@ def presets(name: str) -> str:
 
 def fields_of_recipes(name: str) -> str:
     """Every field of a recipe: its values, its default and its docstring."""
-    parts = [_fields(Recipe, "")]
-    hints = get_type_hints(Recipe)
-    for part in fields(Recipe):
-        if is_dataclass(hints[part.name]):
-            parts.append(_fields(hints[part.name], f"{part.name}."))
-    return "\n".join(parts)
+    return "\n".join(_fields(Recipe, "", "`recipe`"))
 
 
-def _fields(spec: Any, prefix: str) -> str:
+def _fields(spec: Any, prefix: str, title: str) -> list[str]:
+    """The table of an object, and those of the objects in it."""
     hints, docs = get_type_hints(spec), _attribute_docs(spec)
-    rows = []
+    rows, inner = [], []
     for item in fields(spec):
-        hint = hints[item.name]
-        if is_dataclass(hint):
+        hint, name = hints[item.name], f"{prefix}{item.name}"
+        doc = docs.get(item.name, "")
+        if not (nested := dataclasses_in(hint)):
+            choices = get_args(hint) if get_origin(hint) is Literal else (hint.__name__,)
+            default = "" if item.default is MISSING else f"`{item.default}`"
+            rows.append([f"`{name}`", ", ".join(f"`{c}`" for c in choices), default, doc])
             continue
-        choices = get_args(hint) if get_origin(hint) is Literal else (hint.__name__,)
-        default = "" if item.default is MISSING else f"`{item.default}`"
-        values = ", ".join(f"`{choice}`" for choice in choices)
-        rows.append([f"`{prefix}{item.name}`", values, default, docs.get(item.name, "")])
-    title = f"## `{prefix.removesuffix('.') or 'recipe'}`\n\n{inspect.getdoc(spec)}\n\n"
-    return title + table(["field", "values", "default", "meaning"], rows)
+        for part in nested:
+            heading = f"`{name}`" if len(nested) == 1 else f"`{name}`, method `{tags_of(part)[0]}`"
+            inner += _fields(part, f"{name}.", heading)
+        if len(nested) > 1:
+            methods = ", ".join(f"method `{tags_of(part)[0]}`" for part in nested)
+            rows.append([f"`{name}`", methods, f"method `{tags_of(nested[0])[0]}`", doc])
+        elif is_optional(hint):
+            rows.append([f"`{name}`", "an object, `null`", "`null`", doc])
+    lead = f"## {title}\n\n{inspect.getdoc(spec)}\n\n"
+    return [lead + table(["field", "values", "default", "meaning"], rows), *inner]
 
 
 def _attribute_docs(spec: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from quatom.evaluation.ladders import LADDERS
 from quatom.families.registry import FAMILIES
+from quatom.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))  # also when a test runs this file by its path
@@ -300,12 +301,12 @@ def _methods(entries: list[dict[str, Any]]) -> str:
     """Recipes beside each other, those of equal formats together."""
     rows = []
     for e in entries[1:]:
-        settings = e["settings"]
-        parts = (settings["weights"], settings["activations"], settings["kv_cache"])
-        formats = " / ".join(part["format"].replace("float16", "16") for part in parts)
-        name = f"`{settings['name']}`"
-        if settings["channel_scaling"]["method"] == "smoothquant":
-            name += f", strength {settings['channel_scaling']['strength']:g}"
+        recipe = Recipe.from_dict(e["settings"])
+        parts = (recipe.weights.format, recipe.activations.format, recipe.kv_cache.format)
+        formats = " / ".join(part.replace("float16", "16") for part in parts)
+        name, scaling = f"`{recipe.name}`", recipe.channel_scaling
+        if scaling is not None and scaling.method == "smoothquant":
+            name += f", strength {scaling.strength:g}"
         increase = e["perplexity"] - entries[0]["perplexity"]
         rows.append((formats, increase, [name, formats, f"{e['perplexity']:.2f}"]))
     order = list(dict.fromkeys(formats for formats, *_ in rows))

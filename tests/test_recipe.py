@@ -1,7 +1,7 @@
 """Recipes: presets, JSON round trips, and every refusal naming the field and its value."""
 
 import json
-from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Literal, get_origin, get_type_hints
 
 import pytest
@@ -12,21 +12,31 @@ from quatom.recipe import (
     FORMAT_VERSION,
     ActivationSpec,
     CalibrationSpec,
+    GPTQSpec,
     KVSpec,
+    NearestSpec,
     OutlierSpec,
+    PostRopeKeys,
+    PreRopeKeys,
     Recipe,
     ScalingSpec,
     WeightSpec,
 )
+from quatom.recipe_fields import dataclasses_in
 
-PARTS = {
-    "weights": WeightSpec,
-    "activations": ActivationSpec,
-    "kv_cache": KVSpec,
-    "outliers": OutlierSpec,
-    "calibration": CalibrationSpec,
-    "channel_scaling": ScalingSpec,
-}
+PARTS = (
+    (("weights",), None, WeightSpec),
+    (("weights", "rounder"), "gptq", GPTQSpec),
+    (("weights", "rounder"), "nearest", NearestSpec),
+    (("activations",), None, ActivationSpec),
+    (("kv_cache",), None, KVSpec),
+    (("kv_cache", "keys"), "pre_rope", PreRopeKeys),
+    (("kv_cache", "keys"), "post_rope", PostRopeKeys),
+    (("outliers",), None, OutlierSpec),
+    (("calibration",), None, CalibrationSpec),
+    (("channel_scaling",), "balanced", ScalingSpec),
+)
+"""Path of an object, the method that makes it one of the class, the class."""
 
 
 def test_presets_are_the_promised_ones_under_their_own_names():
@@ -73,7 +83,7 @@ def test_what_a_recipe_reads_from_text():
     assert not PRESETS["w8a8"].needs_calibration
     assert PRESETS["w4a16"].needs_calibration
     assert PRESETS["atom-w4a4kv4"].needs_calibration
-    nearest = WeightSpec(rounding="nearest")
+    nearest = WeightSpec(rounder=NearestSpec())
     none = OutlierSpec(channels=0)
     assert not Recipe(weights=nearest, outliers=none).needs_calibration
     assert Recipe(weights=nearest).needs_calibration  # orders
@@ -92,21 +102,102 @@ def test_missing_keys_take_the_defaults():
     assert Recipe.from_dict({"weights": {"format": "int3"}}).weights == WeightSpec(format="int3")
 
 
-def test_a_recipe_of_format_version_1_is_read_as_it_was_meant():
-    """Before packed multiples, channel scaling, weighted keys and descent."""
-    old = PRESETS["quatom-w4a4kv4"].to_dict() | {"format_version": 1}
-    del old["channel_scaling"], old["weights"]["descent_sweeps"]
-    old["weights"] |= {"scale_format": "multiples", "rows_per_scale": 2}
-    old["kv_cache"] |= {"key_offset": "mean", "key_scaling": "balanced"}
-    recipe = Recipe.from_dict(old)
+# As config.json held them: `to_dict` of the default recipe, and of quatom-w4a4kv4.
+VERSION_1 = {
+    "name": "custom",
+    "weights": {
+        "format": "int4", "group_size": 128, "rows_per_scale": 2, "clip_ratio": 1.0,
+        "clip_search": "mse", "scale_format": "multiples", "rounding": "gptq", "damping": 0.02,
+        "column_order": "important_first", "target": "float_input", "target_strength": 0.5,
+    },
+    "activations": {
+        "format": "int4", "group_size": 128, "scale_format": "multiples", "clip_ratio": 0.95,
+        "rotation": "hadamard",
+    },
+    "kv_cache": {
+        "format": "int4", "clip_ratio": 1.0, "keys": "post_rope", "rotation": "hadamard",
+        "key_offset": "mean", "key_scaling": "balanced", "value_rotation": "hadamard",
+    },
+    "outliers": {
+        "channels": 128, "max_fraction": 0.125, "format": "int8", "metric": "second_moment",
+    },
+    "calibration": {"num_samples": 128, "sequence_length": 2048, "seed": 0},
+    "tensor_parallel": 1,
+    "on_singular": "nearest",
+    "format_version": 1,
+}  # fmt: skip
+VERSION_2 = VERSION_1 | {
+    "weights": {
+        "format": "int8", "group_size": 128, "rows_per_scale": 1, "clip_ratio": 1.0,
+        "clip_search": "none", "scale_format": "float16", "rounding": "nearest", "damping": 0.02,
+        "column_order": "stored", "descent_sweeps": 0, "target": "own_input",
+        "target_strength": 1.0,
+    },
+    "kv_cache": {
+        "format": "int4", "clip_ratio": 1.0, "keys": "pre_rope", "rotation": "none",
+        "key_offset": "none", "key_scaling": "none", "value_rotation": "none",
+    },
+    "channel_scaling": {"method": "none", "strength": 0.5},
+    "format_version": 2,
+}  # fmt: skip
+
+
+def test_recipes_of_older_format_versions_are_read_as_they_were_meant():
+    recipe = Recipe.from_dict(VERSION_1)
     assert recipe.format_version == FORMAT_VERSION  # what is written from it
-    assert recipe.channel_scaling.method == "none"
-    assert recipe.weights == WeightSpec(
-        rows_per_scale=2, clip_search="mse", scale_format="multiples"
+    assert recipe.channel_scaling is None
+    rounder = GPTQSpec(
+        damping=0.02, column_order="important_first", float_target=0.5, on_singular="nearest"
     )
+    assert recipe.weights == WeightSpec(
+        rows_per_scale=2, clip_search="mse", scale_format="multiples", rounder=rounder
+    )
+    keys = PostRopeKeys(rotation="hadamard", offset="mean")
+    assert recipe.kv_cache == KVSpec(keys=keys, key_scaling="balanced", value_rotation="hadamard")
+
+    recipe = Recipe.from_dict(VERSION_2)
+    assert recipe.channel_scaling is None
+    assert recipe.weights == WeightSpec(format="int8", rounder=NearestSpec())
+    assert recipe.kv_cache == KVSpec()
+    scaled = {"channel_scaling": {"method": "balanced", "strength": 0.25}}
+    swept = {"weights": VERSION_1["weights"] | {"descent_sweeps": 3}}
+    recipe = Recipe.from_dict(VERSION_2 | scaled | swept)
+    assert recipe.channel_scaling == ScalingSpec(method="balanced", strength=0.25)
+    assert recipe.weights.rounder == replace(rounder, descent_sweeps=3)
     for version in (0, -1, True):
         with pytest.raises(RecipeError, match="format_version"):
-            Recipe.from_dict(old | {"format_version": version})
+            Recipe.from_dict(VERSION_1 | {"format_version": version})
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("weights", "column_order", "important_first", "'column_order'.* of method 'nearest'"),
+        ("weights", "descent_sweeps", 2, r"'descent_sweeps'\] in weights.rounder of method"),
+        ("weights", "target", "float_input", "'float_target'.* of method 'nearest'"),
+        ("weights", "rounding", "gtpq", "weights.rounder.method must be one of .*, got 'gtpq'"),
+        ("weights", "bits", 4, r"unknown keys \['bits'\] in weights"),
+        ("kv_cache", "key_offset", "mean", r"'offset'\] in kv_cache.keys of method 'pre_rope'"),
+        ("kv_cache", "keys", 4, "kv_cache.keys.method must be one of .*, got 4"),
+    ],
+)
+def test_what_older_versions_refused_is_refused(part, field, value, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict(VERSION_2 | {part: VERSION_2[part] | {field: value}})
+
+
+def test_the_older_spelling_is_none_of_the_present_version():
+    present = {"format_version": FORMAT_VERSION}
+    for data, name in (
+        ({"weights": {"damping": 0.02}}, "damping"),
+        ({"on_singular": "nearest"}, "on_singular"),
+        ({"kv_cache": {"rotation": "hadamard"}}, "rotation"),
+    ):
+        with pytest.raises(RecipeError, match=rf"unknown keys \['{name}'\]"):
+            Recipe.from_dict(data | present)
+    both = {"weights": {"damping": 0.02, "rounder": {"method": "gptq"}}}
+    with pytest.raises(RecipeError, match=r"unknown keys \['damping'\] in weights"):
+        Recipe.from_dict(both)
 
 
 def test_recipes_are_frozen():
@@ -136,7 +227,7 @@ def test_recipes_are_frozen():
         ({"activations": {"clip_ratio": 1.5}}, "activations.clip_ratio .* got 1.5"),
         ({"kv_cache": {"clip_ratio": -1}}, "kv_cache.clip_ratio .* got -1"),
         ({"weights": {"rows_per_scale": 0}}, "rows_per_scale must be at least 1, got 0"),
-        ({"weights": {"damping": 0.0}}, "damping .* got 0.0"),
+        ({"weights": {"rounder": {"damping": 0.0}}}, "weights.rounder.damping .* got 0.0"),
         (
             {"weights": {"scale_format": "multiples", "format": "int8"}},
             "scale_format 'multiples' .* needs int2, int3 or int4 weights, not int8",
@@ -150,24 +241,30 @@ def test_recipes_are_frozen():
             "activations.group_size -1 has one scale",
         ),
         (
-            {"weights": {"descent_sweeps": 1, "rounding": "nearest"}},
-            "weights.descent_sweeps 1 .* needs weights.rounding 'gptq'",
+            {"weights": {"rounder": {"descent_sweeps": 1, "method": "nearest"}}},
+            r"\['descent_sweeps'\] in weights.rounder of method 'nearest'; .* \['method'\]",
         ),
-        ({"weights": {"descent_sweeps": -1}}, "weights.descent_sweeps -1 must be at least 0"),
+        ({"weights": {"rounder": {"descent_sweeps": -1}}}, "descent_sweeps .* least 0, got -1"),
+        ({"weights": {"rounder": {"float_target": 1.5}}}, r"float_target .* \[0, 1\], got 1.5"),
+        ({"weights": {"rounder": None}}, "weights.rounder must be an object .* got None"),
+        ({"weights": {"rounder": "gptq"}}, "weights.rounder must be an object .* got 'gptq'"),
         (
             {"weights": {"scale_format": "packed_multiples", "format": "int8"}},
             "scale_format 'packed_multiples' .* needs int2, int3 or int4 weights, not int8",
         ),
-        ({"kv_cache": {"key_offset": "weighted"}}, "'weighted' .* kv_cache.keys 'post_rope'"),
-        ({"channel_scaling": {"strength": 0.0}}, "channel_scaling.strength .* got 0.0"),
-        ({"kv_cache": {"rotation": "hadamard"}}, "needs kv_cache.keys 'post_rope'"),
+        (
+            {"kv_cache": {"keys": {"offset": "weighted"}}},
+            r"\['offset'\] in kv_cache.keys of method 'pre_rope'",
+        ),
+        (
+            {"channel_scaling": {"method": "awq", "strength": 0.0}},
+            "channel_scaling.strength .* got 0.0",
+        ),
+        ({"channel_scaling": {}}, "channel_scaling needs method: balanced, smoothquant, awq"),
+        ({"channel_scaling": 4}, "channel_scaling must be an object .* got 4"),
         (
             {"activations": {"rotation": "hadamard", "format": "float16"}},
             "activations.rotation 'hadamard' .* quantized activations.format",
-        ),
-        (
-            {"weights": {"target": "float_input", "rounding": "nearest"}},
-            "weights.target 'float_input' .* needs weights.rounding 'gptq'",
         ),
         ({"outliers": {"channels": 100}}, "outliers.channels .* multiple of 32, got 100"),
         ({"outliers": {"channels": -32}}, "outliers.channels .* got -32"),
@@ -183,19 +280,23 @@ def test_what_makes_no_sense_is_refused_with_the_value(data, message):
 
 
 def json_fields():
-    """(part or None, field, annotation) of everything a recipe's JSON may set."""
-    for part, spec in {None: Recipe, **PARTS}.items():
+    """(path of the object or (), its tag or None, field, annotation) of all that JSON may set."""
+    for path, tag, spec in (((), None, Recipe), *PARTS):
         hints = get_type_hints(spec)
         for f in fields(spec):
-            if not is_dataclass(hints[f.name]):
-                yield part, f.name, hints[f.name]
+            if not dataclasses_in(hints[f.name]):
+                yield (path, tag), f.name, hints[f.name]
 
 
 FIELDS = list(json_fields())
 
 
 def nested(part, name, value):
-    return {name: value} if part is None else {part: {name: value}}
+    path, tag = part
+    inner = {"method": tag, name: value} if tag else {name: value}
+    for key in reversed(path):
+        inner = {key: inner}
+    return inner
 
 
 @pytest.mark.parametrize(

@@ -323,11 +323,11 @@ def _check_experts(recipe: Recipe) -> None:
             f"tensor_parallel {recipe.tensor_parallel} cuts the inputs of down projections, and "
             "those of routed experts are not cut: use tensor_parallel 1 for mixtures of experts"
         )
-    if recipe.weights.target != "own_input":
+    if recipe.float_target > 0:
         raise RecipeError(
-            f"weights.target {recipe.weights.target!r} compares outputs of the floating-point and "
-            "of the quantized network token by token, but a token may go to other experts in "
-            "each: use 'own_input' for mixtures of experts"
+            f"weights.rounder.float_target {recipe.float_target} compares outputs of the "
+            "floating-point and of the quantized network token by token, but a token may go to "
+            "other experts in each: use 0 for mixtures of experts"
         )
 
 

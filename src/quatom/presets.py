@@ -2,8 +2,11 @@
 
 from quatom.recipe import (
     ActivationSpec,
+    GPTQSpec,
     KVSpec,
+    NearestSpec,
     OutlierSpec,
+    PostRopeKeys,
     Recipe,
     ScalingSpec,
     WeightSpec,
@@ -11,17 +14,18 @@ from quatom.recipe import (
 
 
 def _presets() -> dict[str, Recipe]:
+    nearest, important_first = NearestSpec(), GPTQSpec(column_order="important_first")
     no_outliers = OutlierSpec(channels=0)
     float_activations = ActivationSpec(format="float16")
     float_cache = KVSpec(format="float16")
     atom_weights = WeightSpec(rows_per_scale=2, clip_ratio=0.85)
     searched_weights = WeightSpec(
-        clip_search="mse", scale_format="packed_multiples", descent_sweeps=3
+        clip_search="mse",
+        scale_format="packed_multiples",
+        rounder=GPTQSpec(descent_sweeps=3),
     )
     rotated_cache = KVSpec(
-        keys="post_rope",
-        rotation="hadamard",
-        key_offset="weighted",
+        keys=PostRopeKeys(rotation="hadamard", offset="weighted"),
         key_scaling="weighted",
         value_rotation="hadamard",
     )
@@ -29,35 +33,35 @@ def _presets() -> dict[str, Recipe]:
     recipes = (
         Recipe(
             name="fp16",
-            weights=WeightSpec(format="float16", rounding="nearest"),
+            weights=WeightSpec(format="float16", rounder=nearest),
             activations=float_activations,
             kv_cache=float_cache,
             outliers=no_outliers,
         ),
         Recipe(
             name="w8a8",
-            weights=WeightSpec(format="int8", group_size=-1, rounding="nearest"),
+            weights=WeightSpec(format="int8", group_size=-1, rounder=nearest),
             activations=ActivationSpec(format="int8", group_size=-1),
             kv_cache=float_cache,
             outliers=no_outliers,
         ),
         Recipe(
             name="w4a16",
-            weights=WeightSpec(clip_search="mse", column_order="important_first"),
+            weights=WeightSpec(clip_search="mse", rounder=important_first),
             activations=float_activations,
             kv_cache=float_cache,
             outliers=no_outliers,
         ),
         Recipe(
             name="gptq-w4a16",
-            weights=WeightSpec(column_order="important_first"),
+            weights=WeightSpec(rounder=important_first),
             activations=float_activations,
             kv_cache=float_cache,
             outliers=no_outliers,
         ),
         Recipe(
             name="awq-w4a16",
-            weights=WeightSpec(rounding="nearest", clip_search="group_output"),
+            weights=WeightSpec(rounder=nearest, clip_search="group_output"),
             activations=float_activations,
             kv_cache=float_cache,
             outliers=no_outliers,
@@ -65,7 +69,7 @@ def _presets() -> dict[str, Recipe]:
         ),
         Recipe(
             name="smoothquant-w8a8",
-            weights=WeightSpec(format="int8", group_size=-1, rounding="nearest"),
+            weights=WeightSpec(format="int8", group_size=-1, rounder=nearest),
             activations=ActivationSpec(format="int8", group_size=-1),
             kv_cache=float_cache,
             outliers=no_outliers,
@@ -73,7 +77,7 @@ def _presets() -> dict[str, Recipe]:
         ),
         Recipe(
             name="smoothquant-w4a4",
-            weights=WeightSpec(group_size=-1, rounding="nearest"),
+            weights=WeightSpec(group_size=-1, rounder=nearest),
             activations=ActivationSpec(group_size=-1),
             kv_cache=float_cache,
             outliers=no_outliers,
@@ -81,7 +85,7 @@ def _presets() -> dict[str, Recipe]:
         ),
         Recipe(
             name="rtn-w4a4",
-            weights=WeightSpec(group_size=-1, rounding="nearest"),
+            weights=WeightSpec(group_size=-1, rounder=nearest),
             activations=ActivationSpec(group_size=-1),
             kv_cache=float_cache,
             outliers=no_outliers,

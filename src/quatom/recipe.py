@@ -1,35 +1,17 @@
 """What to quantize and how: the object that checkpoints, kernels and result tables agree on."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
 
 from quatom.errors import RecipeError
-
-FORMAT_VERSION = 2
+from quatom.recipe_fields import check_types, read_fields
+from quatom.recipe_versions import FORMAT_VERSION, to_current
 
 WeightFormat = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "e2m1", "float16"]
 ActivationFormat = Literal["int3", "int4", "int8", "e4m3", "e2m1", "float16"]
 KVFormat = Literal["int4", "int8", "float16"]
 
 _BITS = {"e2m1": 4, "e4m3": 8, "float16": 16} | {f"int{b}": b for b in range(2, 9)}
-
-
-def _check_types(owner: str, spec: Any) -> None:
-    """Every field against its annotation: what comes from JSON may hold anything.
-
-    A misspelt choice must not be taken for another one: `rounding="rtn"` is an error, not GPTQ.
-    """
-    for name, hint in get_type_hints(type(spec)).items():
-        value = getattr(spec, name)
-        if get_origin(hint) is Literal:
-            if value not in (allowed := get_args(hint)):
-                raise RecipeError(
-                    f"{owner}.{name} must be one of {', '.join(allowed)}, got {value!r}"
-                )
-            continue
-        expected = (int, float) if hint is float else hint
-        if isinstance(value, bool) or not isinstance(value, expected):
-            raise RecipeError(f"{owner}.{name} must be of type {hint.__name__}, got {value!r}")
 
 
 def _check_group(owner: str, group_size: int) -> None:
@@ -53,6 +35,50 @@ def _check_ratio(owner: str, name: str, value: float) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GPTQSpec:
+    """Push the rounding error of a column onto the columns that are not rounded yet."""
+
+    method: Literal["gptq"] = "gptq"
+    """GPTQ; it reads second moments of the inputs."""
+    damping: float = 0.01
+    """Fraction of the mean diagonal of the second moments that is added to the diagonal."""
+    column_order: Literal["stored", "important_first"] = "stored"
+    """Visit columns as they are stored, a group's scale following the errors pushed onto it; or by
+    descending second moment, with the scales of the unchanged weights."""
+    descent_sweeps: int = 0
+    """Sweeps of coordinate descent over the codes that were found, scales fixed."""
+    float_target: float = 0.0
+    """What is approximated: 0, the float weight's output on the quantized network's inputs; 1, the
+    float network's own output (asymmetric calibration); between them, so much of the correction."""
+    on_singular: Literal["error", "nearest"] = "error"
+    """A layer whose second moments cannot be inverted: stop, or round that layer to nearest."""
+
+    def __post_init__(self) -> None:
+        check_types("weights.rounder", self)
+        if not 0.0 < self.damping < 1.0:
+            raise RecipeError(f"weights.rounder.damping must be in (0, 1), got {self.damping}")
+        if self.descent_sweeps < 0:
+            raise RecipeError(
+                f"weights.rounder.descent_sweeps must be at least 0, got {self.descent_sweeps}"
+            )
+        if not 0.0 <= self.float_target <= 1.0:
+            raise RecipeError(
+                f"weights.rounder.float_target must be in [0, 1], got {self.float_target}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearestSpec:
+    """Round each weight alone."""
+
+    method: Literal["nearest"] = "nearest"
+    """To the nearest code."""
+
+    def __post_init__(self) -> None:
+        check_types("weights.rounder", self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
     """Symmetric quantization of the weights of every decoder linear."""
 
@@ -73,49 +99,19 @@ class WeightSpec:
     to 16, of one scale per row. A code times its multiple then fits INT8, and a product adds up all
     groups in int32. Both are stored as float16. packed_multiples: the scales of multiples, stored
     as 4-bit multiples and one float16 scale per row. For int2 to int4."""
-    rounding: Literal["nearest", "gptq"] = "gptq"
-    """Round each weight alone, or push its error onto the columns that are not rounded yet."""
-    damping: float = 0.01
-    """GPTQ: fraction of the mean diagonal of the second moments that is added to the diagonal."""
-    column_order: Literal["stored", "important_first"] = "stored"
-    """GPTQ: visit columns as they are stored, a group's scale following the errors pushed onto it;
-    or by descending second moment, with the scales of the unchanged weights."""
-    descent_sweeps: int = 0
-    """Sweeps of coordinate descent over the codes that GPTQ found, scales fixed."""
-    target: Literal["own_input", "float_input"] = "own_input"
-    """What GPTQ approximates: the float weight's output on the quantized network's inputs, or the
-    float network's own output (asymmetric calibration)."""
-    target_strength: float = 1.0
-    """Fraction of the correction towards a float target that is applied, in (0, 1]."""
+    rounder: GPTQSpec | NearestSpec = field(default_factory=GPTQSpec)
+    """How codes are found once scales are known."""
 
     def __post_init__(self) -> None:
-        _check_types("weights", self)
+        check_types("weights", self)
         _check_group("weights", self.group_size)
         _check_ratio("weights", "clip_ratio", self.clip_ratio)
         if self.rows_per_scale < 1:
             raise RecipeError(
                 f"weights.rows_per_scale must be at least 1, got {self.rows_per_scale}"
             )
-        _check_ratio("weights", "target_strength", self.target_strength)
-        if self.column_order != "stored" and self.rounding != "gptq":
-            raise RecipeError(
-                f"weights.column_order {self.column_order!r} is how GPTQ visits columns: it needs "
-                "weights.rounding 'gptq'"
-            )
-        if self.descent_sweeps < 0 or (self.descent_sweeps and self.rounding != "gptq"):
-            raise RecipeError(
-                f"weights.descent_sweeps {self.descent_sweeps} must be at least 0, and above 0 it "
-                "needs weights.rounding 'gptq', whose codes it improves"
-            )
-        if self.target != "own_input" and self.rounding != "gptq":
-            raise RecipeError(
-                f"weights.target {self.target!r} is what GPTQ approximates: it needs "
-                "weights.rounding 'gptq'"
-            )
         if self.scale_format != "float16":
             _check_multiples("weights", self.scale_format, self.format)
-        if not 0.0 < self.damping < 1.0:
-            raise RecipeError(f"weights.damping must be in (0, 1), got {self.damping}")
 
     @property
     def bits(self) -> int:
@@ -142,7 +138,7 @@ class ActivationSpec:
     """Rotate every normal group, with its weights, by a Hadamard matrix before quantizing it."""
 
     def __post_init__(self) -> None:
-        _check_types("activations", self)
+        check_types("activations", self)
         _check_group("activations", self.group_size)
         if self.scale_format == "multiples":
             _check_multiples("activations", self.scale_format, self.format)
@@ -160,6 +156,36 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreRopeKeys:
+    """Cache K as the linear gives it, as the original does, and turn it whenever it is read."""
+
+    method: Literal["pre_rope"] = "pre_rope"
+    """Before rotary embedding."""
+
+    def __post_init__(self) -> None:
+        check_types("kv_cache.keys", self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostRopeKeys:
+    """Cache K after rotary embedding. The CUDA kernels read these."""
+
+    method: Literal["post_rope"] = "post_rope"
+    """After rotary embedding."""
+    rotation: Literal["none", "hadamard"] = "none"
+    """Rotate q and k of every head by the same Hadamard matrix, which leaves scores unchanged and
+    spreads K's outlier channels."""
+    offset: Literal["none", "mean", "weighted"] = "none"
+    """Subtract from every K its mean over the calibration text: one vector per KV head, which adds
+    the same to all scores of a query and so changes no attention. Biased keys (Qwen2) otherwise
+    spend the range on what all tokens share. weighted: each key counts by how much an error of it
+    changes attention's output."""
+
+    def __post_init__(self) -> None:
+        check_types("kv_cache.keys", self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
     """Asymmetric quantization of the KV cache, one group per token and KV head."""
 
@@ -167,42 +193,38 @@ class KVSpec:
     """Number format of a code; float16 keeps the cache in the activations' dtype."""
     clip_ratio: float = 1.0
     """Fraction of a group's range that maps onto the code range."""
-    keys: Literal["pre_rope", "post_rope"] = "pre_rope"
-    """Quantize K before rotary embedding, as the original does, or after it. The CUDA kernels read
-    post_rope."""
-    rotation: Literal["none", "hadamard"] = "none"
-    """Rotate q and k of every head by the same Hadamard matrix after rotary embedding, which
-    leaves scores unchanged and spreads K's outlier channels. Needs post_rope."""
-    key_offset: Literal["none", "mean", "weighted"] = "none"
-    """Subtract from every K, after rotary embedding, its mean over the calibration text: one vector
-    per KV head, which adds the same to all scores of a query and so changes no attention. Biased
-    keys (Qwen2) otherwise spend the range on what all tokens share. weighted: each key counts by
-    how much an error of it changes attention's output. Needs post_rope."""
+    keys: PreRopeKeys | PostRopeKeys = field(default_factory=PreRopeKeys)
+    """Where K is quantized, and how it is prepared there."""
     key_scaling: Literal["none", "balanced", "weighted"] = "none"
     """Fold factors into k_proj and their inverses into q_proj, one per rotary pair of channels, so
     that no channel's error weighs much more than the others'. balanced: powers of two, all tokens
-    alike; weighted: not rounded, tokens weighted as in key_offset."""
+    alike; weighted: not rounded, tokens weighted as in the weighted offset."""
     value_rotation: Literal["none", "hadamard"] = "none"
     """Fold a Hadamard rotation of every head into v_proj's rows and o_proj's columns."""
 
     def __post_init__(self) -> None:
-        _check_types("kv_cache", self)
+        check_types("kv_cache", self)
         _check_ratio("kv_cache", "clip_ratio", self.clip_ratio)
-        if self.rotation == "hadamard" and self.keys != "post_rope":
-            raise RecipeError(
-                "kv_cache.rotation 'hadamard' rotates q and k after rotary embedding: it needs "
-                "kv_cache.keys 'post_rope'"
-            )
-        if self.key_offset != "none" and self.keys != "post_rope":
-            raise RecipeError(
-                f"kv_cache.key_offset {self.key_offset!r} is subtracted after rotary embedding: it "
-                "needs kv_cache.keys 'post_rope'"
-            )
 
     @property
     def bits(self) -> int:
         """Bits per code, scales not counted."""
         return _BITS[self.format]
+
+    @property
+    def post_rope(self) -> bool:
+        """Whether K is cached after rotary embedding."""
+        return isinstance(self.keys, PostRopeKeys)
+
+    @property
+    def rotates_keys(self) -> bool:
+        """Whether q and k of every head are rotated by a Hadamard matrix."""
+        return isinstance(self.keys, PostRopeKeys) and self.keys.rotation == "hadamard"
+
+    @property
+    def key_offset(self) -> Literal["none", "mean", "weighted"]:
+        """Which mean of K is subtracted before it is cached."""
+        return self.keys.offset if isinstance(self.keys, PostRopeKeys) else "none"
 
     @property
     def weighs_keys(self) -> bool:
@@ -217,7 +239,7 @@ class ScalingSpec:
     They are folded into norms and into the rows of the linears before, and cost nothing.
     """
 
-    method: Literal["none", "balanced", "smoothquant", "awq"] = "none"
+    method: Literal["balanced", "smoothquant", "awq"]
     """balanced: so that rounding errors of inputs and of weights weigh alike; smoothquant: by
     maxima, where a norm makes the input; awq: by mean magnitudes, with a power found by search."""
     strength: float = 0.5
@@ -225,7 +247,7 @@ class ScalingSpec:
     powers that are tried. In (0, 1]."""
 
     def __post_init__(self) -> None:
-        _check_types("channel_scaling", self)
+        check_types("channel_scaling", self)
         _check_ratio("channel_scaling", "strength", self.strength)
 
 
@@ -244,7 +266,7 @@ class OutlierSpec:
     """Score of a channel: mean square of the calibration inputs, or mean magnitude."""
 
     def __post_init__(self) -> None:
-        _check_types("outliers", self)
+        check_types("outliers", self)
         if self.channels < 0 or self.channels % 32:
             raise RecipeError(
                 f"outliers.channels must be 0 or a multiple of 32, got {self.channels}"
@@ -267,7 +289,7 @@ class CalibrationSpec:
     blended, its own weighing with the fraction of this number that came."""
 
     def __post_init__(self) -> None:
-        _check_types("calibration", self)
+        check_types("calibration", self)
         if self.num_samples < 1 or self.sequence_length < 2:
             raise RecipeError(
                 f"calibration needs at least 1 sample of 2 tokens, got {self.num_samples} of "
@@ -290,19 +312,17 @@ class Recipe:
     activations: ActivationSpec = field(default_factory=ActivationSpec)
     kv_cache: KVSpec = field(default_factory=KVSpec)
     outliers: OutlierSpec = field(default_factory=OutlierSpec)
-    channel_scaling: ScalingSpec = field(default_factory=ScalingSpec)
+    channel_scaling: ScalingSpec | None = None
+    """Divide input channels by factors; None: leave them as they are."""
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     tensor_parallel: int = 1
     """B: o_proj and down_proj carry a block-diagonal order with outliers of their own in each of B
     equal blocks of their input, so that any tensor-parallel degree dividing B loads by slicing."""
-    on_singular: Literal["error", "nearest"] = "error"
-    """A layer whose second moments GPTQ cannot invert: stop, or round that layer to nearest."""
     format_version: int = FORMAT_VERSION
-    """Version of the checkpoint format. Version 1 had no packed multiples, channel scaling,
-    weighted keys or descent."""
+    """Version of the checkpoint format. Older ones are read: see `quatom.recipe_versions`."""
 
     def __post_init__(self) -> None:
-        _check_types("recipe", self)
+        check_types("recipe", self)
         if self.format_version != FORMAT_VERSION:
             raise RecipeError(f"format_version must be {FORMAT_VERSION}, got {self.format_version}")
         if self.tensor_parallel < 1:
@@ -317,13 +337,14 @@ class Recipe:
                 f"activations.rotation {self.activations.rotation!r} rotates groups as they are "
                 "quantized: it needs a quantized activations.format"
             )
-        if self.channel_scaling.method != "none" and not self.quantizes_weights:
+        scaling = None if self.channel_scaling is None else self.channel_scaling.method
+        if scaling is not None and not self.quantizes_weights:
             raise RecipeError(
-                f"channel_scaling.method {self.channel_scaling.method!r} prepares weights for "
-                "rounding: it needs a quantized weights.format"
+                f"channel_scaling.method {scaling!r} prepares weights for rounding: it needs a "
+                "quantized weights.format"
             )
         moved = self.outliers.channels > 0 or self.activations.rotation != "none"
-        if self.channel_scaling.method == "awq" and moved:
+        if scaling == "awq" and moved:
             raise RecipeError(
                 "channel_scaling.method 'awq' searches on the groups of channels as they come: it "
                 "needs outliers.channels 0 and activations.rotation 'none'"
@@ -347,10 +368,16 @@ class Recipe:
         return self.activations.format != "float16"
 
     @property
+    def float_target(self) -> float:
+        """Fraction of the correction towards the float network's outputs, which 0 does not need."""
+        rounder = self.weights.rounder
+        return rounder.float_target if isinstance(rounder, GPTQSpec) else 0.0
+
+    @property
     def needs_moments(self) -> bool:
         """Whether rounding weights reads second moments of their inputs."""
         return self.quantizes_weights and (
-            self.weights.rounding == "gptq"
+            isinstance(self.weights.rounder, GPTQSpec)
             or self.weights.clip_search in ("output", "group_output")
         )
 
@@ -362,7 +389,7 @@ class Recipe:
         return (
             self.needs_moments
             or self.outliers.channels > 0
-            or self.channel_scaling.method != "none"
+            or self.channel_scaling is not None
             or self.kv_cache.key_offset != "none"
             or self.kv_cache.key_scaling != "none"
         )
@@ -379,32 +406,4 @@ class Recipe:
             RecipeError: a key is unknown, a value is not allowed, or the format version is newer
                 than this library.
         """
-        version = data.get("format_version", 1) if isinstance(data, dict) else 1
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise RecipeError(
-                f"recipe has format_version {version}, this Quatom reads up to {FORMAT_VERSION}; "
-                "upgrade Quatom"
-            )
-        if isinstance(data, dict) and type(version) is int and 0 < version < FORMAT_VERSION:
-            # Fields that a version added have defaults that mean what was there before.
-            data = data | {"format_version": FORMAT_VERSION}
-        return _read(cls, data, "recipe")
-
-
-def _read(cls: type, data: object, owner: str) -> Any:
-    """Build dataclass `cls` from nested dicts, refusing unknown keys by their full name."""
-    if not isinstance(data, dict):
-        raise RecipeError(f"{owner} must be an object with named fields, got {data!r}")
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(data.keys() - known):
-        raise RecipeError(f"unknown keys {unknown} in {owner}; known keys are {sorted(known)}")
-    hints = get_type_hints(cls)
-    try:
-        return cls(
-            **{
-                key: _read(hints[key], value, key) if is_dataclass(hints[key]) else value
-                for key, value in data.items()
-            }
-        )
-    except TypeError as error:
-        raise RecipeError(f"cannot read {owner}: {error}") from error
+        return read_fields(cls, to_current(data) if isinstance(data, dict) else data)

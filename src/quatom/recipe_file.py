@@ -8,6 +8,8 @@ from typing import Any
 from quatom.errors import RecipeError
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
+from quatom.recipe_fields import TAG
+from quatom.recipe_versions import to_current
 
 CUSTOM = "custom"
 """Name of a recipe file that gives none."""
@@ -46,38 +48,58 @@ def recipe_from(data: Any) -> tuple[Recipe, Recipe]:
     """
     if not isinstance(data, dict) or "base" not in data:
         return Recipe.from_dict(data), Recipe()
-    own = dict(data)
+    own = to_current(data)
     name = own.pop("base")
     if not isinstance(name, str) or name not in PRESETS:
         raise RecipeError(f"unknown base {name!r}; presets are {', '.join(PRESETS)}")
     base = PRESETS[name]
-    return Recipe.from_dict(_over(base.to_dict(), {"name": CUSTOM, **own})), base
+    return changed(base, {"name": CUSTOM, **own}), base
+
+
+def changed(base: Recipe, own: Mapping[str, Any]) -> Recipe:
+    """A recipe with the fields in `own`, plain JSON types nested as in a file, in place of its own.
+
+    Raises:
+        RecipeError: a field is unknown, or its value not allowed.
+    """
+    return Recipe.from_dict(_over(base.to_dict(), own))
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `own`, field by field where both are objects."""
+    """`base` with the values of `own`, field by field where both are objects of one method."""
     merged = dict(base)
     for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _over(base[key], value) if both else value
+        merged[key] = _over(base[key], value) if _alike(base.get(key), value) else value
     return merged
 
 
+def _alike(base: Any, own: Any) -> bool:
+    both = isinstance(base, dict) and isinstance(own, dict)
+    return both and own.get(TAG, base.get(TAG)) == base.get(TAG)
+
+
 def differences(recipe: Recipe, base: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Every field in which two recipes differ, by its full name: (value of base, of recipe)."""
-    values, before = _flat(recipe.to_dict()), _flat(base.to_dict())
-    return {
-        name: (before[name], value)
-        for name, value in values.items()
-        if name != "name" and before[name] != value
-    }
+    """Every field in which two recipes differ, by its full name: (value of base, of recipe).
+
+    Fields of another method than the base's have None as its value.
+    """
+    return _differences(recipe.to_dict() | {"name": base.name}, base.to_dict(), "")
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in data.items():
+def _differences(
+    own: Mapping[str, Any], base: Mapping[str, Any], prefix: str
+) -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, value in own.items():
+        before: Any = base.get(key)
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
+            inner = before if _alike(before, value) else {TAG: _tag(before)}
+            found |= _differences(value, inner, f"{prefix}{key}.")
+        elif before != value:
+            found[f"{prefix}{key}"] = (_tag(before), value)
     return found
+
+
+def _tag(value: Any) -> Any:
+    """An object by its method alone."""
+    return value.get(TAG) if isinstance(value, dict) else value

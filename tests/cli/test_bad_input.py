@@ -178,8 +178,8 @@ ARGUMENTS = {
         ["r.json", "[1]"],
     ),
     "a recipe with a misspelt word": (
-        lambda d: ("--recipe", recipe_file(d, weights={"rounding": "gtpq"})),
-        ["weights.rounding", "'gtpq'", "nearest, gptq"],
+        lambda d: ("--recipe", recipe_file(d, weights={"rounder": {"method": "gtpq"}})),
+        ["weights.rounder.method", "'gtpq'", "gptq, nearest"],
     ),
     "a recipe that does not fit the sizes": (
         lambda d: ("--recipe", recipe_file(d, tensor_parallel=3)),
@@ -446,13 +446,16 @@ def test_a_layer_gptq_cannot_invert_stops_unless_nearest_is_allowed(
 ):
     """A damping below float64's precision leaves 24 tokens a singular matrix of 128 channels."""
     words = text(tmp_path, b"one and two and three " * 20)
-    recipe = {"weights": {"damping": 1e-25}, "outliers": {"channels": 0}}
+    recipe = {"outliers": {"channels": 0}}
     arguments = ("--calibration", words, "--num-samples", 1, "--sequence-length", 24)
-    path = recipe_file(tmp_path, **recipe)
+    singular = {"damping": 1e-25}
+    path = recipe_file(tmp_path, **recipe, weights={"rounder": singular})
     error = shell.fails("quantize", small_dir, tmp_path / "q", "--recipe", path, *arguments)
-    for word in ("model.layers.0 qkv", "128 x 128", "damping", "on_singular='nearest'"):
+    for word in ("model.layers.0 qkv", "128 x 128", "damping", "on_singular 'nearest'"):
         assert word in error, error
     assert not (tmp_path / "q").exists()
     shutil.rmtree(tmp_path / "q.partial")
-    path = recipe_file(tmp_path, **recipe, on_singular="nearest")
+    path = recipe_file(
+        tmp_path, **recipe, weights={"rounder": singular | {"on_singular": "nearest"}}
+    )
     assert shell("quantize", small_dir, tmp_path / "q", "--recipe", path, *arguments).status == 0

@@ -7,7 +7,7 @@ import pytest
 from quatom.errors import RecipeError
 from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
-from quatom.recipe import Recipe
+from quatom.recipe import GPTQSpec, NearestSpec, PostRopeKeys, PreRopeKeys, Recipe
 from quatom.recipe_file import differences, find_recipe, recipe_from
 
 
@@ -23,13 +23,44 @@ def test_a_file_starts_from_its_base(tmp_path):
 
 
 def test_without_a_base_a_file_starts_from_the_defaults():
-    recipe, base = recipe_from({"weights": {"damping": 0.02}})
+    recipe, base = recipe_from({"weights": {"rounder": {"damping": 0.02}}})
     assert (recipe.name, base) == ("custom", Recipe())
-    assert recipe.kv_cache.rotation == "none"
+    assert recipe.kv_cache.keys == PreRopeKeys()
 
 
 def test_a_recipe_with_a_base_has_a_name_of_its_own():
     assert recipe_from({"base": "w8a8"})[0].name == "custom"
+
+
+def test_another_method_than_the_bases_brings_its_own_options():
+    gptq = {"base": "w4a16", "weights": {"rounder": {"damping": 0.02}}}
+    rounder = recipe_from(gptq)[0].weights.rounder
+    assert rounder == GPTQSpec(damping=0.02, column_order="important_first")
+    nearest = {"base": "w4a16", "weights": {"rounder": {"method": "nearest"}}}
+    recipe, base = recipe_from(nearest)
+    assert recipe.weights.rounder == NearestSpec()
+    assert differences(recipe, base) == {"weights.rounder.method": ("gptq", "nearest")}
+    recipe, base = recipe_from({"base": "quatom-w4a8kv4", "channel_scaling": None})
+    assert recipe.channel_scaling is None
+    assert differences(recipe, base) == {"channel_scaling": ("balanced", None)}
+    assert differences(base, recipe) == {
+        "channel_scaling.method": (None, "balanced"),
+        "channel_scaling.strength": (None, 0.5),
+    }
+
+
+def test_an_older_file_over_a_base():
+    """Files have no format version: the older spelling is read wherever the new one is not."""
+    old = {"base": "w4a16", "weights": {"descent_sweeps": 3}, "on_singular": "nearest"}
+    assert recipe_from(old)[0].weights.rounder == GPTQSpec(
+        descent_sweeps=3, column_order="important_first", on_singular="nearest"
+    )
+    old = {"base": "quatom-w4a8kv4", "weights": {"rounding": "nearest"}}
+    assert recipe_from(old)[0].weights.rounder == NearestSpec()
+    old = {"base": "quatom-w4a8kv4", "kv_cache": {"key_offset": "mean"}}
+    assert recipe_from(old)[0].kv_cache.keys == PostRopeKeys(rotation="hadamard", offset="mean")
+    old = {"base": "quatom-w4a8kv4", "channel_scaling": {"method": "none", "strength": 0.5}}
+    assert recipe_from(old)[0].channel_scaling is None
 
 
 @pytest.mark.parametrize("base", ["quatom-w4a9kv4", 4, None, ["w8a8"]])

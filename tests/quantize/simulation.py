@@ -137,7 +137,7 @@ class Simulation:
             if self.recipe["kv_cache"]["format"] != "float16":
                 for name in "kv":
                     projection = getattr(layer.self_attn, f"{name}_proj")
-                    if name == "k" and self.recipe["kv_cache"]["keys"] == "post_rope":
+                    if name == "k" and self.recipe["kv_cache"]["keys"]["method"] == "post_rope":
                         continue  # see logits()
                     projection.register_forward_hook(self._kv_hook(index, name))
 
@@ -286,10 +286,10 @@ class Simulation:
         """(tokens, vocab), going along with what the model under test recorded at each place."""
         self.recorded = recorded
         self.counts = Counts()
-        if self.recipe["kv_cache"]["keys"] == "post_rope" and (0, "k") in recorded:
+        if self.recipe["kv_cache"]["keys"]["method"] == "post_rope" and (0, "k") in recorded:
             module = __import__(type(self.model).__module__, fromlist=["x"])
             embed, layers = module.apply_rotary_pos_emb, iter(range(100))
-            rotated = self.recipe["kv_cache"]["rotation"] != "none"
+            rotated = self.recipe["kv_cache"]["keys"]["rotation"] != "none"
 
             def rotate_and_quantize(q, k, cos, sin):
                 q, k = embed(q, k, cos, sin)

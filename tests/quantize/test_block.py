@@ -17,7 +17,7 @@ from quatom.quantize.rounding import round_site
 from quatom.quantize.statistics import ChannelScores, SecondMoments, observe, run_block
 from quatom.quantize.transforms import transforms_of
 from quatom.quantize.transforms.order import choose_orders
-from quatom.recipe import KVSpec, OutlierSpec, WeightSpec
+from quatom.recipe import GPTQSpec, KVSpec, NearestSpec, OutlierSpec, WeightSpec
 
 CPU = torch.device("cpu")
 FLOAT = PRESETS["fp16"]
@@ -144,11 +144,15 @@ def test_moments_that_cannot_be_inverted_stop_or_round_to_nearest(source):
     recipe = PRESETS["atom-w4a4kv4"]
     with pytest.raises(
         QuantizationError,
-        match=r"model\.layers\.1 o: .*256 x 256.*damping \(now 0\.01\).*on_singular='nearest'",
+        match=r"model\.layers\.1 o: .*256 x 256.*damping \(now 0\.01\).*on_singular 'nearest'",
     ):
         round_o(source, recipe, singular())
-    got = round_o(source, replace(recipe, on_singular="nearest"), singular())
-    nearest = replace(recipe, weights=replace(recipe.weights, rounding="nearest"))
+    got = round_o(
+        source,
+        replace(recipe, weights=replace(recipe.weights, rounder=GPTQSpec(on_singular="nearest"))),
+        singular(),
+    )
+    nearest = replace(recipe, weights=replace(recipe.weights, rounder=NearestSpec()))
     want = round_o(source, nearest, None)
     assert torch.equal(got.weight.values, want.weight.values)
 

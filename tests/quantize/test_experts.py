@@ -21,7 +21,7 @@ from quatom.quantize.pipeline import REPORT_FILE, quantize_checkpoint
 from quatom.quantize.rounding import round_experts, round_site
 from quatom.quantize.statistics import ChannelScores, SecondMoments, run_block
 from quatom.quantize.transforms import transforms_of
-from quatom.recipe import CalibrationSpec, WeightSpec
+from quatom.recipe import CalibrationSpec, GPTQSpec, WeightSpec
 from tests.families.models import save_tiny
 from tests.quantize.planted_experts import (
     RARE,
@@ -194,7 +194,9 @@ def test_every_expert_is_rounded_with_its_own_moments(source):
         assert together.relative_errors[expert] == alone.relative_error
     assert together.values.dtype == torch.int8
     moments[3] = torch.nan  # which no damping mends
-    allowed = replace(recipe, on_singular="nearest")
+    allowed = replace(
+        recipe, weights=replace(recipe.weights, rounder=GPTQSpec(on_singular="nearest"))
+    )
     assert (
         round_experts(site, weights, moments, allowed).nearest == [False] * 3 + [True] + [False] * 2
     )
@@ -264,7 +266,10 @@ def test_sentences():
     ("changes", "message"),
     [
         ({"tensor_parallel": 2}, "tensor_parallel 2 .*routed experts"),
-        ({"weights": WeightSpec(target="float_input")}, "weights.target 'float_input'"),
+        (
+            {"weights": WeightSpec(rounder=GPTQSpec(float_target=1.0))},
+            "weights.rounder.float_target 1.0",
+        ),
     ],
 )
 def test_what_experts_cannot_have_is_refused_before_work(

@@ -172,7 +172,7 @@ def test_the_same_seed_and_text_give_the_same_bytes(four_block_dir, text_file, t
 def test_recipes_without_calibration_resume_too(four_block_dir, tmp_path):
     recipe = Recipe.from_dict(
         {
-            "weights": {"rounding": "nearest"},
+            "weights": {"rounder": {"method": "nearest"}},
             "outliers": {"channels": 0},
         }
     )

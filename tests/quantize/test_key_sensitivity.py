@@ -11,7 +11,7 @@ from quatom.ops.rope_append_kv.reference import rotate_halves
 from quatom.quantize import key_sensitivity
 from quatom.quantize.key_sensitivity import KeySensitivity, score_sensitivity
 from quatom.quantize.transforms.keys import balance_keys, offset_keys
-from quatom.recipe import KVSpec
+from quatom.recipe import KVSpec, PostRopeKeys
 from tests.quantize.simulation import hadamard
 from tests.quantize.test_keys import KEYS, layer_of, measured, qwen_dir  # noqa: F401
 
@@ -123,7 +123,7 @@ def quantized_loss(weighed, spec):
 
 def test_weighted_statistics_lose_less_of_the_output(weighed):
     plain = quantized_loss(weighed, KEYS)
-    spec = replace(KEYS, key_offset="weighted", key_scaling="weighted")
+    spec = replace(KEYS, keys=PostRopeKeys(offset="weighted"), key_scaling="weighted")
     assert quantized_loss(weighed, spec) < plain
     # Factors are those of the formula, unrounded.
     source, weights, _, statistics, *_ = weighed
@@ -140,7 +140,7 @@ def test_weighted_statistics_lose_less_of_the_output(weighed):
 
 def test_an_offset_that_is_not_the_weighted_mean_counts_in_the_balance(weighed):
     source, weights, _, statistics, *_ = weighed
-    spec = KVSpec(keys="post_rope", key_offset="mean", key_scaling="weighted")
+    spec = KVSpec(keys=PostRopeKeys(offset="mean"), key_scaling="weighted")
     layer = replace(layer_of(source), kv_cache=spec)
     moved = balance_keys(layer, offset_keys(layer, weights, statistics), statistics)
     first = layer.spec.attention.q_size

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quatom.checkpoint.reader import open_source
-from quatom.errors import RecipeError, ShapeError
+from quatom.errors import ShapeError
 from quatom.loading import load, load_float_layer
 from quatom.modeling.build import build_block
 from quatom.modeling.rotary import RotaryTables
@@ -19,7 +19,7 @@ from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.statistics import KeyStatistics, observe, run_block
 from quatom.quantize.transforms import transforms_of
 from quatom.quantize.walk import embed
-from quatom.recipe import CalibrationSpec, KVSpec
+from quatom.recipe import CalibrationSpec, KVSpec, PostRopeKeys
 from tests.checkpoint.models import CONFIG, write_model
 from tests.conftest import write_byte_tokenizer
 
@@ -32,7 +32,7 @@ BIASED = CONFIG | {
     "hidden_size": 256,
     "intermediate_size": 384,
 }
-KEYS = KVSpec(format="float16", keys="post_rope", key_offset="mean", key_scaling="balanced")
+KEYS = KVSpec(format="float16", keys=PostRopeKeys(offset="mean"), key_scaling="balanced")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,9 @@ def test_statistics_are_the_means_over_all_tokens(measured):
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 def test_the_block_computes_the_same(measured, key_offset, key_scaling, rotation):
     source, weights, hidden, rotary, statistics, *_ = measured
-    spec = replace(KEYS, key_offset=key_offset, key_scaling=key_scaling, rotation=rotation)
+    spec = replace(
+        KEYS, keys=PostRopeKeys(offset=key_offset, rotation=rotation), key_scaling=key_scaling
+    )
     recipe = replace(PRESETS["fp16"], kv_cache=spec)
     layer = layer_of(source, recipe)
     balanced = transforms_of(recipe).finish(layer, weights, statistics)
@@ -190,8 +192,6 @@ def test_a_checkpoint_holds_the_offset_and_runs_with_it(qwen_dir, text_file, tmp
 
 
 def test_an_offset_needs_rotated_keys():
-    with pytest.raises(RecipeError, match=r"needs kv_cache\.keys 'post_rope'"):
-        KVSpec(key_offset="mean")
     pages = KVPages.allocate(1, 16, 2, 64, "int4", torch.device("cpu"))
     x = torch.zeros(1, 2, 64)
     table, one = torch.zeros(1, 32), torch.zeros(1, dtype=torch.int64)

@@ -28,12 +28,12 @@ import sys
 from dataclasses import replace
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.presets import PRESETS
-from quatom.recipe import CalibrationSpec
+from quatom.recipe import CalibrationSpec, NearestSpec
 
 recipe = PRESETS["atom-w4a4kv4"]
 recipe = replace(
     recipe,
-    weights=replace(recipe.weights, rounding="nearest"),
+    weights=replace(recipe.weights, rounder=NearestSpec()),
     calibration=CalibrationSpec(num_samples=2, sequence_length=16),
 )
 source, target, text = sys.argv[1:]

@@ -13,8 +13,11 @@ from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.recipe import (
     ActivationSpec,
     CalibrationSpec,
+    GPTQSpec,
     KVSpec,
+    NearestSpec,
     OutlierSpec,
+    PostRopeKeys,
     Recipe,
     ScalingSpec,
     WeightSpec,
@@ -32,16 +35,18 @@ GROUPS_OF_32 = dict(
 WIDE_SCALES = WeightSpec(group_size=32, rows_per_scale=64)
 VARIANTS = {
     "tensor parallel": Recipe(**GROUPS_OF_32, tensor_parallel=2),
-    "post-rope keys": Recipe(kv_cache=KVSpec(keys="post_rope")),
-    "offset keys": Recipe(kv_cache=KVSpec(keys="post_rope", key_offset="mean")),
+    "post-rope keys": Recipe(kv_cache=KVSpec(keys=PostRopeKeys())),
+    "offset keys": Recipe(kv_cache=KVSpec(keys=PostRopeKeys(offset="mean"))),
     "scaled keys": Recipe(kv_cache=KVSpec(key_scaling="balanced")),
-    "first columns first": Recipe(weights=WeightSpec(column_order="important_first")),
+    "first columns first": Recipe(
+        weights=WeightSpec(rounder=GPTQSpec(column_order="important_first"))
+    ),
     "int8 cache": Recipe(kv_cache=KVSpec(format="int8")),
     "float16 outliers": Recipe(outliers=OutlierSpec(format="float16")),
     "mean magnitudes": Recipe(outliers=OutlierSpec(metric="abs_mean")),
     "weights alone, with outliers": Recipe(activations=ActivationSpec(format="float16")),
     "wide shared scales": Recipe(**GROUPS_OF_32 | {"weights": WIDE_SCALES}),
-    "float targets": Recipe(weights=WeightSpec(target="float_input")),
+    "float targets": Recipe(weights=WeightSpec(rounder=GPTQSpec(float_target=1.0))),
     "rotated tensor parallel": Recipe(
         **GROUPS_OF_32 | {"activations": ActivationSpec(group_size=32, rotation="hadamard")},
         kv_cache=KVSpec(value_rotation="hadamard"),
@@ -50,7 +55,11 @@ VARIANTS = {
     "refined rows": Recipe(
         **GROUPS_OF_32
         | {
-            "weights": WeightSpec(group_size=32, scale_format="packed_multiples", descent_sweeps=2),
+            "weights": WeightSpec(
+                group_size=32,
+                scale_format="packed_multiples",
+                rounder=GPTQSpec(descent_sweeps=2),
+            ),
             "activations": ActivationSpec(group_size=32, scale_format="multiples"),
         },
         channel_scaling=ScalingSpec(method="balanced"),
@@ -59,7 +68,7 @@ VARIANTS = {
     "searched clipping": Recipe(weights=WeightSpec(clip_search="output", format="int3")),
     **{
         f"int{bits} weights": Recipe(
-            weights=WeightSpec(format=f"int{bits}", rounding="nearest"),
+            weights=WeightSpec(format=f"int{bits}", rounder=NearestSpec()),
             activations=ActivationSpec(format="int8"),
         )
         for bits in (2, 5, 6, 7)
@@ -129,25 +138,44 @@ def test_recipe_fields(name, tiny_llama_dir, text_file, tmp_path, monkeypatch):
     agree(tiny_llama_dir, tmp_path / "q", monkeypatch, ties)
 
 
+def as_version_1(recipe):
+    """The parts of a recipe that version 1 spelled in another way."""
+    weights, cache = dict(recipe["weights"]), dict(recipe["kv_cache"])
+    rounder, keys = weights.pop("rounder"), cache.pop("keys")
+    weights |= {"rounding": rounder["method"], "target": "own_input", "target_strength": 1.0}
+    weights |= {name: rounder[name] for name in ("damping", "column_order")}
+    cache |= {"keys": keys["method"], "rotation": keys["rotation"], "key_offset": keys["offset"]}
+    return {
+        "format_version": 1,
+        "weights": weights,
+        "kv_cache": cache,
+        "on_singular": rounder["on_singular"],
+    }
+
+
 def test_a_checkpoint_of_format_version_1_loads(tiny_llama_dir, text_file, tmp_path, monkeypatch):
     """Its scales are float16, and its recipe lacks the fields that later versions added."""
     preset = PRESETS["quatom-w4a4kv4"]
     weights = WeightSpec(rows_per_scale=2, clip_search="mse", scale_format="multiples")
-    cache = replace(preset.kv_cache, key_offset="mean", key_scaling="balanced")
+    keys = PostRopeKeys(rotation="hadamard", offset="mean")
+    cache = replace(preset.kv_cache, keys=keys, key_scaling="balanced")
     recipe = short(replace(Recipe(), weights=weights, kv_cache=cache))
     recipe = replace(recipe, activations=preset.activations)
     quantize_checkpoint(tiny_llama_dir, tmp_path / "q", recipe, calibration=text_file)
+    agree(tiny_llama_dir, tmp_path / "q", monkeypatch)
+    want, _ = run_and_record(load(tmp_path / "q"), TOKENS)
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     stored = config["quantization_config"]["recipe"]
-    assert stored["format_version"] == 2
-    stored["format_version"] = 1
-    del stored["channel_scaling"], stored["weights"]["descent_sweeps"]
+    assert stored["format_version"] == 3
+    stored |= as_version_1(stored)
+    del stored["channel_scaling"]
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    assert load(tmp_path / "q").recipe == recipe
-    agree(tiny_llama_dir, tmp_path / "q", monkeypatch)
-    stored["format_version"] = 3
+    loaded = load(tmp_path / "q")
+    assert loaded.recipe == recipe
+    assert torch.equal(run_and_record(loaded, TOKENS)[0], want)
+    stored["format_version"] = 4
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RecipeError, match="format_version 3, this Quatom reads up to 2; upgrade"):
+    with pytest.raises(RecipeError, match="format_version 4, this Quatom reads up to 3; upgrade"):
         load(tmp_path / "q")
 
 

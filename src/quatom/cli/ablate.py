@@ -10,6 +10,15 @@ from quatom.cli.options import DeviceOption
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quatom.recipe import Recipe
+
+
+def _same(stored: dict[str, Any] | None, recipe: "Recipe | None") -> bool:
+    """Whether a result's settings, maybe those of an older version, are a recipe."""
+    from quatom.recipe import Recipe
+
+    return (None if stored is None else Recipe.from_dict(stored)) == recipe
+
 
 def ablate(
     source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF.")],
@@ -90,7 +99,7 @@ def ablate(
     for position, rung in enumerate(chosen):
         recipe = steps[rung]
         as_stored = None if recipe is None else recipe.to_dict()
-        if rung in done and done[rung]["settings"] == as_stored:
+        if rung in done and _same(done[rung]["settings"], recipe):
             continue
         with rung_progress(f"{position + 1} of {len(chosen)}: {rung}") as on_block:
             measured = LadderRun(

@@ -105,7 +105,7 @@ class LadderRun:
             yield build_block(layer, weights, self.backend)
 
     def _quantized_modules(self, recipe: Recipe) -> Iterator[DecoderBlock]:
-        needs_float = recipe.weights.target != "own_input"
+        needs_float = recipe.float_target > 0
         statistics = None if needs_float else self._shared_statistics(recipe)
         streams = None
         if recipe.needs_moments:

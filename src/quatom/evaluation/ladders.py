@@ -17,16 +17,18 @@ from quatom.recipe import (
     ActivationFormat,
     ActivationSpec,
     KVSpec,
+    NearestSpec,
     OutlierSpec,
+    PostRopeKeys,
     Recipe,
     WeightSpec,
 )
+from quatom.recipe_file import changed
 
 
 def _changed(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
-    """The recipe with some fields of its parts replaced, by the name of the part."""
-    made = {name: replace(getattr(recipe, name), **fields) for name, fields in parts.items()}
-    return replace(recipe, **made)
+    """The recipe with some fields of its parts replaced, nested as in a recipe file."""
+    return changed(recipe, parts)
 
 
 def _atom_ladder() -> dict[str, Recipe]:
@@ -35,11 +37,11 @@ def _atom_ladder() -> dict[str, Recipe]:
     int8 = replace(rtn, outliers=OutlierSpec())
     groups = replace(
         int8,
-        weights=WeightSpec(rounding="nearest", rows_per_scale=2),
+        weights=WeightSpec(rounder=NearestSpec(), rows_per_scale=2),
         activations=ActivationSpec(),
     )
     clipping = _changed(groups, weights={"clip_ratio": 0.85}, activations={"clip_ratio": 0.9})
-    gptq = _changed(clipping, weights={"rounding": "gptq"})
+    gptq = _changed(clipping, weights={"rounder": {"method": "gptq"}})
     return {
         "rtn": rtn,
         "outliers_fp16": fp16,
@@ -54,24 +56,24 @@ def _atom_ladder() -> dict[str, Recipe]:
 def _quatom_ladder() -> dict[str, Recipe]:
     atom = PRESETS["atom-w4a4kv4"]
     rotation = replace(atom, activations=ActivationSpec(rotation="hadamard"))
-    keys = replace(rotation, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
+    keys = replace(rotation, kv_cache=KVSpec(keys=PostRopeKeys(rotation="hadamard")))
     values = _changed(keys, kv_cache={"value_rotation": "hadamard"})
     weights = _changed(values, weights={"clip_ratio": 1.0, "clip_search": "mse"})
     clipping = _changed(weights, activations={"clip_ratio": 0.95})
-    offset = _changed(clipping, kv_cache={"key_offset": "mean"})
+    offset = _changed(clipping, kv_cache={"keys": {"offset": "mean"}})
     scaling = _changed(offset, kv_cache={"key_scaling": "balanced"})
     weight_multiples = _changed(scaling, weights={"scale_format": "multiples"})
     multiples = _changed(weight_multiples, activations={"scale_format": "multiples"})
     rows = {"rows_per_scale": 1, "scale_format": "packed_multiples"}
     own_scales = _changed(multiples, weights=rows)
     narrow = _changed(own_scales, activations={"clip_ratio": 0.85})
-    weighted_offset = _changed(narrow, kv_cache={"key_offset": "weighted"})
+    weighted_offset = _changed(narrow, kv_cache={"keys": {"offset": "weighted"}})
     weighted = _changed(weighted_offset, kv_cache={"key_scaling": "weighted"})
     half = _changed(weighted, channel_scaling={"method": "balanced", "strength": 0.5})
-    descent = _changed(half, weights={"descent_sweeps": 3})
+    descent = _changed(half, weights={"rounder": {"descent_sweeps": 3}})
     searched = _changed(scaling, weights={"clip_search": "output"})
-    float_target = _changed(clipping, weights={"target": "float_input"})
-    important_first = {"column_order": "important_first"}
+    float_target = _changed(clipping, weights={"rounder": {"float_target": 1.0}})
+    important_first = {"rounder": {"column_order": "important_first"}}
     return {
         "atom": atom,
         "group_rotation": rotation,
@@ -97,22 +99,22 @@ def _quatom_ladder() -> dict[str, Recipe]:
         "output_weighted_search": _changed(clipping, weights={"clip_search": "output"}),
         "important_columns_first": _changed(clipping, weights=important_first),
         "float_input_target": float_target,
-        "half_float_input_target": _changed(float_target, weights={"target_strength": 0.5}),
+        "half_float_input_target": _changed(clipping, weights={"rounder": {"float_target": 0.5}}),
     }
 
 
 def _keys_ladder() -> dict[str, Recipe]:
     original = replace(PRESETS["fp16"], kv_cache=KVSpec())
-    rotated = replace(original, kv_cache=KVSpec(keys="post_rope", rotation="hadamard"))
-    offset = _changed(rotated, kv_cache={"key_offset": "mean"})
+    rotated = replace(original, kv_cache=KVSpec(keys=PostRopeKeys(rotation="hadamard")))
+    offset = _changed(rotated, kv_cache={"keys": {"offset": "mean"}})
     return {
         "kv4_alone": original,
         "kv4_rotated": rotated,
         "kv4_offset": offset,
         "kv4_scaling": _changed(offset, kv_cache={"key_scaling": "balanced"}),
-        "kv4_weighted_offset": _changed(rotated, kv_cache={"key_offset": "weighted"}),
+        "kv4_weighted_offset": _changed(rotated, kv_cache={"keys": {"offset": "weighted"}}),
         "kv4_weighted": _changed(
-            rotated, kv_cache={"key_offset": "weighted", "key_scaling": "weighted"}
+            rotated, kv_cache={"keys": {"offset": "weighted"}, "key_scaling": "weighted"}
         ),
     }
 

@@ -117,7 +117,7 @@ def _convert_layer(model: Any, layer: LayerPlan, recipe: Recipe) -> None:
             for stored in site.linears:
                 model.set_submodule(stored.name, QuatomLinear(layer, site, stored))
     cache = layer.kv_cache
-    if cache.format != "float16" and cache.keys == "pre_rope":
+    if cache.format != "float16" and not cache.post_rope:
         _quantize_unturned_keys(model, layer)
 
 
@@ -216,14 +216,14 @@ def quatom_attention(
     if cache.format != "float16":
         dtype = query.dtype
         value = cached_values(value, cache).to(dtype)
-        if cache.keys == "post_rope":
+        if cache.post_rope:
             order = head_order(spec.rope, spec.head_dim)
             if order is not None:
                 query, key = query[..., order], key[..., order]
             key = key.float()
             if module.k_offset is not None:
                 key = key - module.k_offset.unsqueeze(1)
-            if cache.rotation == "hadamard":
+            if cache.rotates_keys:
                 query, key = rotate_heads(query).to(dtype), rotate_heads(key)
             key = cached_values(key, cache).to(dtype)
     if softcap is None:

@@ -25,7 +25,6 @@ EXPERT_TOKENS = "expert_tokens"
 """Among statistics: tokens that came to each expert, (E,) int64."""
 
 _OF_SCALING: Mapping[str, frozenset[Metric]] = {
-    "none": frozenset(),
     "balanced": frozenset({"second_moment"}),
     "smoothquant": frozenset({"absmax"}),
     "awq": frozenset({"abs_mean"}),
@@ -34,10 +33,19 @@ _OF_SCALING: Mapping[str, frozenset[Metric]] = {
 _EXPERT_SITES: tuple[SiteName, ...] = ("experts_gate_up", "experts_down")
 
 
+def _metrics(recipe: Recipe) -> frozenset[Metric]:
+    scaling = recipe.channel_scaling
+    return frozenset({recipe.outliers.metric}) | (_OF_SCALING[scaling.method] if scaling else set())
+
+
+def _searches_factors(recipe: Recipe) -> bool:
+    return recipe.channel_scaling is not None and recipe.channel_scaling.method == "awq"
+
+
 def wanted_statistics(recipe: Recipe) -> tuple[str, ...]:
     """Names of what a recipe measures; recipes of equal names share their statistics."""
-    names: set[str] = {recipe.outliers.metric, *_OF_SCALING[recipe.channel_scaling.method]}
-    if recipe.channel_scaling.method == "awq":
+    names: set[str] = {*_metrics(recipe)}
+    if _searches_factors(recipe):
         names.add("moments")
     if recipe.kv_cache.weighs_keys:
         names.add("key_sensitivity")
@@ -58,10 +66,9 @@ class LayerStatistics:
         length: int,
         rotary: tuple[Tensor, Tensor],  # cos, sin
     ) -> None:
-        metrics = {recipe.outliers.metric, *_OF_SCALING[recipe.channel_scaling.method]}
         self.rotary = rotary
-        self.scores = [ChannelScores(metric) for metric in sorted(metrics)]
-        self.moments = SecondMoments() if recipe.channel_scaling.method == "awq" else None
+        self.scores = [ChannelScores(metric) for metric in sorted(_metrics(recipe))]
+        self.moments = SecondMoments() if _searches_factors(recipe) else None
         self.keys = KeyStatistics(attention, length)
         self.sensitivity = (
             KeySensitivity(attention, length, rotary) if recipe.kv_cache.weighs_keys else None

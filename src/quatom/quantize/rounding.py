@@ -21,7 +21,7 @@ from quatom.plan import SitePlan
 from quatom.quantize.clip_search_triton import weight_scales_triton
 from quatom.quantize.descent_triton import choose_visit_columns
 from quatom.quantize.gptq_triton import choose_round_columns
-from quatom.recipe import Recipe
+from quatom.recipe import GPTQSpec, Recipe
 
 
 class Rounder(Protocol):
@@ -42,7 +42,7 @@ class Rounder(Protocol):
 
 def rounder_of(recipe: Recipe) -> Rounder:
     """The rounder that a recipe names."""
-    return _nearest if recipe.weights.rounding == "nearest" else _gptq
+    return _gptq if isinstance(recipe.weights.rounder, GPTQSpec) else _nearest
 
 
 def _nearest(site: SitePlan, weight: Tensor, moment: Tensor | None) -> RoundedWeight:
@@ -52,14 +52,15 @@ def _nearest(site: SitePlan, weight: Tensor, moment: Tensor | None) -> RoundedWe
 def _gptq(site: SitePlan, weight: Tensor, moment: Tensor | None) -> RoundedWeight:
     if moment is None:
         return _nearest(site, weight, moment)
-    options, layout = rounding_options(site, weight), site.layout
-    formats, sweeps = options.formats(layout), site.weights.descent_sweeps
+    spec, options, layout = site.weights.rounder, rounding_options(site, weight), site.layout
+    assert isinstance(spec, GPTQSpec)
+    formats, sweeps = options.formats(layout), spec.descent_sweeps
     round_block = choose_round_columns(weight.device, formats)
     rounded = gptq(weight, layout, options, moment, round_block)
     if sweeps == 0:
         return rounded
     visit = choose_visit_columns(weight.device, formats)
-    return coordinate_descent(weight, rounded, formats, moment, options.damping, sweeps, visit)
+    return coordinate_descent(weight, rounded, formats, moment, spec.damping, sweeps, visit)
 
 
 def rounding_options(
@@ -67,14 +68,15 @@ def rounding_options(
 ) -> RoundingOptions:
     """How a site's weight is rounded; `clip_search` in place of the recipe's."""
     spec = site.weights
+    gptq = spec.rounder if isinstance(spec.rounder, GPTQSpec) else GPTQSpec()
     return RoundingOptions(
         normal=get_format(spec.format),
         outlier=get_format(site.outliers.format),
         clip_ratio=spec.clip_ratio,
         clip_search=clip_search or spec.clip_search,
         rows_per_scale=spec.rows_per_scale,
-        damping=spec.damping,
-        column_order=spec.column_order,
+        damping=gptq.damping,
+        column_order=gptq.column_order,
         scale_format=spec.scale_format,
         find_scales=weight_scales_triton if weight.is_cuda else weight_scales,
     )
@@ -115,17 +117,20 @@ def round_site(
         QuantizationError: the second moments cannot be inverted and the recipe says to stop, or
             the result is not finite.
     """
-    spec, nearest = site.weights, False
+    spec, nearest = site.weights.rounder, False
     try:
         if target is not None:
             assert moment is not None
-            weight = shift_to_target(weight, moment, target, spec.damping, spec.target_strength)
+            assert isinstance(spec, GPTQSpec)
+            weight = shift_to_target(weight, moment, target, spec.damping, spec.float_target)
         rounded = rounder_of(recipe)(site, weight, moment)
     except QuantizationError as error:
-        if recipe.on_singular == "error":
+        if not isinstance(spec, GPTQSpec):
+            raise QuantizationError(f"{site.title}: {error}") from error
+        if spec.on_singular == "error":
             raise QuantizationError(
-                f"{site.title}: {error}; give more calibration text, raise weights.damping "
-                f"(now {spec.damping}), or allow on_singular='nearest'"
+                f"{site.title}: {error}; give more calibration text, raise weights.rounder.damping "
+                f"(now {spec.damping}), or allow weights.rounder.on_singular 'nearest'"
             ) from error
         rounded, nearest = _nearest(site, weight, moment), True
     return RoundedSite(rounded, _relative_error(weight, rounded, moment), nearest)

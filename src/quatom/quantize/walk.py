@@ -131,7 +131,7 @@ class BlockQuantizer:
         layer = self.plan.layers[index]
         original = self._prepared(layer)
         entering = None
-        if self.streams is not None and self.recipe.weights.target != "own_input":
+        if self.streams is not None and self.recipe.float_target > 0:
             entering = self.streams.float_hidden  # kept beside the advanced stream
         statistics = (
             self._run_float(index, original) if self.statistics is None else self.statistics[index]
@@ -190,11 +190,10 @@ class BlockQuantizer:
 
         Then the tokens of each expert, (E,), where they were counted.
         """
-        weights = self.recipe.weights
         if self.streams is None or not self.recipe.needs_moments:
             return {}, {}, None
         module = build_block(layer, arranged, self.backend)
-        if weights.target != "own_input":
+        if self.recipe.float_target > 0:
             assert entering is not None
             return *self._target_moments(layer, arranged, original, entering, module), None
         moments, tokens = measure_moments(

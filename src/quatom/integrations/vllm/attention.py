@@ -65,7 +65,7 @@ class QuatomCacheMethod(BaseKVCacheMethod):
             raise CheckpointError(
                 f"vLLM's model did not load {self.layer.key_offset_name}: it cannot run this model"
             )
-        if self.layer.kv_cache.keys == "pre_rope" and self.state.rotary is None:
+        if not self.layer.kv_cache.post_rope and self.state.rotary is None:
             config = self.state.plan.config
             length = get_current_vllm_config().model_config.max_model_len
             self.state.rotary = RotaryTables(config, length, layer._k_scale.device)
@@ -227,7 +227,7 @@ class QuatomAttention(AttentionImpl):
         storage = kv_cache.view(torch.uint8).view(blocks, heads, -1)
         pages = KVPages(storage, block_size, self.head_size, form)
         tables = None
-        if cache.keys == "pre_rope":
+        if not cache.post_rope:
             assert self.state.rotary is not None
             tables = self.state.rotary.of(layer.quatom.index)
             k = turn_back(k, *tables, batch.positions)
@@ -240,7 +240,7 @@ class QuatomAttention(AttentionImpl):
             batch.slot_mapping,
             pages,
             rotate_keys_in_cache=tables is None,
-            rotate_kv=cache.rotation == "hadamard",
+            rotate_kv=cache.rotates_keys,
             clip_ratio=cache.clip_ratio,
             key_offset=layer.k_offset,
             shared=batch.shared,

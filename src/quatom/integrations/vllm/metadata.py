@@ -51,7 +51,7 @@ class QuatomMetadataBuilder(AttentionMetadataBuilder[QuatomMetadata]):
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         tokens = max(tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         self.max_length = vllm_config.model_config.max_model_len
-        self.turns_keys_back = vllm_config.quant_config.state.recipe.kv_cache.keys == "pre_rope"
+        self.turns_keys_back = not vllm_config.quant_config.state.recipe.kv_cache.post_rope
         half = kv_cache_spec.head_size // 2
         # CUDA graphs read these again at every replay: they live as long as the builder.
         self.zeros = torch.zeros(tokens, dtype=torch.int64, device=device)

@@ -78,7 +78,7 @@ def transforms_of(recipe: Recipe) -> TransformList:
         after.append(offset_keys)
     if cache.key_scaling != "none":
         after.append(balance_keys)
-    if recipe.channel_scaling.method != "none":
+    if recipe.channel_scaling is not None:
         after.append(partial(scale_channels, spec=recipe.channel_scaling))
     if recipe.quantizes_weights and recipe.outliers.channels:
         after.append(order_channels)

@@ -1,0 +1,96 @@
+"""Dataclasses of plain fields: values checked against annotations, and read from JSON types.
+
+A field whose annotation is a union of dataclasses is tagged: the `method` of an object says which
+of them it is. So options of one method cannot stand beside another method.
+"""
+
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from quatom.errors import RecipeError
+
+TAG = "method"
+"""The field that says which dataclass of a union an object is; absent, it is the first."""
+
+
+def dataclasses_in(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that an annotation allows, in its order."""
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(part for part in parts if isinstance(part, type) and is_dataclass(part))
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether an annotation allows None."""
+    return isinstance(hint, UnionType) and NoneType in get_args(hint)
+
+
+def tags_of(cls: type) -> tuple[str, ...]:
+    """The values of `method` that mean dataclass `cls`."""
+    return get_args(get_type_hints(cls)[TAG])
+
+
+def check_types(owner: str, spec: Any) -> None:
+    """Every field against its annotation: what comes from JSON may hold anything.
+
+    A misspelt choice must not be taken for another one: an unknown method is an error, not GPTQ.
+
+    Raises:
+        RecipeError: a value is not of the type, or not one of the choices.
+    """
+    for name, hint in get_type_hints(type(spec)).items():
+        value = getattr(spec, name)
+        if get_origin(hint) is Literal:
+            _check_choice(f"{owner}.{name}", value, get_args(hint))
+            continue
+        expected = (int, float) if hint is float else hint
+        if isinstance(value, bool) or not isinstance(value, expected):
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            names = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
+            raise RecipeError(f"{owner}.{name} must be of type {names}, got {value!r}")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def read_fields(cls: type, data: object, owner: str = "") -> Any:
+    """Build dataclass `cls` from nested dicts.
+
+    Args:
+        cls: what to build.
+        data: its fields by name; those with a default may be left out.
+        owner: full name of the object for messages; "" is the whole recipe.
+
+    Raises:
+        RecipeError: a field is unknown, missing or not allowed; its full name is in the message.
+    """
+    shown = owner or "recipe"
+    if not isinstance(data, dict):
+        raise RecipeError(f"{shown} must be an object with named fields, got {data!r}")
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(data.keys() - known, key=str):
+        of = f" of {TAG} {tags_of(cls)[0]!r}" if TAG in known and len(tags_of(cls)) == 1 else ""
+        raise RecipeError(f"unknown keys {unknown} in {shown}{of}; known keys are {sorted(known)}")
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        required = item.default is MISSING and item.default_factory is MISSING
+        if required and item.name not in data:
+            raise RecipeError(f"{shown} needs {item.name}: {', '.join(get_args(hints[item.name]))}")
+    prefix = f"{owner}." if owner else ""
+    return cls(
+        **{key: _read_value(hints[key], value, f"{prefix}{key}") for key, value in data.items()}
+    )
+
+
+def _read_value(hint: Any, value: object, name: str) -> Any:
+    allowed = dataclasses_in(hint)
+    if not allowed or (value is None and is_optional(hint)):
+        return value
+    if len(allowed) == 1 or not isinstance(value, dict):
+        return read_fields(allowed[0], value, name)
+    by_tag = {tag: cls for cls in allowed for tag in tags_of(cls)}
+    tag = value.get(TAG, next(iter(by_tag)))
+    _check_choice(f"{name}.{TAG}", tag, tuple(by_tag))
+    return read_fields(by_tag[tag], value, name)
