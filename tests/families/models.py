@@ -255,6 +255,21 @@ TINY: dict[str, tuple[str, dict]] = {
             "rope_parameters": longrope(64, short_mscale=1.2, long_mscale=1.2),
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            # Two groups of 64 and outliers, or with no outliers a short last group.
+            "hidden_size": 160,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "sliding_window": 18,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+        },
+    ),
     "glm4_moe": (
         "Glm4Moe",
         {
@@ -309,6 +324,12 @@ def tiny_model(name: str, seed: int = 0):
             noise = torch.randn(parameter.shape, generator=generator)
             if key.endswith("bias"):
                 parameter.copy_(0.2 * noise)
+            elif key.endswith("sinks"):
+                parameter.copy_(noise)
+            elif key.endswith("experts.gate_up_proj") and name == "gpt_oss":
+                parameter.copy_(0.2 * noise)  # so that some gates and ups are clamped at 7
+            elif key.endswith("experts.down_proj") and name == "gpt_oss":
+                parameter.copy_(0.02 * noise)  # and what they make is of order 1 all the same
             elif "norm" in key:
                 parameter.copy_((0.0 if offset else 1.0) + 0.2 * noise)
             else:

@@ -57,6 +57,7 @@ class LayerStatistics:
         attention: Attention,
         length: int,
         rotary: tuple[Tensor, Tensor],  # cos, sin
+        sinks: Tensor | None,  # (H,) float32
     ) -> None:
         metrics = {recipe.outliers.metric, *_OF_SCALING[recipe.channel_scaling.method]}
         self.rotary = rotary
@@ -64,7 +65,9 @@ class LayerStatistics:
         self.moments = SecondMoments() if recipe.channel_scaling.method == "awq" else None
         self.keys = KeyStatistics(attention, length)
         self.sensitivity = (
-            KeySensitivity(attention, length, rotary) if recipe.kv_cache.weighs_keys else None
+            KeySensitivity(attention, length, rotary, sinks)
+            if recipe.kv_cache.weighs_keys
+            else None
         )
 
     def finish(self) -> dict[str, Tensor]:
@@ -104,7 +107,7 @@ def measure_channels(
     input of their down projections has scores of each expert, (E, K).
     """
     attention, cos_sin = block.spec.attention, rotary.of(block.plan.index)
-    measured = LayerStatistics(recipe, attention, hidden.shape[1], cos_sin)
+    measured = LayerStatistics(recipe, attention, hidden.shape[1], cos_sin, block.sinks)
     metric, bound = recipe.outliers.metric, recipe.calibration.min_expert_tokens
     routed = _routed(block, ChannelScores(metric), ("experts_down",), bound)
     output = _run(block, hidden, rotary, routed, measured.see_input, measured.see_heads)
