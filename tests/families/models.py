@@ -345,6 +345,41 @@ def save_tiny(folder: Path, name: str, *, seed: int = 0, dtype=torch.float32) ->
     return folder
 
 
+def save_mxfp4(folder: Path, *, seed: int = 0):
+    """A gpt-oss folder whose experts are in MXFP4, as OpenAI releases it, and what it holds.
+
+    Returns:
+        transformers' model with the dequantized weights, float32, in eval mode.
+    """
+    import json
+
+    from safetensors.torch import save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model = tiny_model("gpt_oss", seed)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = dict(model.state_dict())
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        count, columns, rows = tensors.pop(name).shape
+        shape = (count, rows, columns // 32)
+        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        # Factors of about the size that a tiny model's weights have.
+        mean = 124 if "gate_up" in name else 120
+        scales = torch.randint(mean - 2, mean + 1, shape, generator=generator).to(torch.uint8)
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+        dequantized = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        model.get_parameter(name).data.copy_(dequantized.float())
+    folder.mkdir()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    keep = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    config = model.config.to_dict() | {
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": keep}
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    write_byte_tokenizer(folder)
+    return model
+
+
 def decode_context(position: int, block_size: int, device="cpu"):
     """One new token at `position` of the only sequence, its KV blocks in order."""
     blocks = position // block_size + 1
