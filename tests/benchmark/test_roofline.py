@@ -85,9 +85,7 @@ def test_a_whole_run_by_hand():
     more = 2 * (model.linear_bytes + 2 * model.head_weights) / 3.35e12
     assert alone - model.seconds(work) == pytest.approx(more, rel=1e-9)
     # A prompt alone reads them once.
-    assert model.run([(10, 1)], 1) == pytest.approx(
-        model.seconds(Work(1, 1, (Queries(0, 10),)))
-    )
+    assert model.run([(10, 1)], 1) == pytest.approx(model.seconds(Work(1, 1, (Queries(0, 10),))))
 
 
 def test_ceilings_of_a_gpu_without_fp8():

@@ -65,9 +65,7 @@ def test_the_file_holds_the_model_that_transformers_dequantizes(tmp_path):
             weight = getattr(experts, part).transpose(1, 2)
             bias = getattr(experts, f"{part}_bias")
             if part == "gate_up_proj":
-                weight, bias = (
-                    torch.cat((x[:, ::2], x[:, 1::2]), dim=1) for x in (weight, bias)
-                )
+                weight, bias = (torch.cat((x[:, ::2], x[:, 1::2]), dim=1) for x in (weight, bias))
             assert source.dtype(f"{own}{part}.weight") == torch.bfloat16
             assert torch.equal(source.load(f"{own}{part}.weight").float(), weight)
             assert torch.equal(source.load(f"{own}{part}.bias"), bias)

@@ -98,9 +98,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     found = {}
     for name in names:
         if name not in _BY_ARCHITECTURE:
-            raise ModelError(
-                f"architecture {name} is not supported; supported: {_supported()}"
-            )
+            raise ModelError(f"architecture {name} is not supported; supported: {_supported()}")
         found[name] = _BY_ARCHITECTURE[name]
     if model_type is not None:
         if model_type not in _BY_MODEL_TYPE:

@@ -250,6 +250,6 @@ def _check(
         sinks.shape != (q.shape[1],) or sinks.dtype is not torch.float32 or sinks.stride(0) != 1
     ):
         raise ShapeError(
-            f"sinks {tuple(sinks.shape)} {sinks.dtype} must be ({q.shape[1]},) float32, contiguous: "
-            "one logit per query head"
+            f"sinks {tuple(sinks.shape)} {sinks.dtype} must be ({q.shape[1]},) float32, "
+            "contiguous: one logit per query head"
         )
