@@ -2,12 +2,17 @@
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.errors import ModelError
 from quatom.families.registry import FAMILIES, find_family, read_config
+from quatom.plan import plan
+from quatom.presets import PRESETS
+from quatom.recipe import KVSpec
 from tests.families.models import TINY, tiny_config
 
 LLAMA = {
@@ -406,6 +411,22 @@ def test_gpt_oss_20b_as_released():
     # Nothing said of rotary embedding means the same.
     rest = {k: v for k, v in GPT_OSS.items() if k != "rope_scaling"}
     assert read_config(rest).layers == config.layers
+
+
+def test_gpt_oss_20b_under_recipes():
+    config = read_config(GPT_OSS)
+    layer = plan(config, PRESETS["quatom-w4a4kv4"]).layers[0]
+    # 2880 channels are 21 whole groups, a shorter one and the outliers; those of o are 4096.
+    for site in ("qkv", "experts_gate_up", "experts_down"):
+        assert layer.sites[site].layout.group_sizes == (*(128,) * 21, 64, 128)
+    assert layer.sites["o"].layout.group_sizes == (128,) * 32
+    plain = plan(config, PRESETS["w4a16"]).layers[0]
+    assert plain.sites["qkv"].layout.group_sizes == (*(128,) * 22, 64)
+    # What is subtracted from all scores of a query changes what its sink weighs.
+    offset = replace(PRESETS["quatom-w4a4kv4"], kv_cache=KVSpec(keys="post_rope", key_offset="mean"))
+    layers = plan(config, offset).layers
+    assert not any(layer.offsets_keys for layer in layers)
+    assert "model.layers.0.self_attn.sinks" in checkpoint_tensors(plan(config, offset))
 
 
 MOE_REFUSALS = [

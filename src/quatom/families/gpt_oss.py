@@ -1,7 +1,7 @@
 """gpt-oss: experts with biases, sinks, a window in every second layer; hidden size 2880.
 
-2880 is no multiple of 128. Nothing is padded: the plan cuts the input into whole groups where
-outliers allow (2816 + 64), and else ends with a shorter group (22 of 128 and one of 64).
+2880 is no multiple of 128. Nothing is padded: the last normal group of an input is shorter, 64
+channels, before the outliers or where there are none.
 """
 
 from dataclasses import replace
