@@ -98,6 +98,7 @@ def load_float_layer(
         norms=_norms(read, layer),
         sites=sites,
         qk_norm=_qk_norm(read, layer),
+        sinks=_sinks(source, layer, device),
         router=_router(source, layer, device),
     )
     return in_rotary_order(layer, layer_weights)
@@ -127,8 +128,16 @@ def load_quantized_layer(
         sites=sites,
         qk_norm=_qk_norm(read, layer),
         key_offset=offset,
+        sinks=_sinks(source, layer, device),
         router=_router(source, layer, device),
     )
+
+
+def _sinks(source: TensorSource, layer: LayerPlan, device: torch.device) -> Tensor | None:
+    """Sinks of attention, in float32 whatever the model's dtype is."""
+    shape = (layer.spec.attention.num_heads,)
+    sinks = source.load(layer.sinks_name, shape) if layer.spec.attention.sinks else None
+    return None if sinks is None else sinks.to(device, torch.float32)
 
 
 def _router(

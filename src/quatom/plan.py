@@ -135,10 +135,11 @@ class LayerPlan:
         """Whether the mean of K is subtracted before it is cached.
 
         It takes the same from every score of a query. Softmax does not see that, but a soft-cap
-        of the scores does: such layers keep their mean.
+        of the scores and a sink beside them do: such layers keep their mean.
         """
-        capped = self.spec.attention.logit_softcap is not None
-        return self.kv_cache.key_offset != "none" and not capped
+        attention = self.spec.attention
+        seen = attention.logit_softcap is not None or attention.sinks
+        return self.kv_cache.key_offset != "none" and not seen
 
     def router_tensors(self) -> dict[RouterTensor, tuple[str, tuple[int, ...]]]:
         """Name and shape of the float tensors beside routed experts, none without experts."""
@@ -149,6 +150,11 @@ class LayerPlan:
             tensor: (self.prefix + names[0], experts.shape(tensor, self.hidden_size))
             for tensor, names in experts.tensors.items()
         }
+
+    @property
+    def sinks_name(self) -> str:
+        """Tensor of attention's sinks, (H,), where there are any."""
+        return self.prefix + self.spec.sinks_name
 
     @property
     def key_offset_name(self) -> str:

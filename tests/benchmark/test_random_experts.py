@@ -17,9 +17,11 @@ from quatom.presets import PRESETS
 SHAPE = "tiny-moe"
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_runs_and_generates(name):
-    loaded = random_model(SHAPE, PRESETS[name], device="cpu")
+@pytest.mark.parametrize(
+    ("shape", "name"), [(SHAPE, name) for name in PRESETS] + [("tiny-gpt-oss", "quatom-w4a8kv4")]
+)
+def test_every_preset_runs_and_generates(shape, name):
+    loaded = random_model(shape, PRESETS[name], device="cpu")
     engine = Engine(loaded, EngineConfig(max_num_seqs=4, max_num_batched_tokens=256))
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
     outputs = LLM.from_engine(engine).generate([[1, 2, 3], [4] * 70], params)

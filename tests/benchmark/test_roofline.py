@@ -3,7 +3,7 @@
 import pytest
 
 from quatom.benchmark.model_shapes import find_shape
-from quatom.benchmark.roofline import Ceilings, Roofline, Work
+from quatom.benchmark.roofline import Ceilings, Queries, Roofline, Work
 from quatom.plan import plan
 from quatom.presets import PRESETS
 
@@ -61,32 +61,31 @@ def test_a_decode_step_by_hand():
 
 def test_large_batches_are_bound_by_operations():
     model = roofline("fp16")
-    phases = model.phases(Work(1, 4096, 1, 4096 * 4097 / 2, 0))
+    work = Work(1, 1, (Queries(0, 4096),))
+    phases = model.phases(work)
     assert phases["linears"] == pytest.approx(2 * LINEARS * 4096 / 989e12, rel=1e-12)
     assert phases["head"] == pytest.approx(2 * 32000 * 4096 / 3.35e12, rel=1e-12)
     pairs = 4096 * 4097 / 2 * 4 * 32 * 128 * 32 / 989e12
     assert phases["attention"] == pytest.approx(pairs, rel=1e-12)
-    assert model.seconds(Work(1, 4096, 1, 4096 * 4097 / 2, 0)) == sum(phases.values())
+    assert model.seconds(work) == sum(phases.values())
 
 
 def test_a_whole_run_by_hand():
     model = roofline("atom-w4a4kv4")
     # Two requests of 10 + 3 tokens at once: the prompts' own steps give each its first token, two
     # decode steps the rest, over 10 and 11 cached tokens.
-    work = Work(
-        steps=2,
-        tokens=2 * (10 + 2),
-        sampled=6,
-        pairs=2 * (55 + 11 + 12),
-        cached_read=2 * (10 + 11),
-    )
+    queries = (Queries(0, 10, 2), Queries(10, 2, 2, decoded=True))
+    work = Work(steps=2, sampled=6, queries=queries)
+    assert work.tokens == 2 * (10 + 2)
+    assert sum(q.pairs(None) for q in queries) == 2 * (55 + 11 + 12)
+    assert [q.cached_read(None) for q in queries] == [0, 2 * (10 + 11)]
     assert model.run([(10, 3), (10, 3)], concurrent=2) == pytest.approx(model.seconds(work))
     # One at a time reads the weights twice as often.
     alone = model.run([(10, 3), (10, 3)], concurrent=1)
     more = 2 * (model.linear_bytes + 2 * model.head_weights) / 3.35e12
     assert alone - model.seconds(work) == pytest.approx(more, rel=1e-9)
     # A prompt alone reads them once.
-    assert model.run([(10, 1)], 1) == pytest.approx(model.seconds(Work(1, 10, 1, 55, 0)))
+    assert model.run([(10, 1)], 1) == pytest.approx(model.seconds(Work(1, 1, (Queries(0, 10),))))
 
 
 def test_ceilings_of_a_gpu_without_fp8():
@@ -112,3 +111,29 @@ def test_a_step_reads_the_experts_that_its_tokens_touch():
     kv = (2 * 100 + 2) * 2 * 2 * 8 * 128 * 32
     assert step == pytest.approx((mixtral.bytes_read(2) + head + kv) / 3.35e12, rel=1e-12)
     assert roofline("fp16").bytes_read(1) == roofline("fp16").linear_bytes
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 3), (0, 20), (4, 10), (7, 1), (8, 1), (30, 4)])
+@pytest.mark.parametrize("window", [None, 1, 8, 100])
+def test_queries_see_no_more_than_their_window(first, count, window):
+    seen = [min(first + i + 1, window or 10**9) for i in range(count)]
+    queries = Queries(first, count, 3, decoded=True)
+    assert queries.pairs(window) == 3 * sum(seen)
+    assert queries.cached_read(window) == 3 * sum(n - 1 for n in seen)
+
+
+def test_layers_with_a_window_read_no_more_than_it():
+    config = find_shape("gpt-oss-20b")
+    model = roofline("quatom-w4a4kv4", config)
+    assert model.windows == pytest.approx({128: 0.5, None: 0.5})
+    # 8 heads of K and V, 32 bytes of codes and 4 of scale and minimum each, in 24 layers.
+    assert model.kv_bytes == 24 * 8 * 2 * 36
+    step = model.phases(Work.decode(64, 1000))
+    kv = 64 * ((1000 + 127) / 2 + 1) * model.kv_bytes
+    assert step["attention"] == pytest.approx(kv / 3.35e12, rel=1e-12)
+    # 64 tokens choose 4 of 32 experts each: all but a few thousandths of them are touched.
+    experts = 24 * 32 * 3 * 2880 * 2880
+    attention = 24 * 2880 * (2 * 4096 + 2 * 512)
+    assert model.linear_weights == pytest.approx(attention + experts / 8, rel=1e-12)
+    assert model.linear_bytes == pytest.approx((attention + experts) * 4.3 / 8, rel=0.03)
+    assert model.bytes_read(64) == pytest.approx(model.linear_bytes, rel=1e-3)

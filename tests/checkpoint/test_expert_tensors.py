@@ -30,6 +30,22 @@ def test_both_forms_of_files_hold_the_model(name, fused, tmp_path):
     assert load(tmp_path / "m").config.family == name
 
 
+def test_transposed_and_interleaved_experts_are_put_in_order(tmp_path):
+    model = tiny_model("gpt_oss")
+    model.save_pretrained(tmp_path / "m")
+    source = open_source(tmp_path / "m")
+    for index, layer in enumerate(model.model.layers):
+        experts, own = layer.mlp.experts, f"model.layers.{index}.mlp.experts."
+        made = torch.cat((experts.gate_up_proj[..., ::2], experts.gate_up_proj[..., 1::2]), dim=2)
+        assert torch.equal(source.load(f"{own}gate_up_proj.weight"), made.transpose(1, 2))
+        bias = experts.gate_up_proj_bias
+        halves = torch.cat((bias[:, ::2], bias[:, 1::2]), dim=1)
+        assert torch.equal(source.load(f"{own}gate_up_proj.bias"), halves)
+        down = experts.down_proj.transpose(1, 2)
+        assert torch.equal(source.load(f"{own}down_proj.weight"), down)
+        assert torch.equal(source.load(f"{own}down_proj.bias"), experts.down_proj_bias)
+
+
 def test_experts_in_several_shards(tmp_path):
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path / "m", max_shard_size="200KB")

@@ -255,6 +255,21 @@ TINY: dict[str, tuple[str, dict]] = {
             "rope_parameters": longrope(64, short_mscale=1.2, long_mscale=1.2),
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            # Two groups of 64 and outliers, or with no outliers a short last group.
+            "hidden_size": 160,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "sliding_window": 18,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+        },
+    ),
     "glm4_moe": (
         "Glm4Moe",
         {
@@ -309,6 +324,12 @@ def tiny_model(name: str, seed: int = 0):
             noise = torch.randn(parameter.shape, generator=generator)
             if key.endswith("bias"):
                 parameter.copy_(0.2 * noise)
+            elif key.endswith("sinks"):
+                parameter.copy_(noise)
+            elif key.endswith("experts.gate_up_proj") and name == "gpt_oss":
+                parameter.copy_(0.2 * noise)  # so that some gates and ups are clamped at 7
+            elif key.endswith("experts.down_proj") and name == "gpt_oss":
+                parameter.copy_(0.02 * noise)  # and what they make is of order 1 all the same
             elif "norm" in key:
                 parameter.copy_((0.0 if offset else 1.0) + 0.2 * noise)
             else:
@@ -322,6 +343,41 @@ def save_tiny(folder: Path, name: str, *, seed: int = 0, dtype=torch.float32) ->
     tiny_model(name, seed).to(dtype).save_pretrained(folder)
     write_byte_tokenizer(folder)
     return folder
+
+
+def save_mxfp4(folder: Path, *, seed: int = 0):
+    """A gpt-oss folder whose experts are in MXFP4, as OpenAI releases it, and what it holds.
+
+    Returns:
+        transformers' model with the dequantized weights, float32, in eval mode.
+    """
+    import json
+
+    from safetensors.torch import save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model = tiny_model("gpt_oss", seed)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = dict(model.state_dict())
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        count, columns, rows = tensors.pop(name).shape
+        shape = (count, rows, columns // 32)
+        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        # Factors of about the size that a tiny model's weights have.
+        mean = 124 if "gate_up" in name else 120
+        scales = torch.randint(mean - 2, mean + 1, shape, generator=generator).to(torch.uint8)
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+        dequantized = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        model.get_parameter(name).data.copy_(dequantized.float())
+    folder.mkdir()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    keep = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    config = model.config.to_dict() | {
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": keep}
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    write_byte_tokenizer(folder)
+    return model
 
 
 def decode_context(position: int, block_size: int, device="cpu"):

@@ -124,6 +124,7 @@ WINDOWS = {
     "starcoder2": [36, 36],
     "mixtral": [24, 24],
     "phimoe": [40, 40],
+    "gpt_oss": [18, None],
 }
 
 

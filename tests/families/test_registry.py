@@ -2,12 +2,17 @@
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.errors import ModelError
 from quatom.families.registry import FAMILIES, find_family, read_config
+from quatom.plan import plan
+from quatom.presets import PRESETS
+from quatom.recipe import KVSpec, PostRopeKeys
 from tests.families.models import TINY, tiny_config
 
 LLAMA = {
@@ -20,6 +25,57 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 201088,
+}
+"""Keys of the released gpt-oss-20b."""
 
 
 def named(name: str) -> dict:
@@ -339,12 +395,39 @@ def test_the_page_on_adding_a_model_quotes_the_source():
     assert all(block in source for block in blocks)
 
 
-@pytest.mark.parametrize(
-    "config", [{"architectures": ["GptOssForCausalLM"]}, {"model_type": "gpt_oss"}]
-)
-def test_gpt_oss_is_refused_with_the_reason(config):
-    with pytest.raises(ModelError, match=r"not supported \(its attention has sinks"):
-        find_family(config)
+def test_gpt_oss_20b_as_released():
+    config = read_config(GPT_OSS)
+    windows = [layer.attention.window for layer in config.layers]
+    assert windows == [128, None] * 12
+    attention, experts = config.layers[0].attention, config.layers[0].experts
+    assert (attention.head_dim, attention.q_size, attention.kv_size) == (64, 4096, 512)
+    assert attention.sinks
+    assert attention.rope.theta == 150_000
+    assert (attention.rope.scaling.factor, attention.rope.scaling.truncate) == (32.0, False)
+    assert (experts.count, experts.top_k, experts.router.normalized) == (32, 4, True)
+    assert experts.feed_forward.activation == "clamped_swiglu"
+    assert all(linear.bias for site in config.layers[0].linears.values() for linear in site)
+    assert config.max_position == 131_072
+    # Nothing said of rotary embedding means the same.
+    rest = {k: v for k, v in GPT_OSS.items() if k != "rope_scaling"}
+    assert read_config(rest).layers == config.layers
+
+
+def test_gpt_oss_20b_under_recipes():
+    config = read_config(GPT_OSS)
+    layer = plan(config, PRESETS["quatom-w4a4kv4"]).layers[0]
+    # 2880 channels are 21 whole groups, a shorter one and the outliers; those of o are 4096.
+    for site in ("qkv", "experts_gate_up", "experts_down"):
+        assert layer.sites[site].layout.group_sizes == (*(128,) * 21, 64, 128)
+    assert layer.sites["o"].layout.group_sizes == (128,) * 32
+    plain = plan(config, PRESETS["w4a16"]).layers[0]
+    assert plain.sites["qkv"].layout.group_sizes == (*(128,) * 22, 64)
+    # What is subtracted from all scores of a query changes what its sink weighs.
+    keys = PostRopeKeys(offset="mean")
+    offset = replace(PRESETS["quatom-w4a4kv4"], kv_cache=KVSpec(keys=keys))
+    layers = plan(config, offset).layers
+    assert not any(layer.offsets_keys for layer in layers)
+    assert "model.layers.0.self_attn.sinks" in checkpoint_tensors(plan(config, offset))
 
 
 MOE_REFUSALS = [
@@ -355,6 +438,11 @@ MOE_REFUSALS = [
     ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob = False"),
     ("granitemoe", {"shared_intermediate_size": 64}, "shared_intermediate_size = 64"),
     ("phimoe", {"num_experts_per_tok": 3}, "sparsemixer chooses 2 experts"),
+    ("gpt_oss", {"swiglu_limit": 5.0}, r"swiglu_limit = 5.0.*only 7.0 is"),
+    ("gpt_oss", {"swiglu_alpha": 1.0}, r"swiglu_alpha = 1.0"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("gpt_oss", {"experts_per_token": 2}, "contradict each other"),
+    ("gpt_oss", {"layer_types": ["chunked_attention"] * 2}, "entry 'chunked_attention'"),
     ("glm4_moe", {"n_group": 3}, "8 experts cannot be cut into 3"),
     ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
 ]

@@ -24,8 +24,12 @@ def expected_tensors(config):
             for linear in linears:
                 if linear.experts is not None:
                     # As transformers 5 holds them: all experts in one tensor.
-                    (name,) = (s[0] for s in linear.spellings if s[0].endswith("_proj"))
-                    yield prefix + name, (linear.experts, linear.rows, columns)
+                    (held,) = (s for s in linear.spellings if s.names[0].endswith("_proj"))
+                    shape = (columns, linear.rows) if held.transposed else (linear.rows, columns)
+                    yield prefix + held.names[0], (linear.experts, *shape)
+                    if linear.bias:
+                        (bias,) = linear.bias_spellings
+                        yield prefix + bias.names[0], (linear.experts, linear.rows)
                     continue
                 yield f"{prefix}{linear.name}.weight", (linear.rows, columns)
                 if linear.bias:
@@ -39,6 +43,8 @@ def expected_tensors(config):
                     own = names[-1]
                 yield prefix + own, layer.experts.shape(kind, config.hidden_size)
         attention = layer.attention
+        if attention.sinks:
+            yield prefix + layer.sinks_name, (attention.num_heads,)
         if attention.qk_norm is not None:
             every = attention.qk_norm_axis == "all"
             sizes = (attention.q_size, attention.kv_size) if every else (attention.head_dim,) * 2

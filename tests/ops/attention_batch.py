@@ -49,6 +49,8 @@ class Batch:
             self.kv.append([x.double() for x in pages.gather(tables[b], length)])
         q = torch.randn(sum(new), heads, head_dim, generator=rng)
         self.q = q.to(device, dtype)
+        # Some sinks outweigh all tokens, some are nothing beside them.
+        self.sinks = (4.0 * torch.randn(heads, generator=rng)).to(device)
         self.new, self.lengths = new, lengths
         self.pages = KVPages(pages.storage.to(device), block_size, head_dim, kv)
         starts = torch.tensor([0, *new]).cumsum(0).int()
@@ -60,10 +62,11 @@ class Batch:
             max_seq_len=max(lengths),
         )
 
-    def run(self, backend=None, **options):
+    def run(self, backend=None, *, sinks=False, **options):
+        options |= {"sinks": self.sinks} if sinks else {}
         return attention(self.q, self.pages, **self.arguments, **options, backend=backend)
 
-    def truth(self, *, scale=None, window=None, softcap=None):
+    def truth(self, *, scale=None, window=None, softcap=None, sinks=False):
         """Dense attention in float64, written without regard to any implementation."""
         rows, first = [], 0
         for (k, v), n, length in zip(self.kv, self.new, self.lengths, strict=True):
@@ -76,7 +79,9 @@ class Batch:
                     scores = k[start:stop, head] @ q[h] * (scale or q.shape[1] ** -0.5)
                     if softcap is not None:
                         scores = softcap * torch.tanh(scores / softcap)
-                    rows.append(scores.softmax(0) @ v[start:stop, head])
+                    if sinks:  # a token whose value is 0
+                        scores = torch.cat((scores, self.sinks[h].double().cpu().view(1)))
+                    rows.append(scores.softmax(0)[: stop - start] @ v[start:stop, head])
             first += n
         return torch.stack(rows).view(first, self.q.shape[1], -1)
 

@@ -66,6 +66,12 @@ def test_decodes_first_changes_nothing_but_the_route(backend):
             {"sliding_window": 1, "logit_softcap": 2.0, "softmax_scale": 0.3},
             {"window": 1, "softcap": 2.0, "scale": 0.3},
         ),
+        ({"sinks": True}, {"sinks": True}),
+        ({"sinks": True, "sliding_window": 20}, {"sinks": True, "window": 20}),
+        (
+            {"sinks": True, "sliding_window": 9, "logit_softcap": 2.0, "softmax_scale": 0.3},
+            {"sinks": True, "window": 9, "softcap": 2.0, "scale": 0.3},
+        ),
     ],
 )
 @pytest.mark.parametrize("new_tokens", [1, 25])
@@ -74,12 +80,14 @@ def test_options(backend, options, truth, new_tokens):
     assert_close(batch.run(backend, **options), batch.truth(**truth), torch.float32)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
-def test_split_counts_agree(splits):
+def test_split_counts_agree(splits, sinks):
     batch = Batch([0, 200])
-    got = batch.run(Backend.TRITON, num_splits=splits)
-    assert_close(got, batch.truth(), torch.float32)
-    assert torch.equal(got, batch.run(Backend.TRITON, num_splits=splits))
+    options = {"num_splits": splits, "sinks": sinks}
+    got = batch.run(Backend.TRITON, **options)
+    assert_close(got, batch.truth(sinks=sinks), torch.float32)
+    assert torch.equal(got, batch.run(Backend.TRITON, **options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -161,6 +169,43 @@ def test_layers_with_and_without_a_window_take_turns(num_decodes):
 
 
 @pytest.mark.parametrize("num_decodes", [0, 2])
+def test_layers_of_other_sinks_take_turns(num_decodes):
+    batch = Batch([50, 17, 33, 70, 0], [1, 1, 33, 20, 0], heads=4, kv_heads=2)
+    shared, options = {}, dict(num_decodes=num_decodes, backend=Backend.REFERENCE)
+    for sinks in (False, True, False, True, True):
+        batch.sinks = batch.sinks.flip(0) + 1.0  # another layer
+        got = batch.run(shared=shared, sinks=sinks, **options)
+        assert_close(got, batch.truth(sinks=sinks), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sink", [-1e4, 60.0, 1e4])
+def test_sinks_far_from_all_scores(backend, sink):
+    """One that is nothing beside the tokens, and ones beside which they are nothing."""
+    batch = Batch([40, 3, 0], dtype=torch.float16)
+    batch.sinks = torch.full_like(batch.sinks, sink)
+    got = batch.run(backend, sinks=True)
+    if sink < 0:
+        assert torch.equal(got, batch.run(backend))
+    else:
+        assert (got == 0).all()  # exp(-50) is below the least float16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("new_tokens", [1, 40])
+def test_sinks_are_those_of_gpt_oss(backend, new_tokens):
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    batch = Batch([40], new_tokens, heads=4, kv_heads=2, head_dim=64, kv="float32")
+    module = torch.nn.Module()
+    module.sinks, module.num_key_value_groups = batch.sinks.cpu(), 2
+    k, v = (x.float().transpose(0, 1)[None] for x in batch.kv[0])
+    mask = torch.full((new_tokens, 40), -torch.inf).triu(1 + 40 - new_tokens)
+    q = batch.q.cpu().transpose(0, 1)[None]
+    want, _ = gpt_oss.eager_attention_forward(module, q, k, v, mask, scaling=0.125)
+    assert_close(batch.run(backend, sinks=True), want[0].double(), torch.float32)
+
+
+@pytest.mark.parametrize("num_decodes", [0, 2])
 def test_layers_of_two_rotary_tables_take_turns(num_decodes):
     batch = Batch([50, 17, 33, 70, 0], [1, 1, 33, 20, 0], heads=4, kv_heads=2)
     tables = []
@@ -214,11 +259,16 @@ def test_errors_name_what_does_not_fit():
     lens = batch.arguments["seq_lens"].long()
     with pytest.raises(ShapeError, match=r"seq_lens must be int32, got torch.int64"):
         attention(batch.q, batch.pages, **batch.arguments | {"seq_lens": lens})
+    with pytest.raises(ShapeError, match=r"sinks \(4,\) torch.float64 must be \(4,\) float32"):
+        attention(batch.q, batch.pages, **batch.arguments, sinks=batch.sinks.double())
+    with pytest.raises(ShapeError, match=r"sinks \(3,\).*one logit per query head"):
+        attention(batch.q, batch.pages, **batch.arguments, sinks=batch.sinks[:3])
     with pytest.raises(BackendError, match=r"cannot run on backend cuda: .*float32|are on cpu"):
         batch.run(Backend.CUDA)
 
 
 def decode_cuda_error(dtype=torch.float16, options=None, truth=None, **shape):
+    """One decode on the CUDA backend, against float64."""
     batch = Batch(**shape, dtype=dtype)
     got = batch.run(Backend.CUDA, **(options or {}))
     assert_close(got, batch.truth(**(truth or {})), dtype)
@@ -249,10 +299,29 @@ def test_cuda_decode_of_head_shapes(head_dim, heads, kv_heads, new_tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 16, 33, 64])
-def test_cuda_split_counts_agree(splits):
+def test_cuda_split_counts_agree(splits, sinks):
     shape = dict(lengths=[0, 1, 3000, 131], heads=8, kv_heads=2, head_dim=128, block_size=32)
-    decode_cuda_error(options={"num_splits": splits}, **shape)
+    options, truth = {"num_splits": splits, "sinks": sinks}, {"sinks": sinks}
+    decode_cuda_error(options=options, truth=truth, **shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [d for d in HEAD_DIMS if d % 16 == 0])
+@pytest.mark.parametrize("new_tokens", [1, 4])
+@pytest.mark.parametrize("splits", [1, 5])
+def test_cuda_decode_with_sinks(dtype, head_dim, new_tokens, splits):
+    shape = dict(lengths=[5, 700, 4, 129, 64], heads=16, kv_heads=2, block_size=16)
+    decode_cuda_error(
+        dtype,
+        {"num_splits": splits, "sinks": True, "sliding_window": 128},
+        {"sinks": True, "window": 128},
+        new_tokens=new_tokens,
+        head_dim=head_dim,
+        **shape,
+    )
 
 
 @pytest.mark.gpu
@@ -315,7 +384,8 @@ def test_cuda_variants_agree(head_dim, block_size, warps, tile, stages, bulk):
 @pytest.mark.parametrize("kv", ["int4", "int8", "bfloat16"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 3.0), (50, 3.0)])
-def test_cuda_prefill(dtype, kv, head_dim, window, softcap):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_cuda_prefill(dtype, kv, head_dim, window, softcap, sinks):
     lengths, new_tokens = [1, 400, 133, 70, 5], [1, 1, 133, 20, 5]
     batch = Batch(
         lengths,
@@ -331,6 +401,7 @@ def test_cuda_prefill(dtype, kv, head_dim, window, softcap):
         if num_decodes and (kv != "int4" or head_dim % 16):
             continue
         options = {"sliding_window": window, "logit_softcap": softcap, "num_decodes": num_decodes}
+        options["sinks"] = sinks
         got = batch.run(Backend.CUDA, **options).double().cpu()
         sums = tuple(
             torch.tensor([0, *counts[num_decodes:]]).cumsum(0).int().cuda()
@@ -338,7 +409,7 @@ def test_cuda_prefill(dtype, kv, head_dim, window, softcap):
         )
         given = batch.run(Backend.CUDA, **options, prefill_cu_seqlens=sums)
         assert torch.equal(given.double().cpu(), got)
-        want = batch.truth(window=window, softcap=softcap)
+        want = batch.truth(window=window, softcap=softcap, sinks=sinks)
         assert (got - want).norm() / want.norm() <= 2 * TOLERANCE[dtype]
 
 
@@ -358,7 +429,8 @@ def test_cuda_source_compiles_without_a_gpu(arch, bulk, tmp_path, monkeypatch):
         pytest.skip(str(error))
     monkeypatch.setenv("QUATOM_CACHE_DIR", str(tmp_path))
     config = DecodeConfig(warps=4, tile=32, stages=2, min_ctas=4, bulk=bool(bulk))
-    cubin = compile_decode(arch, config, 128, 16, 1, bf16=True, softcap=True, window=True)
+    options = {"bf16": True, "softcap": True, "window": True, "sinks": True}
+    cubin = compile_decode(arch, config, 128, 16, 1, **options)
     assert cubin.startswith(b"\x7fELF")
 
 

@@ -11,24 +11,23 @@ from quatom.ops.attention import AttentionOptions, Sequences, attention, flash, 
 from quatom.ops.attention.triton_gather import gather_triton
 from quatom.ops.backend import Backend
 
-WINDOWS, SOFTCAPS, SCALES = (None, 7, 40), (None, 3.0), (None, 0.3)
+WINDOWS, SOFTCAPS, SCALES, SINKS = (None, 7, 40), (None, 3.0), (None, 0.3), (False, True)
 HEADS, FORMATS = ((2, 2), (6, 2), (8, 1)), ("int4", "int8", "float16", "bfloat16", "float32")
 NEW_TOKENS = (1, 3, 30)  # decode, a few drafted tokens, a chunk of a prompt
-GRID = list(product(WINDOWS, SOFTCAPS, SCALES, HEADS, FORMATS, NEW_TOKENS, HEAD_DIMS))
+AXES = (WINDOWS, SOFTCAPS, SCALES, SINKS, HEADS, FORMATS, NEW_TOKENS, HEAD_DIMS)
+GRID = list(product(*AXES))
 
 
 def every(stride):
     """Points of the grid that a stride without a common factor spreads over all of its axes."""
     points = GRID[::stride]
-    for axis, values in enumerate(
-        (WINDOWS, SOFTCAPS, SCALES, HEADS, FORMATS, NEW_TOKENS, HEAD_DIMS)
-    ):
+    for axis, values in enumerate(AXES):
         assert {point[axis] for point in points} == set(values)
     return points
 
 
 def make(point, lengths=(90, 33), dtype=torch.float32):
-    window, softcap, scale, (heads, kv_heads), kv, new_tokens, head_dim = point
+    window, softcap, scale, sinks, (heads, kv_heads), kv, new_tokens, head_dim = point
     batch = Batch(
         lengths,
         new_tokens,
@@ -40,20 +39,21 @@ def make(point, lengths=(90, 33), dtype=torch.float32):
         seed=head_dim,
     )
     options = {"sliding_window": window, "logit_softcap": softcap, "softmax_scale": scale}
-    return batch, options, batch.truth(window=window, softcap=softcap, scale=scale)
+    options["sinks"] = sinks
+    return batch, options, batch.truth(window=window, softcap=softcap, scale=scale, sinks=sinks)
 
 
 def name(point):
     return "-".join(map(str, point))
 
 
-@pytest.mark.parametrize("point", every(53), ids=name)
+@pytest.mark.parametrize("point", every(107), ids=name)
 def test_the_reference(point):
     batch, options, truth = make(point)
     assert_close(batch.run(Backend.REFERENCE, **options), truth, torch.float32)
 
 
-@pytest.mark.parametrize("point", every(211), ids=name)
+@pytest.mark.parametrize("point", every(387), ids=name)
 def test_the_triton_kernel(point):
     batch, options, truth = make(point)
     assert_close(batch.run(Backend.TRITON, **options), truth, torch.float32)
@@ -62,13 +62,13 @@ def test_the_triton_kernel(point):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_the_triton_kernel_multiplies_codes_of_any_head_size(head_dim):
     """16-bit queries take another way through the kernel: codes are not converted."""
-    point = (40, 3.0, 0.3, (6, 2), "int4", 3, head_dim)
+    point = (40, 3.0, 0.3, True, (6, 2), "int4", 3, head_dim)
     batch, options, truth = make(point, dtype=torch.float16)
     assert_close(batch.run(Backend.TRITON, **options), truth, torch.float16)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("point", every(67), ids=name)
+@pytest.mark.parametrize("point", every(133), ids=name)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_a_gpu_runs(point, dtype):
     batch, options, truth = make(point, lengths=(700, 33, 260), dtype=dtype)
@@ -105,11 +105,16 @@ def test_cuda_decode_of_every_head_size(head_dim, options, block_size):
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sliding_window": 9}, {"sliding_window": 9, "logit_softcap": 2.0, "softmax_scale": 0.4}],
+    [
+        {},
+        {"sliding_window": 9},
+        {"sliding_window": 9, "logit_softcap": 2.0, "softmax_scale": 0.4},
+        {"sliding_window": 9, "sinks": torch.tensor([3.0, -1.0, 0.0, 0.5], device=DEVICE)},
+    ],
 )
 def test_at_once_in_chunks_and_one_by_one_agree(backend, options):
     batch = Batch([50], 50, heads=4, kv_heads=2, head_dim=80)
-    at_once = batch.run(backend, **options)
+    at_once = attention(batch.q, batch.pages, **batch.arguments, **options, backend=backend)
     for chunk in (1, 4, 23):
         for first in range(0, 50, 7 if chunk == 1 else chunk):
             rows = batch.q[first : first + chunk]
@@ -183,6 +188,7 @@ def dense_flash(q, k, v, cu_q, cu_k, most_q, most_k, _, causal, __, *, scale, **
     left, right = window["window_size_left"], window["window_size_right"]
     assert right in (None, 0)
     out = torch.zeros_like(q)
+    log_sums = torch.full((q.shape[1], q.shape[0]), torch.inf)  # as of rows that see nothing
     group = q.shape[1] // k.shape[1]
     for b in range(len(cu_q) - 1):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
@@ -192,16 +198,19 @@ def dense_flash(q, k, v, cu_q, cu_k, most_q, most_k, _, causal, __, *, scale, **
         scores = torch.einsum("ihd,jhd->hij", q[rows], k[keys].repeat_interleave(group, 1)) * scale
         distance = torch.arange(length - n, length)[:, None] - torch.arange(length)
         seen = (distance >= 0) & (distance <= (length if left is None else left))
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        log_sums[:, rows] = scores.logsumexp(-1)
+        weights = scores.softmax(-1).nan_to_num(0.0)
         out[rows] = torch.einsum("hij,jhd->ihd", weights, v[keys].repeat_interleave(group, 1))
-    return (out,)
+    return out, log_sums, None, None, None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a stand-in for torch's kernel on the CPU")
 @pytest.mark.parametrize("head_dim", [64, 100])
 @pytest.mark.parametrize("window", [None, 1, 20, 500])
 @pytest.mark.parametrize(("softcap", "knows_total"), [(None, False), (None, True), (3.0, True)])
-def test_prefill_over_a_workspace(head_dim, window, softcap, knows_total, monkeypatch):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_prefill_over_a_workspace(head_dim, window, softcap, knows_total, sinks, monkeypatch):
     class Aten:
         _flash_attention_forward = staticmethod(dense_flash)
 
@@ -209,7 +218,10 @@ def test_prefill_over_a_workspace(head_dim, window, softcap, knows_total, monkey
     lengths = [70, 40, 33, 50, 0]
     batch = Batch(lengths, [1, 40, 20, 5, 0], heads=2, head_dim=head_dim)
     total = sum(lengths) if knows_total else None
-    options = AttentionOptions(0.2, window, softcap, total_kv_tokens=total)
+    options = AttentionOptions(
+        0.2, window, softcap, total_kv_tokens=total, sinks=batch.sinks if sinks else None
+    )
     got = flash.prefill_flash(batch.q, batch.pages, Sequences(**batch.arguments), options)
     assert got.is_contiguous()
-    assert_close(got, batch.truth(window=window, softcap=softcap, scale=0.2), torch.float32)
+    truth = batch.truth(window=window, softcap=softcap, scale=0.2, sinks=sinks)
+    assert_close(got, truth, torch.float32)

@@ -128,6 +128,7 @@ LAYER = {"LAYER": 1, "BIAS": 1}
         (2, {"GATED": 0, "ACTIVATION": 1}),
         (2, {"GATED": 1, "ACTIVATION": 2}),
         (2, {"GATED": 0, "ACTIVATION": 3}),
+        (2, {"GATED": 1, "ACTIVATION": 4}),
     ],
 )
 def test_the_quantize_kernel_moves_wide_words(operation, options, tmp_path):
@@ -157,7 +158,7 @@ def test_the_append_kernel_rotates_heads_of_other_sizes(head_dim, width, kv, tmp
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-@pytest.mark.parametrize(("head_dim", "row_tiles"), [(80, 2), (96, 1), (112, 1), (192, 1)])
+@pytest.mark.parametrize(("head_dim", "row_tiles"), [(64, 1), (80, 2), (96, 1), (112, 1), (192, 1)])
 def test_the_decode_kernel_of_other_head_sizes_keeps_to_registers(
     head_dim, row_tiles, capability, tmp_path
 ):
@@ -166,7 +167,8 @@ def test_the_decode_kernel_of_other_head_sizes_keeps_to_registers(
     config = default_config(head_dim, row_tiles, capability)
     arch = "sm_{}{}".format(*capability)
     shape = (head_dim, 16, row_tiles)
-    cubin = compile_decode(arch, config, *shape, bf16=True, softcap=True, window=True)
+    options = {"bf16": True, "softcap": True, "window": True, "sinks": True}
+    cubin = compile_decode(arch, config, *shape, **options)
     sass = disassemble(cubin, tmp_path)
     assert ("UBLKCP" in sass) == (capability == (9, 0) and head_dim % 32 == 0)
     before, waits, _ = sass.partition("ACQBULK")

@@ -32,7 +32,7 @@ PAGES = "S=16, ROW=50, RECORD=16 * 108, ELEMENT_BYTES=1, BITS=4"  # int4 heads o
 KERNELS = {
     "gated": """
 from quatom.ops.gated.triton import _gated_kernel as kernel
-for activation in range(4):
+for activation in range(5):
     build(
         kernel,
         {"*bf16": "gate_up_ptr out_ptr", "i32": "row_stride"},
@@ -99,11 +99,19 @@ build(
 from quatom.ops.attention.triton import _attention_kernel as kernel
 build(
     kernel,
-    {{"*bf16": "q_ptr out_ptr", "*fp32": "partial_ptr stats_ptr cos_ptr sin_ptr",
+    {{"*bf16": "q_ptr out_ptr", "*fp32": "partial_ptr stats_ptr cos_ptr sin_ptr sinks_ptr",
      "*u8": "rows_ptr", "*fp16": "pairs_ptr", "*i32": "table_ptr starts_ptr lens_ptr",
      "i32": "table_stride splits q_stride window", "fp32": "score_scale softcap_log2e"}},
-    H=4, KV=2, HALF=50, HALF_PAD=64, {PAGES}, SPLIT=True, SOFTCAP=True, WINDOW=True,
+    H=4, KV=2, HALF=50, HALF_PAD=64, {PAGES}, SPLIT=True, SOFTCAP=True, WINDOW=True, SINKS=True,
     KEY_ROTARY=False, PTX=True, BLOCK_M=16, BLOCK_T=64, ALIGN=16,
+)
+""",
+    "merge": """
+from quatom.ops.attention.triton import _merge_kernel as kernel
+build(
+    kernel,
+    {"*bf16": "out_ptr", "*fp32": "partial_ptr stats_ptr sinks_ptr", "i32": "splits"},
+    H=4, SINKS=True, D=100, D_PAD=128, SPLITS_PAD=8,
 )
 """,
     "gather": f"""
@@ -164,8 +172,8 @@ from quatom.ops.attention.triton_prefill import _prefill_kernel as kernel
 build(
     kernel,
     {"*bf16": "q_ptr k_ptr v_ptr out_ptr", "*i32": "starts_q_ptr starts_k_ptr",
-     "i32": "q_stride window", "fp32": "score_scale softcap_log2e"},
-    H=4, KV=2, D=100, D_PAD=128, WINDOW=True, BLOCK_M=64, BLOCK_N=32,
+     "i32": "q_stride window", "fp32": "score_scale softcap_log2e", "*fp32": "sinks_ptr"},
+    H=4, KV=2, D=100, D_PAD=128, WINDOW=True, SINKS=True, BLOCK_M=64, BLOCK_N=32,
 )
 """,
 }

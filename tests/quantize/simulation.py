@@ -153,11 +153,14 @@ class Simulation:
 
     def _replace_experts(self, module: torch.nn.Module, index: int) -> None:
         """A forward of its own: every expert's weights, its slots in order, its inputs rounded."""
-        weights, hooks = {}, {}
+        weights, biases, hooks = {}, {}, {}
+        is_gpt_oss = hasattr(module, "gate_up_proj_bias")  # its weights are (E, K, N)
         for place, name in (("experts_gate_up", "gate_up_proj"), ("experts_down", "down_proj")):
             key = f"model.layers.{index}.mlp.experts.{name}."
             tensors = {n.removeprefix(key): t for n, t in self.tensors.items() if n.startswith(key)}
-            weights[place] = getattr(module, name).detach().clone()
+            weight = getattr(module, name).detach()
+            weights[place] = (weight.transpose(1, 2) if is_gpt_oss else weight).clone()
+            biases[place] = tensors.pop("bias", torch.zeros(weights[place].shape[:2]))
             for expert, weight in enumerate(weights[place]):
                 own = {n: t if n == "order" else t[expert] for n, t in tensors.items()}
                 groups = self._dequantize(weight, own, place)
@@ -168,6 +171,11 @@ class Simulation:
                 return x
             return hooks[place](None, (x,))[0]
 
+        def activated(gate, up):
+            if is_gpt_oss:
+                return module._apply_gate(torch.stack((gate, up), dim=-1).flatten(1))
+            return torch.nn.functional.silu(gate) * up
+
         def forward(x, chosen, shares):  # (T, hidden), (T, k), (T, k)
             shape, x, top_k = x.shape, x.flatten(0, -2), chosen.shape[-1]
             x, out = quantized("experts_gate_up", x), torch.zeros_like(x)
@@ -175,13 +183,14 @@ class Simulation:
             owners = [int(chosen.flatten()[slot]) for slot in slots]
             made = [
                 weights["experts_gate_up"][expert] @ x[slot // top_k]
+                + biases["experts_gate_up"][expert]
                 for slot, expert in zip(slots, owners, strict=True)
             ]
             gate, up = torch.stack(made).chunk(2, dim=1)
-            rows = quantized("experts_down", torch.nn.functional.silu(gate) * up)
+            rows = quantized("experts_down", activated(gate, up))
             for slot, expert, row in zip(slots, owners, rows, strict=True):
                 out[slot // top_k] += shares.flatten()[slot] * (
-                    weights["experts_down"][expert] @ row
+                    weights["experts_down"][expert] @ row + biases["experts_down"][expert]
                 )
             return out.view(shape)
 

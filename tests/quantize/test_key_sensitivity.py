@@ -21,7 +21,9 @@ KINDS = {
     "plain": PLAIN,
     "window": replace(PLAIN, window=3),
     "soft-cap": replace(PLAIN, logit_softcap=2.0),
+    "sinks": replace(PLAIN, sinks=True),
 }
+SINK = 0.7
 
 
 def heads(length, seed=0):
@@ -38,7 +40,11 @@ def attend(products, v, attention):
     hidden = torch.ones(length, length).triu(1).bool()
     if attention.window is not None:
         hidden |= torch.ones(length, length).tril(-attention.window).bool()
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if not attention.sinks:
+        return scores.softmax(-1) @ v
+    beside = torch.cat((scores, torch.full((length, 1), SINK, dtype=scores.dtype)), dim=1)
+    return beside.softmax(-1)[:, :-1] @ v
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,14 +55,16 @@ def test_weights_are_squared_derivatives_of_the_output(kind):
     # (L, D, L, L): only a query's own products move its output.
     own = jacobian.diagonal(dim1=0, dim2=2).square().sum(dim=0)  # (L, L) transposed
     want = own.t() / attention.scale**2
-    got = score_sensitivity(q[None].float(), k.float(), v.float(), attention)[0]
+    sinks = torch.tensor([SINK]) if attention.sinks else None
+    got = score_sensitivity(q[None].float(), k.float(), v.float(), attention, sinks)[0]
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
 
 
-def test_statistics_are_weighted_means_over_all_queries(monkeypatch):
+@pytest.mark.parametrize("sinks", [None, torch.tensor([3.0, -1.0, 0.0, 1.0])])
+def test_statistics_are_weighted_means_over_all_queries(sinks, monkeypatch):
     monkeypatch.setattr(key_sensitivity, "SEQUENCES", 2)
     rotary = rotary_table(None, 8, 16, max_length=16)
-    statistics = KeySensitivity(PLAIN, 5, rotary)
+    statistics = KeySensitivity(PLAIN, 5, rotary, sinks)
     sequences = [heads(5, seed) for seed in range(3)]
     statistics.add(*(torch.cat(x) for x in zip(*sequences[:1], strict=True)))
     statistics.add(*(torch.cat(x) for x in zip(*sequences[1:], strict=True)))
@@ -65,7 +73,8 @@ def test_statistics_are_weighted_means_over_all_queries(monkeypatch):
         total, mean, keys, queries = 0.0, 0.0, 0.0, 0.0
         for q, k, v in sequences[:2]:  # the third is beyond the bound
             for own in (2 * head, 2 * head + 1):
-                w = score_sensitivity(q[:, own][None], k[:, head], v[:, head], PLAIN)[0]
+                sink = None if sinks is None else sinks[own : own + 1]
+                w = score_sensitivity(q[:, own][None], k[:, head], v[:, head], PLAIN, sink)[0]
                 total += w.sum()
                 for i in range(5):
                     for t in range(i + 1):

@@ -112,14 +112,15 @@ def test_presets_on_qwen2(name, tiny_qwen2_dir, text_file, tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def expert_folders(tmp_path_factory):
-    names = ("mixtral", "qwen2_moe", "olmoe")
+    names = ("mixtral", "qwen2_moe", "olmoe", "gpt_oss")
     return {name: save_tiny(tmp_path_factory.mktemp("moe") / name, name) for name in names}
 
 
 @pytest.mark.parametrize(
     ("model", "name"),
     [("mixtral", name) for name in PRESETS if name != "fp16"]
-    + [("qwen2_moe", "quatom-w4a4kv4"), ("olmoe", "atom-w4a4kv4")],
+    + [("qwen2_moe", "quatom-w4a4kv4"), ("olmoe", "atom-w4a4kv4")]
+    + [("gpt_oss", "quatom-w4a4kv4"), ("gpt_oss", "atom-w4a4kv4"), ("gpt_oss", "w8a8")],
 )
 def test_experts(model, name, expert_folders, text_file, tmp_path, monkeypatch):
     source, recipe = expert_folders[model], short(PRESETS[name])

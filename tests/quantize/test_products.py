@@ -13,6 +13,7 @@ from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.transforms.products import balance_products, balancing_power
 from quatom.recipe import CalibrationSpec
 from tests.checkpoint.models import replace_tensors
+from tests.families.models import save_tiny
 
 PAIRS = {
     "attention": ("self_attn.v_proj", "self_attn.o_proj"),
@@ -82,3 +83,16 @@ def test_matrices_that_are_zero_stay(tmp_path):
     assert balancing_power(one, one) == 0
     assert balancing_power(one / 1024, one * 1024) == 10
     assert balancing_power(one * 1024, one / 1024) == -10
+
+
+def test_experts_whose_up_is_clamped_are_left_alone(tmp_path):
+    source = open_source(save_tiny(tmp_path / "m", "gpt_oss"))
+    layer = plan(source.model_config, PRESETS["w4a16"]).layers[0]
+    weights = load_float_layer(source, layer, torch.device("cpu"), torch.float32)
+    large = replace(
+        weights.sites["experts_down"], weight=weights.sites["experts_down"].weight * 2.0**12
+    )
+    weights = replace(weights, sites={**weights.sites, "experts_down": large})
+    balanced = balance_products(layer, weights, {})
+    for site in ("experts_gate_up", "experts_down"):
+        assert balanced.sites[site] is weights.sites[site]

@@ -95,6 +95,10 @@ def test_what_cannot_divide_is_left_alone(sources):
     rotated = KVSpec(format="float16", value_rotation="hadamard")
     assert sites("opt", rotated) == ["qkv", "gate_up", "down"]
     assert "down" not in sites("starcoder2")  # GELU does not
+    layer = plan(sources["llama"].model_config, PRESETS["w4a16"]).layers[0]
+    clamped = replace(layer.spec.feed_forward, activation="clamped_swiglu")
+    layer = replace(layer, spec=replace(layer.spec, feed_forward=clamped))
+    assert not can_fold(layer, "down")  # 1 is added to up, which is clamped before
 
 
 def test_orders_are_those_of_the_divided_inputs(sources):

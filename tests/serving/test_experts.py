@@ -1,8 +1,10 @@
 """A mixture of experts from a folder to answers of the server."""
 
 from dataclasses import replace
+from functools import partial
 
 import httpx
+import pytest
 
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
@@ -12,16 +14,18 @@ from quatom.loading import load
 from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.recipe import CalibrationSpec
-from tests.families.models import save_tiny
+from tests.families.models import save_mxfp4, save_tiny
 from tests.serving.conftest import running_server
 
 CONFIG = EngineConfig(max_num_seqs=4, max_model_len=128, block_size=16)
 
 
-def test_a_mixtral_shaped_model_is_served(tmp_path, text_file):
+@pytest.mark.parametrize("make", [partial(save_tiny, name="mixtral"), save_mxfp4])
+def test_a_mixture_is_served(make, tmp_path, text_file):
     calibration = CalibrationSpec(num_samples=2, sequence_length=48)
     recipe = replace(PRESETS["quatom-w4a8kv4"], calibration=calibration)
-    source = save_tiny(tmp_path / "m", "mixtral")
+    source = tmp_path / "m"
+    make(source)
     quantize_checkpoint(source, tmp_path / "q", recipe, calibration=text_file)
     prompt = [1, 2, 3, 4, 5]
     engine = Engine(load(tmp_path / "q"), CONFIG)

@@ -49,6 +49,33 @@ _QWEN3_MOE = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+    "tie_word_embeddings": False,
+    "eos_token_id": 200002,
+}
 _LLAMA_2 = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -106,6 +133,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 94,
         "num_attention_heads": 64,
     },
+    "gpt-oss-20b": _GPT_OSS,
+    "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
     "tiny": _LLAMA_2
     | {
         "vocab_size": 512,
@@ -132,6 +161,20 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": 384,
         "max_position_embeddings": 512,
         "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "tiny-gpt-oss": _GPT_OSS
+    | {
+        "vocab_size": 512,
+        "hidden_size": 288,
+        "intermediate_size": 288,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "sliding_window": 32,
+        "max_position_embeddings": 512,
+        "rope_scaling": None,
         "eos_token_id": 2,
     },
 }

@@ -127,6 +127,7 @@ class _Maker:
             },
             qk_norm=qk_norm,
             key_offset=offset,
+            sinks=torch.zeros(attention.num_heads, device=self.device) if attention.sinks else None,
             router={
                 # Scores of a normed token have a standard deviation of sqrt(hidden) * STD, about 1:
                 # experts differ from token to token, and each of them gets about as many.

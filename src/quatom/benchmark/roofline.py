@@ -38,25 +38,53 @@ class Ceilings:
 
 
 @dataclass(frozen=True, slots=True)
+class Queries:
+    """New tokens of a sequence, `count` from position `first` on, and as many of others alike."""
+
+    first: float
+    count: float
+    sequences: float = 1
+    decoded: bool = False
+    """Each in a step of its own, which reads what it sees from the cache; else all at once."""
+
+    @property
+    def tokens(self) -> float:
+        """New tokens, all together."""
+        return self.count * self.sequences
+
+    def pairs(self, window: int | None) -> float:
+        """(query, key) pairs that one head of a layer with this window scores."""
+        growing = self.count  # queries that see all tokens before them
+        if window is not None:
+            growing = min(max(window - self.first, 0), self.count)
+        pairs = growing * self.first + growing * (growing + 1) / 2
+        return self.sequences * (pairs + (self.count - growing) * (window or 0))
+
+    def cached_read(self, window: int | None) -> float:
+        """Cached tokens that a layer with this window reads: all seen but the query's own."""
+        return self.pairs(window) - self.tokens if self.decoded else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What a step, or a whole run, has to do."""
 
     steps: float
     """Times that every weight is read."""
-    tokens: float
-    """Tokens through the linears: decodes and prompts."""
     sampled: float
     """Rows through the output head."""
-    pairs: float
-    """(query, key) pairs that attention scores, of one head."""
-    cached_read: float
-    """Cached tokens that decodes read."""
+    queries: tuple[Queries, ...]
+    """Tokens through the linears: decodes and prompts."""
+
+    @property
+    def tokens(self) -> float:
+        """Tokens through the linears."""
+        return sum(queries.tokens for queries in self.queries)
 
     @classmethod
     def decode(cls, batch: int, context: float) -> Self:
         """One token for each of `batch` sequences that have `context` cached ones."""
-        cached = batch * context
-        return cls(1, batch, batch, cached + batch, cached)
+        return cls(1, batch, (Queries(context, 1, batch, decoded=True),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +103,8 @@ class Roofline:
     """Bytes of one cached token, all layers."""
     attention_flops: int
     """Operations of one (query, key) pair, all heads and layers: QK and PV."""
+    windows: Mapping[int | None, float]
+    """Sliding window, None for none -> the share of attention that layers with it have."""
     expert_bytes: Mapping[tuple[int, int], float] = field(default_factory=dict)
     """Of `linear_bytes`, those of routed experts, by their number and how many a token goes to."""
 
@@ -85,6 +115,9 @@ class Roofline:
         config = resolved.config
         low_bit = resolved.recipe.quantizes_activations
         attentions = [layer.spec.attention for layer in resolved.layers]
+        windows: dict[int | None, float] = {}
+        for attention in attentions:
+            windows[attention.window] = windows.get(attention.window, 0) + 1 / len(attentions)
         expert_bytes: dict[tuple[int, int], float] = {}
         bits = bits_by_linear(resolved)
         for layer in resolved.layers:
@@ -106,6 +139,7 @@ class Roofline:
             head_weights=config.vocab_size * config.hidden_size,
             kv_bytes=kv_numbers * bits_per_kv(resolved) / 8,
             attention_flops=4 * sum(attention.q_size for attention in attentions),
+            windows=windows,
             expert_bytes=expert_bytes,
         )
 
@@ -128,6 +162,10 @@ class Roofline:
     def phases(self, work: Work) -> dict[str, float]:
         """Least seconds of each phase: "linears", "head", "attention"."""
         bf16 = self.ceilings.bf16_tflops
+        pairs = cached = 0.0  # of an average layer
+        for window, share in self.windows.items():
+            pairs += share * sum(queries.pairs(window) for queries in work.queries)
+            cached += share * sum(queries.cached_read(window) for queries in work.queries)
         return {
             "linears": self._phase(
                 work.steps * self.bytes_read(work.tokens / work.steps),
@@ -138,8 +176,8 @@ class Roofline:
                 work.steps * self.head_weights * _HALF, 2 * self.head_weights * work.sampled, bf16
             ),
             "attention": self._phase(
-                (work.cached_read + work.tokens) * self.kv_bytes,  # every token is written once
-                self.attention_flops * work.pairs,
+                (cached + work.tokens) * self.kv_bytes,  # every token is written once
+                self.attention_flops * pairs,
                 bf16,
             ),
         }
@@ -153,25 +191,11 @@ class Roofline:
 
         Prompts ride in the same steps as decodes, so weights are read once a step for both.
         """
-        prompt = sum(length for length, _ in lengths)
         output = sum(length for _, length in lengths)
         decoded = output - len(lengths)  # the first token comes from the prompt's own step
-        cached = sum(
-            _decoded_context(prompt_tokens, output_tokens)
-            for prompt_tokens, output_tokens in lengths
-        )
-        pairs = cached + decoded + sum(length * (length + 1) / 2 for length, _ in lengths)
-        steps = max(decoded / concurrent, 1.0)
-        return self.seconds(Work(steps, prompt + decoded, output, pairs, cached))
+        queries = [Queries(0, prompt) for prompt, _ in lengths]
+        queries += [Queries(prompt, count - 1, decoded=True) for prompt, count in lengths]
+        return self.seconds(Work(max(decoded / concurrent, 1.0), output, tuple(queries)))
 
     def _phase(self, num_bytes: float, operations: float, tflops: float) -> float:
         return max(num_bytes / (self.ceilings.copy_tb_s * 1e12), operations / (tflops * 1e12))
-
-
-def _decoded_context(prompt: int, output: int) -> float:
-    """Cached tokens read by the decodes of one request, all together.
-
-    The i-th generated token (from 2 to `output`) is computed over prompt + i - 2 cached ones.
-    """
-    decodes = output - 1
-    return decodes * prompt + decodes * (decodes - 1) / 2

@@ -19,7 +19,7 @@ from quatom.benchmark.fixed_batch import (
     fill_batch,
     longest_sequence,
 )
-from quatom.benchmark.roofline import Ceilings, Roofline, Work
+from quatom.benchmark.roofline import Ceilings, Queries, Roofline, Work
 from quatom.benchmark.serving_results import make_entry
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
@@ -87,8 +87,7 @@ def profile_steps(
         if batch is None:
             parts = _profile_prefill(engine, prompts, context, steps)
             sampled = prefill_tokens / context
-            pairs = prefill_tokens * (context + 1) / 2
-            work = Work(1, prefill_tokens, sampled, pairs, 0)
+            work = Work(1, sampled, (Queries(0, context, sampled),))
         else:
             parts = _profile_decode(engine, batch, context, steps)
             work = Work.decode(batch, context)

@@ -138,6 +138,8 @@ def encode_layer(layer: LayerPlan, weights: LayerWeights) -> dict[str, Tensor]:
             tensors[f"{prefix}.weight"] = weight
     if weights.key_offset is not None:
         tensors[layer.key_offset_name] = weights.key_offset
+    if weights.sinks is not None:
+        tensors[layer.sinks_name] = weights.sinks
     for tensor, (full_name, _) in layer.router_tensors().items():
         tensors[full_name] = weights.router[tensor]
     for site, codes in weights.sites.items():

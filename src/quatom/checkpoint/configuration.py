@@ -7,6 +7,7 @@ from typing import Any
 
 from quatom.checkpoint.contents import is_present
 from quatom.checkpoint.fp8 import is_fp8
+from quatom.checkpoint.mxfp4 import is_mxfp4
 from quatom.checkpoint.validation import read_json
 from quatom.errors import CheckpointError, ModelError
 from quatom.families.keys import eos_tokens
@@ -70,7 +71,7 @@ def read_recipe(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    if isinstance(quantization, Mapping) and is_fp8(quantization):
+    if isinstance(quantization, Mapping) and (is_fp8(quantization) or is_mxfp4(quantization)):
         return None
     if method != "quatom":
         raise ModelError(

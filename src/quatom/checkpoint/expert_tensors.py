@@ -1,12 +1,13 @@
 """Routed experts of a floating-point model, by one name whatever form its files have.
 
-Files hold one tensor per expert and projection, or all experts in one tensor (E, rows, channels);
-a family lists the spellings (`quatom.families.spec.Linear.spellings`). What is joined here is read
-from its parts one after the other, into memory of the whole.
+Files hold one tensor per expert and projection, or all experts in one tensor, whose rows and
+columns may stand in another order; a family lists the spellings (`quatom.families.spec.Spelling`).
+What is joined here is read from its parts one after the other, into memory of the whole. What is
+one tensor already is put in order in its own memory, one expert after another.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from quatom.checkpoint.schema import TensorSpec
 from quatom.errors import CheckpointError
-from quatom.families.spec import Layer, Linear
+from quatom.families.spec import Layer, Linear, Spelling
 from quatom.plan import ModelPlan
 
 Read = Callable[[str], Tensor]
@@ -28,11 +29,13 @@ class JoinedTensor:
     """Tensors of every expert, whose rows follow one another; one entry alone: the whole tensor
     under another name."""
     spec: TensorSpec
+    spelling: Spelling
+    """How the rows and columns of a whole tensor stand."""
 
     def read(self, read: Read) -> Tensor:
         """The tensor, its parts read with `read`."""
         if len(self.parts) == 1 and len(self.parts[0]) == 1:
-            return read(self.parts[0][0])
+            return self._in_order(read(self.parts[0][0]))
         whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
         for expert, names in zip(whole, self.parts, strict=True):
             first = 0
@@ -40,6 +43,18 @@ class JoinedTensor:
                 part = read(name)
                 expert[first : first + len(part)] = part
                 first += len(part)
+        return whole
+
+    def _in_order(self, stored: Tensor) -> Tensor:
+        """A tensor of all experts with its rows in order, moved within its memory."""
+        spelling = self.spelling
+        if not (spelling.transposed or spelling.interleaved):
+            return stored
+        whole = stored.view(self.spec.shape)
+        for own, into in zip(stored, whole, strict=True):
+            rows = own.t() if spelling.transposed else own
+            parts = (rows[::2], rows[1::2]) if spelling.interleaved else (rows,)
+            into.copy_(torch.cat([part.clone() for part in parts]))
         return whole
 
     @property
@@ -71,8 +86,8 @@ def join_experts(
             own = layer.prefix + name
             if own in stored:
                 continue
-            for spelling in spellings:
-                parts = tuple(tuple(layer.prefix + n for n in names) for names in spelling)
+            for spelling, within in spellings:
+                parts = tuple(tuple(layer.prefix + n for n in names) for names in within)
                 names = [n for expert in parts for n in expert]
                 missing = [n for n in names if n not in stored]
                 if len(missing) == len(names):
@@ -82,31 +97,36 @@ def join_experts(
                         f"{where} lacks {missing[0]} ({len(missing)} of {len(names)} such tensors "
                         "are missing); download the model again"
                     )
-                joined[own] = JoinedTensor(parts, _joined_spec(where, parts, stored))
+                spec = _joined_spec(where, parts, stored)
+                if spelling.transposed and len(spec.shape) == 3:
+                    count, columns, rows = spec.shape
+                    spec = replace(spec, shape=(count, rows, columns))
+                joined[own] = JoinedTensor(parts, spec, spelling)
                 used.update(names)
                 break
     rest = {name: spec for name, spec in stored.items() if name not in used}
     return rest | {name: tensor.spec for name, tensor in joined.items()}, joined
 
 
-Spelling = tuple[tuple[str, ...], ...]
+Parts = tuple[tuple[str, ...], ...]
 """Names of the parts of every expert."""
 
 
-def _spellings(layer: Layer, most: int) -> Iterator[tuple[str, list[Spelling]]]:
+def _spellings(layer: Layer, most: int) -> Iterator[tuple[str, list[tuple[Spelling, Parts]]]]:
     """Names within a layer, and other spellings of each of at most `most` tensors."""
     for site in layer.sites:
         for linear in layer.linears[site]:
             # A damaged number of experts must not fill the memory with names.
             few = linear.experts is None or linear.experts <= most
-            spellings = linear.spellings if few else ()
-            yield f"{linear.name}.weight", [_parts(linear, names) for names in spellings]
+            for end, spellings in ("weight", linear.spellings), ("bias", linear.bias_spellings):
+                found = [(s, _parts(linear, s.names)) for s in spellings] if few else []
+                yield f"{linear.name}.{end}", found
     if layer.experts is not None:
         for own, *others in layer.experts.tensors.values():
-            yield own, [((other,),) for other in others]
+            yield own, [(Spelling((other,)), ((other,),)) for other in others]
 
 
-def _parts(linear: Linear, names: tuple[str, ...]) -> Spelling:
+def _parts(linear: Linear, names: tuple[str, ...]) -> Parts:
     if any("{}" in name for name in names):
         assert linear.experts is not None
         return tuple(
@@ -115,7 +135,7 @@ def _parts(linear: Linear, names: tuple[str, ...]) -> Spelling:
     return (names,)
 
 
-def _joined_spec(where: Path, parts: Spelling, stored: Mapping[str, TensorSpec]) -> TensorSpec:
+def _joined_spec(where: Path, parts: Parts, stored: Mapping[str, TensorSpec]) -> TensorSpec:
     specs = [[stored[name] for name in names] for names in parts]
     if len(parts) == 1 and len(parts[0]) == 1:
         return specs[0][0]

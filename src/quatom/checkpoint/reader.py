@@ -27,6 +27,7 @@ from quatom.checkpoint.folder_tensors import (
 from quatom.checkpoint.fp8 import ScaledTensor, scaled_tensors
 from quatom.checkpoint.gguf_parts import models
 from quatom.checkpoint.hub import download, download_config, hub_name
+from quatom.checkpoint.mxfp4 import BlockScaledTensor, block_scaled_tensors
 from quatom.checkpoint.safetensors_file import read_bytes, read_tensor
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.checkpoint.validation import (
@@ -263,11 +264,13 @@ def _open_safetensors(folder: Path) -> TensorSource:
         passed += moved
         if head in headers:
             check_tied(headers, head, embedding)
-    scaled: dict[str, ScaledTensor] = {}
+    scaled: dict[str, ScaledTensor | BlockScaledTensor] = {}
     converted: list[str] = []
     if recipe is None:
         quantization = config.get("quantization_config") or {}
-        headers, scaled, converted = scaled_tensors(folder, headers, quantization)
+        headers, fp8, from_fp8 = scaled_tensors(folder, headers, quantization)
+        headers, mxfp4, from_mxfp4 = block_scaled_tensors(folder, headers, quantization)
+        scaled, converted = {**fp8, **mxfp4}, from_fp8 + from_mxfp4
     stored = {name: TensorSpec(t.shape, t.dtype) for name, t in headers.items()}
     stored, joined = join_experts(folder, resolved, stored)
     tensors = check_names(folder, expected, stored)

@@ -132,6 +132,8 @@ def layer_tensors(layer: LayerPlan) -> dict[str, TensorSpec]:
         attention = layer.spec.attention
         shape = (attention.num_kv_heads, attention.head_dim)
         tensors[layer.key_offset_name] = TensorSpec(shape, torch.float32)
+    if layer.spec.attention.sinks:
+        tensors[layer.sinks_name] = TensorSpec((layer.spec.attention.num_heads,))
     tensors |= {name: TensorSpec(shape) for name, shape in layer.router_tensors().values()}
     for site in layer.sites.values():
         for linear in site.linears:

@@ -122,6 +122,7 @@ def decoder(
     windows: Sequence[int | None] | None = None,
     scale: float | None = None,
     score_softcap: float | None = None,
+    sinks: bool = False,
     qk_norm: Norm | None = None,
     qk_norm_axis: Literal["head", "all"] = "head",
     attention_bias: bool = False,
@@ -145,6 +146,7 @@ def decoder(
         windows: Window of each layer; None: none has one.
         scale: Factor of scores; None: head_dim ** -0.5.
         score_softcap: Soft-cap of attention scores.
+        sinks: As in `Attention`.
         qk_norm: Norm of q and k.
         qk_norm_axis: As in `Attention`.
         attention_bias: q, k and v have a bias.
@@ -165,6 +167,7 @@ def decoder(
         head_dim=sizes.head_dim,
         scale=sizes.head_dim**-0.5 if scale is None else scale,
         logit_softcap=score_softcap,
+        sinks=sinks,
         qk_norm=qk_norm,
         qk_norm_axis=qk_norm_axis,
     )

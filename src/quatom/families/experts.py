@@ -7,26 +7,42 @@ from quatom.errors import ModelError
 from quatom.families.decoder import LINEARS, Feed, dense_feed, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.sizes import Sizes
-from quatom.families.spec import Experts, FeedForward, Linear, Router, RouterTensor
+from quatom.families.spec import (
+    Experts,
+    FeedForward,
+    Linear,
+    Router,
+    RouterTensor,
+    Spelling,
+)
 
-Spellings = Mapping[str, tuple[tuple[str, ...], ...]]
-"""Other names of "gate_up" and "down" in files: see `Linear.spellings`."""
+Spellings = Mapping[str, tuple[Spelling, ...]]
+"""Other names of "gate_up" and "down" in files, and of "gate_up_bias" and "down_bias" where experts
+have biases."""
 
 BY_PROJECTION: Spellings = {
     "gate_up": (
-        ("mlp.experts.gate_up_proj",),
-        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        Spelling(("mlp.experts.gate_up_proj",)),
+        Spelling(("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight")),
     ),
-    "down": (("mlp.experts.down_proj",), ("mlp.experts.{}.down_proj.weight",)),
+    "down": (
+        Spelling(("mlp.experts.down_proj",)),
+        Spelling(("mlp.experts.{}.down_proj.weight",)),
+    ),
 }
 """Qwen's names: one tensor per expert in files, all experts in one where transformers 5 saves what
 it holds in memory."""
 BY_NUMBER: Spellings = {
     "gate_up": (
-        ("mlp.experts.gate_up_proj",),
-        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        Spelling(("mlp.experts.gate_up_proj",)),
+        Spelling(
+            ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight")
+        ),
     ),
-    "down": (("mlp.experts.down_proj",), ("block_sparse_moe.experts.{}.w2.weight",)),
+    "down": (
+        Spelling(("mlp.experts.down_proj",)),
+        Spelling(("block_sparse_moe.experts.{}.w2.weight",)),
+    ),
 }
 """Mixtral's names: w1 is gate, w3 up, w2 down."""
 
@@ -52,7 +68,7 @@ def expert_feed(
         feed_forward: of each expert.
         router: how they are chosen.
         tensors: as in `Experts`.
-        spellings: names in files beside transformers 5's own.
+        spellings: names in files; experts have biases where it has names of them.
         shared: a feed-forward layer that all tokens run through.
         shared_name: prefix of its tensors.
 
@@ -75,8 +91,10 @@ def expert_feed(
             Linear(
                 name=f"mlp.experts.{name}_proj",
                 rows=rows,
+                bias=f"{name}_bias" in spellings,
                 experts=count,
                 spellings=spellings[name],
+                bias_spellings=spellings.get(f"{name}_bias", ()),
             ),
         )
 

@@ -7,7 +7,7 @@ from quatom.families.experts import expert_feed
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
 from quatom.families.sizes import Sizes, read_sizes
-from quatom.families.spec import FeedForward, ModelConfig, Norm, Router
+from quatom.families.spec import FeedForward, ModelConfig, Norm, Router, Spelling
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -43,12 +43,12 @@ def read_moe(keys: Keys) -> ModelConfig:
         },
         spellings={
             "gate_up": (
-                ("block_sparse_moe.input_linear.weight",),
-                ("block_sparse_moe.experts.gate_up_proj",),
+                Spelling(("block_sparse_moe.input_linear.weight",)),
+                Spelling(("block_sparse_moe.experts.gate_up_proj",)),
             ),
             "down": (
-                ("block_sparse_moe.output_linear.weight",),
-                ("block_sparse_moe.experts.down_proj",),
+                Spelling(("block_sparse_moe.output_linear.weight",)),
+                Spelling(("block_sparse_moe.experts.down_proj",)),
             ),
         },
     )

@@ -9,6 +9,7 @@ from quatom.families.gemma2 import GEMMA2
 from quatom.families.gemma3 import GEMMA3
 from quatom.families.glm import GLM, GLM4
 from quatom.families.glm_moe import GLM4_MOE
+from quatom.families.gpt_oss import GPT_OSS
 from quatom.families.granite import GRANITE, GRANITE_MOE
 from quatom.families.keys import Keys
 from quatom.families.llama import LLAMA
@@ -54,12 +55,10 @@ FAMILIES: tuple[Family, ...] = (
     GRANITE_MOE,
     PHI_MOE,
     GLM4_MOE,
+    GPT_OSS,
 )
 """Every supported family, in the order of the table in the docs."""
 
-_SINKS = "its attention has sinks, which Quatom's attention kernels do not compute"
-_REASONS = {"GptOssForCausalLM": _SINKS, "gpt_oss": _SINKS}
-"""Why a well-known model is not supported, by architecture and model_type."""
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 _BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
 
@@ -99,14 +98,12 @@ def find_family(config: Mapping[str, Any]) -> Family:
     found = {}
     for name in names:
         if name not in _BY_ARCHITECTURE:
-            raise ModelError(
-                f"architecture {name} is not supported{_reason(name)}; supported: {_supported()}"
-            )
+            raise ModelError(f"architecture {name} is not supported; supported: {_supported()}")
         found[name] = _BY_ARCHITECTURE[name]
     if model_type is not None:
         if model_type not in _BY_MODEL_TYPE:
             raise ModelError(
-                f"model_type {model_type!r} is not supported{_reason(model_type)}; supported: "
+                f"model_type {model_type!r} is not supported; supported: "
                 f"{', '.join(_BY_MODEL_TYPE)}"
             )
         found[f"model_type {model_type}"] = _BY_MODEL_TYPE[model_type]
@@ -125,10 +122,6 @@ def _names(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"config key architectures must be a list of names, got {names!r}")
     return list(names)
-
-
-def _reason(name: str) -> str:
-    return f" ({_REASONS[name]})" if name in _REASONS else ""
 
 
 def _supported() -> str:

@@ -12,8 +12,9 @@ from typing import Literal, Self, get_args
 
 from quatom.errors import ModelError
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-"""Of a feed-forward layer. gelu is exact (erf), gelu_tanh its tanh approximation."""
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
+"""Of a feed-forward layer. gelu is exact (erf), gelu_tanh its tanh approximation; clamped_swiglu is
+gpt-oss's, (clamp(up, -7, 7) + 1) * g * sigmoid(1.702 g) with g = min(gate, 7)."""
 SiteName = Literal["qkv", "o", "gate_up", "down", "experts_gate_up", "experts_down"]
 """A place in a layer where one activation is made and read by one or several linears. The last two
 are those of routed experts: their weights have a leading dimension, one matrix per expert."""
@@ -121,6 +122,8 @@ class Attention:
     """c in c * tanh(score / c); None: scores as they are."""
     qk_norm: Norm | None = None
     """Norm of q and k before rotary embedding."""
+    sinks: bool = False
+    """A learned logit of each query head takes part in the softmax's sum and has no value."""
     qk_norm_axis: Literal["head", "all"] = "head"
     """head: over the channels of each head, one weight (head_dim,) for all heads; all: over the
     channels of all heads, weights (num_heads * head_dim,) and (num_kv_heads * head_dim,)."""
@@ -158,7 +161,10 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForward:
-    """activation(gate) * up, or activation(up) where it is not gated; then down."""
+    """activation(gate) * up, or activation(up) where it is not gated; then down.
+
+    clamped_swiglu clamps gate and up, and adds 1 to up.
+    """
 
     size: int
     """Input channels of the down projection."""
@@ -167,6 +173,13 @@ class FeedForward:
 
     def __post_init__(self) -> None:
         _positive_integers(self, "size")
+        if self.activation == "clamped_swiglu" and not self.gated:
+            raise ModelError("clamped_swiglu needs a gate")
+
+    @property
+    def linear_in_up(self) -> bool:
+        """Whether a factor of up's output is one of the input of down."""
+        return self.gated and self.activation != "clamped_swiglu"
 
     @property
     def made_rows(self) -> int:
@@ -234,6 +247,18 @@ class Experts:
         return (self.count, hidden_size) if tensor == "weight" else (self.count,)
 
 
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How files hold a weight, or a bias, of routed experts under other names."""
+
+    names: tuple[str, ...]
+    """Tensors whose rows are joined; {} stands for the number of an expert."""
+    transposed: bool = False
+    """One tensor of all experts, (E, input channels, rows)."""
+    interleaved: bool = False
+    """One tensor of all experts, in which rows of gate and of up take turns."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
     """A weight (rows, input channels) as the model's files name it."""
@@ -244,9 +269,10 @@ class Linear:
     bias: bool = False
     experts: int | None = None
     """E: the weight is (E, rows, input channels), one matrix per expert."""
-    spellings: tuple[tuple[str, ...], ...] = ()
-    """Other ways in which files hold the weight: tensors whose rows are joined, {} in their names
-    standing for the number of an expert."""
+    spellings: tuple[Spelling, ...] = ()
+    """Other ways in which files hold the weight."""
+    bias_spellings: tuple[Spelling, ...] = ()
+    """Other ways in which files hold the bias."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +298,8 @@ class Layer:
     """Prefix of each norm's tensors within the layer: "input_layernorm"."""
     qk_norm_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     """Prefixes of the norms of q and k within the layer, where there are any."""
+    sinks_name: str = "self_attn.sinks"
+    """Tensor (num_heads,) of attention's sinks within the layer, where there are any."""
     residual_multiplier: float = 1.0
     experts: Experts | None = None
 

@@ -101,6 +101,8 @@ def _convert_layer(model: Any, layer: LayerPlan, recipe: Recipe) -> None:
     spec = layer.spec.attention
     if layer.spec.experts is not None and recipe.quantizes_weights:
         raise ModelError(f"{layer.prefix[:-1]} has routed experts: use quatom.load")
+    if spec.sinks:
+        raise ModelError(f"{layer.prefix[:-1]} has attention with sinks: use quatom.load")
     if head_order(spec.rope, spec.head_dim) is not None and spec.qk_norm is not None:
         raise ModelError(
             f"{layer.prefix[:-1]} normalizes q and k whose channels Quatom stores in another "

@@ -65,6 +65,7 @@ class DecoderBlock(nn.Module):
     """Attention and feed-forward layer with their norms. `quatom.modeling.build` makes it."""
 
     key_offset: Tensor | None
+    sinks: Tensor | None
     shared_gate: Tensor | None
 
     def __init__(
@@ -76,6 +77,7 @@ class DecoderBlock(nn.Module):
         norms: Mapping[NormName, NormLayer],
         qk_norm: tuple[Tensor, Tensor] | None = None,
         key_offset: Tensor | None = None,  # (KV, D) float32
+        sinks: Tensor | None = None,  # (H,) float32
         router: Mapping[RouterTensor, Tensor] | None = None,  # where there are routed experts
         backend: Backend | None = None,
     ) -> None:
@@ -88,6 +90,7 @@ class DecoderBlock(nn.Module):
         self.norms = nn.ModuleDict({name: norms[name] for name in norms})
         self.heads = Heads(plan.spec.attention, qk_norm, backend)
         self.register_buffer("key_offset", key_offset, persistent=False)
+        self.register_buffer("sinks", sinks, persistent=False)
         # Of the backends that multiply, the reference alone has grouping and sums of its own.
         self.routing_backend = backend if backend == Backend.REFERENCE else None
         experts, tensors = plan.spec.experts, router or {}
@@ -226,6 +229,7 @@ class DecoderBlock(nn.Module):
             softmax_scale=spec.scale,
             sliding_window=spec.window,
             logit_softcap=spec.logit_softcap,
+            sinks=self.sinks,
             rotary=None if self.plan.kv_cache.post_rope else rotary.of(self.plan.index),
             num_decodes=context.num_decodes,
             total_kv_tokens=context.total_kv_tokens,

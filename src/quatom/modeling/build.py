@@ -45,6 +45,7 @@ def build_block(
         },
         qk_norm=weights.qk_norm,
         key_offset=weights.key_offset,
+        sinks=weights.sinks,
         router=weights.router,
         backend=backend,
     )

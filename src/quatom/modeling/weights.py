@@ -63,6 +63,8 @@ class LayerWeights:
     qk_norm: tuple[Tensor, Tensor] | None = None
     """Weights of the norms of q and k, as `quatom.ops.head_norm` reads them."""
     key_offset: Tensor | None = None  # (KV, D) float32
+    sinks: Tensor | None = None  # (H,) float32
+    """Logits of query heads that take part in the softmax's sum: see `Attention.sinks`."""
     router: Mapping[RouterTensor, Tensor] = field(default_factory=dict)
     """float32 tensors beside routed experts: see `quatom.families.spec.RouterTensor`."""
 

@@ -3,7 +3,7 @@
 import ctypes
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from quatom.ops.cuda_build import (
 
 Operation = Literal["reorder", "norm", "gated"]
 _OPERATIONS = {"reorder": 0, "norm": 1, "gated": 2}
-_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+_ACTIVATIONS = {name: number for number, name in enumerate(get_args(Activation))}
 _CLUSTERS = ((16, 8, 1), (64, 5, 2), (128, 2, 1))
 """Tokens of a batch up to which so many CTAs share a token whose groups share a scale, each in so
 many rounds; 8 is the largest cluster that any Hopper GPU can hold."""

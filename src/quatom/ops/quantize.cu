@@ -18,7 +18,8 @@
 //   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
 //   CLUSTER      CTAs of a token that tell each other their maxima; 1 where one CTA has it or none asks
 //   LAYER, WEIGHT_OFFSET, BIAS  of operation 1: the mean is subtracted, 1 is added to the weight, a bias at the end
-//   ACTIVATION, GATED           of operation 2: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu; x holds gates before ups
+//   ACTIVATION, GATED           of operation 2: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu, 4 clamped_swiglu; x holds
+//                               gates before ups
 
 constexpr u32 ALL = ~0u;                       // every lane takes part in a shuffle
 constexpr float MIN_SCALE = 6.103515625e-05f;  // 2**-14, see quatom.numerics.groups
@@ -97,8 +98,20 @@ __device__ __forceinline__ float activate(float x) {
 #elif ACTIVATION == 2
   // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), with u = sqrt(2 / pi) (x + 0.044715 x**3).
   return __fdividef(x, 1.0f + __expf(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
-#else
+#elif ACTIVATION == 3
   return x < 0.0f ? 0.0f : x;  // NaN stays NaN
+#else
+  x = x > 7.0f ? 7.0f : x;
+  return __fdividef(x, 1.0f + __expf(-1.702f * x));
+#endif
+}
+
+// What an activated gate is multiplied by.
+__device__ __forceinline__ float lift(float up) {
+#if ACTIVATION == 4
+  return (up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up) + 1.0f;
+#else
+  return up;
 #endif
 }
 #endif
@@ -422,8 +435,8 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
     const u32 gates[4] = {a.x, a.y, a.z, a.w}, ups[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      values[0][2 * i] = activate(low_half(gates[i])) * low_half(ups[i]);
-      values[0][2 * i + 1] = activate(high_half(gates[i])) * high_half(ups[i]);
+      values[0][2 * i] = activate(low_half(gates[i])) * lift(low_half(ups[i]));
+      values[0][2 * i + 1] = activate(high_half(gates[i])) * lift(high_half(ups[i]));
     }
 #else
     const uint4 b = read_ups[round];

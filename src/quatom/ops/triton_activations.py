@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "clamped_swiglu": 4}
 """ACTIVATION of the kernels."""
 
 
@@ -18,4 +18,15 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == 2:
         # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), with u = sqrt(2 / pi) (x + 0.044715 x**3).
         return x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
-    return tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
+    if ACTIVATION == 4:
+        x = tl.where(x > 7.0, 7.0, x)  # NaN stays NaN, here and below
+        return x / (1.0 + tl.exp(-1.702 * x))
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def lift(up, ACTIVATION: tl.constexpr):
+    """What an activated gate is multiplied by."""
+    if ACTIVATION == 4:
+        return tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+    return up

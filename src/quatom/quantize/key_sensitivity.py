@@ -5,7 +5,7 @@ Rounding moves the score of query q and key t by q . e, and the output of attent
     p(q, t) * (v_t - out_q) * scale * (q . e)        to first order,
 
 so its square counts w(q, t) = p(q, t)**2 |v_t - out_q|**2 times: keys that nobody looks at, and
-keys whose value is the output already, may be as wrong as they like.
+keys whose value is the output already, may be as wrong as they like. A sink takes its share of p.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quatom.families.spec import Attention
+from quatom.ops.attention.reference import softmax_beside
 from quatom.ops.rope_append_kv.reference import rotate_halves
 
 SEQUENCES = 8
@@ -23,8 +24,14 @@ SEQUENCES = 8
 class KeySensitivity:
     """Weighted sums over the q, k and v of a float block; the first sequences of the text."""
 
-    def __init__(self, attention: Attention, length: int, rotary: tuple[Tensor, Tensor]) -> None:
-        self.attention, self.length = attention, length
+    def __init__(
+        self,
+        attention: Attention,
+        length: int,
+        rotary: tuple[Tensor, Tensor],
+        sinks: Tensor | None = None,  # (H,) float32
+    ) -> None:
+        self.attention, self.length, self.sinks = attention, length, sinks
         self.cos, self.sin = (table[:length] for table in rotary)
         self.sequences = 0
         self.sums: dict[str, Tensor] = {}
@@ -48,8 +55,12 @@ class KeySensitivity:
         q, k = (rotate_halves(x, self.cos, self.sin).transpose(0, 1) for x in (q, k))
         queries, values = q.unflatten(0, (-1, shared)), v.transpose(0, 1)
         measured = []
-        for query, key, value in zip(queries, k, values, strict=True):  # one KV head at a time
-            weights = score_sensitivity(query, key, value, self.attention)  # (shared, L, L)
+        for head, (query, key, value) in enumerate(zip(queries, k, values, strict=True)):
+            sinks = self.sinks  # one KV head at a time: only so many scores are in memory
+            if sinks is not None:
+                sinks = sinks[head * shared : (head + 1) * shared]
+            # (shared, L, L)
+            weights = score_sensitivity(query, key, value, self.attention, sinks)
             of_key, of_query = weights.sum(dim=(0, 1)), weights.sum(dim=2)
             measured.append(
                 (
@@ -79,6 +90,7 @@ def score_sensitivity(
     k: Tensor,  # (L, D) after rotary embedding
     v: Tensor,  # (L, D)
     attention: Attention,
+    sinks: Tensor | None = None,  # (heads,)
 ) -> Tensor:
     """Squared change of each query's output per squared change of q . k, (heads, L, L) float32.
 
@@ -93,7 +105,8 @@ def score_sensitivity(
     seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     if attention.window is not None:
         seen &= ~seen.tril(-attention.window)
-    p = scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1)
+    beside = None if sinks is None else sinks.unsqueeze(1)
+    p = softmax_beside(scores.masked_fill_(~seen, -torch.inf), beside)
     out = p @ v
     # |v - out|**2 by its three terms; what rounding leaves below zero is none.
     distance = v.square().sum(dim=-1) - 2 * out @ v.t() + out.square().sum(dim=-1, keepdim=True)

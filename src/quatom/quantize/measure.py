@@ -65,13 +65,16 @@ class LayerStatistics:
         attention: Attention,
         length: int,
         rotary: tuple[Tensor, Tensor],  # cos, sin
+        sinks: Tensor | None,  # (H,) float32
     ) -> None:
         self.rotary = rotary
         self.scores = [ChannelScores(metric) for metric in sorted(_metrics(recipe))]
         self.moments = SecondMoments() if _searches_factors(recipe) else None
         self.keys = KeyStatistics(attention, length)
         self.sensitivity = (
-            KeySensitivity(attention, length, rotary) if recipe.kv_cache.weighs_keys else None
+            KeySensitivity(attention, length, rotary, sinks)
+            if recipe.kv_cache.weighs_keys
+            else None
         )
 
     def finish(self) -> dict[str, Tensor]:
@@ -111,7 +114,7 @@ def measure_channels(
     input of their down projections has scores of each expert, (E, K).
     """
     attention, cos_sin = block.spec.attention, rotary.of(block.plan.index)
-    measured = LayerStatistics(recipe, attention, hidden.shape[1], cos_sin)
+    measured = LayerStatistics(recipe, attention, hidden.shape[1], cos_sin, block.sinks)
     metric, bound = recipe.outliers.metric, recipe.calibration.min_expert_tokens
     routed = _routed(block, ChannelScores(metric), ("experts_down",), bound)
     output = _run(block, hidden, rotary, routed, measured.see_input, measured.see_heads)

@@ -142,7 +142,14 @@ class BlockQuantizer:
         rest = replace(arranged, sites={})
         del original, arranged
         codes, errors, nearest = self._round(layer, floats, moments, targets)
-        weights = LayerWeights(rest.norms, codes, rest.qk_norm, rest.key_offset, rest.router)
+        weights = LayerWeights(
+            norms=rest.norms,
+            sites=codes,
+            qk_norm=rest.qk_norm,
+            key_offset=rest.key_offset,
+            sinks=rest.sinks,
+            router=rest.router,
+        )
         module = build_block(layer, weights, self.backend)
         return QuantizedBlock(
             index=index,

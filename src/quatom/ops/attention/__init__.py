@@ -41,6 +41,7 @@ class AttentionOptions:
     num_splits: int | None = None
     total_kv_tokens: int | None = None
     shared: Shared | None = None
+    sinks: Tensor | None = None
 
 
 def seen_tokens(batch: Sequences, options: AttentionOptions) -> int:
@@ -62,6 +63,7 @@ def attention(
     softmax_scale: float | None = None,
     sliding_window: int | None = None,
     logit_softcap: float | None = None,
+    sinks: Tensor | None = None,  # (H,) float32
     rotary: tuple[Tensor, Tensor] | None = None,  # cos, sin (max_position, D / 2) float32
     num_decodes: int = 0,
     total_kv_tokens: int | None = None,
@@ -85,6 +87,8 @@ def attention(
         sliding_window: tokens a token may see, itself included; None is all. Kernels read no block
             that lies before the windows of all new tokens of its sequence.
         logit_softcap: c in c * tanh(score / c), applied after softmax_scale; None is off.
+        sinks: a logit of each query head that takes part in the softmax's sum and has no value, so
+            that the weights of tokens sum to less than 1. It is neither scaled nor capped.
         rotary: cos and sin tables, where the cache holds K before rotary embedding: K is rotated
             by its token's position as it is read.
         num_decodes: the first sequences of the batch that have one new token each. A mixed batch
@@ -106,9 +110,10 @@ def attention(
         BackendError: the backend asked for cannot run this call.
 
     Source: FlashAttention-2 (Dao, 2023) for the online softmax; Flash-Decoding (Dao et al., 2023)
-    for splitting a sequence; PagedAttention (Kwon et al., SOSP 2023).
+    for splitting a sequence; PagedAttention (Kwon et al., SOSP 2023); gpt-oss (OpenAI, 2025) for
+    sinks.
     """
-    _check(q, pages, block_tables, cu_seqlens_q, seq_lens, rotary)
+    _check(q, pages, block_tables, cu_seqlens_q, seq_lens, rotary, sinks)
     options = AttentionOptions(
         softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(pages.head_dim),
         sliding_window,
@@ -117,6 +122,7 @@ def attention(
         num_splits,
         total_kv_tokens,
         shared,
+        sinks,
     )
     n = num_decodes
     cu_q, cu_k = prefill_cu_seqlens or (None, None)
@@ -212,6 +218,7 @@ def _check(
     cu_seqlens_q: Tensor,
     seq_lens: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
+    sinks: Tensor | None,
 ) -> None:
     if q.ndim != 3 or q.shape[2] != pages.head_dim or q.shape[1] % pages.num_kv_heads:
         raise ShapeError(
@@ -238,4 +245,11 @@ def _check(
     if rotary is not None and rotary[0].shape[-1] * 2 != pages.head_dim:
         raise ShapeError(
             f"rotary tables {tuple(rotary[0].shape)} must be (max_position, {pages.head_dim // 2})"
+        )
+    if sinks is not None and (
+        sinks.shape != (q.shape[1],) or sinks.dtype is not torch.float32 or sinks.stride(0) != 1
+    ):
+        raise ShapeError(
+            f"sinks {tuple(sinks.shape)} {sinks.dtype} must be ({q.shape[1]},) float32, "
+            "contiguous: one logit per query head"
         )

@@ -63,6 +63,8 @@ class _Parameters(ctypes.Structure):
         ("score_scale", ctypes.c_float),
         ("softcap_log2e", ctypes.c_float),
         ("window", ctypes.c_int32),
+        # Last, as in decode.cu: a variant without sinks takes the struct without it.
+        ("sinks", ctypes.c_void_p),
     ]
 
 
@@ -93,7 +95,7 @@ def decode_cuda(
     splits = options.num_splits or choose_splits(
         ctas, seen_tokens(batch, options), multiprocessors(device)
     )
-    softcap = options.logit_softcap
+    softcap, sinks = options.logit_softcap, options.sinks
     if config is None:
         config = default_config(head_dim, row_tiles, device_capability(device))
     decode, merge = _kernels(
@@ -105,6 +107,7 @@ def decode_cuda(
         q.dtype is torch.bfloat16,
         softcap is not None,
         options.sliding_window is not None,
+        sinks is not None,
     )
     partial = stats = out
     if splits > 1:
@@ -128,6 +131,7 @@ def decode_cuda(
         score_scale=options.softmax_scale * (_LOG2E if softcap is None else 1.0 / softcap),
         softcap_log2e=0.0 if softcap is None else softcap * _LOG2E,
         window=options.sliding_window or 0,
+        sinks=None if sinks is None else sinks.data_ptr(),
     )
     decode.launch(ctas * splits, parameters, overlap=config.bulk)
     if splits > 1:
@@ -160,6 +164,7 @@ def compile_decode(
     bf16: bool,
     softcap: bool,
     window: bool,
+    sinks: bool,
 ) -> bytes:
     """The cubin of one variant for `arch` ("sm_90"); needs NVRTC but no GPU."""
     defines = {
@@ -174,6 +179,7 @@ def compile_decode(
         "BF16": int(bf16),
         "SOFTCAP": int(softcap),
         "WINDOW": int(window),
+        "SINKS": int(sinks),
     }
     source = read_source("quatom.ops.attention", "decode.cu")
     return compile_cubin(source, arch, defines)
@@ -189,6 +195,7 @@ def _kernels(
     bf16: bool,
     softcap: bool,
     window: bool,
+    sinks: bool,
 ) -> tuple[CudaKernel, CudaKernel]:
     """The decode and merge kernels of one variant, compiled and loaded on `device`."""
     major, minor = device_capability(device)
@@ -201,6 +208,7 @@ def _kernels(
         bf16=bf16,
         softcap=softcap,
         window=window,
+        sinks=sinks,
     )
     with torch.cuda.device(device):
         shared_bytes = config.shared_bytes(head_dim, row_tiles)

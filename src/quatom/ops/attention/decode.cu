@@ -17,7 +17,7 @@
 // makes channels that are not stored.
 //
 // Compile-time parameters: HEAD_DIM (a multiple of 16), BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
-// SOFTCAP, WINDOW.
+// SOFTCAP, WINDOW, SINKS.
 
 #define PITCH ((HEAD_DIM / 2 + 15) / 16 * 16)       // bytes of a row of codes in shared memory
 #define CHUNK_BYTES (HEAD_DIM % 32 ? 8 : 16)        // of a copy by cp.async
@@ -68,6 +68,15 @@ __device__ __forceinline__ u32 floats_to_halves(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+
+#if SINKS
+// What an output in units of 2**top is multiplied by: 1 / (sum of its weights and of the sink's).
+__device__ __forceinline__ float share_beside_sink(float sum, float top, float sink) {
+  const float logit = sink * 1.4426950408889634f, shift = fmaxf(top, logit);
+  const float unit = exp2_fast(top - shift);  // 0 where nothing is seen
+  return unit / fmaf(sum, unit, exp2_fast(logit - shift));
+}
+#endif
 
 // Two adjacent values of the activation dtype, as floats and back.
 __device__ __forceinline__ float2 activations_to_floats(u32 x) {
@@ -166,6 +175,9 @@ struct Parameters {
   float score_scale;     // softmax_scale * log2(e), or softmax_scale / softcap
   float softcap_log2e;
   int window;
+#if SINKS
+  const float* sinks;    // (H,)
+#endif
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const Parameters p) {
@@ -569,7 +581,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     const long long head =
         (long long)(first_q + q_row / p.group) * num_heads + kv_head * p.group + q_row % p.group;
     if (p.splits == 1) {
+#if SINKS
+      const float norm = share_beside_sink(sum, top, p.sinks[head % num_heads]);
+#else
       const float norm = sum > 0.f ? 1.f / sum : 0.f;
+#endif
       *(u32*)(p.out + head * HEAD_DIM + channel) = floats_to_activations(x * norm, y * norm);
     } else {
       const long long part = head * p.splits + split;
@@ -618,7 +634,11 @@ extern "C" __global__ void __launch_bounds__(128) merge(const Parameters p) {
   if (lane == 0) totals[warp] = total;
   __syncthreads();
   const float sum = (totals[0] + totals[1]) + (totals[2] + totals[3]);
+#if SINKS
+  const float norm = share_beside_sink(sum, top, p.sinks[row % (p.num_kv_heads * p.group)]);
+#else
   const float norm = sum > 0.f ? 1.f / sum : 0.f;
+#endif
   for (int i = threadIdx.x; i < HEAD_DIM / 2; i += 128) {
     const float2 a = sums[0][i], b = sums[1][i], c = sums[2][i], d = sums[3][i];
     *(u32*)(p.out + row * HEAD_DIM + 2 * i) = floats_to_activations(

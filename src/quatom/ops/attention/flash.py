@@ -4,7 +4,8 @@ For chunks of hundreds of tokens the workspace costs a few percent of the attent
 matrix kernels are those of FlashAttention-2. The workspace holds the new tokens too, so that they
 are seen as decode will see them; keys stored before rotary embedding are rotated on the way. Tokens
 that lie before the windows of all new ones are left out. With a logit soft-cap, which torch's
-kernel does not have, a Triton kernel reads the workspace.
+kernel does not have, a Triton kernel reads the workspace. Sinks take their share of the result
+afterwards, from the log-sum-exp of each row's scores.
 """
 
 import torch
@@ -47,7 +48,7 @@ def prefill_flash(
     if softcap is not None:
         starts = batch.cu_seqlens_q, cu_seqlens_k
         return prefill_softcap(q, k, v, *starts, batch.max_seqlen_q, options)
-    result = torch.ops.aten._flash_attention_forward(
+    out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
         torch.nn.functional.pad(q, (0, padding)) if padding else q,
         k,
         v,
@@ -63,7 +64,11 @@ def prefill_flash(
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
     )
-    return result[0][..., :head_dim].contiguous() if padding else result[0]
+    if options.sinks is not None:
+        # exp(lse) / (exp(lse) + exp(sink)), of lse (H, T); +inf for a row that sees nothing, whose
+        # output is 0. One more rounding to q's dtype.
+        out = out.mul_((log_sums - options.sinks[:, None]).sigmoid().t().unsqueeze(-1))
+    return out[..., :head_dim].contiguous() if padding else out
 
 
 def _brought(

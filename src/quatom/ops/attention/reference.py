@@ -167,7 +167,21 @@ def _attend_single(
     else:
         scores = torch.bmm(groups, keys).mul_(scale / softcap).tanh_().mul_(softcap)
         scores += tokens.mask
-    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
+    sinks = None
+    if options.sinks is not None:
+        sinks = options.sinks.view(pages.num_kv_heads, -1).repeat(q.shape[0], 1)  # (B * KV, G)
+    return torch.bmm(softmax_beside(scores, sinks), v.flatten(0, 1)).view(q.shape)
+
+
+def softmax_beside(
+    scores: Tensor,  # (N, M, length)
+    sinks: Tensor | None,  # broadcast to (N, M): logits that have no value
+) -> Tensor:
+    """Weights of the tokens, (N, M, length); with sinks they sum to less than 1."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    column = sinks.to(scores.dtype).expand(scores.shape[:-1]).unsqueeze(-1)
+    return torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def causal_attention(
@@ -182,8 +196,8 @@ def causal_attention(
     group = num_heads // num_kv_heads
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # heads first
     k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
-    window, softcap = options.sliding_window, options.logit_softcap
-    if n == length and window is None and softcap is None:
+    window, softcap, sinks = options.sliding_window, options.logit_softcap, options.sinks
+    if n == length and window is None and softcap is None and sinks is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, scale=options.softmax_scale
         )
@@ -194,11 +208,17 @@ def causal_attention(
     seen = token <= position
     if window is not None:
         seen &= token > position - window
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=seen, scale=options.softmax_scale
         )
         return out[0].transpose(0, 1)
-    scores = softcap * torch.tanh(q @ k.transpose(1, 2) * (options.softmax_scale / softcap))
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    scores = q @ k.transpose(1, 2)
+    if softcap is None:
+        scores = scores * options.softmax_scale
+    else:
+        scores = softcap * torch.tanh(scores * (options.softmax_scale / softcap))
+    weights = softmax_beside(
+        scores.masked_fill(~seen, -torch.inf), None if sinks is None else sinks[:, None]
+    )
     return (weights @ v).transpose(0, 1)

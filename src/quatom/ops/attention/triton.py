@@ -75,6 +75,15 @@ def _load_halves(
     return first.to(dtype), second.to(dtype)
 
 
+@triton.jit
+def share_beside_sink(total, maximum, sink):
+    """What outputs in units of 2**maximum are multiplied by: 1 / (weights' sum and the sink's)."""
+    logit = sink * 1.4426950408889634
+    shift = tl.maximum(maximum, logit)
+    unit = tl.exp2(maximum - shift)  # 0 where nothing is seen
+    return unit / (total * unit + tl.exp2(logit - shift))
+
+
 # How many splits a batch takes and how wide its block tables are changes from step to step: a
 # variant of the kernel for each would be compiled in the middle of serving. So does where a mixed
 # batch's prefills begin in its tables.
@@ -94,6 +103,7 @@ def _attention_kernel(
     lens_ptr,  # (B,) int32
     cos_ptr,  # (max_position, D / 2) float32, read when KEY_ROTARY
     sin_ptr,
+    sinks_ptr,  # (H,) float32, read when SINKS
     table_stride,
     splits,
     q_stride,
@@ -112,6 +122,7 @@ def _attention_kernel(
     SPLIT: tl.constexpr,  # splits > 1
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     KEY_ROTARY: tl.constexpr,
     PTX: tl.constexpr,  # inline assembly may be used: NVIDIA, and not the interpreter
     BLOCK_M: tl.constexpr,
@@ -250,7 +261,10 @@ def _attention_kernel(
             high = tl.dot(weights.to(dtype), v_high, high, input_precision="ieee")
 
     if not SPLIT:
-        share = 1.0 / tl.where(total > 0.0, total, 1.0)
+        if SINKS:
+            share = share_beside_sink(total, maximum, tl.load(sinks_ptr + head))
+        else:
+            share = 1.0 / tl.where(total > 0.0, total, 1.0)
         low = (low + offset[:, None]) * share[:, None]
         high = (high + offset[:, None]) * share[:, None]
         out_at = out_ptr + (q_row[:, None] * H + head[:, None]) * (2 * HALF) + half[None, :]
@@ -270,7 +284,10 @@ def _merge_kernel(
     partial_ptr,  # (T * H, splits, D) float32
     stats_ptr,  # (T * H, splits, 2) float32
     out_ptr,  # (T * H, D)
+    sinks_ptr,  # (H,) float32, read when SINKS
     splits,
+    H: tl.constexpr,
+    SINKS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
@@ -287,7 +304,10 @@ def _merge_kernel(
     mask = (split < splits)[:, None] & (channel < D)[None, :]
     merged = tl.sum(tl.load(at, mask=mask, other=0.0) * weight[:, None], axis=0)
     norm = tl.sum(total * weight, axis=0)
-    merged = merged / tl.where(norm > 0.0, norm, 1.0)
+    if SINKS:
+        merged = merged * share_beside_sink(norm, top, tl.load(sinks_ptr + row % H))
+    else:
+        merged = merged / tl.where(norm > 0.0, norm, 1.0)
     tl.store(out_ptr + row * D + channel, merged.to(out_ptr.dtype.element_ty), mask=channel < D)
 
 
@@ -316,7 +336,7 @@ def attention_triton(
     if splits > 1:
         partial = q.new_empty((tokens, num_heads, splits, head_dim), dtype=torch.float32)
         stats = q.new_empty((tokens, num_heads, splits, 2), dtype=torch.float32)
-    softcap, rotary = options.logit_softcap, options.rotary
+    softcap, rotary, sinks = options.logit_softcap, options.rotary, options.sinks
     rows = pages.storage if pages.quantized else pages.storage.view(getattr(torch, pages.dtype))
     _attention_kernel[(row_blocks, num_kv_heads, batch_size * splits)](
         q,
@@ -330,6 +350,7 @@ def attention_triton(
         batch.seq_lens,
         q if rotary is None else rotary[0],
         q if rotary is None else rotary[1],
+        q if sinks is None else sinks,
         batch.block_tables.stride(0),
         splits,
         q.stride(0),
@@ -348,6 +369,7 @@ def attention_triton(
         SPLIT=splits > 1,
         SOFTCAP=softcap is not None,
         WINDOW=options.sliding_window is not None,
+        SINKS=sinks is not None,
         KEY_ROTARY=rotary is not None,
         PTX=q.device.type == "cuda" and torch.version.cuda is not None,
         BLOCK_M=block_m,
@@ -360,7 +382,10 @@ def attention_triton(
             partial,
             stats,
             out,
+            out if sinks is None else sinks,
             splits,
+            H=num_heads,
+            SINKS=sinks is not None,
             D=head_dim,
             D_PAD=triton.next_power_of_2(head_dim),
             SPLITS_PAD=8 if splits <= 8 else 64,

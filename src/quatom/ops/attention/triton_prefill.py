@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quatom.ops.attention import AttentionOptions
+from quatom.ops.attention.triton import share_beside_sink
 
 _LOG2E = 1.4426950408889634
 
@@ -86,6 +87,7 @@ def _prefill_kernel(
     out_ptr,  # (T, H, D)
     starts_q_ptr,  # (B + 1,) int32
     starts_k_ptr,  # (B + 1,) int32
+    sinks_ptr,  # (H,) float32, read when SINKS
     q_stride,
     score_scale,  # softmax_scale / softcap * log2(e)
     softcap_log2e,
@@ -95,6 +97,7 @@ def _prefill_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -160,7 +163,11 @@ def _prefill_kernel(
             D_PAD,
             BLOCK_N,
         )
-    out = accumulator / tl.where(total > 0.0, total, 1.0)[:, None]
+    if SINKS:
+        share = share_beside_sink(total, maximum, tl.load(sinks_ptr + head))
+        out = accumulator * share[:, None]
+    else:
+        out = accumulator / tl.where(total > 0.0, total, 1.0)[:, None]
     out_at = out_ptr + (q_row * H + head) * D + channel[None, :]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
@@ -188,6 +195,7 @@ def prefill_softcap(
         out,
         cu_seqlens_q,
         cu_seqlens_k,
+        q if options.sinks is None else options.sinks,
         q.stride(0),
         options.softmax_scale / softcap * _LOG2E,
         softcap * _LOG2E,
@@ -197,6 +205,7 @@ def prefill_softcap(
         D=head_dim,
         D_PAD=d_pad,
         WINDOW=options.sliding_window is not None,
+        SINKS=options.sinks is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=num_warps,

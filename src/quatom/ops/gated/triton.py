@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quatom.families.spec import Activation
-from quatom.ops.triton_activations import KINDS, activate
+from quatom.ops.triton_activations import KINDS, activate, lift
 
 _TILE = 1024
 """Channels of a program: several programs for a single token."""
@@ -28,7 +28,7 @@ def _gated_kernel(
     at = gate_up_ptr + token * row_stride + channel
     x = activate(tl.load(at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
-        x *= tl.load(at + CHANNELS, mask=inside, other=0.0).to(tl.float32)
+        x *= lift(tl.load(at + CHANNELS, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     out = out_ptr + token * CHANNELS + channel
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -41,7 +41,7 @@ def gated_quantize(
 
     Source: Atom (Zhao et al., MLSys 2024).
     """
-    check_activation(activation)
+    check_activation(activation, gated)
     channels = spec.layout.channels
     expected = 2 * channels if gated else channels
     if gate_up.ndim != 2 or gate_up.shape[1] != expected:

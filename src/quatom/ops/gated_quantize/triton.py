@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quatom.families.spec import Activation
 from quatom.ops.activations import MixedTensor, QuantizeSpec
-from quatom.ops.triton_activations import KINDS, activate
+from quatom.ops.triton_activations import KINDS, activate, lift
 from quatom.ops.triton_quantize import (
     allocate,
     group_bounds,
@@ -54,7 +54,8 @@ def _gated_quantize_kernel(
     gate_ptr = gate_up_ptr + token * row_stride + channel
     x = activate(tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
-        x *= tl.load(gate_ptr + NORMAL + OUTLIERS, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_ptr + NORMAL + OUTLIERS, mask=mask, other=0.0).to(tl.float32)
+        x *= lift(up, ACTIVATION)
     store_groups(
         x,
         s,

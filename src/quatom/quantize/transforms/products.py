@@ -27,16 +27,16 @@ so a factor of 2**3 leaves them far above 2**-14."""
 def balance_products(
     layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor]
 ) -> FloatLayer:
-    """v_proj balanced against o_proj and, where a layer is gated, up_proj against down_proj.
+    """v_proj balanced against o_proj and, where a factor passes, up_proj against down_proj.
 
-    Attention is linear in V, and a gated layer in the output of up_proj. Every expert is balanced
-    on its own.
+    Attention is linear in V, and most gated layers are in the output of up_proj. Every expert is
+    balanced on its own.
     """
     attention, spec = layer.spec.attention, layer.spec
     weights = _balance(weights, "qkv", attention.q_size + attention.kv_size, "o")
-    if spec.feed_forward is not None and spec.feed_forward.gated:
+    if spec.feed_forward is not None and spec.feed_forward.linear_in_up:
         weights = _balance(weights, "gate_up", spec.feed_forward.size, "down")
-    if spec.experts is not None and spec.experts.feed_forward.gated:
+    if spec.experts is not None and spec.experts.feed_forward.linear_in_up:
         size = spec.experts.feed_forward.size
         weights = _balance(weights, "experts_gate_up", size, "experts_down")
     return weights

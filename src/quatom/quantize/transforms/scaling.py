@@ -48,7 +48,7 @@ def can_fold(layer: LayerPlan, site: SiteName) -> bool:
     if site == "down":
         feed_forward = layer.spec.feed_forward
         assert feed_forward is not None  # or there would be no such site
-        return feed_forward.gated or feed_forward.activation == "relu"
+        return feed_forward.linear_in_up or feed_forward.activation == "relu"
     attention = layer.spec.attention
     own_values = attention.num_heads == attention.num_kv_heads
     return own_values and layer.kv_cache.value_rotation == "none"
