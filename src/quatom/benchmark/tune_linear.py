@@ -80,7 +80,7 @@ def plausible(
     work = row_tiles * -(-tokens // config.tokens) * config.split
     return (
         not config.spared
-        and config.tokens <= 2 * tokens
+        and min(tokens // 8, 96) <= config.tokens <= 2 * tokens
         and (config.split == 1 or work <= 2 * slots)
     )
 
