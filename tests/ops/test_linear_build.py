@@ -10,7 +10,8 @@ from tests.ops.test_cuda_build import disassemble
 from quatom.errors import BackendError
 from quatom.ops import cuda_build
 from quatom.ops.cuda_build import compile_cubin
-from quatom.ops.linear.configs import CONFIGS, TUNING, Config
+from quatom.ops.linear import configs
+from quatom.ops.linear.configs import CONFIGS, TUNINGS, Config, choose_config, read_tuning
 from quatom.ops.linear.cuda import count_clusters, defines, kernel_source
 
 
@@ -70,6 +71,20 @@ def test_a_launch_leaves_no_few_sms_idle(tiles, config, clusters):
     assert count_clusters(tiles, config, sms=132) == clusters
 
 
-def test_the_tuned_choices_are_among_the_tested_configurations():
-    choices = json.loads(TUNING.read_text())["choices"]
-    assert {Config(**choice["config"]) for choice in choices} <= set(CONFIGS)
+@pytest.mark.parametrize("gpu", TUNINGS)
+def test_the_tuned_choices_are_among_the_tested_configurations(gpu):
+    table = json.loads(read_tuning(f"NVIDIA {gpu}"))
+    assert gpu in table["environment"]["gpu"].split()
+    chosen = {Config(**c["config"] | {"integer": c["integer"]}) for c in table["choices"]}
+    assert chosen <= set(CONFIGS)
+
+
+def test_a_gpu_without_a_table_is_warned_about_once(caplog):
+    choose_config.cache_clear()
+    configs._tuned.cache_clear()
+    other = [choose_config(m, 64, 33, "NVIDIA GH200 480GB", integer=True) for m in (1, 64)]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "GH200" in caplog.text and "tune_linear" in caplog.text
+    caplog.clear()
+    known = [choose_config(m, 64, 33, "NVIDIA H100 80GB HBM3", integer=True) for m in (1, 64)]
+    assert other == known and not caplog.records

@@ -156,6 +156,12 @@ def device_capability(device: int) -> tuple[int, int]:
 
 
 @cache
+def device_name(device: int) -> str:
+    """Name of a CUDA device, as its driver gives it."""
+    return torch.cuda.get_device_name(device)
+
+
+@cache
 def multiprocessors(device: int) -> int:
     """Multiprocessors of a CUDA device."""
     count: int = torch.cuda.get_device_properties(device).multi_processor_count

@@ -13,6 +13,7 @@
 //   ROUNDS (of THREADS / 16 groups), INPUT_BF16
 //   E4M3, INT8   what normal groups are; else integers of at most 4 bits, which become e4m3 bytes
 //   ROTATE       normal groups are multiplied by a Hadamard matrix
+//   BLOCK        channels that a rotation mixes in every normal group, or 0 where groups differ
 //   WHOLE_TOKEN  scales of a token's normal groups follow the largest of them: their numbers wait in registers
 //                for its maximum. The scales are one, or with
 //   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
@@ -90,19 +91,25 @@ __device__ __forceinline__ float inverse_root(float x) {
 }
 
 #if OPERATION == 2
+// exp(x) as a part of 1 + exp(x), where what a subnormal result loses does not count.
+__device__ __forceinline__ float exp_beside_one(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
 __device__ __forceinline__ float activate(float x) {
 #if ACTIVATION == 0
-  return __fdividef(x, 1.0f + __expf(-x));
+  return __fdividef(x, 1.0f + exp_beside_one(-x));
 #elif ACTIVATION == 1
   return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
 #elif ACTIVATION == 2
   // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), with u = sqrt(2 / pi) (x + 0.044715 x**3).
-  return __fdividef(x, 1.0f + __expf(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
+  return __fdividef(x, 1.0f + exp_beside_one(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
 #elif ACTIVATION == 3
   return x < 0.0f ? 0.0f : x;  // NaN stays NaN
 #else
   x = x > 7.0f ? 7.0f : x;
-  return __fdividef(x, 1.0f + __expf(-1.702f * x));
+  return __fdividef(x, 1.0f + exp_beside_one(-1.702f * x));
 #endif
 }
 
@@ -142,9 +149,14 @@ struct Place {
 // bit after bit: three bits stand inside a lane, four are lanes. A block is the largest power of two
 // that divides its group.
 __device__ __forceinline__ void rotate(float (&x)[TOKENS][8], const Place& place) {
-  const int block = place.outlier ? 1 : place.size & -place.size;
+  // A block that is known leaves no conditions inside: outliers are rotated too, and put back.
+  const int block = BLOCK ? BLOCK : place.outlier ? 1 : place.size & -place.size;
+  const float norm = __frcp_rn(__fsqrt_rn(float(block)));
 #pragma unroll
   for (int t = 0; t < TOKENS; ++t) {
+    float given[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) given[i] = x[t][i];
 #pragma unroll
     for (int bit = 1; bit < 8; bit *= 2) {
 #pragma unroll
@@ -164,12 +176,9 @@ __device__ __forceinline__ void rotate(float (&x)[TOKENS][8], const Place& place
         if (block > 8 * bit) x[t][i] = fmaf(x[t][i], sign, other);
       }
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[t][i] = BLOCK && place.outlier ? given[i] : x[t][i] * norm;
   }
-  const float norm = __frcp_rn(__fsqrt_rn(float(block)));
-#pragma unroll
-  for (int t = 0; t < TOKENS; ++t)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[t][i] *= norm;
 }
 #endif
 

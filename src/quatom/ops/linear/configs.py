@@ -1,6 +1,7 @@
 """Configurations of the Hopper kernel of `linear`, and which one a problem gets."""
 
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass, replace
@@ -16,9 +17,13 @@ _SHARED_BYTES = 227 * 1024
 _RESERVED_BYTES = 1024
 """Shared memory of an SM that the system takes from each resident CTA."""
 
+_log = logging.getLogger(__name__)
 
-TUNING = files("quatom.ops.linear") / "tuning.json"
-"""Written by `python -m quatom.benchmark.tune_linear` on an H100."""
+TUNINGS = {gpu: f"tuning-{gpu.lower()}.json" for gpu in ("H200", "H100")}
+"""Tables of this package, by a word of the GPU's name; `python -m quatom.benchmark.tune_linear`
+wrote each of them on that GPU."""
+_OTHERS = "H100"
+"""Whose table any other Hopper GPU gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class Config:
     """INT8 activations and weights that carry their group's multiple, summed in int32."""
     experts: bool = False
     """Runs of tokens multiplied by the weights of their experts (`quatom.ops.experts`)."""
+    spared: int = 0
+    """KiB of an SM's shared memory left to the kernels that run before and after."""
 
     @property
     def columns(self) -> int:
@@ -68,7 +75,8 @@ class Config:
     @property
     def num_stages(self) -> int:
         """Stages of the ring, units in flight: as many as fit."""
-        room = (_SHARED_BYTES + _RESERVED_BYTES) // self.ctas_per_sm - _RESERVED_BYTES
+        shared = _SHARED_BYTES + _RESERVED_BYTES - self.spared * 1024
+        room = shared // self.ctas_per_sm - _RESERVED_BYTES
         return min((room - self.receive_bytes) // self.stage_bytes, 32)
 
     @property
@@ -102,6 +110,10 @@ class Config:
         return 128 * self.warpgroups + self.producer_threads
 
 
+_SPLITS = {1: (1, 2), 2: (1, 2, 3, 4), 3: (1, 2, 3, 5), 4: (1, 2, 4, 6, 8)}
+"""Splits that are tried of integers, for each number of CTAs of an SM."""
+
+
 def _candidates() -> tuple[Config, ...]:
     few = [
         Config(bm, 1, split=split, ctas_per_sm=ctas)
@@ -118,12 +130,22 @@ def _candidates() -> tuple[Config, ...]:
     grouped += [Config(128, 3, signed=True), Config(256, 2, parts=2, signed=True)]
     grouped += [Config(96, 2, blocks=2), Config(128, 2, blocks=2, parts=2)]
     # Without sums to promote, more tokens a warpgroup and fewer CTAs pay.
-    integer = [Config(bm, 1, split=2) for bm in (8, 16, 32, 64)]
-    integer += [Config(bm, 1, split=s, ctas_per_sm=2) for bm in (8, 16, 32) for s in (1, 2, 3)]
+    integer = [
+        Config(bm, 1, split=split, ctas_per_sm=ctas, spared=spared)
+        for bm in (8, 16, 32, 64)
+        for ctas, splits in _SPLITS.items()
+        for split in splits
+        for spared in (0, 36)
+        if bm < 64 or ctas < 4
+    ]
+    integer += [
+        Config(bm, 1, split=split, ctas_per_sm=2, spared=114)
+        for bm in (8, 16, 32, 64)
+        for split in (1, 2, 4)
+    ]
     integer += [Config(bm, 3) for bm in (8, 16, 32)]
-    integer += [Config(64, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3, 4)]
-    integer += [Config(64, 1, split=split, ctas_per_sm=3) for split in (3, 7)]
-    integer += [Config(32, 1, split=split, ctas_per_sm=4) for split in (7, 8)]
+    integer += [Config(64, 1, split=7, ctas_per_sm=3)]
+    integer += [Config(32, 1, split=7, ctas_per_sm=4)]
     integer += [Config(128, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3)]
     integer += [Config(128, 2, split=split) for split in (2, 3)]
     integer += [Config(128, 3, parts=2), Config(160, 3, parts=2)]
@@ -132,7 +154,7 @@ def _candidates() -> tuple[Config, ...]:
         *few,
         *wide,
         *grouped,
-        *(replace(config, integer=True) for config in few + wide + integer),
+        *(replace(config, integer=True) for config in dict.fromkeys(few + wide + integer)),
     )
 
 
@@ -140,26 +162,50 @@ CONFIGS = _candidates()
 """What tuning chooses from."""
 
 
+def read_tuning(gpu: str) -> str:
+    """The table that was measured on a GPU of this name, as JSON."""
+    if path := os.environ.get("QUATOM_LINEAR_TUNING"):
+        return Path(path).read_text()
+    known = next((word for word in TUNINGS if word in gpu.split()), None)
+    if known is None:
+        _log.warning(
+            "the linear kernel was never tuned on %s: it runs with the choices of an %s; measure "
+            "them with python -m quatom.benchmark.tune_linear and set QUATOM_LINEAR_TUNING",
+            gpu,
+            _OTHERS,
+        )
+    return (files("quatom.ops.linear") / TUNINGS[known or _OTHERS]).read_text()
+
+
 @cache
-def _tuned(integer: bool) -> list[tuple[int, int, int, Config]]:
-    """Measured choices: (row blocks, units, tokens, the fastest configuration)."""
-    path = os.environ.get("QUATOM_LINEAR_TUNING")
-    text = Path(path).read_text() if path else TUNING.read_text()
+def _tuned(gpu: str) -> list[tuple[bool, int, int, int, Config]]:
+    """Measured choices: (integer, row blocks, units, tokens, the fastest configuration)."""
     return [
-        (row["row_blocks"], row["units"], row["tokens"], Config(**row["config"]))
-        for row in json.loads(text)["choices"]
-        if row["integer"] == integer
+        (
+            row["integer"],
+            row["row_blocks"],
+            row["units"],
+            row["tokens"],
+            Config(**row["config"] | {"integer": row["integer"]}),
+        )
+        for row in json.loads(read_tuning(gpu))["choices"]
     ]
 
 
 @cache
-def choose_config(tokens: int, row_blocks: int, units: int, integer: bool = False) -> Config:
+def choose_config(
+    tokens: int, row_blocks: int, units: int, gpu: str, *, integer: bool = False
+) -> Config:
     """The configuration for T tokens, N / 64 row blocks and a k-range of `units` units.
 
-    The fastest one measured (`python -m quatom.benchmark.tune_linear`) for the most similar
-    problem: the same or the next larger number of tokens first, then the nearest shape.
+    The fastest one measured (`python -m quatom.benchmark.tune_linear`) on this GPU for the most
+    similar problem: the same or the next larger number of tokens first, then the nearest shape. A
+    GPU that has no table is warned about, once.
+
+    Args:
+        gpu: the name that its driver gives it, "NVIDIA H200".
     """
-    choices = _tuned(integer)
+    choices = [row[1:] for row in _tuned(gpu) if row[0] == integer]
     sizes = sorted({row[2] for row in choices})
     size = next((s for s in sizes if s >= tokens), sizes[-1])
 

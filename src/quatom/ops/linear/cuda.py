@@ -12,6 +12,7 @@ from quatom.ops.cuda_build import (
     CudaKernel,
     KernelArguments,
     compile_cubin,
+    device_name,
     load_kernel,
     multiprocessors,
     read_source,
@@ -162,7 +163,9 @@ def linear_cuda(
     packed, *row_scales = weights
     integer = bool(row_scales)
     device = packed.device.index
-    config = config or choose_config(x.tokens, packed.shape[0], packed.shape[1], integer)
+    config = config or choose_config(
+        x.tokens, packed.shape[0], packed.shape[1], device_name(device), integer=integer
+    )
     y = torch.empty((x.tokens, channels), dtype=x.dtype, device=x.device)
     if not x.tokens:
         return y
