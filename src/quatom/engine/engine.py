@@ -10,19 +10,17 @@ import torch
 
 from quatom.engine.block_pool import BlockPool
 from quatom.engine.config import EngineConfig
-from quatom.engine.cuda_graphs import DecodeGraphs, can_capture
-from quatom.engine.graph_pool import GraphPool
 from quatom.engine.host_memory import keep_freed_pages
 from quatom.engine.kv_cache import count_blocks
-from quatom.engine.model import KVCacheLayer, Model, ServableModel
+from quatom.engine.model import KVCacheLayer, ServableModel
 from quatom.engine.outputs import FinishReason, SequenceDelta, TokenLogprobs
-from quatom.engine.prefill_graphs import PrefillGraphs
 from quatom.engine.requests import Request, RequestFactory
 from quatom.engine.runner import LaunchedStep, ModelRunner
 from quatom.engine.sampler import INVALID_TOKEN
 from quatom.engine.sampling import SamplingParams
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
 from quatom.engine.sequence import Sequence, Status
+from quatom.engine.step_graphs import StepGraphs, capture_steps
 from quatom.engine.structured.compiler import CompiledConstraint
 from quatom.engine.structured.masks import wait_for_any
 from quatom.errors import EngineError, QueueFullError, RequestError
@@ -57,9 +55,8 @@ class Engine:
         self.kv_cache_bytes = num_blocks * sum(layer.bytes_per_block for layer in kv_cache)
         self.pool = BlockPool(num_blocks, prefix_caching=self.config.prefix_caching)
         self.scheduler = Scheduler(self.config, self.pool)
-        self.runner = self._make_runner(loaded, kv_cache)
-        if self.config.cuda_graphs and can_capture(self.device):
-            self._capture_graphs(loaded.model, kv_cache)
+        graphs = capture_steps(loaded.model, kv_cache, self.config, self.max_model_len, self.device)
+        self.runner = self._make_runner(loaded, kv_cache, graphs)
         self._running: dict[str, list[Sequence]] = {}
         self._launched: LaunchedStep | None = None
 
@@ -265,6 +262,7 @@ class Engine:
         self,
         loaded: ServableModel,
         kv_cache: Layers[KVCacheLayer],
+        graphs: StepGraphs | None = None,
     ) -> ModelRunner:
         return ModelRunner(
             loaded.model,
@@ -273,26 +271,8 @@ class Engine:
             vocab_size=loaded.config.vocab_size,
             eos_token_ids=loaded.config.eos_token_ids,
             device=self.device,
+            graphs=graphs,
         )
-
-    def _capture_graphs(self, model: Model, kv_cache: Layers[KVCacheLayer]) -> None:
-        pool = GraphPool(self.device)
-        self.runner.decode_graphs = DecodeGraphs(
-            model,
-            kv_cache,
-            pool,
-            max_num_seqs=self.config.max_num_seqs,
-            max_model_len=self.max_model_len,
-            block_size=self.config.block_size,
-            device=self.device,
-        )
-        most = self.config.prefill_graph_tokens
-        if most is None or most > self.config.max_num_batched_tokens:
-            most = self.config.max_num_batched_tokens
-        if most:
-            self.runner.prefill_graphs = PrefillGraphs(
-                model, kv_cache, pool, max_num_tokens=most, device=self.device
-            )
 
     def _run_largest_step(self, loaded: ServableModel) -> None:
         """One prefill of max_num_batched_tokens tokens and logits for max_num_seqs rows."""

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from quatom.engine.batch import Batch, build_batch
 from quatom.engine.config import EngineConfig
-from quatom.engine.cuda_graphs import DecodeGraphs
 from quatom.engine.model import KVCacheLayer, Model
 from quatom.engine.outputs import TokenLogprobs
-from quatom.engine.prefill_graphs import PrefillGraphs
 from quatom.engine.sampler import INVALID_TOKEN, Sampled, build_inputs, gather_logprobs, sample
 from quatom.engine.scheduler import ScheduledSequence, ScheduledStep
 from quatom.engine.sequence import Sequence
+from quatom.engine.step_graphs import StepGraphs
 from quatom.engine.structured.masks import build_mask
 from quatom.engine.transfer import to_device
 
@@ -76,6 +75,7 @@ class ModelRunner:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         device: torch.device,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -83,8 +83,8 @@ class ModelRunner:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.device = device
-        self.decode_graphs: DecodeGraphs | None = None
-        self.prefill_graphs: PrefillGraphs | None = None
+        self.decode_graphs = None if graphs is None else graphs.decode
+        self.prefill_graphs = None if graphs is None else graphs.prefill
         self._last_tokens = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
