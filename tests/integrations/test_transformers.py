@@ -3,13 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from quatom.errors import ModelError
+from quatom.families.registry import read_config
 from quatom.loading import load
 from quatom.modeling.context import full_sequences_context
+from quatom.plan import plan
+from quatom.presets import PRESETS
+from quatom.recipe import KVSpec
+from tests.families.models import tiny_config
 from tests.integrations.checkpoints import family_checkpoint
 
 FAMILIES = (
@@ -92,6 +98,15 @@ def test_an_attention_that_knows_no_kv_format_is_refused(checkpoint):
     folder = checkpoint("qwen3", "quatom-w4a8kv4")
     with pytest.raises(ModelError, match="int4 KV cache, which attn_implementation 'eager'"):
         from_pretrained(folder, attn_implementation="eager")
+
+
+def test_attention_with_sinks_is_refused():
+    from quatom.integrations.transformers import _convert_layer
+
+    recipe = replace(PRESETS["fp16"], kv_cache=KVSpec())
+    layer = plan(read_config(tiny_config("gpt_oss").to_dict()), recipe).layers[0]
+    with pytest.raises(ModelError, match=r"layers\.0 has attention with sinks: use quatom.load"):
+        _convert_layer(None, layer, recipe)
 
 
 def test_without_the_import_transformers_stops(checkpoint):

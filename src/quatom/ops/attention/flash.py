@@ -11,6 +11,7 @@ afterwards, from the log-sum-exp of each row's scores.
 import torch
 from torch import Tensor
 
+from quatom.errors import BackendError
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.attention import AttentionOptions, Sequences, seen_tokens
 from quatom.ops.attention.triton_gather import gather_triton
@@ -65,6 +66,11 @@ def prefill_flash(
         window_size_right=None if window is None else 0,
     )
     if options.sinks is not None:
+        if log_sums.shape != (q.shape[1], q.shape[0]):
+            raise BackendError(
+                f"torch {torch.__version__} gives log-sum-exps {tuple(log_sums.shape)} of packed "
+                f"sequences, sinks need {(q.shape[1], q.shape[0])}: use backend triton"
+            )
         # exp(lse) / (exp(lse) + exp(sink)), of lse (H, T); +inf for a row that sees nothing, whose
         # output is 0. One more rounding to q's dtype.
         out = out.mul_((log_sums - options.sinks[:, None]).sigmoid().t().unsqueeze(-1))
