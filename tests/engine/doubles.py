@@ -82,6 +82,7 @@ class HashModel:
     """A forward pass that sees this token raises."""
     nan_on: int = -1
     """A row whose newest token is this one gets logits that are no numbers."""
+    blocks_run: int = 0
 
     def limit_length(self, max_length):
         pass

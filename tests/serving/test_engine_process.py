@@ -27,9 +27,8 @@ from quatom.serving.engine_launch import EnginePlan, EngineProcess
 from quatom.serving.engine_state import EngineStats
 from quatom.serving.engine_worker import Worker
 from quatom.serving.generation import Generation, Service
-from quatom.serving.process_engine import MAX_RESTARTS, ProcessEngine
+from quatom.serving.process_engine import ProcessEngine
 from tests.serving.conftest import (
-    assert_server_idle,
     process_engine,
     running_server,
     wait_until,
@@ -125,28 +124,6 @@ def test_a_killed_engine_fails_every_request_and_the_server():
         assert "SIGKILL" in health.json()["error"]["message"]
         answer = httpx.post(f"{server.url}/v1/completions", json=completion())
         assert answer.status_code == 503
-
-
-def test_a_killed_engine_is_started_anew_but_not_for_ever():
-    stopped = threading.Event()
-    with running_server(process_engine(step_seconds=0.02, restart=True)) as server:
-        engine = server.app.state.async_engine
-        engine.on_stop = stopped.set
-        first = engine.pid
-        kill(server)
-        health = httpx.get(f"{server.url}/health")
-        assert health.status_code == 503
-        assert "being started anew" in health.json()["error"]["message"]
-        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200, seconds=120)
-        assert engine.pid != first
-        body = completion(max_tokens=5)
-        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
-        assert_server_idle(server)
-        assert not stopped.is_set()
-        engine._restarts.extend([time.monotonic()] * MAX_RESTARTS)
-        kill(server)
-        assert stopped.wait(timeout=5)
-        assert "SIGKILL" in httpx.get(f"{server.url}/health").json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,13 @@ def serve(
         bool, typer.Option(help="Run the engine in a process of its own.")
     ] = True,
     restart_engine: Annotated[
-        bool, typer.Option(help="Start that process anew when it ends, instead of ending too.")
+        bool,
+        typer.Option(help="Start that process anew when it ends or hangs, instead of ending too."),
     ] = False,
+    hang_seconds: Annotated[
+        float,
+        typer.Option(help="Seconds without progress after which the engine hangs; 0: any time."),
+    ] = 60.0,
     device: Annotated[
         str | None,
         typer.Option(help="cpu or cuda. Default: the GPU if there is one, else the CPU."),
@@ -121,6 +126,7 @@ def serve(
     from quatom.errors import ServerError
     from quatom.serving.app import ServerOptions
     from quatom.serving.connections import check_origins, open_listener, read_api_keys, read_tls
+    from quatom.serving.hang_watch import check_bound
     from quatom.serving.logs import configure_logging
     from quatom.serving.served_model import default_name, start_engine
     from quatom.serving.server import Connections, serve_engine
@@ -141,11 +147,13 @@ def serve(
         raise ServerError("give either MODEL or --random-weights SHAPE")
     if restart_engine and not engine_process:
         raise ServerError("--restart-engine needs the engine in a process of its own")
+    check_bound(hang_seconds)
     options = ServerOptions(
         model_names=tuple(served_model_name or (name,)),
         dialogue=read_style(chat_template, tool_format, reasoning_format),
         api_keys=read_api_keys(api_key, api_key_file, os.environ.get("QUATOM_API_KEY")),
         allowed_origins=check_origins(allowed_origins or ()),
+        hang_seconds=hang_seconds,
     )
     limits = EngineConfig(
         max_num_seqs=max_num_seqs,

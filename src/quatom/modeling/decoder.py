@@ -43,6 +43,7 @@ class Decoder(nn.Module):
         self.embed = TokenEmbedding(config, embedding, positions)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = NormLayer(config.final_norm, final_norm, backend)
+        self.blocks_run = 0
         self.head = None if head is None else nn.Parameter(head, requires_grad=False)
         self.register_buffer("head_bias", head_bias, persistent=False)
         self.rotary = RotaryTables(config, config.max_position, embedding.device)
@@ -83,6 +84,7 @@ class Decoder(nn.Module):
         hidden = self.embed(input_ids, context.positions)
         residual: Tensor | None = None
         for block, kv in zip(self.blocks, kv_cache, strict=True):
+            self.blocks_run += 1
             hidden, residual = block(hidden, residual, context, kv, self.rotary)
         return self.final_norm(hidden, residual)[0]
 
