@@ -74,7 +74,7 @@ def test_options(backend, options, truth, new_tokens):
     assert_close(batch.run(backend, **options), batch.truth(**truth), torch.float32)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("splits", [1, 2, 7, 15])  # the last is more than there are blocks
 def test_split_counts_agree(splits):
     batch = Batch([0, 200])
     got = batch.run(Backend.TRITON, num_splits=splits)

@@ -69,7 +69,9 @@ def run_batch(
         )
         llm = LLM(model, device=device, dtype=read_dtype(dtype), config=config)
         names = tuple(served_model_name or (default_name(model),))
-        app = create_app(llm.engine, ServerOptions(model_names=names, dialogue=style))
+        app = create_app(
+            llm.engine, ServerOptions(model_names=names, dialogue=style, hang_seconds=0)
+        )
     with Progress(console=Console(stderr=True)) as bar:
         missing = len(found.waiting) + len(found.unnoted)
         task = bar.add_task("answering", total=len(lines), completed=len(lines) - missing)
