@@ -47,14 +47,13 @@ def run_batch(
     from rich.console import Console
     from rich.progress import Progress
 
-    from quatom.cli.common import read_dtype
+    from quatom.cli.common import default_name, read_dtype
     from quatom.engine.config import EngineConfig
     from quatom.engine.llm import LLM
     from quatom.serving.app import ServerOptions, create_app
     from quatom.serving.batch_file import read_batch
     from quatom.serving.batch_output import check_output
     from quatom.serving.batch_run import run_batch as run
-    from quatom.serving.served_model import default_name
 
     style = read_style(chat_template, tool_format, reasoning_format)
     lines = read_batch(source)

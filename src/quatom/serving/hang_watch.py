@@ -5,9 +5,12 @@ import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from quatom.errors import ServerError
-from quatom.serving.async_engine import AsyncEngine
+
+if TYPE_CHECKING:
+    from quatom.serving.async_engine import AsyncEngine
 
 logger = logging.getLogger("quatom.serving")
 
@@ -29,7 +32,7 @@ def check_bound(seconds: float) -> None:
 
 
 @asynccontextmanager
-async def watched(engine: AsyncEngine, seconds: float) -> AsyncIterator[None]:
+async def watched(engine: "AsyncEngine", seconds: float) -> AsyncIterator[None]:
     """Watch an engine as long as the context lasts; 0 seconds: do not."""
     task = asyncio.create_task(_watch(engine, seconds)) if seconds else None
     try:
@@ -39,7 +42,7 @@ async def watched(engine: AsyncEngine, seconds: float) -> AsyncIterator[None]:
             task.cancel()
 
 
-async def _watch(engine: AsyncEngine, seconds: float) -> None:
+async def _watch(engine: "AsyncEngine", seconds: float) -> None:
     """Tell an engine that shows no life for `seconds` that it hangs, and let it go on if it does.
 
     It counts looks, not time: after this process was halted too, the engine has its whole time.
