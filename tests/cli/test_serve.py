@@ -69,7 +69,7 @@ def test_it_answers_and_ends_with_its_engine(small_dir, tmp_path):
     ("mode", "number"), [(MODES[0], signal.SIGINT), (MODES[1], signal.SIGTERM)]
 )
 def test_a_signal_lets_running_requests_finish_and_ends_it(small_dir, mode, number):
-    body = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True, "n": 16, "stream": True}
     with serving(small_dir, mode) as (process, lines, url):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             events = response.iter_lines()

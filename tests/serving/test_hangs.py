@@ -136,7 +136,7 @@ def test_silence_is_counted_in_looks(monkeypatch, looks, told):
     async def at_once(seconds):
         assert seconds == 0.25
 
-    monkeypatch.setattr(asyncio, "sleep", at_once)
+    monkeypatch.setattr(hang_watch, "asyncio", SimpleNamespace(sleep=at_once))
     with pytest.raises(EOFError):
         asyncio.run(hang_watch._watch(Engine(hung=False), 1.0))
     assert seen == told
