@@ -137,6 +137,18 @@ def serve_in_process():
         one.setLevel(level)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_certificates(tmp_path_factory):
+    """One trusted authority: a client reads all that the machine has, which takes 70 ms each."""
+    import trustme
+
+    path = tmp_path_factory.mktemp("authority") / "authority.pem"
+    trustme.CA().cert_pem.write_to_path(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(path))
+        yield
+
+
 def pytest_configure(config) -> None:
     """Kernels run in Triton's interpreter where there is no GPU; must be set before import."""
     if not torch.cuda.is_available():

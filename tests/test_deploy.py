@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from quatom.cli.main import app
+from quatom.serving import health_check
 from tests.serving.conftest import running_server
 from tests.serving.engines import make_engine
 
@@ -77,8 +78,7 @@ def test_images(path):
     )
     assert by_name["STOPSIGNAL"] == "SIGTERM"
     probe = json.loads(by_name["HEALTHCHECK"].partition("CMD")[2])
-    assert "/health" in probe[-1]
-    compile(probe[-1], "probe", "exec")
+    assert probe == ["python", "-m", health_check.__name__, by_name["EXPOSE"]]
     entry = json.loads(by_name["ENTRYPOINT"])
     assert entry[:2] == ["quatom", "serve"]
     assert {word for word in entry if word.startswith("--")} <= option_names()

@@ -7,31 +7,49 @@ eviction changes what is read back and so the tokens that follow: `expected_toke
 without any cache.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-MODULUS = 2**31 - 1
+MODULUS = 2**31 - 1  # a prime: what it multiplies can be undone
+FACTOR = 1_000_003
 VOCAB = 300
 EOS = 257
 
 
+@cache
+def powers(base: int, count: int) -> np.ndarray:
+    """base**1 to base**count."""
+    steps = accumulate([base] * count, lambda power, factor: power * factor % MODULUS)
+    return np.array(list(steps))
+
+
 def mix(state: int, value: int) -> int:
-    return (state * 1_000_003 + value * 7919 + 12345) % MODULUS
+    return (state * FACTOR + value * 7919 + 12345) % MODULUS
 
 
-def hash_prefixes(values) -> list[int]:
-    """A hash of each value and all before it."""
-    return list(accumulate(values, mix, initial=1))[1:]
+def hash_prefixes(values) -> np.ndarray:
+    """A hash of each value and all before it: `mix` of the last hash and the value.
+
+    h[n] = FACTOR**n * (1 + sum of term[i] / FACTOR**i), all at once; no number exceeds 63 bits.
+    """
+    count = len(values)
+    room = max(1024, 1 << count.bit_length())
+    terms = (np.asarray(values, dtype=np.int64) * 7919 + 12345) % MODULUS
+    shares = terms * powers(pow(FACTOR, -1, MODULUS), room)[:count] % MODULUS
+    return (1 + shares.cumsum()) % MODULUS * powers(FACTOR, room)[:count] % MODULUS
 
 
 def state_of(token_ids) -> int:
     """What the logits after these tokens are made of: the second layer's hash of the first's."""
-    return hash_prefixes(hash_prefixes(token_ids))[-1]
+    return int(hash_prefixes(hash_prefixes(token_ids))[-1])
 
 
 def next_token(state: int, vocab_size=VOCAB) -> int:
@@ -63,9 +81,10 @@ class HashCache:
         assert len(set(slots.tolist())) == len(slots)
         self.values[slots // size, slots % size] = values[stored].int()
 
-    def read(self, table, length) -> list[int]:
+    def read(self, table, length) -> np.ndarray:
         """The first `length` values of a sequence."""
-        return self.values[table.long()].flatten()[:length].tolist()
+        blocks = -(-length // self.values.shape[1])
+        return self.values[table[:blocks].long()].flatten()[:length].numpy()
 
     def copy_blocks(self, source, target) -> None:
         assert not set(source.tolist()) & set(target.tolist())
@@ -78,10 +97,11 @@ class HashModel:
     vocab_size: int = VOCAB
     steps: list = field(default_factory=list)
     """(new tokens, sequences) of every forward pass."""
-    fail_on: int | None = None
-    """A forward pass that sees this token raises."""
+    fail_on: Sequence[int] = ()
+    """A forward pass that sees these tokens, one after another, raises."""
     nan_on: int = -1
     """A row whose newest token is this one gets logits that are no numbers."""
+    blocks_run: int = 0
 
     def limit_length(self, max_length):
         pass
@@ -91,7 +111,7 @@ class HashModel:
         return [HashCache(torch.full(shape, -7, dtype=torch.int32)) for _ in range(2)]
 
     def forward(self, input_ids, context, kv_cache):
-        if self.fail_on is not None and self.fail_on in input_ids.tolist():
+        if self.fail_on and self._sees(input_ids.tolist(), list(self.fail_on)):
             raise RuntimeError("kernel failed")
         assert (input_ids >= 0).all()
         self._check(context)
@@ -110,9 +130,14 @@ class HashModel:
         cu = context.cu_seqlens_q.tolist()
         for b, length in enumerate(context.seq_lens.tolist()):
             seen = hash_prefixes(layer.read(context.block_tables[b], length))
-            if seen:
-                hashes[cu[b] : cu[b + 1]] = torch.tensor(seen[cu[b] - cu[b + 1] :])
+            if length:
+                hashes[cu[b] : cu[b + 1]] = torch.from_numpy(seen[cu[b] - cu[b + 1] :])
         return hashes
+
+    @staticmethod
+    def _sees(token_ids, wanted):
+        count = len(wanted)
+        return any(token_ids[i : i + count] == wanted for i in range(len(token_ids) - count + 1))
 
     @staticmethod
     def _check(context):

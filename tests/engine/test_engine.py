@@ -224,7 +224,7 @@ def test_a_row_without_numbers_fails_its_request_alone():
 
 
 def test_a_failing_step_ends_what_ran_and_nothing_else():
-    engine = make_engine(loaded_options={"fail_on": 299}, max_num_seqs=2)
+    engine = make_engine(loaded_options={"fail_on": [299]}, max_num_seqs=2)
     engine.add_request("bad", [299], greedy(5))
     engine.add_request("beside", [1], greedy(5))
     engine.add_request("behind", [2], greedy(5))

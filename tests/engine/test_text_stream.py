@@ -68,7 +68,7 @@ def sequences(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=30, derandomize=True)
 @given(data=st.data())
 def test_pieces_join_to_the_whole_text(name, data):
     prompt, ids = data.draw(sequences(name)), data.draw(sequences(name))
@@ -84,7 +84,7 @@ def test_pieces_join_to_the_whole_text(name, data):
 
 
 @pytest.mark.parametrize("name", ["byte fallback", "llama 2", "gemma", "metaspace and bytes"])
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=20, derandomize=True)
 @given(text=st.text("aé你😀😁 ", max_size=12))
 def test_byte_tokens_of_a_text_are_the_text(name, text):
     ids = ids_of(TOKENIZERS[name], "a", *(f"<0x{b:02X}>" for b in text.encode()))

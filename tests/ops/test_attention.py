@@ -81,7 +81,7 @@ def test_options(backend, options, truth, new_tokens):
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("splits", [1, 2, 7, 15])  # the last is more than there are blocks
 def test_split_counts_agree(splits, sinks):
     batch = Batch([0, 200])
     options = {"num_splits": splits, "sinks": sinks}

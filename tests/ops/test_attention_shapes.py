@@ -102,14 +102,19 @@ def test_cuda_decode_of_every_head_size(head_dim, options, block_size):
         assert_close(got, batch.truth(**options), torch.float16)
 
 
-@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
+SINKS = torch.tensor([3.0, -1.0, 0.0, 0.5], device=DEVICE)
+ALL_OPTIONS = {"sliding_window": 9, "logit_softcap": 2.0, "softmax_scale": 0.4}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("backend", "options"),
     [
-        {},
-        {"sliding_window": 9},
-        {"sliding_window": 9, "logit_softcap": 2.0, "softmax_scale": 0.4},
-        {"sliding_window": 9, "sinks": torch.tensor([3.0, -1.0, 0.0, 0.5], device=DEVICE)},
+        (Backend.REFERENCE, {}),
+        (Backend.REFERENCE, {"sliding_window": 9}),
+        (Backend.REFERENCE, ALL_OPTIONS),
+        (Backend.TRITON, ALL_OPTIONS),
+        (Backend.REFERENCE, {"sliding_window": 9, "sinks": SINKS}),
+        (Backend.TRITON, {"sliding_window": 9, "sinks": SINKS}),
     ],
 )
 def test_at_once_in_chunks_and_one_by_one_agree(backend, options):
@@ -139,9 +144,19 @@ def poison_before(batch, window):
 @pytest.mark.parametrize(
     "backend", [Backend.TRITON, pytest.param(Backend.CUDA, marks=pytest.mark.gpu)]
 )
-@pytest.mark.parametrize("new_tokens", [1, 4, [1, 30, 5]])
-@pytest.mark.parametrize("block_size", [16, 48, 64])
-@pytest.mark.parametrize("window", [1, 20, 100])
+@pytest.mark.parametrize(
+    ("new_tokens", "block_size", "window"),
+    [
+        (1, 16, 1),
+        (1, 48, 20),
+        (1, 64, 100),
+        (4, 16, 100),
+        (4, 48, 1),
+        ([1, 30, 5], 16, 20),
+        ([1, 30, 5], 64, 1),
+        ([1, 30, 5], 48, 100),
+    ],
+)
 def test_no_block_before_the_window_is_read(backend, new_tokens, block_size, window):
     dtype = torch.float16 if backend is Backend.CUDA else torch.float32
     batch = Batch([300, 130, 90], new_tokens, block_size=block_size, dtype=dtype)

@@ -15,11 +15,23 @@ def squared_error(weight, scales, fmt, importance):
     return (missing.square() * importance).sum(dim=1)
 
 
-@pytest.mark.parametrize("rows_per_scale", [1, 2, 3])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 40), (33, 128), (16, 64)])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("fmt", ["int4", "int3"])
-@pytest.mark.parametrize("scale_format", ["float16", "multiples"])
+# Rows per scale and multiples are compiled in, the rest are operands: every pair of the former, at
+# sizes below, at and beyond a program's.
+@pytest.mark.parametrize(
+    ("scale_format", "fmt", "weighted", "rows", "columns", "rows_per_scale"),
+    [
+        ("float16", "int4", False, 1, 1, 1),
+        ("multiples", "int3", True, 1, 1, 3),
+        ("float16", "int3", True, 7, 40, 1),
+        ("float16", "int3", False, 7, 40, 2),
+        ("float16", "int4", True, 7, 40, 3),
+        ("multiples", "int4", True, 7, 40, 1),
+        ("multiples", "int3", False, 7, 40, 2),
+        ("multiples", "int4", False, 7, 40, 3),
+        ("float16", "int4", True, 16, 64, 1),
+        ("multiples", "int4", True, 33, 128, 2),
+    ],
+)
 def test_scales_cost_what_the_reference_ones_cost(
     rows, columns, rows_per_scale, weighted, fmt, scale_format, device
 ):

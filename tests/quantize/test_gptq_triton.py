@@ -32,7 +32,7 @@ def test_the_kernel_is_the_textbook_algorithm(layout, options, device):
     textbook_check(weight, LAYOUTS[layout], OPTIONS[options], moment, codes)
 
 
-@pytest.mark.parametrize(("count", "rows"), [(128, 33), (64, 16), (40, 5), (1, 1)])
+@pytest.mark.parametrize(("count", "rows"), [(128, 5), (64, 17), (40, 5), (1, 1)])
 def test_the_kernel_gives_the_loops_codes_and_errors(count, rows, device):
     weight, _, moment = problem(channels=count, rows=rows, seed=count)
     columns = weight.t().contiguous().to(device)

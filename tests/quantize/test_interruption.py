@@ -31,9 +31,12 @@ def four_block_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(four_block_dir, text_file, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(text_file, tmp_path):
+    source = write_model(tmp_path / "two", FOUR_BLOCKS | {"num_hidden_layers": 2}, shards=2)
+    write_byte_tokenizer(source)
+    (tmp_path / "work").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "tests.quantize.killer", four_block_dir, text_file, tmp_path],
+        [sys.executable, "-m", "tests.quantize.killer", source, text_file, tmp_path / "work"],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,

@@ -39,9 +39,15 @@ def scaled(folder, target, pair, factor, layers=2):
     return target
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("factor", [2.0**11, 2.0**-11])
-@pytest.mark.parametrize("model", ["tiny_llama_dir", "tiny_qwen2_dir"])
+@pytest.mark.parametrize(
+    ("model", "pair", "factor"),
+    [
+        ("tiny_llama_dir", "attention", 2.0**11),
+        ("tiny_llama_dir", "mlp", 2.0**-11),
+        ("tiny_qwen2_dir", "attention", 2.0**-11),  # with a bias
+        ("tiny_qwen2_dir", "mlp", 2.0**11),
+    ],
+)
 def test_the_checkpoint_does_not_depend_on_the_factor(
     model, factor, pair, tmp_path, text_file, request
 ):

@@ -84,18 +84,24 @@ def assert_server_idle(server):
         assert_idle(engine.engine)
 
 
+FAILS_ON = [299, 298, 299]
+"""A step that sees this prompt raises."""
+
+
 @pytest.fixture(scope="package")
 def server():
-    with running_server(make_engine()) as running:
+    with running_server(make_engine(loaded_options={"fail_on": FAILS_ON})) as running:
         yield running
         assert_idle(running.engine)
 
 
 @pytest.fixture(scope="package")
 def process_server():
-    with running_server(process_engine()) as running:
+    engine = process_engine(loaded_options={"fail_on": FAILS_ON})
+    with running_server(engine) as running:
         yield running
         assert_server_idle(running)
+    assert engine._process.popen.returncode == 0
 
 
 @pytest.fixture(params=MODES)

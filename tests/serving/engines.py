@@ -4,7 +4,6 @@ import time
 
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
-from quatom.errors import EngineError
 from tests.engine.doubles import byte_tokenizer, hash_loaded
 
 
@@ -21,16 +20,3 @@ def make_engine(
         step = engine.step
         engine.step = lambda: (time.sleep(step_seconds), step())[1]
     return engine
-
-
-def refuse_to_start(kind, message):
-    """What a model that cannot be loaded does."""
-    raise {"EngineError": EngineError, "MemoryError": MemoryError}[kind](message)
-
-
-def vanish():
-    """What the kernel does to a process when memory runs out."""
-    import os
-    import signal
-
-    os.kill(os.getpid(), signal.SIGKILL)

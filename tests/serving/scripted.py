@@ -35,7 +35,7 @@ class ScriptedModel(HashModel):
         hidden = torch.zeros(len(input_ids), 2, dtype=torch.float64)
         for b, length in enumerate(context.seq_lens.tolist()):
             if length:  # rows in the middle of a prompt are not sampled
-                token_ids = cache.read(context.block_tables[b], length)
+                token_ids = cache.read(context.block_tables[b], length).tolist()
                 hidden[cu[b + 1] - 1, 0] = self._next(token_ids)
         return hidden
 

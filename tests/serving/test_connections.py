@@ -9,6 +9,7 @@ import pytest
 import trustme
 
 from quatom.errors import ServerError
+from quatom.serving import health_check
 from quatom.serving import server as server_module
 from quatom.serving.app import ServerOptions
 from quatom.serving.connections import (
@@ -145,8 +146,19 @@ def test_https(certificate):
     with running_server(make_engine(), uvicorn_options=files) as server:
         url = f"https://localhost:{server.port}/health"
         assert httpx.get(url, verify=trust).status_code == 200
+        assert health_check.main(server.port) == 0
         with pytest.raises(httpx.TransportError):
             httpx.get(url.replace("https", "http"))
+
+
+def test_the_health_check_of_the_images(capsys):
+    with running_server(make_engine()) as server:
+        assert health_check.main(server.port) == 0
+        server.app.state.async_engine.error = "the engine has stopped"
+        assert health_check.main(server.port) == 1
+        assert "the engine has stopped" in capsys.readouterr().out
+    assert health_check.main(server.port) == 1
+    assert capsys.readouterr().out.startswith(f"no answer from port {server.port}: Connection")
 
 
 def test_uvicorn_gets_the_files_and_the_drain(certificate, uvicorn_config):

@@ -5,12 +5,8 @@ import asyncio
 import json
 import random
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -19,10 +15,12 @@ import pytest
 import quatom
 from tests.engine.doubles import byte_tokenizer, expected_tokens
 from tests.serving.conftest import (
+    FAILS_ON,
     MODES,
     assert_server_idle,
     engine_in,
     make_engine,
+    process_engine,
     running_server,
     wait_until,
 )
@@ -57,8 +55,7 @@ async def read_stream(client, url, body):
     return text, reason, usage
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_two_hundred_streams_give_the_tokens_that_each_gives_alone(mode):
+def test_two_hundred_streams_give_the_tokens_that_each_gives_alone():
     prompts = [f"request {i} " * (1 + i % 5) for i in range(200)]
     lengths = [5 + i % 20 for i in range(200)]
 
@@ -72,7 +69,7 @@ def test_two_hundred_streams_give_the_tokens_that_each_gives_alone(mode):
             return await asyncio.gather(*(read_stream(client, url, body) for body in bodies))
 
     # So few blocks that sequences are preempted.
-    with running_server(engine_in(mode, num_blocks=40)) as server:
+    with running_server(process_engine(num_blocks=40)) as server:
         results = asyncio.run(main(server.url))
         assert server.app.state.async_engine.stats.num_preemptions > 0
         assert_server_idle(server)
@@ -247,9 +244,8 @@ def test_huge_bodies_are_refused():
         assert httpx.post(f"{server.url}/v1/completions", json=completion()).status_code == 200
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_full_queue_answers_429_with_retry_after(mode):
-    with running_server(engine_in(mode, max_num_seqs=1, max_waiting=2)) as server:
+def test_a_full_queue_answers_429_with_retry_after():
+    with running_server(make_engine(max_num_seqs=1, max_waiting=2)) as server:
         engine = server.app.state.async_engine
         threads = []
         for i in range(3):
@@ -269,22 +265,19 @@ def test_a_full_queue_answers_429_with_retry_after(mode):
         assert too_many.status_code == 429
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_failing_step_fails_its_requests_and_not_the_server(mode):
-    with running_server(engine_in(mode, loaded_options={"fail_on": 299})) as server:
-        for stream in (False, True):
-            response = httpx.post(
-                f"{server.url}/v1/completions", json=completion([299], stream=stream)
-            )
-            if stream:
-                assert "kernel failed" in response.text
-                assert response.text.endswith("data: [DONE]\n\n")
-            else:
-                assert response.status_code == 500
-                assert "kernel failed" in response.json()["error"]["message"]
-            assert httpx.post(f"{server.url}/v1/completions", json=completion()).status_code == 200
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert_server_idle(server)
+def test_a_failing_step_fails_its_requests_and_not_the_server(either_server):
+    url = f"{either_server.url}/v1/completions"
+    for stream in (False, True):
+        response = httpx.post(url, json=completion(FAILS_ON, stream=stream))
+        if stream:
+            assert "kernel failed" in response.text
+            assert response.text.endswith("data: [DONE]\n\n")
+        else:
+            assert response.status_code == 500
+            assert "kernel failed" in response.json()["error"]["message"]
+        assert httpx.post(url, json=completion()).status_code == 200
+    assert httpx.get(f"{either_server.url}/health").status_code == 200
+    assert_server_idle(either_server)
 
 
 def test_logits_that_are_no_numbers_fail_one_request():
@@ -296,9 +289,9 @@ def test_logits_that_are_no_numbers_fail_one_request():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_engine_that_keeps_failing_stops_loudly(mode):
-    with running_server(engine_in(mode, loaded_options={"fail_on": 299})) as server:
+    with running_server(engine_in(mode, loaded_options={"fail_on": FAILS_ON})) as server:
         for _ in range(3):
-            response = httpx.post(f"{server.url}/v1/completions", json=completion([299]))
+            response = httpx.post(f"{server.url}/v1/completions", json=completion(FAILS_ON))
             assert response.status_code in (500, 503)
         wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
         response = httpx.post(f"{server.url}/v1/completions", json=completion())
@@ -345,26 +338,30 @@ def test_tokenize_and_back(server):
     assert refused.status_code == 400
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_metrics_count_what_happened(mode):
-    with running_server(engine_in(mode)) as server:
-        httpx.post(f"{server.url}/v1/completions", json=completion("abc", n=2))
-        text = httpx.get(f"{server.url}/metrics").text
-    values = dict(
-        line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#")
-    )
+def metrics(server):
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def test_metrics_count_what_happened(either_server):
+    assert_server_idle(either_server)
+    before = metrics(either_server)
+    httpx.post(f"{either_server.url}/v1/completions", json=completion("abc", n=2))
+    after = metrics(either_server)
+    values = {name: value - before.get(name, 0.0) for name, value in after.items()}
     label = '{model_name="hash"}'
-    assert values[f"vllm:prompt_tokens_total{label}"] == "3.0"
-    assert values[f"vllm:generation_tokens_total{label}"] == "16.0"
-    assert values[f"vllm:num_requests_running{label}"] == "0.0"
-    assert values['vllm:request_success_total{finished_reason="length",model_name="hash"}'] == "2.0"
+    assert values[f"vllm:prompt_tokens_total{label}"] == 3
+    assert values[f"vllm:generation_tokens_total{label}"] == 16
+    assert after[f"vllm:num_requests_running{label}"] == 0
+    assert values['vllm:request_success_total{finished_reason="length",model_name="hash"}'] == 2
     for name, count in [
         ("time_to_first_token_seconds", 2),
         ("inter_token_latency_seconds", 14),
         ("e2e_request_latency_seconds", 2),
         ("request_queue_time_seconds", 2),
     ]:
-        assert values[f"vllm:{name}_count{label}"] == f"{count}.0"
+        assert values[f"vllm:{name}_count{label}"] == count
 
 
 def test_chat_templates_run_in_a_sandbox():
@@ -375,61 +372,3 @@ def test_chat_templates_run_in_a_sandbox():
         response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
         assert response.status_code == 400
         assert "unsafe" in response.json()["error"]["message"]
-
-
-SERVER_SCRIPT = """
-import sys
-from quatom.serving.app import ServerOptions
-from quatom.serving.connections import open_listener
-from quatom.serving.logs import configure_logging
-from quatom.serving.server import Connections, serve_engine
-from tests.serving.conftest import engine_in
-configure_logging()
-options = ServerOptions(model_names=("hash",))
-listener = open_listener("127.0.0.1", int(sys.argv[1]))
-engine = engine_in(sys.argv[2], step_seconds=0.01)
-serve_engine(engine, options, Connections(listener=listener, drain_seconds=20))
-"""
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_sigterm_lets_running_requests_finish(mode):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER_SCRIPT, str(port), mode],
-        cwd=root,
-        env={"PYTHONPATH": f"{root / 'src'}:{root}", "PATH": "/usr/bin:/bin"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: _is_up(url), seconds=180)
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json=completion(max_tokens=150, stream=True)
-        ) as response:
-            lines = response.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{url}/health")
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
-        errors = process.communicate(timeout=20)[1]
-        assert process.returncode == 0
-    finally:
-        process.kill()
-    logged = [json.loads(line) for line in errors.splitlines()]
-    assert any(e["event"] == "request" and e["path"] == "/v1/completions" for e in logged)
-
-
-def _is_up(url):
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False

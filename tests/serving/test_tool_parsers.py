@@ -47,6 +47,8 @@ CASES = [
     ("hermes", '<tool_call>{"name": "add"}</tool_call>', "", "add {}"),
     ("hermes", '<tool_call>{"name": "add", "arguments": null}</tool_call>', "", "add {}"),
     ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 2}"}</tool_call>', "", "add {'a': 2}"),
+    ("hermes", '<tool_call>{"name": "add", "arguments": " "}</tool_call>', "", "add {}"),
+    ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": x}"}</tool_call>', "", ["add", '{"a": x}']),
     ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1}}}</tool_call>', "", "add {'a': 1}"),
     ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1}', "", "add {'a': 1}"),
     ("hermes", '<tool_call>[{"name": "add", "arguments": {}}, {"name": "add"}]</tool_call>', "", "add {} add {}"),
@@ -98,6 +100,8 @@ CONTENT = [
     ("hermes", '<tool_call>{"name": 1, "arguments": {}}</tool_call>'),
     ("hermes", '<tool_call>{"arguments": {"a": 1}}</tool_call>'),
     ("hermes", '<tool_call>{"name": "add", "arguments": [1]}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "add", "arguments": "[1]"}</tool_call>'),
+    ("hermes", '<tool_call>{"arguments": "hello", "name": "add"}</tool_call>'),
     ("hermes", "<tool_call>{'name': 'add'}</tool_call>"),
     ("hermes", "<tool_call>\n"),
     ("hermes", "a < b <tool \n "),
@@ -202,7 +206,7 @@ def test_random_texts_of_pieces_of_the_formats_stream_exactly():
     for name in TEMPLATES:
         texts = [case[1] for case in CASES if case[0] == name]
         texts += [text for other, text in CONTENT if other == name]
-        for _ in range(150):
+        for _ in range(75):
             pieces = []
             for _ in range(chance.randint(1, 5)):
                 text = chance.choice(texts)
@@ -221,8 +225,8 @@ def test_random_texts_of_pieces_of_the_formats_stream_exactly():
 @pytest.mark.parametrize("name", ["hermes", "llama", "mistral-args", "qwen-coder", "pythonic"])
 @pytest.mark.parametrize("kind", ["arguments", "calls", "markers", "text"])
 def test_time_grows_with_the_text_and_not_with_its_square(name, kind):
-    """8,000 deltas of 8 characters; a reparse from the start would take minutes."""
-    long = 'abc \\n\\" def ' * 5000 if kind == "arguments" else ""
+    """4,000 deltas of 8 characters; a reparse from the start would take a minute."""
+    long = 'abc \\n\\" def ' * 2500 if kind == "arguments" else ""
     text = {
         "hermes": '<tool_call>{"name": "add", "arguments": {"b": "' + long + '"}}</tool_call>',
         "llama": '{"name": "add", "parameters": {"b": "' + long + '"}}',
@@ -231,22 +235,22 @@ def test_time_grows_with_the_text_and_not_with_its_square(name, kind):
         "pythonic": '[add(b="' + long + '")]',
     }[name]
     if kind == "markers":
-        text = (format_named(name).parser.markers[0] + "x") * (64000 // 10)
+        text = (format_named(name).parser.markers[0] + "x") * (32000 // 10)
     elif kind == "calls":
         text = {
-            "hermes": "<tool_call>" + '{"name": "add", "arguments": {}}, ' * 2000,
-            "llama": '{"name": "add", "parameters": {}}; ' * 2000,
-            "mistral-args": "[TOOL_CALLS]add[ARGS]{}" * 2000,
-            "qwen-coder": "<tool_call><function=add></function></tool_call>" * 1500,
-            "pythonic": "[" + "add(), " * 5000,
+            "hermes": "<tool_call>" + '{"name": "add", "arguments": {}}, ' * 1000,
+            "llama": '{"name": "add", "parameters": {}}; ' * 1000,
+            "mistral-args": "[TOOL_CALLS]add[ARGS]{}" * 1000,
+            "qwen-coder": "<tool_call><function=add></function></tool_call>" * 750,
+            "pythonic": "[" + "add(), " * 2500,
         }[name]
     elif kind == "text":
-        text = "word [ { < " * 6000
+        text = "word [ { < " * 3000
     answer = Answer(parser=parser_of(name), call_id=lambda: "x")
     start = time.process_time()
     for i in range(0, len(text), 8):
         answer.add(text[i : i + 8])
-    assert time.process_time() - start < 10  # it takes 0.1 to 2 s
+    assert time.process_time() - start < 5  # it takes 0.1 to 1 s
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ class StubCache:
 class StubModel:
     """A model that takes no time: the same logits for every step."""
 
+    blocks_run = 0
+
     def __init__(self, vocab_size: int, max_rows: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self._logits = torch.randn(max_rows, vocab_size, generator=generator)

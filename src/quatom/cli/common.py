@@ -170,3 +170,8 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def default_name(model: str) -> str:
+    """The name a model is served under: its path or hub id as given, without a closing slash."""
+    return str(Path(model)) if Path(model).exists() else model

@@ -47,14 +47,13 @@ def run_batch(
     from rich.console import Console
     from rich.progress import Progress
 
-    from quatom.cli.common import read_dtype
+    from quatom.cli.common import default_name, read_dtype
     from quatom.engine.config import EngineConfig
     from quatom.engine.llm import LLM
     from quatom.serving.app import ServerOptions, create_app
     from quatom.serving.batch_file import read_batch
     from quatom.serving.batch_output import check_output
     from quatom.serving.batch_run import run_batch as run
-    from quatom.serving.served_model import default_name
 
     style = read_style(chat_template, tool_format, reasoning_format)
     lines = read_batch(source)
@@ -69,7 +68,9 @@ def run_batch(
         )
         llm = LLM(model, device=device, dtype=read_dtype(dtype), config=config)
         names = tuple(served_model_name or (default_name(model),))
-        app = create_app(llm.engine, ServerOptions(model_names=names, dialogue=style))
+        app = create_app(
+            llm.engine, ServerOptions(model_names=names, dialogue=style, hang_seconds=0)
+        )
     with Progress(console=Console(stderr=True)) as bar:
         missing = len(found.waiting) + len(found.unnoted)
         task = bar.add_task("answering", total=len(lines), completed=len(lines) - missing)

@@ -98,8 +98,13 @@ def serve(
         bool, typer.Option(help="Run the engine in a process of its own.")
     ] = True,
     restart_engine: Annotated[
-        bool, typer.Option(help="Start that process anew when it ends, instead of ending too.")
+        bool,
+        typer.Option(help="Start that process anew when it ends or hangs, instead of ending too."),
     ] = False,
+    hang_seconds: Annotated[
+        float,
+        typer.Option(help="Seconds without progress after which the engine hangs; 0: any time."),
+    ] = 60.0,
     device: Annotated[
         str | None,
         typer.Option(help="cpu or cuda. Default: the GPU if there is one, else the CPU."),
@@ -113,22 +118,18 @@ def serve(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Serve a model over OpenAI's HTTP API, with a chat page at /."""
-    from dataclasses import asdict
-
     from quatom.benchmark.model_shapes import find_shape
-    from quatom.cli.common import read_dtype, read_recipe
-    from quatom.engine.config import EngineConfig
+    from quatom.cli.common import default_name
     from quatom.errors import ServerError
-    from quatom.serving.app import ServerOptions
     from quatom.serving.connections import check_origins, open_listener, read_api_keys, read_tls
+    from quatom.serving.hang_watch import check_bound
     from quatom.serving.logs import configure_logging
-    from quatom.serving.served_model import default_name, start_engine
-    from quatom.serving.server import Connections, serve_engine
 
     # SIGTERM ends it while a model is loaded too, even as the first process of a container, to
     # which the system does nothing by itself.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # Everything that can be wrong without a model is found before minutes of loading one.
+    # Everything that can be wrong without a model is found before minutes of loading one, and most
+    # of it before seconds of importing what serves it.
     configure_logging(log_level)
     if model is not None and random_weights is None:
         name = default_name(model)
@@ -141,11 +142,26 @@ def serve(
         raise ServerError("give either MODEL or --random-weights SHAPE")
     if restart_engine and not engine_process:
         raise ServerError("--restart-engine needs the engine in a process of its own")
+    check_bound(hang_seconds)
+    keys = read_api_keys(api_key, api_key_file, os.environ.get("QUATOM_API_KEY"))
+    origins = check_origins(allowed_origins or ())
+    tls = read_tls(ssl_certfile, ssl_keyfile)
+    listener = open_listener(host, port)
+
+    from dataclasses import asdict
+
+    from quatom.cli.common import read_dtype, read_recipe
+    from quatom.engine.config import EngineConfig
+    from quatom.serving.app import ServerOptions
+    from quatom.serving.served_model import start_engine
+    from quatom.serving.server import Connections, serve_engine
+
     options = ServerOptions(
         model_names=tuple(served_model_name or (name,)),
         dialogue=read_style(chat_template, tool_format, reasoning_format),
-        api_keys=read_api_keys(api_key, api_key_file, os.environ.get("QUATOM_API_KEY")),
-        allowed_origins=check_origins(allowed_origins or ()),
+        api_keys=keys,
+        allowed_origins=origins,
+        hang_seconds=hang_seconds,
     )
     limits = EngineConfig(
         max_num_seqs=max_num_seqs,
@@ -168,8 +184,8 @@ def serve(
         "limits": asdict(limits),
     }
     connections = Connections(
-        tls=read_tls(ssl_certfile, ssl_keyfile),
-        listener=open_listener(host, port),
+        tls=tls,
+        listener=listener,
         keep_alive_seconds=keep_alive_seconds,
         drain_seconds=drain_seconds,
     )

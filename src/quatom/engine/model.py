@@ -35,6 +35,9 @@ Stages = Generator[tuple[AttentionCall, Tensor], Tensor | None, Tensor]
 class Model(Protocol):
     """The network (`quatom.modeling.decoder.Decoder`)."""
 
+    blocks_run: int
+    """Blocks begun since the start: a long step shows by it that it makes progress."""
+
     def forward(
         self,
         input_ids: Tensor,  # (T,) int64

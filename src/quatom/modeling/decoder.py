@@ -57,6 +57,7 @@ class Decoder(nn.Module):
         self.embed = TokenEmbedding(config, embedding, positions)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = NormLayer(config.final_norm, final_norm, backend)
+        self.blocks_run = 0
         self.head = None if head is None else nn.Parameter(head, requires_grad=False)
         self.register_buffer("head_bias", head_bias, persistent=False)
         self.rotary = RotaryTables(config, config.max_position, embedding.device)
@@ -117,6 +118,7 @@ class Decoder(nn.Module):
         hidden = self.embed(input_ids, context.positions)
         residual: Tensor | None = None
         for module, kv in zip(self.blocks, kv_cache, strict=True):
+            self.blocks_run += 1
             block = cast("DecoderBlock", module)
             q, residual = block.before_attention(hidden, residual, context, kv, self.rotary)
             attended = yield AttentionCall(block, kv, self.rotary), q

@@ -29,6 +29,7 @@ from quatom.serving.chat_protocol import (
 from quatom.serving.completions import create_completion
 from quatom.serving.dialogue import DialogueStyle
 from quatom.serving.generation import Service
+from quatom.serving.hang_watch import watched
 from quatom.serving.metrics import Metrics
 from quatom.serving.middleware import (
     ApiKeyMiddleware,
@@ -61,6 +62,8 @@ class ServerOptions:
     """Origins whose pages may use this server from a browser; "*": all."""
     max_body_bytes: int = 16 * 2**20
     """Larger bodies are refused (413)."""
+    hang_seconds: float = 60.0
+    """An engine that makes no progress for so long hangs; 0: it may take any time."""
     dialogue: DialogueStyle = field(default_factory=DialogueStyle)
     """What is said of how the model converses."""
 
@@ -87,7 +90,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await async_engine.start()
-        yield
+        async with watched(async_engine, options.hang_seconds):
+            yield
         await async_engine.stop()
 
     app = FastAPI(

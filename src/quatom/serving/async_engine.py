@@ -55,6 +55,10 @@ class AsyncEngine(ABC):
         self.tokenizer = tokenizer
         self.error: str | None = None
         """Why no request can run; None while they can."""
+        self.hung = False
+        """Whether `error` says so."""
+        self.num_hangs = 0
+        self.num_restarts = 0
         self.observe: Callable[[list[SequenceDelta]], None] = lambda deltas: None
         """Told of every step's deltas."""
         self.on_stop: Callable[[], None] = lambda: None
@@ -83,6 +87,20 @@ class AsyncEngine(ABC):
     @abstractmethod
     async def stop(self) -> None:
         """End after the current step. Requests still running are dropped."""
+
+    @abstractmethod
+    def shows_life(self) -> bool:
+        """Whether the engine has done anything since the last call, or has nothing to do."""
+
+    def hang(self, message: str) -> None:
+        """End every stream of an engine that shows no life; `resume` lets others begin."""
+        self._fail(message)
+        self.hung = True
+        self.num_hangs += 1
+
+    def resume(self) -> None:
+        """Go on: the engine was slow, or something had halted it."""
+        self.error, self.hung = None, False
 
     @abstractmethod
     async def make_request(
@@ -160,6 +178,6 @@ class AsyncEngine(ABC):
 
     def _fail(self, message: str) -> None:
         """End every request with an error, and let no other begin."""
-        self.error = message
+        self.error, self.hung = message, False
         for request_id in self._streams:
             self._refuse(request_id, EngineError(message))

@@ -56,6 +56,18 @@ class EngineLoop:
         self.commands: queue.SimpleQueue[Request | Abort | Stop] = queue.SimpleQueue()
         self._listener = listener
         self._failed_steps = 0
+        self._steps = 0
+        self._idle = False
+        self._last_progress = -1
+
+    def shows_life(self) -> bool:
+        """Whether it has done anything since the last call, or has nothing to do.
+
+        Blocks of a model count, so that a long step is no silence. One thread may ask.
+        """
+        progress = self._steps + self.engine.runner.model.blocks_run
+        moved, self._last_progress = progress != self._last_progress, progress
+        return moved or self._idle
 
     def run(self) -> None:
         """Until a Stop, or until the engine has failed for good."""
@@ -79,6 +91,7 @@ class EngineLoop:
                     self._listener.failed(message)
                     return
                 deltas = self.engine.fail_running(message)
+            self._steps += 1
             self._listener.stepped(deltas)
 
     def _obey(self) -> bool:
@@ -90,7 +103,9 @@ class EngineLoop:
                 if self.engine.has_work:
                     return True
                 self._listener.idle()
+                self._idle = True
                 command = self.commands.get()
+                self._idle = False
             match command:
                 case Stop():
                     return False

@@ -60,7 +60,7 @@ def main() -> int:
     receiver.start()
     forget_startup()
     channel.send(Ready(facts_of(engine)))
-    worker.loop.run()
+    worker.run()
     engine.requests.close()
     channel.close()
     context.term()

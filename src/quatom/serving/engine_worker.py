@@ -23,6 +23,8 @@ logger = logging.getLogger("quatom.serving")
 
 COMMANDS, REPORTS = "commands", "reports"
 """Names of the two sockets in the folder that both processes share."""
+BEAT_SECONDS = 0.5
+"""How often the engine says that it lives."""
 LINGER_MS = 2000
 """How long the last report may take to leave."""
 
@@ -63,6 +65,7 @@ class Worker:
         self._prepared: dict[str, Request] = {}
         self._seen: deque[str] = deque()
         self._last_stats: EngineStats | None = None
+        self._ended = threading.Event()
 
     def receive(self, context: "zmq.Context[Any]", folder: Path) -> None:
         """Take commands until told to quit; runs in a thread of its own."""
@@ -89,6 +92,19 @@ class Worker:
             self.loop.commands.put(Stop())
         finally:
             socket.close()
+
+    def run(self) -> None:
+        """Run the engine until told to quit, and say all along that it lives."""
+        beat = threading.Thread(target=self._beat, name="quatom-beat", daemon=True)
+        beat.start()
+        self.loop.run()
+        self._ended.set()
+        beat.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            if self.loop.shows_life():
+                self._channel.send(messages.Alive())
 
     def _prepare(self, command: messages.Prepare) -> None:
         """Check a request; its constraint is compiled elsewhere, and holds up nobody else."""

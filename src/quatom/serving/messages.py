@@ -106,13 +106,17 @@ class Step(_Message):
     """Requests to run that have come in since the last message."""
 
 
+class Alive(_Message):
+    """The engine makes progress, or has nothing to do."""
+
+
 class Stopped(_Message):
     """The engine has failed for good. The process ends."""
 
     message: str
 
 
-Report = Ready | NotStarted | Prepared | Refused | Step | Stopped
+Report = Ready | NotStarted | Prepared | Refused | Step | Alive | Stopped
 
 
 def _encode_other(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Prometheus metrics, under vLLM's names where the meaning is the same, for existing dashboards.
 
-Every metric carries the label model_name.
+Others begin with `quatom:`. Every metric carries the label model_name.
 """
 
 from collections.abc import Iterable
@@ -25,23 +25,27 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Gauges and counters that the engine keeps itself."""
-        stats, facts = self._engine.stats, self._engine.facts
+        engine = self._engine
+        stats, facts = engine.stats, engine.facts
         gauges = (
-            ("num_requests_running", "Sequences that run.", stats.running),
-            ("num_requests_waiting", "Sequences that wait.", stats.waiting),
-            ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_usage),
+            ("vllm:num_requests_running", "Sequences that run.", stats.running),
+            ("vllm:num_requests_waiting", "Sequences that wait.", stats.waiting),
+            ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_usage),
+            ("quatom:engine_up", "1 while the engine takes requests.", engine.error is None),
         )
         counters = (
-            ("num_preemptions", "Sequences set back.", stats.num_preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits),
+            ("vllm:num_preemptions", "Sequences set back.", stats.num_preemptions),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits),
+            ("quatom:engine_hangs", "Times it made no progress.", engine.num_hangs),
+            ("quatom:engine_restarts", "Times it was started anew.", engine.num_restarts),
         )
         for name, text, value in gauges:
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)
             yield gauge
         for name, text, value in counters:
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
         limits = {

@@ -63,6 +63,7 @@ class ProcessEngine(AsyncEngine):
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)
         self._restarting: asyncio.Task[None] | None = None
         self._stopping = False
+        self._watched = self._heard = False
         self._reason: str | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
 
@@ -93,9 +94,22 @@ class ProcessEngine(AsyncEngine):
             self._restarting.cancel()
             await asyncio.gather(self._restarting, return_exceptions=True)
         self._process.send(messages.Quit())
-        if self.error is None:
+        if self._watched:
             self._loop.remove_reader(self._process.reports.FD)
         await asyncio.to_thread(self._process.close)
+
+    def shows_life(self) -> bool:
+        """Whether the process has said anything since the last call, or there is none."""
+        heard, self._heard = self._heard, False
+        return heard or not self._watched
+
+    def hang(self, message: str) -> None:
+        """End every request. If it may be started anew, kill the process."""
+        super().hang(message)
+        self._refuse_all_to_prepare(message)
+        if self._plan is not None:
+            self._reason = message
+            self._process.popen.kill()  # `_ended` does the rest
 
     async def make_request(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams
@@ -155,6 +169,7 @@ class ProcessEngine(AsyncEngine):
             process.popen.wait()
             self._call_soon(self._ended, process)
 
+        self._watched = self._heard = True
         threading.Thread(target=wait, name="quatom-wait", daemon=True).start()
         logger.info("the engine runs", extra={"fields": {"pid": process.popen.pid}})
         self._loop.add_reader(process.reports.FD, self._read, process)
@@ -169,6 +184,7 @@ class ProcessEngine(AsyncEngine):
         self._loop.call_soon(self._read, process)
 
     def _take(self, report: Report) -> None:
+        self._heard = True
         match report:
             case messages.Step(deltas, stats, queued, seen):
                 self._stats, self._queued = stats, queued
@@ -188,6 +204,10 @@ class ProcessEngine(AsyncEngine):
                 self._reason = f"the engine has stopped: {message}"
                 self._process.popen.kill()  # it is ending; `_ended` does the rest
 
+    def _refuse_all_to_prepare(self, message: str) -> None:
+        for request_id in self._preparing:
+            self._refuse_to_prepare(request_id, EngineError(message))
+
     def _refuse_to_prepare(self, request_id: str, error: QuatomError) -> None:
         answer = self._preparing[request_id]
         if not answer.done():
@@ -197,6 +217,7 @@ class ProcessEngine(AsyncEngine):
         """The process is gone: answer everybody, then start it anew or stop for good."""
         if self._stopping:
             return
+        self._watched = False
         while (report := process.receive()) is not None:  # its last words
             self._take(report)
         self._loop.remove_reader(process.reports.FD)
@@ -206,8 +227,7 @@ class ProcessEngine(AsyncEngine):
         self._stats, self._queued = EngineStats(), 0
         self._unseen.clear()
         self._fail(reason)
-        for request_id in self._preparing:
-            self._refuse_to_prepare(request_id, EngineError(reason))
+        self._refuse_all_to_prepare(reason)
         if self._may_restart():
             self.error = f"{reason}; it is being started anew"
             self._restarting = self._loop.create_task(self._restart())
@@ -236,6 +256,7 @@ class ProcessEngine(AsyncEngine):
             self.on_stop()
             return
         self._process, self.facts, self.error = process, process.facts, None
+        self.num_restarts += 1
         self._watch()
 
     async def _wait_until_ready(self, process: EngineProcess) -> None:

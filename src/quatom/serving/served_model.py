@@ -1,6 +1,5 @@
 """The engine of `quatom serve`, in this process or in one of its own."""
 
-from pathlib import Path
 from typing import Any
 
 from quatom.engine.config import EngineConfig
@@ -108,8 +107,3 @@ def _tokenizer(model: str | None) -> Any:
     from quatom.checkpoint.tokenizer import find_tokenizer
 
     return find_tokenizer(open_source(model))
-
-
-def default_name(model: str) -> str:
-    """The name a model is served under: its path or hub id as given, without a closing slash."""
-    return str(Path(model)) if Path(model).exists() else model

@@ -69,6 +69,10 @@ class ThreadEngine(AsyncEngine):
             raise
         return self.engine.make_request(request_id, prompt_ids, params, constraint)
 
+    def shows_life(self) -> bool:
+        """Whether the engine has done anything since the last call, or has nothing to do."""
+        return not self._thread.is_alive() or self._engine_loop.shows_life()
+
     def _submit(self, request: PreparedRequest) -> None:
         assert isinstance(request, Request)
         self._engine_loop.commands.put(request)

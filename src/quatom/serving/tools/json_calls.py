@@ -159,12 +159,12 @@ class JsonCallParser(BlockParser):
 def _plain_arguments(text: str) -> str:
     """Arguments as text of an object: also of a string that holds one, and of null."""
     value = _loads(text)
-    if value is None or value == "":
-        return "{}"
-    if isinstance(value, dict):
-        return text
     if isinstance(value, str):
-        return value
+        text = value.strip()
+    if value is None or not text:
+        return "{}"
+    if text.startswith("{"):
+        return text
     raise NotACallError
 
 
