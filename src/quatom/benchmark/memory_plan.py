@@ -36,7 +36,7 @@ class Gpu:
 
 
 GPUS: Mapping[str, Gpu] = {
-    "H200": Gpu(139.8, False, Ceilings(4.8, 989, 1979)),
+    "H200": Gpu(139.8, True, Ceilings(4.8, 989, 1979)),
     "H100": Gpu(79.2, True, Ceilings(3.35, 989, 1979)),
     "A100-80GB": Gpu(79.2, False, Ceilings(2.039, 312, 624)),
     "A100-40GB": Gpu(39.4, False, Ceilings(1.555, 312, 624)),

@@ -86,7 +86,7 @@ class _Bar:
     def show(self, done: int, total: int, last: str = "") -> None:
         """Say how much is done, and in `last` what the last step gave."""
         if not self._progress.tasks[0].started and self._console.is_terminal:
-            self._console.print(self._title, highlight=False)
+            self._console.print(self._title, markup=False, emoji=False, highlight=False)
             self._progress.start()
             self._progress.start_task(self._task)
         self._progress.update(self._task, total=total, completed=done, last=last)
@@ -169,4 +169,5 @@ def print_table(
         )
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # Square brackets in a cell are text, as in pip install 'quatom[eval]'.
+    Console(markup=False, emoji=False, highlight=False).print(table)
