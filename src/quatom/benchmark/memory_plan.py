@@ -10,7 +10,7 @@ import torch
 
 from quatom.benchmark.roofline import Ceilings
 from quatom.checkpoint.schema import checkpoint_tensors
-from quatom.errors import ModelError
+from quatom.errors import ModelError, unknown
 from quatom.families.spec import ModelConfig
 from quatom.numerics.kv_pages import bytes_per_token_head
 from quatom.plan import ModelPlan, plan
@@ -86,10 +86,7 @@ def find_gpu(name: str) -> Gpu:
     """
     known = {key.lower(): gpu for key, gpu in GPUS.items()}
     if name.lower() not in known:
-        raise ModelError(
-            f"unknown GPU {name!r}; known are {', '.join(GPUS)}; or give its memory with "
-            "--gpu-memory"
-        )
+        raise ModelError(f"{unknown('GPU', name, GPUS)}; or give its memory with --gpu-memory")
     return known[name.lower()]
 
 

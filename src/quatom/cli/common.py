@@ -143,13 +143,14 @@ def window_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
 
 def print_recipe(recipe: Recipe, base: Recipe) -> None:
     """The fields in which a recipe differs from its base."""
-    start = "the defaults of the fields" if base == Recipe() else base.name
+    start = "the defaults of the fields" if base == Recipe() else f"the preset {base.name}"
     changed = differences(recipe, base)
     if not changed:
         print(f"{recipe.name} is {start}")
         return
     rows = [(name, str(before), str(value)) for name, (before, value) in changed.items()]
-    print_table(f"{recipe.name} = {start}, but", ("field", "instead of", "is"), rows, text=True)
+    title = f"Recipe {recipe.name}: what differs from {start}"
+    print_table(title, ("field", "there", "used"), rows, text=True)
 
 
 def print_table(
@@ -162,7 +163,7 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for position, name in enumerate(header):
         table.add_column(
             name, justify="right" if position and not text else "left", overflow="fold"
@@ -170,4 +171,6 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     # Square brackets in a cell are text, as in pip install 'quatom[eval]'.
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(title, soft_wrap=True)  # rich would break it at the width of the table
+    console.print(table)
