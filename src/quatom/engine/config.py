@@ -74,7 +74,7 @@ class EngineConfig:
         if self.max_model_len is not None and self.max_model_len > max_position:
             raise EngineError(
                 f"max_model_len {self.max_model_len} is above the model's own limit of "
-                f"{max_position} positions"
+                f"{max_position} positions: give at most that"
             )
         return replace(
             self,
