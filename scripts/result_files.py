@@ -46,6 +46,11 @@ def read(name: str) -> dict[str, Any]:
     return content
 
 
+def picture_file(name: str) -> Path:
+    """A picture beside the result files."""
+    return RESULTS / f"{name}.png"
+
+
 def machine(data: dict[str, Any]) -> str:
     """The GPU of a result file, or its CPU where it has none."""
     environment = data["environment"]

@@ -6,11 +6,11 @@ from typing import Any
 from result_files import (
     GPUS,
     NOT_MEASURED,
-    RESULTS,
     exists,
     label,
     machine,
     origin,
+    picture_file,
     rank,
     read,
     table,
@@ -69,7 +69,7 @@ def _speed(run: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
 def picture(name: str) -> str:
     """The README's picture: the one of `bench plot` of the GPU that `summary` shows."""
     gpu = _first_gpu()
-    path = RESULTS / f"serving-{gpu}-llama-2-7b-batch.png"
+    path = picture_file(f"serving-{gpu}-llama-2-7b-batch")
     if not path.exists():
         command = f"quatom bench plot benchmarks/results/serving-{gpu}.json"
         raise SystemExit(f"{path.name} is missing: run {command}")
