@@ -124,7 +124,7 @@ def ablate(
             "texts": run_hash,
         }
         add_results(json, [done[rung]])
-    if done.keys() >= steps.keys():  # or another run may want what they share
+    if done.keys() >= steps.keys():  # or another run may need what they share
         for file in json.parent.glob(f".{json.stem}-{run_hash}.*.safetensors"):
             file.unlink()
     print_table(

@@ -1,4 +1,4 @@
-"""SamplingParams: how one request wants its tokens chosen. `sampler` carries it out."""
+"""SamplingParams: how the tokens of one request are chosen. `sampler` carries it out."""
 
 import math
 from collections.abc import Mapping, Sequence
