@@ -30,7 +30,7 @@ class JoinedTensor:
     under another name."""
     spec: TensorSpec
     spelling: Spelling
-    """How the rows and columns of a whole tensor stand."""
+    """How the rows and columns of a whole tensor are."""
 
     def read(self, read: Read) -> Tensor:
         """The tensor, its parts read with `read`."""
