@@ -47,7 +47,7 @@ class LLM:
         Args:
             model: Quatom checkpoint, Hugging Face folder, GGUF file or hub id.
             device: where to run; None: the GPU if there is one, else the CPU.
-            dtype: number format of everything that is not quantized; None: as `quatom.load` chooses.
+            dtype: number format of what is not quantized; None: as `quatom.load` chooses.
             backend: implementation of the operations; None picks by device.
             config: limits of the engine; the three arguments below override its fields.
             max_num_seqs: sequences that run at once.
@@ -107,7 +107,7 @@ class LLM:
 
         Args:
             prompts: texts or lists of token ids; a single one is allowed too.
-            params: one for all prompts, or one for each prompt; None: the defaults of SamplingParams.
+            params: one for all prompts, or one for each; None: the defaults of SamplingParams.
             progress: show a bar on stderr.
 
         Raises:

@@ -63,7 +63,10 @@ def _check_bad_words(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen. Defaults are those of vLLM: temperature 1, 16 tokens."""
+    """How the tokens of one request are chosen.
+
+    Defaults are those of vLLM: temperature 1, at most 16 tokens.
+    """
 
     n: int = 1
     """Completions of one prompt; they share the prompt's KV blocks."""
@@ -79,8 +82,8 @@ class SamplingParams:
     """Choose among the most likely tokens whose probabilities together reach this sum. Tokens of
     equal probability are kept together. 0: the most likely token; 1: all tokens."""
     top_k: int = 0
-    """Choose among the k most likely tokens. Tokens of equal probability are kept together. 0 or -1:
-    all tokens."""
+    """Choose among the k most likely tokens. Tokens of equal probability are kept together.
+    0 or -1: all tokens."""
     min_p: float = 0.0
     """Drop tokens whose probability is below this fraction of the largest one."""
     repetition_penalty: float = 1.0
