@@ -285,8 +285,8 @@ class CalibrationSpec:
     seed: int = 0
     """Seed that chooses the sequences. The same seed and text give a bit-identical checkpoint."""
     min_expert_tokens: int = 1024
-    """Tokens that an expert needs for statistics of its own. With n tokens, n below this number, its
-    own count with n / min_expert_tokens, and those of all tokens with the rest."""
+    """Tokens that an expert needs for statistics of its own. With n tokens, fewer than this number,
+    its own count with n / min_expert_tokens, and those of all tokens with the rest."""
 
     def __post_init__(self) -> None:
         check_types("calibration", self)
@@ -316,8 +316,8 @@ class Recipe:
     """Divide input channels by factors; None: leave them as they are."""
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     tensor_parallel: int = 1
-    """B: the inputs of o_proj and down_proj are B equal blocks, each with a channel order and outliers
-    of its own. A tensor-parallel degree that divides B can then load slices of the checkpoint."""
+    """B: the inputs of o_proj and down_proj are B equal blocks, each with a channel order and
+    outliers of its own. A tensor-parallel degree that divides B can then load slices."""
     format_version: int = FORMAT_VERSION
     """Version of the checkpoint format. Older ones are read: see `quatom.recipe_versions`."""
 
