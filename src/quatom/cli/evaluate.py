@@ -35,7 +35,7 @@ def evaluate(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that keeps answers to tasks, so that an interrupted run continues; default: "
+            help="Folder that keeps answers, so that an interrupted run continues; default: "
             "zeroshot in QUATOM_CACHE_DIR (~/.cache/quatom)."
         ),
     ] = None,

@@ -48,7 +48,7 @@ def quantize(
     tensor_parallel: Annotated[
         int | None,
         typer.Option(
-            help="Number of GPUs over which vLLM may spread the checkpoint; divisors of it work, too. "
+            help="GPUs over which vLLM may spread the checkpoint; divisors of this number work, too. "
             "Default: the recipe's, 1 in the presets."
         ),
     ] = None,

@@ -45,15 +45,11 @@ def serve(
     ] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Key that requests must carry. With several, any one of them; may be repeated."
-        ),
+        typer.Option(help="Key that requests must carry; may be repeated, then any one of them."),
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(
-            help="File of keys, one per line. Default: the key in QUATOM_API_KEY, if set."
-        ),
+        typer.Option(help="File of keys, one per line. Default: the key in QUATOM_API_KEY."),
     ] = None,
     ssl_certfile: Annotated[
         Path | None, typer.Option(help="Certificate chain in PEM: serve HTTPS.")
