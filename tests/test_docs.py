@@ -2,16 +2,10 @@
 
 import re
 import runpy
-import shlex
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import typer
-import typer.main
-
-from quatom.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,62 +51,6 @@ def test_every_page_is_in_the_navigation_of_the_site():
     named = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     there = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
     assert sorted(named) == sorted(there)
-
-
-def commands_of(text: str) -> list[list[str]]:
-    """Every `quatom ...` command line of a page's code blocks, continuation lines joined."""
-    blocks = re.findall(r"^```(?:bash|console|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    blocks += re.findall(r"(?:^    .+\n?)+", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
-    found = []
-    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        line = re.sub(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?=quatom )", "", line)
-        if line.startswith("quatom ") and "[OPTIONS]" not in line:
-            words = shlex.split(line.split(" > ")[0].split(" | ")[0], comments=True)
-            found.append([word for word in words[1:] if word != "&"])
-    return found
-
-
-ALL_COMMANDS = [
-    (name, words)
-    for name, page in zip(NAMES, PAGES, strict=True)
-    for words in commands_of(page.read_text(encoding="utf-8"))
-]
-
-
-def parse(words: list[str]) -> None:
-    """Parse a command line with the real options, and run nothing.
-
-    Raises:
-        an error of typer: it is not one.
-    """
-    command = typer.main.get_command(app)
-    context = command.make_context("quatom", list(words), resilient_parsing=False)
-    while hasattr(command, "resolve_command"):
-        name, command, rest = command.resolve_command(
-            context, [*context._protected_args, *context.args]
-        )
-        context = command.make_context(name, list(rest), parent=context)
-
-
-def test_there_are_commands_in_the_docs():
-    assert {words[0] for _, words in ALL_COMMANDS} >= {"quantize", "eval", "serve", "generate"}
-
-
-@pytest.mark.parametrize(
-    ("page", "words"), ALL_COMMANDS, ids=[f"{n}: {' '.join(w)[:60]}" for n, w in ALL_COMMANDS]
-)
-def test_every_command_of_the_docs_is_one(page, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for word in words:  # some commands look for their input while they parse
-        if word.endswith(".jsonl"):
-            (tmp_path / word).touch()
-    with suppress(typer.Exit):  # --help and --version
-        parse(words)
-
-
-def test_a_command_with_a_wrong_option_would_be_found():
-    with pytest.raises(Exception, match="no-such-option"):
-        parse(["quantize", "MODEL", "TARGET", "--no-such-option"])
 
 
 def test_no_tracked_file_names_a_place_on_one_machine():

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 from tests.conftest import LLAMA, make_model
-from tests.test_docs import ROOT, commands_of
+from tests.doc_commands import ROOT, commands_of
 
 pytestmark = pytest.mark.slow  # a process for every command
 

@@ -4,6 +4,9 @@ A message says what is wrong, with the numbers, and what to do. Each class is al
 exception, so that callers who know nothing of Quatom still catch it.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class QuatomError(Exception):
     """Base of all errors that Quatom raises on purpose; the command line prints it on one line."""
@@ -51,3 +54,12 @@ class QueueFullError(EngineError):
 
 class ServerError(QuatomError, RuntimeError):
     """A server cannot start: its address, certificate, keys or options are unusable."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """The beginning of a message about a name that is none of `known`: the nearest one, and all."""
+    names, typed = {one.lower(): one for one in known}, str(name).lower()
+    near = [one for one in names if typed in one][:2] or get_close_matches(typed, names, n=1)
+    meant = " or ".join(repr(names[one]) for one in near)
+    hint = f" (did you mean {meant}?)" if near else ""
+    return f"unknown {kind} {name!r}{hint}; known are {', '.join(names.values())}"

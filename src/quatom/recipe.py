@@ -43,13 +43,13 @@ class GPTQSpec:
     damping: float = 0.01
     """Fraction of the mean diagonal of the second moments that is added to the diagonal."""
     column_order: Literal["stored", "important_first"] = "stored"
-    """Visit columns as they are stored, a group's scale following the errors pushed onto it; or by
-    descending second moment, with the scales of the unchanged weights."""
+    """stored: visit columns in stored order; a group's scale follows the errors pushed onto it.
+    important_first: by descending second moment, with the scales of the unchanged weights."""
     descent_sweeps: int = 0
     """Sweeps of coordinate descent over the codes that were found, scales fixed."""
     float_target: float = 0.0
-    """What is approximated: 0, the float weight's output on the quantized network's inputs; 1, the
-    float network's own output (asymmetric calibration); between them, so much of the correction."""
+    """Which output codes approximate. 0: the float weight's, on the quantized network's inputs. 1:
+    the float network's own (asymmetric calibration). Between 0 and 1: a mixture of both."""
     on_singular: Literal["error", "nearest"] = "error"
     """A layer whose second moments cannot be inverted: stop, or round that layer to nearest."""
 
@@ -126,9 +126,9 @@ class ActivationSpec:
     format: ActivationFormat = "int4"
     """Number format of a code; float16 leaves activations in their own dtype."""
     group_size: int = 128
-    """Consecutive channels that share one scale, as the weights do; -1: all normal channels of a
-    token share one, whatever the groups of the weights. 8 bits lose little by it where groups are
-    rotated."""
+    """Consecutive channels that share one scale: as many as in the weights' groups. -1: all normal
+    channels of a token share one scale, whatever the groups of the weights; with rotated groups and
+    8 bits this loses little."""
     scale_format: Literal["float16", "multiples"] = "float16"
     """float16: every group has a scale of its own. multiples: as for weights, of one scale per
     token."""
@@ -157,7 +157,7 @@ class ActivationSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreRopeKeys:
-    """Cache K as the linear gives it, as the original does, and turn it whenever it is read."""
+    """Cache K before rotary embedding, as the original does, and embed it whenever it is read."""
 
     method: Literal["pre_rope"] = "pre_rope"
     """Before rotary embedding."""
@@ -240,8 +240,8 @@ class ScalingSpec:
     """
 
     method: Literal["balanced", "smoothquant", "awq"]
-    """balanced: so that rounding errors of inputs and of weights weigh alike; smoothquant: by
-    maxima, where a norm makes the input; awq: by mean magnitudes, with a power found by search."""
+    """balanced: rounding errors of inputs and of weights count alike; smoothquant: by maxima, only
+    for inputs that a norm makes; awq: by mean magnitudes, with a power found by search."""
     strength: float = 0.5
     """balanced: 1 is the full balance; smoothquant: the migration strength alpha; awq: bound of the
     powers that are tried. In (0, 1]."""
@@ -285,8 +285,8 @@ class CalibrationSpec:
     seed: int = 0
     """Seed that chooses the sequences. The same seed and text give a bit-identical checkpoint."""
     min_expert_tokens: int = 1024
-    """An expert to which fewer tokens came is measured on all tokens, too: the means of both are
-    blended, its own weighing with the fraction of this number that came."""
+    """Tokens that an expert needs for statistics of its own. With n tokens, fewer than this number,
+    its own count with n / min_expert_tokens, and those of all tokens with the rest."""
 
     def __post_init__(self) -> None:
         check_types("calibration", self)
@@ -316,8 +316,8 @@ class Recipe:
     """Divide input channels by factors; None: leave them as they are."""
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     tensor_parallel: int = 1
-    """B: o_proj and down_proj carry a block-diagonal order with outliers of their own in each of B
-    equal blocks of their input, so that any tensor-parallel degree dividing B loads by slicing."""
+    """B: the inputs of o_proj and down_proj are B equal blocks, each with a channel order and
+    outliers of its own. A tensor-parallel degree that divides B can then load slices."""
     format_version: int = FORMAT_VERSION
     """Version of the checkpoint format. Older ones are read: see `quatom.recipe_versions`."""
 

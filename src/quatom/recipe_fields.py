@@ -1,7 +1,7 @@
 """Dataclasses of plain fields: values checked against annotations, and read from JSON types.
 
 A field whose annotation is a union of dataclasses is tagged: the `method` of an object says which
-of them it is. So options of one method cannot stand beside another method.
+of them it is. So options of one method cannot be given with another method.
 """
 
 from dataclasses import MISSING, fields, is_dataclass

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quatom.errors import RecipeError
+from quatom.errors import RecipeError, unknown
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
 from quatom.recipe_fields import TAG
@@ -27,9 +27,7 @@ def find_recipe(name: str) -> tuple[Recipe, Recipe]:
     if name in PRESETS:
         return PRESETS[name], Recipe()
     if not name.endswith(".json"):
-        raise RecipeError(
-            f"unknown recipe {name!r}; presets are {', '.join(PRESETS)}; or give a .json file"
-        )
+        raise RecipeError(f"{unknown('recipe', name, PRESETS)}; or give a .json file")
     try:
         return recipe_from(json.loads(Path(name).read_text(encoding="utf-8")))
     except OSError as error:
@@ -51,7 +49,7 @@ def recipe_from(data: Any) -> tuple[Recipe, Recipe]:
     own = to_current(data)
     name = own.pop("base")
     if not isinstance(name, str) or name not in PRESETS:
-        raise RecipeError(f"unknown base {name!r}; presets are {', '.join(PRESETS)}")
+        raise RecipeError(unknown("base", name, PRESETS))
     base = PRESETS[name]
     return changed(base, {"name": CUSTOM, **own}), base
 

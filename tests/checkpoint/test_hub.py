@@ -54,8 +54,9 @@ def test_failures_are_explained_in_one_line(hub):
     with pytest.raises(CheckpointError, match=r"no/model is no local folder.*no route") as caught:
         open_source("no/model")
     assert "second line" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="does not exist"):
-        open_source("no/model/at/all")
+    for path in ("no/model/at/all", "./model", "../model", "models/", "model"):
+        with pytest.raises(CheckpointError, match=r"does not exist: give a folder, .* hub as"):
+            open_source(path)
 
 
 def test_the_only_gguf_file_of_a_repository(hub):

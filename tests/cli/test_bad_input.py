@@ -162,7 +162,7 @@ ARGUMENTS = {
     ),
     "an unknown recipe": (
         lambda d: ("--recipe", "atom-w1a1"),
-        ["'atom-w1a1'", "atom-w4a4kv4", ".json"],
+        ["'atom-w1a1'", "did you mean 'atom-w", ".json"],
     ),
     "a recipe that quantizes nothing": (lambda d: ("--recipe", "fp16"), ["'fp16'"]),
     "a recipe file that is not there": (

@@ -50,7 +50,7 @@ def test_what_fits():
 def test_a_gpu_is_called_tested_if_there_are_results_of_it():
     machines = {
         name
-        for file in RESULTS.glob("serving-*.json")
+        for file in RESULTS.glob("*.json")
         for name in GPUS
         if name in json.loads(file.read_text())["environment"].get("gpu", "")
     }

@@ -96,7 +96,7 @@ def test_quantize_says_what_is_changed(shell, small_dir, text_file, tmp_path):
         "--num-samples", 2, "--sequence-length", 24,
     )  # fmt: skip
     assert done.status == 0, done
-    assert f"{DEFAULT_RECIPE} = {DEFAULT_RECIPE}, but" in done.out
+    assert f"what differs from the preset {DEFAULT_RECIPE}" in done.out
     assert "calibration.num_samples" in done.out
     assert "weights.format" not in done.out
 
@@ -109,3 +109,21 @@ def test_the_default_recipe_is_the_same_everywhere():
     assert inspect.signature(quantize).parameters["recipe"].default == DEFAULT_RECIPE
     assert inspect.signature(quantize_checkpoint).parameters["recipe"].default == DEFAULT_RECIPE
     assert DEFAULT_RECIPE in PRESETS
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("quatom-w4a4", "'quatom-w4a4kv4'"),
+        ("w4a8", "'atom-w4a8kv4' or 'quatom-w4a8kv4'"),
+        ("quatom-w4a8kv", "'quatom-w4a8kv4'"),
+        ("Quatom-W4A8KV4", "'quatom-w4a8kv4'"),
+        ("smothquant-w8a8", "'smoothquant-w8a8'"),
+        ("best", None),
+    ],
+)
+def test_an_unknown_recipe_names_the_nearest(name, meant):
+    with pytest.raises(RecipeError) as caught:
+        find_recipe(name)
+    said = f"(did you mean {meant}?); known are fp16, " if meant else "'best'; known are fp16, "
+    assert said in str(caught.value)

@@ -6,7 +6,8 @@ import torch
 from quatom.numerics.descent import coordinate_descent, visit_columns
 from quatom.numerics.formats import get_format
 from quatom.numerics.rounding import gptq
-from quatom.quantize.descent_triton import choose_visit_columns, visit_columns_triton
+from quatom.quantize.descent_triton import visit_columns_triton
+from quatom.quantize.loops import choose_visit_columns
 from tests.numerics.test_rounding import LAYOUTS, OPTIONS, problem
 
 

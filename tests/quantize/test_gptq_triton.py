@@ -11,7 +11,8 @@ from quatom.numerics.rounding import (
     inverse_factor,
     round_columns,
 )
-from quatom.quantize.gptq_triton import choose_round_columns, round_columns_triton
+from quatom.quantize.gptq_triton import round_columns_triton
+from quatom.quantize.loops import choose_round_columns
 from tests.numerics.test_rounding import LAYOUTS, OPTIONS, problem, textbook_check
 
 INTEGERS = ("int4", "clipped, rows share", "searched")

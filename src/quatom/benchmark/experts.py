@@ -226,7 +226,7 @@ class ExpertProblem:
 
 
 def _around(shape: ExpertShape, tokens: int, copy_tb_s: float) -> Iterator[dict[str, Any]]:
-    """What stands around the products of a layer: the sort of slots and the weighted sum."""
+    """What surrounds the products of a layer: the sort of slots and the weighted sum."""
     ids = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k).indices.int()
     groups = group_tokens(ids, shape.experts)
     y = torch.randn(ids.numel(), shape.channels, device="cuda").half()

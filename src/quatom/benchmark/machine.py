@@ -16,17 +16,11 @@ from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
 from quatom.errors import BackendError, QuatomError
+from quatom.extras import EXTRAS
 from quatom.ops.backend import Backend, observe_choices
 from quatom.ops.nvrtc import nvrtc_version
 from quatom.recipe import Recipe
 from quatom.version import __version__
-
-EXTRAS = {
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "llguidance", "jsonschema_rs"),
-    "eval": ("lm_eval", "datasets"),
-    "sentencepiece": ("sentencepiece",),
-}
-"""Packages that an extra installs and Quatom imports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +50,19 @@ def find_software() -> list[Finding]:
             "" if machine["triton"] else "pip install 'quatom[gpu]', on a GPU",
         ),
     ]
-    for extra, packages in EXTRAS.items():
-        missing = [name for name in packages if find_spec(name) is None]
+    for extra in ("serve", "eval", "sentencepiece"):
+        missing = [name for name in EXTRAS[extra] if not _is_installed(name)]
         found = f"missing: {', '.join(missing)}" if missing else "installed"
         remedy = f"pip install 'quatom[{extra}]'" if missing else ""
         findings.append(Finding(f"extra {extra}", found, remedy))
     return findings
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def _vnni() -> Finding:

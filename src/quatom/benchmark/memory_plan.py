@@ -10,7 +10,7 @@ import torch
 
 from quatom.benchmark.roofline import Ceilings
 from quatom.checkpoint.schema import checkpoint_tensors
-from quatom.errors import ModelError
+from quatom.errors import ModelError, unknown
 from quatom.families.spec import ModelConfig
 from quatom.numerics.kv_pages import bytes_per_token_head
 from quatom.plan import ModelPlan, plan
@@ -36,7 +36,7 @@ class Gpu:
 
 
 GPUS: Mapping[str, Gpu] = {
-    "H200": Gpu(139.8, False, Ceilings(4.8, 989, 1979)),
+    "H200": Gpu(139.8, True, Ceilings(4.8, 989, 1979)),
     "H100": Gpu(79.2, True, Ceilings(3.35, 989, 1979)),
     "A100-80GB": Gpu(79.2, False, Ceilings(2.039, 312, 624)),
     "A100-40GB": Gpu(39.4, False, Ceilings(1.555, 312, 624)),
@@ -86,10 +86,7 @@ def find_gpu(name: str) -> Gpu:
     """
     known = {key.lower(): gpu for key, gpu in GPUS.items()}
     if name.lower() not in known:
-        raise ModelError(
-            f"unknown GPU {name!r}; known are {', '.join(GPUS)}; or give its memory with "
-            "--gpu-memory"
-        )
+        raise ModelError(f"{unknown('GPU', name, GPUS)}; or give its memory with --gpu-memory")
     return known[name.lower()]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quatom.errors import ModelError
+from quatom.errors import ModelError, unknown
 from quatom.families.registry import read_config
 from quatom.families.spec import ModelConfig
 
@@ -188,5 +188,5 @@ def find_shape(name: str) -> ModelConfig:
         ModelError: there is none.
     """
     if name not in SHAPES:
-        raise ModelError(f"unknown model shape {name!r}; known are {', '.join(SHAPES)}")
+        raise ModelError(unknown("model shape", name, SHAPES))
     return read_config(SHAPES[name])

@@ -189,7 +189,7 @@ class Roofline:
     def run(self, lengths: list[tuple[int, int]], concurrent: float) -> float:
         """Least seconds for requests of (input, output) tokens, `concurrent` of them at a time.
 
-        Prompts ride in the same steps as decodes, so weights are read once a step for both.
+        Prompts ride in the same steps as decodes, so weights are read once per step for both.
         """
         output = sum(length for _, length in lengths)
         decoded = output - len(lengths)  # the first token comes from the prompt's own step

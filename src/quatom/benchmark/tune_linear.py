@@ -51,7 +51,7 @@ SHAPES = (
 )
 """(N, K)"""
 _INNER = 11008
-"""K from which on a layer's input is gated, not normalized."""
+"""With this K or more, a layer's input is gated, not normalized."""
 _ACTIVATIONS: dict[bool, tuple[str, ScaleMode]] = {
     False: ("int4", "group"),
     True: ("int8", "row"),

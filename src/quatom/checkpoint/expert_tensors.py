@@ -1,7 +1,7 @@
 """Routed experts of a floating-point model, by one name whatever form its files have.
 
 Files hold one tensor per expert and projection, or all experts in one tensor, whose rows and
-columns may stand in another order; a family lists the spellings (`quatom.families.spec.Spelling`).
+columns may be in another order; a family lists the spellings (`quatom.families.spec.Spelling`).
 What is joined here is read from its parts one after the other, into memory of the whole. What is
 one tensor already is put in order in its own memory, one expert after another.
 """
@@ -30,7 +30,7 @@ class JoinedTensor:
     under another name."""
     spec: TensorSpec
     spelling: Spelling
-    """How the rows and columns of a whole tensor stand."""
+    """How the rows and columns of a whole tensor are."""
 
     def read(self, read: Read) -> Tensor:
         """The tensor, its parts read with `read`."""

@@ -17,7 +17,7 @@ from quatom.errors import CheckpointError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
-# Prefixes that wrappers put before the names of a model, and what stands there in transformers'.
+# Prefixes that wrappers put before the names of a model, and what transformers has there.
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 _LANGUAGE_PARTS = {"model.language_model.": "model.", "language_model.": ""}
 # Parts of a larger model that read no token of text.

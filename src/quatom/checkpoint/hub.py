@@ -6,7 +6,8 @@ from pathlib import Path, PurePosixPath
 from quatom.checkpoint.gguf_parts import models, split_parts
 from quatom.errors import CheckpointError
 
-_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+\.gguf))?", re.IGNORECASE)
+_NAME = r"\w(?:[\w.-]*\w)?"  # the hub's rule; so ./model and ../model are folders
+_ID = re.compile(rf"({_NAME}/{_NAME})(?:/([\w./-]+\.gguf))?", re.IGNORECASE)
 _SETTINGS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 _WEIGHTS = ("*.safetensors",)
 _IGNORED = ("original/*", "onnx/*", "consolidated*")  # the same weights in other forms

@@ -193,7 +193,10 @@ def _local(path_or_id: str | Path) -> Path | None:
             return path
         check_contents(path, text=False)  # a broken link
     if hub_name(str(path_or_id)) is None:
-        raise CheckpointError(f"{path_or_id!s:.200} does not exist")
+        raise CheckpointError(
+            f"{path_or_id!s:.200} does not exist: give a folder, a .gguf file, or a model of the "
+            "hub as ORGANIZATION/NAME"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""What stands beside tokenizer.json: roles of tokens, added tokens, chat templates."""
+"""What is beside tokenizer.json: roles of tokens, added tokens, chat templates."""
 
 import operator
 from collections.abc import Mapping

@@ -126,7 +126,7 @@ class CheckpointWriter:
 
     @property
     def finished(self) -> bool:
-        """Whether the target is there; after a crash behind the last rename, from the start."""
+        """Whether the target is there: from the start, if a crash followed the last rename."""
         return self._finished
 
     def completed_blocks(self) -> int:

@@ -62,7 +62,7 @@ def ablate(
     from quatom.checkpoint.reader import open_source
     from quatom.checkpoint.tokenizer import tokenizer_from_source
     from quatom.cli.common import check_output, print_table, read_dtype, rung_progress
-    from quatom.errors import RecipeError
+    from quatom.errors import RecipeError, unknown
     from quatom.evaluation.corpora import load_corpus
     from quatom.evaluation.ladder import LadderRun
     from quatom.evaluation.ladders import LADDERS
@@ -74,11 +74,11 @@ def ablate(
 
     check_output(plot)
     if ladder not in LADDERS:
-        raise RecipeError(f"unknown ladder {ladder!r}; known: {', '.join(LADDERS)}")
+        raise RecipeError(unknown("ladder", ladder, LADDERS))
     steps: dict[str, Recipe | None] = {"float": None, **LADDERS[ladder]}
     chosen = list(steps) if rungs is None else rungs.split(",")
-    if unknown := [rung for rung in chosen if rung not in steps]:
-        raise RecipeError(f"ladder {ladder} has no rung {unknown[0]!r}; it has {', '.join(steps)}")
+    if absent := [rung for rung in chosen if rung not in steps]:
+        raise RecipeError(f"ladder {ladder} has no rung {absent[0]!r}; it has {', '.join(steps)}")
     opened = open_source(source)
     place = usable_device(device)
     tokenizer = tokenizer_from_source(opened)
@@ -124,7 +124,7 @@ def ablate(
             "texts": run_hash,
         }
         add_results(json, [done[rung]])
-    if done.keys() >= steps.keys():  # or another run may want what they share
+    if done.keys() >= steps.keys():  # or another run may need what they share
         for file in json.parent.glob(f".{json.stem}-{run_hash}.*.safetensors"):
             file.unlink()
     print_table(

@@ -45,7 +45,7 @@ def serve(
     conversations: ConversationsOption = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of one step, prompt chunks and decodes.")
+        int, typer.Option(min=1, help="Most tokens of one step, prompts and decodes.")
     ] = 2048,
     max_model_len: Annotated[
         int, typer.Option(min=1, help="Longest request, prompt and output.")

@@ -86,7 +86,7 @@ class _Bar:
     def show(self, done: int, total: int, last: str = "") -> None:
         """Say how much is done, and in `last` what the last step gave."""
         if not self._progress.tasks[0].started and self._console.is_terminal:
-            self._console.print(self._title, highlight=False)
+            self._console.print(self._title, markup=False, emoji=False, highlight=False)
             self._progress.start()
             self._progress.start_task(self._task)
         self._progress.update(self._task, total=total, completed=done, last=last)
@@ -143,13 +143,14 @@ def window_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
 
 def print_recipe(recipe: Recipe, base: Recipe) -> None:
     """The fields in which a recipe differs from its base."""
-    start = "the defaults of the fields" if base == Recipe() else base.name
+    start = "the defaults of the fields" if base == Recipe() else f"the preset {base.name}"
     changed = differences(recipe, base)
     if not changed:
         print(f"{recipe.name} is {start}")
         return
     rows = [(name, str(before), str(value)) for name, (before, value) in changed.items()]
-    print_table(f"{recipe.name} = {start}, but", ("field", "instead of", "is"), rows, text=True)
+    title = f"Recipe {recipe.name}: what differs from {start}"
+    print_table(title, ("field", "there", "used"), rows, text=True)
 
 
 def print_table(
@@ -162,14 +163,17 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for position, name in enumerate(header):
         table.add_column(
             name, justify="right" if position and not text else "left", overflow="fold"
         )
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # Square brackets in a cell are text, as in pip install 'quatom[eval]'.
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(title, soft_wrap=True)  # rich would break it at the width of the table
+    console.print(table)
 
 
 def default_name(model: str) -> str:

@@ -46,7 +46,7 @@ def _model(model: str) -> "Sequence[Any]":
 
     source = open_source(model)
     findings = diagnose(source)
-    header = ("file", "believed", "passed over")
+    header = ("file", "read", "skipped")
     print_table(str(source.folder), header, as_rows(findings, source.folder), text=True)
     return findings
 

@@ -35,7 +35,7 @@ def evaluate(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of answers to tasks, from which an interrupted run goes on; default: "
+            help="Folder that keeps answers, so that an interrupted run continues; default: "
             "zeroshot in QUATOM_CACHE_DIR (~/.cache/quatom)."
         ),
     ] = None,

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from quatom.errors import QuatomError
+from quatom.extras import how_to_install
 from quatom.version import __version__
 
 app = typer.Typer(
@@ -92,6 +93,12 @@ def main() -> None:
         app()
     except (QuatomError, OSError) as error:  # files that --json and --plot name among them
         print(f"quatom: {_on_one_line(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        remedy = how_to_install(error.name)
+        if remedy is None:
+            raise
+        print(f"quatom: {remedy}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("quatom: interrupted", file=sys.stderr)

@@ -48,8 +48,8 @@ def quantize(
     tensor_parallel: Annotated[
         int | None,
         typer.Option(
-            help="Lay o_proj and down_proj out in so many blocks, that as many ranks of vLLM, or "
-            "any number that divides it, can load slices; default: the recipe's, 1 in the presets."
+            help="GPUs over which vLLM may spread the checkpoint; divisors of this number work, too. "
+            "Default: the recipe's, 1 in the presets."
         ),
     ] = None,
     device: DeviceOption = None,

@@ -15,7 +15,7 @@ def recipes(
     from json import dumps
 
     from quatom.cli.common import print_recipe, print_table
-    from quatom.presets import PRESETS
+    from quatom.presets import DEFAULT_RECIPE, PRESETS
     from quatom.recipe_file import find_recipe
 
     if name is None:
@@ -26,7 +26,8 @@ def recipes(
             (r.name, r.weights.format, r.activations.format, r.kv_cache.format)
             for r in PRESETS.values()
         ]
-        print_table("Recipes", ("name", "weights", "activations", "KV cache"), rows, text=True)
+        title = f"Recipes; the default is {DEFAULT_RECIPE}; quatom recipes NAME shows one"
+        print_table(title, ("name", "weights", "activations", "KV cache"), rows, text=True)
         return
     recipe, base = find_recipe(name)
     if json:

@@ -45,22 +45,24 @@ def serve(
     ] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(help="Key that requests must have one of; may be repeated."),
+        typer.Option(help="Key that requests must carry; may be repeated, then any one of them."),
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="File of such keys, one on each line. Default: QUATOM_API_KEY, if set."),
+        typer.Option(help="File of keys, one per line. Default: the key in QUATOM_API_KEY."),
     ] = None,
     ssl_certfile: Annotated[
         Path | None, typer.Option(help="Certificate chain in PEM: serve HTTPS.")
     ] = None,
-    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key in PEM.")] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="Private key of the certificate.")
+    ] = None,
     allowed_origins: Annotated[
         list[str] | None,
         typer.Option(help="Origin whose pages may use this server, or * for all; may be repeated."),
     ] = None,
     keep_alive_seconds: Annotated[
-        int, typer.Option(min=0, help="How long an idle connection stays open.")
+        int, typer.Option(min=0, help="Seconds that an idle connection stays open.")
     ] = 75,
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="Seconds that running requests may take after SIGTERM.")
@@ -71,13 +73,13 @@ def serve(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of one step, prompt chunks and decodes.")
+        int, typer.Option(min=1, help="Most tokens of one step, prompts and decodes.")
     ] = 2048,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Longest sequence; default: the model's own limit.")
     ] = None,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Sequences that may wait; further requests get HTTP 429.")
+        int, typer.Option(min=1, help="Sequences that may wait; more get HTTP 429.")
     ] = 1024,
     kv_cache_memory: Annotated[
         float | None,
@@ -99,7 +101,7 @@ def serve(
     ] = True,
     restart_engine: Annotated[
         bool,
-        typer.Option(help="Start that process anew when it ends or hangs, instead of ending too."),
+        typer.Option(help="Restart an engine that dies or hangs; else the server exits."),
     ] = False,
     hang_seconds: Annotated[
         float,

@@ -10,15 +10,15 @@ from quatom.errors import EngineError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits of an engine. None means: resolved from the model and the device at start."""
+    """Limits of an engine. A field that is None is set by the model and the device at the start."""
 
     max_num_seqs: int = 256
     """Sequences that run at once."""
     max_num_batched_tokens: int = 2048
     """Tokens of one step, prompt chunks and decodes together."""
     max_prefill_chunk: int | None = None
-    """Prompt tokens of one sequence in one step while others wait too, so that a long prompt
-    does not hold up short ones; None: half of max_num_batched_tokens."""
+    """Prompt tokens of one sequence in one step while other prompts wait, so that a long prompt
+    does not delay short ones; None: half of max_num_batched_tokens."""
     max_model_len: int | None = None
     """Longest sequence, prompt and output; None: the model's own limit."""
     max_waiting: int | None = None
@@ -26,17 +26,17 @@ class EngineConfig:
     block_size: int = 32
     """Tokens per KV block."""
     kv_cache_memory: int | None = None
-    """Bytes of KV cache; None: on a GPU what is left of memory_fraction after a measured run, on a
-    CPU enough for max_num_seqs sequences, at most 1 GiB."""
+    """Bytes of KV cache. None on a GPU: what a measured run leaves of memory_fraction. None on a
+    CPU: enough for max_num_seqs sequences, at most 1 GiB."""
     memory_fraction: float = 0.9
     """Share of GPU memory that the process may use."""
     forecast_admission: bool = True
-    """Admit a request only if the KV cache is expected to hold all running ones until they end;
-    otherwise as soon as its own tokens fit, at the price of preemptions."""
+    """Admit a request only if the KV cache is expected to hold all running requests until they end.
+    False: admit it as soon as its own tokens fit, at the price of preemptions."""
     prefix_caching: bool = True
-    """Use KV blocks of earlier requests with the same prefix again."""
+    """Reuse KV blocks of earlier requests with the same prefix."""
     overlap: bool | None = None
-    """Launch step i + 1 before the tokens of step i have been read back; None: on a GPU."""
+    """Launch step i + 1 before the tokens of step i have been read back; None: only on a GPU."""
     cuda_graphs: bool = True
     """Replay steps as CUDA graphs on a GPU, unless QUATOM_BACKEND asks for the reference."""
     prefill_graph_tokens: int | None = None
@@ -74,7 +74,7 @@ class EngineConfig:
         if self.max_model_len is not None and self.max_model_len > max_position:
             raise EngineError(
                 f"max_model_len {self.max_model_len} is above the model's own limit of "
-                f"{max_position} positions"
+                f"{max_position} positions: give at most that"
             )
         return replace(
             self,

@@ -184,7 +184,7 @@ class Engine:
         sequence.times.last_token = now
         if first:
             sequence.times.first_token = now
-        scored = sequence.params.max_tokens == 0  # the prompt alone: this token is not wanted
+        scored = sequence.params.max_tokens == 0  # the prompt alone: this token is dropped
         reason: FinishReason | None = "length"
         text = ""
         if not scored:

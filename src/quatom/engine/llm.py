@@ -23,7 +23,7 @@ Prompt = str | list[int]
 
 
 class LLM:
-    """A model and an engine in this process.
+    """Generates text with one model, in this process.
 
     Example:
         >>> llm = LLM("SmolLM2-135M-w4a4kv4")
@@ -47,9 +47,9 @@ class LLM:
         Args:
             model: Quatom checkpoint, Hugging Face folder, GGUF file or hub id.
             device: where to run; None: the GPU if there is one, else the CPU.
-            dtype: of what is not quantized; None: as `quatom.loading.load` chooses.
+            dtype: number format of what is not quantized; None: as `quatom.load` chooses.
             backend: implementation of the operations; None picks by device.
-            config: all limits of the engine; the three options after it override its fields.
+            config: limits of the engine; the three arguments below override its fields.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence in tokens.
             kv_cache_memory: bytes of KV cache.
@@ -78,7 +78,7 @@ class LLM:
 
     @classmethod
     def from_engine(cls, engine: Engine) -> "LLM":
-        """Wrap an engine that exists already."""
+        """An LLM around an engine that exists already."""
         llm = cls.__new__(cls)
         llm.engine = engine
         return llm
@@ -107,7 +107,7 @@ class LLM:
 
         Args:
             prompts: texts or lists of token ids; a single one is allowed too.
-            params: for all prompts, or one for each; None: the defaults of SamplingParams.
+            params: one for all prompts, or one for each; None: the defaults of SamplingParams.
             progress: show a bar on stderr.
 
         Raises:

@@ -145,7 +145,7 @@ class ModelRunner:
         return LaunchedStep(batch.items, sequences, tokens, logprobs, top, hidden, done)
 
     def _record_prompt_logprobs(self, hidden: Tensor, batch: Batch) -> None:
-        """Append to prompt_logprobs of the sequences that want them. This waits for the device."""
+        """Append to prompt_logprobs of sequences that asked for them. This waits for the device."""
         first = 0
         for item in batch.items:
             sequence, wanted = item.sequence, item.sequence.params.prompt_logprobs

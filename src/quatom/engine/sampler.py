@@ -197,7 +197,7 @@ def _random_rows(
 
 
 def _sample_rows(logits: Tensor, random: RandomRows) -> Tensor:  # -> (R,) int64
-    """Cut and sample the rows that want chance."""
+    """Cut and sample the rows that are drawn at random."""
     # Subtracting the maximum first keeps a temperature near 0 from overflowing.
     every = len(random.rows) == len(logits)
     scores = logits if every else logits[random.rows]
@@ -240,7 +240,7 @@ def _histogram_floor(probs: Tensor, top_p: Tensor) -> Tensor:  # (R, vocab), (R,
 def _bisected_floor(probs: Tensor, top_p: Tensor) -> Tensor:  # (R, vocab), (R, 1) -> (R, 1)
     """`_histogram_floor` without a sort and without waiting for the device, for GPUs.
 
-    Bisection on the bits of a float32, which order non-negative numbers as they stand: 31 sums
+    Bisection on the bits of a float32, which order non-negative numbers as integers do: 31 sums
     over a row.
     """
     bits = probs.contiguous().view(torch.int32)

@@ -1,4 +1,4 @@
-"""SamplingParams: how one request wants its tokens chosen. `sampler` carries it out."""
+"""SamplingParams: how the tokens of one request are chosen. `sampler` carries it out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -63,25 +63,29 @@ def _check_bad_words(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """One request's sampling. Defaults are those of vLLM: temperature 1, 16 tokens."""
+    """How the tokens of one request are chosen.
+
+    Defaults are those of vLLM: temperature 1, at most 16 tokens.
+    """
 
     n: int = 1
     """Completions of one prompt; they share the prompt's KV blocks."""
     max_tokens: int | None = 16
-    """Generated tokens at most; None: until the model's length is reached; 0: none, the prompt is
+    """Largest number of generated tokens. None: up to the model's length. 0: none, the prompt is
     only scored (prompt_logprobs)."""
     min_tokens: int = 0
-    """Tokens generated before an end-of-sequence or stop token may be chosen, or a stop string may
-    be completed."""
+    """Least number of generated tokens: before it is reached, no end-of-sequence or stop token is
+    chosen, and no stop string ends the text."""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy (the largest logit, the lowest id on a tie)."""
     top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities reach this sum (ties are kept together); 0:
-    the most likely one."""
+    """Choose among the most likely tokens whose probabilities together reach this sum. Tokens of
+    equal probability are kept together. 0: the most likely token; 1: all tokens."""
     top_k: int = 0
-    """Keep the k most likely tokens (ties are kept together); 0 or -1: all."""
+    """Choose among the k most likely tokens. Tokens of equal probability are kept together.
+    0 or -1: all tokens."""
     min_p: float = 0.0
-    """Drop tokens less likely than this fraction of the most likely one."""
+    """Drop tokens whose probability is below this fraction of the largest one."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in the prompt or the output."""
     presence_penalty: float = 0.0
@@ -94,17 +98,17 @@ class SamplingParams:
     """Words whose tokens, with or without a space before them, are not generated one after the
     other. The same text made of other tokens is not excluded."""
     seed: int | None = None
-    """Same seed: same draws, whatever else is running, from logits that may differ in their last
-    bits with the batch. None: random."""
+    """The same seed gives the same random draws, whatever else is running. The logits may still
+    differ in their last bits from batch to batch. None: another seed each time."""
     stop: Sequence[str] = ()
-    """Generation ends when one of these appears in the text; it is not part of the text. One that
-    holds whole special tokens is found too where skip_special_tokens hides them."""
+    """Generation ends when one of these appears in the text; it is not part of the text. Special
+    tokens in it are found even if skip_special_tokens hides them."""
     stop_token_ids: Sequence[int] = ()
     """Generation ends with one of these tokens."""
     include_stop_str_in_output: bool = False
     """Keep the stop string at the end of the text."""
     ignore_eos: bool = False
-    """Go on after the model's end-of-sequence tokens."""
+    """Continue after the model's end-of-sequence tokens."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     shown_token_ids: Sequence[int] = ()
@@ -112,14 +116,15 @@ class SamplingParams:
     detokenize: bool = True
     """Make text of the tokens; False leaves it empty and forbids stop strings."""
     logprobs: int | None = None
-    """Log-probabilities of each generated token and of this many most likely ones. They are those
-    of the model, before penalties and temperature."""
+    """Return the log-probability of each generated token, and of this many of the most likely
+    tokens. They are the model's own, before penalties and temperature. None: do not return them."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens after the first; disables reuse of cached prefixes."""
+    """As logprobs, for the tokens of the prompt after the first one. Cached prefixes are then not
+    reused."""
     embed: bool = False
-    """Give the last hidden state of the prompt's last token; it needs max_tokens 0."""
+    """Return the last hidden state of the prompt's last token. Needs max_tokens 0."""
     structured: StructuredOutput | None = None
-    """Hold the text to a JSON schema, a regular expression, a grammar, choices or tags."""
+    """A constraint on the text: a JSON schema, a regular expression, a grammar, choices or tags."""
 
     def __post_init__(self) -> None:
         _check_count("n", self.n, 1, 128)

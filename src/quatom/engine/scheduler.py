@@ -8,7 +8,7 @@ tokens. Three rules keep this fair and live:
   are expected to suffice until all running sequences have ended (`DemandForecast`).
 - A decode that finds no free block takes them from the sequence that arrived last, which goes back
   to the head of the queue and is recomputed later. So the oldest sequence always advances.
-- While several prompts want to run, each gets at most `max_prefill_chunk` tokens of a step.
+- While several prompts wait, each gets at most `max_prefill_chunk` tokens of a step.
 """
 
 from bisect import insort

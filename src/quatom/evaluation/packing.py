@@ -33,12 +33,12 @@ def pack(
 ) -> list[list[Packed]]:
     """Batches of at most `batch_tokens` tokens that must be computed, longest sequences first.
 
-    A longer sequence is a batch of its own. A batch that does not fit the memory so fails at the
-    start of a run instead of at its end.
+    A longer sequence is a batch of its own. So a batch that does not fit the memory fails at the
+    start of a run, not at its end.
 
     Args:
         computed: how many last tokens of each sequence must be computed by itself: those whose
-            hidden states are wanted.
+            hidden states are read.
     """
     families: dict[tuple[int, ...], list[int]] = {}
     for index, tokens in enumerate(sequences):

@@ -93,7 +93,7 @@ def _read(path: Path, found: _Collected) -> None:
             return
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CalibrationError(f"{path} does not exist") from None
+        raise CalibrationError(f"{path} does not exist: give a file or folder of results") from None
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path} is no result file: {error}") from None
     if isinstance(content, dict) and "blocks" in content:

@@ -367,7 +367,7 @@ class ModelConfig:
     head_bias: bool = False
     """The output projection adds a bias."""
     unused_layers: int = 0
-    """Layers behind the decoder's in files that it does not run."""
+    """Layers after the decoder's in files that it does not run."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a generation; may be empty."""

@@ -24,7 +24,7 @@ _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float
 
 
 class QuatomHarnessModel(QuatomLM):
-    """The model behind `quatom eval --tasks`, made from the harness's own arguments."""
+    """The model of `quatom eval --tasks`, made from the harness's own arguments."""
 
     def __init__(
         self,

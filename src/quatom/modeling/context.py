@@ -1,4 +1,4 @@
-"""What a forward pass must know besides its tokens: where each token stands and is stored."""
+"""What a forward pass must know besides its tokens: their positions and where they are stored."""
 
 from dataclasses import dataclass, field
 

@@ -1,6 +1,6 @@
 """Coordinate descent on rounded weights: every code moved to where the others leave it best.
 
-GPTQ decides a column once, knowing nothing of the codes behind it. A sweep visits all columns again
+GPTQ decides a column once, knowing nothing of the codes after it. A sweep visits all columns again
 and rounds each to the minimum of ||(Q - W) X||**2 along it, all other codes as they are. The error
 never grows, and scales stay.
 """

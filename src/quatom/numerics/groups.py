@@ -92,7 +92,7 @@ def _padding(layout: GroupLayout, device: torch.device) -> tuple[Tensor, Tensor]
 
     Returns:
         columns (S * W,) int32, the channel at each place (a short group repeats its first one,
-        which changes no maximum), and places (K,) int32, where each channel stands.
+        which changes no maximum), and places (K,) int32, the position of each channel.
     """
     sizes = torch.tensor(layout.group_sizes)
     width = int(sizes.max())
@@ -181,7 +181,7 @@ def quantize_groups(
 
     Args:
         scale_mode: how the scales of a row's normal groups depend on each other.
-        order: channel of x that stands at each position of the layout; None: they stand there.
+        order: channel of x that belongs at each position of the layout; None: it is there.
 
     Returns:
         values (..., K) float32 in units of the scale, and scales (..., S) float16.

@@ -52,7 +52,7 @@ class KVPages:
     block_size: int
     """S: tokens per block."""
     head_dim: int
-    """D: channels a head."""
+    """D: channels per head."""
     dtype: KVDtype
     """Format of a cached value."""
 

@@ -19,7 +19,7 @@ class AppendPlan:
 
 @dataclass(frozen=True, slots=True)
 class GatherPlan:
-    """Where the K and V of some blocks stand."""
+    """Where the K and V of some blocks are."""
 
     shape: tuple[int, int, int, int]
     """(2, B, KV, n * S): K and V, sequences, heads, tokens."""

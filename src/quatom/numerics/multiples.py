@@ -17,7 +17,7 @@ from quatom.numerics.packing import pack_bits, unpack_bits
 LARGEST_MULTIPLE = 16
 WEIGHT_MULTIPLE = 13
 """Multiple of the largest scale of a weight's row: GPTQ pushes errors onto columns that follow,
-whose groups then want larger scales than the unchanged weights did."""
+whose groups then need larger scales than the unchanged weights did."""
 _ROW_SCALE_BITS = 7  # float16 has 11 significant bits, a multiple below 16 needs 4
 _FLOAT16_STEP = 2.0**-24
 

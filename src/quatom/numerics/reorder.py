@@ -1,6 +1,6 @@
 """The order of a linear's input channels: ascending by score, the outliers last.
 
-Sorting *all* channels, not only moving the outliers behind the rest, makes every group
+Sorting *all* channels, not only moving the outliers after the rest, makes every group
 homogeneous in magnitude, so that one scale fits all of its channels.
 
 Source: Atom (Zhao et al., MLSys 2024), channel reordering.
@@ -63,8 +63,8 @@ def sliceable_positions(
 ) -> Tensor:
     """Position in `channel_order` of each entry of the sliceable form, (K,) int64.
 
-    Operations want the outliers of all blocks behind all normal channels; a checkpoint that
-    tensor-parallel loaders cut into `blocks` equal slices wants each block's normal channels
+    Operations need the outliers of all blocks after all normal channels; a checkpoint that
+    tensor-parallel loaders cut into `blocks` equal slices has each block's normal channels
     followed by its own outliers: sliceable = order[sliceable_positions(...)].
     """
     width = channels // blocks

@@ -153,7 +153,7 @@ def inverse_factor(
 def shift_to_target(
     weight: Tensor,  # (N, K) reordered
     second_moment: Tensor,  # (K, K) X^T X of the quantized inputs
-    target_moment: Tensor,  # (N, K) Y^T X of the outputs Y wanted on those inputs
+    target_moment: Tensor,  # (N, K) Y^T X of the target outputs Y on those inputs
     damping: float,
     strength: float = 1.0,
 ) -> Tensor:
@@ -187,10 +187,10 @@ def round_columns(
     factor: Tensor,  # (C, C) float32, the block of `inverse_factor` on these columns
     formats: Sequence[Format],  # C of them
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ within a block: round column after column, each error pushed onto those behind it.
+    """GPTQ within a block: round column after column, each error pushed onto those after it.
 
     Returns:
-        codes (C, N) float32, and errors (C, N) float32 that columns behind the block must make up
+        codes (C, N) float32, and errors (C, N) float32 that columns after the block must make up
         for: minus `factor`'s rows times these.
     """
     errors, codes = torch.empty_like(columns), torch.empty_like(columns)
@@ -208,7 +208,7 @@ RoundColumns = Callable[
 """`round_columns`, or a kernel that does the same."""
 
 BLOCK = 128
-"""Columns that are rounded before their errors reach those behind them, in one product."""
+"""Columns that are rounded before their errors reach those after them, in one product."""
 
 
 def gptq(

@@ -8,7 +8,7 @@ rows
     e2m1 are float16 numbers); scales (T, S) float32. Read by the reference and by Triton.
 padded
     codes (T, S, W) int8, W channels for each group, the widest one's; scales (T, S) float32. What
-    stands beyond a shorter group's channels is arbitrary. Read by int8 products on a CPU.
+    lies beyond a shorter group's channels is arbitrary. Read by int8 products on a CPU.
 groups
     what the Hopper kernel copies tile by tile: see `quatom.ops.groups_layout`.
 """

@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 def read_source(package: str, name: str) -> str:
-    """A CUDA source of a package, behind what several of them share."""
+    """A CUDA source of a package, after the code that several of them share."""
     shared = (resources.files("quatom.ops") / "device.cuh").read_text()
     return shared + (resources.files(package) / name).read_text()
 

@@ -30,7 +30,7 @@ _CLUSTERS = ((16, 8, 1), (64, 5, 2), (128, 2, 1))
 """Tokens of a batch up to which so many CTAs share a token whose groups share a scale, each in so
 many rounds; 8 is the largest cluster that any Hopper GPU can hold."""
 _TWO_TOKENS_FROM = 512
-"""Tokens of a batch from which on a CTA takes two of them."""
+"""With this many tokens or more in a batch, a CTA takes two of them."""
 
 
 @dataclass(frozen=True, slots=True)

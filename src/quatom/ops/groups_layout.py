@@ -3,10 +3,10 @@
 codes are (S, T_padded, 128) uint8, T_padded = T rounded up to 16, and scales (S, T_padded / 16, 2,
 16) float32: of each 16 tokens first the scales, then what the kernel adds to a scaled group sum
 because it multiplies by weight codes + 8: -8 * scale * sum of the token's codes (0 for outlier
-groups). Token t of 16 stands at place t % 8 // 2 * 4 + t // 8 * 2 + t % 2: a thread of the kernel
+groups). Token t of 16 is at place t % 8 // 2 * 4 + t // 8 * 2 + t % 2: a thread of the kernel
 has the tokens 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 and reads them at once.
 
-Each group is padded to 128 bytes by zeros; the 16-byte piece p of token t stands at place
+Each group is padded to 128 bytes by zeros; the 16-byte piece p of token t is at place
 p ^ (t % 8), the 128-byte swizzle of Hopper's matrix unit, so that one bulk copy brings a tile of
 tokens into shared memory ready for use. int4 codes are e4m3 bytes of value code * 2**-9 (the
 magnitude in the low bits: e4m3 is linear below 0x10), int8 and e4m3 codes are themselves.
@@ -35,7 +35,7 @@ def check_fits_groups(
     widest = max(layout.group_sizes)
     if widest > GROUP_BYTES:
         raise ShapeError(
-            f"byte layout 'groups' holds at most {GROUP_BYTES} channels a group, this layout has "
+            f"byte layout 'groups' holds at most {GROUP_BYTES} channels per group, this layout has "
             f"{widest}: use byte layout 'rows'"
         )
     normals = ("int2", "int3", "int4", "int8", "e4m3")

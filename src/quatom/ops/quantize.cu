@@ -146,7 +146,7 @@ struct Place {
 
 #if ROTATE
 // Multiply each block of channels by a Hadamard matrix. Channels whose numbers differ in one bit meet,
-// bit after bit: three bits stand inside a lane, four are lanes. A block is the largest power of two
+// bit after bit: three bits are inside a lane, four are lanes. A block is the largest power of two
 // that divides its group.
 __device__ __forceinline__ void rotate(float (&x)[TOKENS][8], const Place& place) {
   // A block that is known leaves no conditions inside: outliers are rotated too, and put back.
@@ -383,7 +383,7 @@ __device__ __forceinline__ void store_group(const float (&x)[TOKENS][8], float t
   // they have no offset.
   const int kept = keeps_second();
   if (threadIdx.x % (TOKENS == 2 ? 8 : 16) == 0 && int(token) + kept < tokens) {
-    const int t = (int(token) + kept) % 16;  // of 16 tokens, whose scales and corrections stand together
+    const int t = (int(token) + kept) % 16;  // of 16 tokens, whose scales and corrections are together
     float* const to = scales + (row + kept - t) * 2 + t % 8 / 2 * 4 + t / 8 * 2 + t % 2;
     to[0] = stored_scale;
     to[16] = place.outlier ? 0.0f : sum * -0.015625f * scale;

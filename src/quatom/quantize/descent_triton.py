@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quatom.numerics.descent import VisitColumns, visit_columns
 from quatom.numerics.formats import Format
 from quatom.ops.triton_quantize import round_half_even
 
@@ -82,10 +81,3 @@ def visit_columns_triton(
         num_warps=4,
     )
     return codes
-
-
-def choose_visit_columns(device: torch.device, formats: Sequence[Format]) -> VisitColumns:
-    """The kernel on a GPU for integer formats, else the loop."""
-    if device.type == "cuda" and all(fmt.is_integer for fmt in formats):
-        return visit_columns_triton
-    return visit_columns

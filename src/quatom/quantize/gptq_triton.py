@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from quatom.numerics.formats import Format
-from quatom.numerics.rounding import RoundColumns, round_columns
 from quatom.ops.triton_quantize import round_half_even
 
 ROWS = 16
@@ -95,10 +94,3 @@ def round_columns_triton(
         num_warps=4,
     )
     return codes, errors
-
-
-def choose_round_columns(device: torch.device, formats: Sequence[Format]) -> RoundColumns:
-    """The kernel on a GPU for integer formats, else the loop."""
-    if device.type == "cuda" and all(fmt.is_integer for fmt in formats):
-        return round_columns_triton
-    return round_columns

@@ -1,4 +1,4 @@
-"""Run a block over calibration text and measure what transforms and rounders want to know."""
+"""Run a block over calibration text and measure what transforms and rounders need."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,7 @@
 """Activation outliers of a floating-point model: the magnitude of each input channel of a block.
 
 The figure that motivates Atom: a few channels are far larger than the rest; sorted by their second
-moment they stand together at the end, where INT8 keeps them.
+moment they are together at the end, where INT8 keeps them.
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import bits_per_weight
 from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
-from quatom.errors import CalibrationError, RecipeError
+from quatom.errors import CalibrationError, RecipeError, unknown
 from quatom.families.spec import SITES
 from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
@@ -185,7 +185,7 @@ def _quantize_blocks(
 
 def _named(name: str) -> Recipe:
     if name not in PRESETS:
-        raise RecipeError(f"unknown recipe {name!r}; presets are {', '.join(PRESETS)}")
+        raise RecipeError(unknown("recipe", name, PRESETS))
     return PRESETS[name]
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from quatom.errors import QuantizationError
-from quatom.numerics.clipping import weight_scales
 from quatom.numerics.descent import coordinate_descent
 from quatom.numerics.formats import get_format
 from quatom.numerics.rounding import (
@@ -18,9 +17,11 @@ from quatom.numerics.rounding import (
     shift_to_target,
 )
 from quatom.plan import SitePlan
-from quatom.quantize.clip_search_triton import weight_scales_triton
-from quatom.quantize.descent_triton import choose_visit_columns
-from quatom.quantize.gptq_triton import choose_round_columns
+from quatom.quantize.loops import (
+    choose_round_columns,
+    choose_visit_columns,
+    choose_weight_scales,
+)
 from quatom.recipe import GPTQSpec, Recipe
 
 
@@ -78,7 +79,7 @@ def rounding_options(
         damping=gptq.damping,
         column_order=gptq.column_order,
         scale_format=spec.scale_format,
-        find_scales=weight_scales_triton if weight.is_cuda else weight_scales,
+        find_scales=choose_weight_scales(weight.device),
     )
 
 

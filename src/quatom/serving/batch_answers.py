@@ -1,4 +1,4 @@
-"""What a file of answers holds: which of them stand, and which a run makes again."""
+"""What a file of answers holds: which of them are kept, and which a run makes again."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Output:
     outdated: bool
     """Whether that leaves out a whole line, or at most the unfinished end."""
     waiting: list[BatchLine]
-    """Requests without an answer that stands."""
+    """Requests without an answer that is kept."""
     unnoted: list[BadLine]
     """Bad lines whose error is not in the file."""
 
@@ -85,7 +85,7 @@ _BLANK = _Answer()
 
 
 class _Sorter:
-    """Tells answers that stand from those that a run makes again."""
+    """Tells answers that are kept from those that a run makes again."""
 
     def __init__(self, lines: Sequence[BatchLine | BadLine]) -> None:
         self._numbers = {line.number for line in lines}

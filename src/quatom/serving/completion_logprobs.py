@@ -86,7 +86,7 @@ class CompletionLogprobs:
         return top
 
     def _string(self, token_id: int) -> str:
-        """As OpenAI writes it: `bytes:` stands before what is not whole characters."""
+        """As OpenAI writes it: `bytes:` comes before what is not whole characters."""
         string, data = self._encoder.token_string(token_id), self._encoder.token_bytes(token_id)
         return string if data is None or data == string.encode() else f"bytes:{string}"
 

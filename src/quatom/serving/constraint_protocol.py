@@ -59,7 +59,7 @@ class JsonSchemaFormat(ClosedModel):
 
 
 class ResponseFormat(ClosedModel):
-    """OpenAI's constraint, and vLLM's structural tags, which stand beside the type."""
+    """OpenAI's constraint, and vLLM's structural tags, which are given beside the type."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None

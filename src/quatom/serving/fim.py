@@ -1,4 +1,4 @@
-"""Fill in the middle: a prompt of what stands before and after the text to be written."""
+"""Fill in the middle: a prompt of what comes before and after the text to be written."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,8 +65,8 @@ class FillInTheMiddle:
         """Token ids of a prompt.
 
         Args:
-            before: what stands before the middle.
-            after: what stands after it.
+            before: the text before the middle.
+            after: the text after it.
             special: begin as the tokenizer begins texts.
 
         Raises:

@@ -51,7 +51,7 @@ def _response(
     *,
     error: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The response object as it stands."""
+    """The response object so far."""
     reason = generation.outputs[0].outputs[0].finish_reason
     status = {None: "in_progress", "length": "incomplete"}.get(reason, "completed")
     if error is not None:

@@ -72,7 +72,7 @@ def compile_constraint(
     """Check a constraint and translate all of it.
 
     Args:
-        wanted: what a request asks for.
+        wanted: the constraint that a request asks for.
         special_tokens: token ids by their text, for structural tags.
 
     Raises:

@@ -98,7 +98,7 @@ def _search(items: list[Any]) -> str:
 
 
 def _options(op: Any, value: Any) -> list[list[Any]]:
-    """What may stand in the place of a group or an alternative."""
+    """What may take the place of a group or an alternative."""
     if op is codes.SUBPATTERN:
         return [_group(value)]
     if op is codes.BRANCH:

@@ -28,7 +28,7 @@ from quatom.engine.structured.probe import Workbench, attempt
 
 CANCEL = b"cancel"
 NICENESS = 5
-"""Of two that want a core, the engine gets three quarters of it."""
+"""Of two that compete for a core, the engine gets three quarters of it."""
 
 
 def serve() -> None:

@@ -84,7 +84,7 @@ def attention(
         max_seqlen_q: largest number of new tokens of a sequence.
         max_seq_len: an upper bound of seq_lens; bounds grids and workspaces.
         softmax_scale: default D**-0.5.
-        sliding_window: tokens a token may see, itself included; None is all. Kernels read no block
+        sliding_window: tokens that a token sees, itself included; None: all. Kernels read no block
             that lies before the windows of all new tokens of its sequence.
         logit_softcap: c in c * tanh(score / c), applied after softmax_scale; None is off.
         sinks: a logit of each query head that takes part in the softmax's sum and has no value, so

@@ -13,7 +13,7 @@
 // subtract. Scale and minimum of a token meet its score and its weight, never its elements.
 //
 // Rows of codes whose bytes are no multiple of 16 (HEAD_DIM 80 and 112) are copied in pieces of 8 bytes, by cp.async,
-// to rows of PITCH bytes. What stands between a row's end and the next one is multiplied by queries that are 0, and
+// to rows of PITCH bytes. What lies between a row's end and the next row is multiplied by queries that are 0, and
 // makes channels that are not stored.
 //
 // Compile-time parameters: HEAD_DIM (a multiple of 16), BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
@@ -338,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
             floats_to_halves(high[i][odd] * up * 0.0625f, high[i][odd + 2] * up * 0.0625f);
       }
     }
-    // Scores stand in the layout of the accumulator: this lane's columns are rows 2 tg, 2 tg + 1.
+    // Scores are in the layout of the accumulator: this lane's columns are rows 2 tg, 2 tg + 1.
 #pragma unroll
     for (int c = 0; c < 2; c++) {
       const int owner = (2 * tg + c) * 4;
@@ -546,7 +546,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
         const float* even = output[n][2 * k];
         const float* odd = output[n][2 * k + 1];
         // Row g of the fragments is channel 16 k + 2 g (+ 1 where shifted); row g + 8 its partner
-        // in the other half, whose codes stood 4 bits higher.
+        // in the other half, whose codes were 4 bits higher.
         *(float2*)(o + 16 * k + 2 * g) = make_float2(fmaf(even[c], 16777216.f, offset[n][c]),
                                                      fmaf(odd[c], 16777216.f, offset[n][c]));
         *(float2*)(o + HEAD_DIM / 2 + 16 * k + 2 * g) =

@@ -94,7 +94,7 @@ def _plan(num_tokens: int, pages: KVPages, batch: Sequences, options: AttentionO
     single: dict[int, list[int]] = {}
     for b, length in enumerate(lengths):
         first, last = starts[b], starts[b + 1]
-        # Query i of n stands at position length - n + i: those before position 0 see nothing.
+        # Query i of n is at position length - n + i: those before position 0 see nothing.
         seeing = min(last - first, length)
         if last - seeing > first:
             plan.blind.append((first, last - seeing))

@@ -6,9 +6,9 @@ that grouped heads share every loaded K and V) and walks the tokens it sees in t
     S  = (Q C_k^T) * scale_k + (sum of Q) * minimum_k      (C: codes)
     O += (P * scale_v) C_v + sum of P * minimum_v
 
-Scale and minimum meet S and P, once a token, instead of every element. A head is two halves, the
+Scale and minimum meet S and P, once per token, instead of every element. A head is two halves, the
 nibbles of a byte. For 16-bit queries a code n is not converted either: its bits, taken as a
-float16, are the subnormal n * 2**-24 (n * 2**-20 for a high nibble left where it stands), which
+float16, are the subnormal n * 2**-24 (n * 2**-20 for a high nibble left in its place), which
 tensor cores multiply exactly. With splits > 1 programs leave partial results to a second kernel,
 which merges them in a fixed order.
 """

@@ -57,7 +57,7 @@ class _ExpertArguments(KernelArguments):
 
 
 def arrange_source() -> str:
-    """arrange.cu behind what CUDA sources share."""
+    """arrange.cu after the code that CUDA sources share."""
     return read_source("quatom.ops.experts", "arrange.cu")
 
 

@@ -36,7 +36,7 @@ def _place_kernel(
     ONE_CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program places the slots of one expert in one chunk behind all that come before them."""
+    """A program places the slots of one expert in one chunk after all that come before them."""
     expert = tl.program_id(0)
     chunk = tl.program_id(1)
     slot = chunk * BLOCK + tl.arange(0, BLOCK)

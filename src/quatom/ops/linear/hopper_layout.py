@@ -4,7 +4,7 @@ A block is 64 output channels. Its weights are a run of units of 4224 bytes: one
 group (64 channels x 128 INT4 codes) and two for each outlier group (64 x 64 INT8 codes each), 4096
 bytes of codes followed by the 64 float16 scales. Groups are padded to 128 channels by zeros.
 
-Inside a unit, bytes stand in the order of the 128 threads of a warpgroup, 16 bytes per thread and
+Inside a unit, bytes are in the order of the 128 threads of a warpgroup, 16 bytes per thread and
 half, so that each thread reads its operand registers by two conflict-free 16-byte loads. An INT4
 byte holds code + 8 of two channels of the same k, the first eight rows' in the low nibble.
 
@@ -23,7 +23,7 @@ UNIT_BYTES = 4096 + 2 * BLOCK_ROWS
 
 
 def _row_order() -> list[int]:
-    """Channel of a block that stands in each operand row.
+    """Channel of a block that is in each operand row.
 
     A thread of the transposed result then owns four adjacent channels, an 8-byte store.
     """

@@ -10,9 +10,9 @@
 // group the partial sums, exact in the FP8 unit for INT4 codes, are scaled and added in float32: while
 // one warpgroup does this, the matrix unit works for another.
 //
-// INTEGER is another way through the same pipeline, for INT8 activations of one scale a token and weight scales that are
+// INTEGER is another way through the same pipeline, for INT8 activations of one scale per token and weight scales that are
 // multiples (1 to 16) of one scale per row: a weight becomes code * multiple, an INT8 number, and the matrix unit
-// adds up over all groups in int32. Multiples, 16 bits each, then stand where a unit has its scales.
+// adds up over all groups in int32. Multiples, 16 bits each, then take the place of a unit's scales.
 //
 // EXPERTS multiplies each run of tokens by the weights of its own expert. `arrange.cu` has written where runs are cut into
 // tiles of tokens; a tile may begin and end amid the 16 tokens that are copied together, and stores its own rows alone.
@@ -26,7 +26,7 @@
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;     // threads
 constexpr int COLUMNS = BM / PARTS;             // tokens of one matrix instruction
-// Convert the next group's weights while this one multiplies; three warpgroups hide it behind each
+// Convert the next group's weights while this one multiplies; three warpgroups overlap it with each
 // other's turns instead, and need the registers.
 constexpr bool PREFETCH = WARPGROUPS < 3 && BLOCKS_PER_WARPGROUP == 1 && !INTEGER;
 // A lone warpgroup reads the next group's codes before it converts these: nobody else hides the latency.
@@ -210,7 +210,7 @@ struct Codes {
   }
 };
 
-// Scales of a thread's two output channels of each block, as they stand behind a unit's codes.
+// Scales of a thread's two output channels of each block, as they follow a unit's codes.
 struct ChannelScales {
   float low[BLOCKS_PER_WARPGROUP], high[BLOCKS_PER_WARPGROUP];
   __device__ __forceinline__ ChannelScales(u32 address, float factor) {
@@ -503,7 +503,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
       }
       release(stage);
     };
-    // The same of INTEGER: convert a group and queue its products behind those of the group before it, which then are
+    // The same of INTEGER: convert a group and queue its products after those of the group before it, which then are
     // waited for. With READ_AHEAD the codes of the next group are read first, and again if they were not there yet, and the
     // group before is waited for in between: a warp that queues products of registers waits until those before are done.
     auto read_codes = [&](const Ring& at, Codes (&codes)[RB]) {

@@ -71,7 +71,7 @@ def rope_append_kv(
         )
     if head_dim != pages.head_dim or cos.shape != sin.shape or cos.shape[-1] * 2 != head_dim:
         raise ShapeError(
-            f"q has {head_dim} channels a head, the cache {pages.head_dim}, and cos, sin "
+            f"q has {head_dim} channels per head, the cache {pages.head_dim}, and cos, sin "
             f"{tuple(cos.shape)}, {tuple(sin.shape)} must be (max_position, {pages.head_dim // 2})"
         )
     if positions.shape != (tokens,) or slot_mapping.shape != (tokens,):

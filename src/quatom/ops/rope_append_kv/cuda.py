@@ -18,7 +18,7 @@ from quatom.ops.cuda_build import (
 
 _THREADS = 128
 _WIDE_FROM = 64
-"""Tokens of a batch from which on a lane takes twice 8 channels instead of twice 4."""
+"""With this many tokens or more in a batch, a lane takes twice 8 channels instead of twice 4."""
 
 
 class _Parameters(ctypes.Structure):

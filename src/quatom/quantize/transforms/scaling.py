@@ -105,7 +105,7 @@ def fold_division(
     else:
         attention = layer.spec.attention
         maker: SiteName = "gate_up" if site == "down" else "qkv"
-        # Values come last in q, k, v, and up behind gate.
+        # Values come last in q, k, v, and up after gate.
         weights = _divide_last_rows(weights, maker, factor)
         assert site == "down" or factor.numel() == attention.kv_size
     held = weights.sites[site]

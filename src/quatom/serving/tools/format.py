@@ -42,7 +42,7 @@ class ToolFormat:
     reasons: bool = False
     """The parser splits off reasoning itself."""
     lead: Grammar | None = None
-    """What may stand before a constrained answer: reasoning, if `reasons`."""
+    """What may come before a constrained answer: reasoning, if `reasons`."""
     content_begin: str = ""
     """What a constrained answer without calls begins with."""
 
@@ -58,7 +58,7 @@ class ToolFormat:
         return {"type": "sequence", "elements": [begin, grammar]}
 
     def led(self, grammar: Grammar) -> Grammar:
-        """The grammar, and what may stand before it."""
+        """The grammar, and what may come before it."""
         if self.lead is None:
             return grammar
         with_lead = {"type": "sequence", "elements": [self.lead, grammar]}

@@ -23,7 +23,7 @@ class HarmonyParser(CallParser):
     def __init__(self, functions: Mapping[str, Function]) -> None:
         super().__init__(functions)
         self._decided = Parsed()
-        self._next = 0  # what stands before is decided
+        self._next = 0  # what comes before is decided
 
     def parse(self, text: str, *, final: bool, cut: bool = False) -> Parsed:
         """The answer so far."""

@@ -2,7 +2,7 @@
 
     {"name": "f", "arguments": {...}}        [{"name": "f", "arguments": {...}}, ...]
 
-Several formats use this form and differ in what stands around it. A call counts as one as soon as
+Several formats use this form and differ in what surrounds it. A call counts as one as soon as
 its name is that of an offered function and its arguments have begun; from there its arguments are
 handed on as the model writes them, even if they turn out not to be JSON, as OpenAI does.
 """
@@ -183,8 +183,8 @@ def json_call_tags(
     Args:
         functions: those that may be called.
         key: the member that holds the arguments.
-        begin: what stands before the object.
-        end: what stands after it.
+        begin: the text before the object.
+        end: the text after it.
     """
     return [
         {

@@ -38,7 +38,7 @@ class Parsed:
 
 @dataclass(slots=True)
 class Block:
-    """Calls that stand together."""
+    """Calls that come together."""
 
     calls: list[ToolCall]
     end: int | None
@@ -69,12 +69,12 @@ class CallParser(ABC):
 
 
 class BlockParser(CallParser):
-    """For formats in which calls stand between pieces of content."""
+    """For formats in which calls come between pieces of content."""
 
     def __init__(self, functions: Mapping[str, Function]) -> None:
         super().__init__(functions)
         self.source = PartialText()
-        self._pos = 0  # what stands before is decided
+        self._pos = 0  # what comes before is decided
         self._content = ""
         self._calls: list[ToolCall] = []
 
@@ -128,7 +128,7 @@ class BlockParser(CallParser):
         self._pos = pos
 
     def _joined(self, content: str) -> str:
-        """With calls, content does not begin with white space: that stood beside a call."""
+        """With calls, content does not begin with white space: that was beside a call."""
         joined = self._content + content
         return joined.lstrip() if self._calls and not self._content.strip() else joined
 

@@ -30,7 +30,7 @@ class Syntax:
     brackets: str
     quotes: str
     between: "re.Pattern[str]"
-    """A run of anything that may stand beside them."""
+    """A run of anything that may come with them."""
 
 
 JSON = Syntax("{}[]", '"', re.compile(r"[\s,:0-9eE+\-.truefalsn]+"))
@@ -126,7 +126,7 @@ class PartialText:
         return self.text[pos]
 
     def starts(self, literal: str, pos: int) -> bool:
-        """Whether `literal` stands there; waits while it may."""
+        """Whether `literal` is there; waits while it may."""
         if self.text.startswith(literal, pos):
             return True
         rest = self.text[pos : pos + len(literal)]
@@ -135,7 +135,7 @@ class PartialText:
         return False
 
     def expect(self, literal: str, pos: int) -> int:
-        """Position after `literal`, which must stand there."""
+        """Position after `literal`, which must be there."""
         if not self.starts(literal, pos):
             raise NotACallError
         return pos + len(literal)

@@ -78,7 +78,7 @@ def _equals(text: str, pos: int) -> int:
 
 
 def _json(kind: str | None, piece: str) -> str:
-    """A token as JSON; `json.loads` refuses what stands in a wrong place."""
+    """A token as JSON; `json.loads` refuses what is in a wrong place."""
     match kind:
         case "string":
             return json.dumps(_string(piece[1:-1]))
