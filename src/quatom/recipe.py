@@ -85,7 +85,7 @@ class WeightSpec:
     """Symmetric quantization of the weights of every decoder linear."""
 
     format: WeightFormat = "int4"
-    """Number format of a code; odd4 has the odd integers from -15 to 15, and no zero; float16 leaves
+    """Number format of a code; odd4 has the odd integers from -15 to 15 and no zero; float16 leaves
     the weights in their own dtype."""
     group_size: int = 128
     """Consecutive input channels that share one scale; -1 is the whole row (per channel)."""

@@ -1,8 +1,8 @@
 """Number formats of codes: which values a code can take, and its bit pattern.
 
 A format rounds a real number, already divided by its group's scale, to the nearest value it can
-hold (ties to even), and turns such values into bit patterns of `bits` bits and back. Everything
-else (scales, groups, packing) is the same for all formats.
+hold (ties to even, or upwards where all values are odd), and turns such values into bit patterns of
+`bits` bits and back. Everything else (scales, groups, packing) is the same for all formats.
 """
 
 from collections.abc import Callable
@@ -79,14 +79,12 @@ def _integer(bits: int) -> Format:
 def _odd4() -> Format:
     codes = _integer(4)
 
-    def round_odd(x: Tensor) -> Tensor:
-        return codes.round((x - 1) / 2) * 2 + 1
-
     return Format(
         name="odd4",
         bits=4,
         largest=15.0,
-        round=round_odd,
+        # All of (2 c, 2 c + 2) is nearest to 2 c + 1; an even number, in the middle, goes up.
+        round=lambda x: (x / 2).floor_().clamp_(-8, 7) * 2 + 1,
         encode=lambda values: codes.encode((values.float() - 1) / 2),
         decode=lambda patterns: codes.decode(patterns) * 2 + 1,
     )

@@ -1,9 +1,9 @@
 """Rewrites of a floating-point layer that leave what it computes unchanged.
 
 Each makes the layer easier to quantize: balanced products, rotated values, balanced keys, scaled
-and ordered channels, rotated groups, incoherence. A recipe's list runs in this order: those of `before`, then
-the layer is measured on the calibration text, then those of `after`, which may use what was
-measured.
+and ordered channels, rotated groups, incoherence. A recipe's list runs in this order: those of
+`before`, then the layer is measured on the calibration text, then those of `after`, which may use
+what was measured.
 """
 
 from collections.abc import Mapping
