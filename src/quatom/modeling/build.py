@@ -52,7 +52,7 @@ def build_block(
 
 
 def build_site(
-    plan: SitePlan, held: FloatSite | SiteCodes, backend: Backend | None
+    plan: SitePlan, held: FloatSite | SiteCodes, backend: Backend | None = None
 ) -> tuple[SiteLinear | RotatedLinear, InputQuantizer]:
     """The linear of a site, and the quantizer of its input in the byte layout that it reads.
 
