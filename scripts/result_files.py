@@ -17,6 +17,7 @@ RECIPE_ORDER = (
     "w4a16",
     "gptq-w4a16",
     "awq-w4a16",
+    "quip-w4a16",
     "rtn-w4a4",
     "smoothquant-w4a4",
     "atom-w4a4kv4",

@@ -42,6 +42,8 @@ def summary(name: str) -> str:
     }
     data = read(f"serving-{name.partition('-')[2] or _first_gpu()}")
     runs = _summary_runs(data)
+    if not runs:
+        return NOT_MEASURED
     own = {e["recipe"]: e for e in runs if is_own(e)}
     rows = []
     for recipe in SUMMARY:
@@ -131,6 +133,8 @@ def steps(name: str) -> str:
     parts, limits = list(entries[0]["parts_ms"]), list(entries[0]["limit_ms"])
     recipes = {e["recipe"] for e in entries}
     columns = [f"{e['workload']}, {e['step_tokens']} tokens" for e in entries]
+    if len({e["model"] for e in entries}) > 1:
+        columns = [f"{e['model']}, {c}" for c, e in zip(columns, entries, strict=True)]
     if len(recipes) > 1:
         columns = [f"{c}, `{e['recipe']}`" for c, e in zip(columns, entries, strict=True)]
     header = ["milliseconds of", *columns]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quatom.evaluation.ladders import LADDERS
+from quatom.evaluation.standard_error import of_accuracy, of_average
 from quatom.families.registry import FAMILIES
 from quatom.recipe import Recipe
 
@@ -125,14 +126,18 @@ def zeroshot(name: str) -> str:
             values[e["recipe"], e["task"]] = e
     rows = []
     for recipe in sorted({e["recipe"] for e in data["results"]}, key=rank):
-        own = [values[recipe, task]["value"] for task in tasks]
-        shown = [f"{100 * value:.1f}" for value in (*own, sum(own) / len(own))]
+        own = [values[recipe, task] for task in tasks]
+        errors = [of_accuracy(e) or 0.0 for e in own]
+        means = [e["value"] for e in own]
+        means.append(sum(means) / len(means))
+        errors.append(of_average(errors))
+        shown = [f"{100 * m:.1f} ± {100 * e:.1f}" for m, e in zip(means, errors, strict=True)]
         rows.append([label(recipe), *shown])
     first = data["results"][0]
     which = "all" if first["all_examples"] else f"first {first['examples']}"
     return (
-        f"{first['model']}, percent right, {which} examples per task, lm-evaluation-harness "
-        f"{first['harness']} ({machine(data)}):\n\n"
+        f"{first['model']}, percent right ± one standard error, {which} examples per task, "
+        f"lm-evaluation-harness {first['harness']} ({machine(data)}):\n\n"
     ) + table(["recipe", *tasks, "mean"], rows)
 
 

@@ -13,6 +13,7 @@ from quatom.recipe import (
     ActivationSpec,
     CalibrationSpec,
     GPTQSpec,
+    IncoherenceSpec,
     KVSpec,
     NearestSpec,
     OutlierSpec,
@@ -34,6 +35,7 @@ PARTS = (
     (("kv_cache", "keys"), "post_rope", PostRopeKeys),
     (("outliers",), None, OutlierSpec),
     (("calibration",), None, CalibrationSpec),
+    (("incoherence",), None, IncoherenceSpec),
     (("channel_scaling",), "balanced", ScalingSpec),
 )
 """Path of an object, the method that makes it one of the class, the class."""
@@ -200,6 +202,17 @@ def test_the_older_spelling_is_none_of_the_present_version():
         Recipe.from_dict(both)
 
 
+def test_what_incoherence_cannot_stand_beside():
+    quip = PRESETS["quip-w4a16"]
+    for parts, needed in (
+        ({"tensor_parallel": 2}, "tensor_parallel 1"),
+        ({"weights": replace(quip.weights, format="float16")}, "quantized weights.format"),
+        ({"weights": WeightSpec(rounder=GPTQSpec(float_target=0.5))}, "rounder.float_target 0"),
+    ):
+        with pytest.raises(RecipeError, match=needed):
+            replace(quip, **parts)
+
+
 def test_recipes_are_frozen():
     with pytest.raises(FrozenInstanceError):
         PRESETS["w8a8"].name = "other"
@@ -266,6 +279,12 @@ def test_recipes_are_frozen():
             {"activations": {"rotation": "hadamard", "format": "float16"}},
             "activations.rotation 'hadamard' .* quantized activations.format",
         ),
+        ({"incoherence": {}}, "incoherence .* it needs activations.format 'float16'"),
+        (
+            {"incoherence": {}, "activations": {"format": "float16"}},
+            "incoherence .* it needs outliers.channels 0",
+        ),
+        ({"incoherence": {"seed": 0.5}}, "incoherence.seed must be of type int, got 0.5"),
         ({"outliers": {"channels": 100}}, "outliers.channels .* multiple of 32, got 100"),
         ({"outliers": {"channels": -32}}, "outliers.channels .* got -32"),
         ({"outliers": {"max_fraction": 2.0}}, "outliers.max_fraction .* got 2.0"),

@@ -15,7 +15,7 @@ from quatom.errors import RecipeError
 from quatom.families.spec import Layer, ModelConfig, NormName, RouterTensor, SiteName
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import QuantizeSpec
-from quatom.recipe import KVSpec, OutlierSpec, Recipe, WeightSpec
+from quatom.recipe import IncoherenceSpec, KVSpec, OutlierSpec, Recipe, WeightSpec
 
 OrderKind = Literal["none", "gathered", "folded"]
 """How a site's input comes into its channel order: not at all; gathered as it is quantized; or by
@@ -82,6 +82,7 @@ class SitePlan:
     """The site whose input the rows of this one make, where that site's order is folded."""
     quantizes_weights: bool
     weights: WeightSpec
+    incoherence: IncoherenceSpec | None
     outliers: OutlierSpec
     activation_format: str
     input_spec: QuantizeSpec | None
@@ -242,6 +243,7 @@ def _site(
         makes=makes[0] if makes else None,
         quantizes_weights=recipe.quantizes_weights,
         weights=recipe.weights,
+        incoherence=recipe.incoherence,
         outliers=recipe.outliers,
         activation_format=recipe.activations.format,
         input_spec=input_spec(recipe, layout),

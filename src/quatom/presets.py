@@ -3,6 +3,7 @@
 from quatom.recipe import (
     ActivationSpec,
     GPTQSpec,
+    IncoherenceSpec,
     KVSpec,
     NearestSpec,
     OutlierSpec,
@@ -66,6 +67,15 @@ def _presets() -> dict[str, Recipe]:
             kv_cache=float_cache,
             outliers=no_outliers,
             channel_scaling=ScalingSpec(method="awq", strength=1.0),
+        ),
+        Recipe(
+            name="quip-w4a16",
+            weights=WeightSpec(format="odd4", group_size=-1, clip_search="mse"),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+            channel_scaling=ScalingSpec(method="balanced", strength=1.0),
+            incoherence=IncoherenceSpec(),
         ),
         Recipe(
             name="smoothquant-w8a8",

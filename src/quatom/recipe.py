@@ -7,11 +7,13 @@ from quatom.errors import RecipeError
 from quatom.recipe_fields import check_types, read_fields
 from quatom.recipe_versions import FORMAT_VERSION, to_current
 
-WeightFormat = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "e2m1", "float16"]
+WeightFormat = Literal[
+    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "odd4", "e2m1", "float16"
+]
 ActivationFormat = Literal["int3", "int4", "int8", "e4m3", "e2m1", "float16"]
 KVFormat = Literal["int4", "int8", "float16"]
 
-_BITS = {"e2m1": 4, "e4m3": 8, "float16": 16} | {f"int{b}": b for b in range(2, 9)}
+_BITS = {"odd4": 4, "e2m1": 4, "e4m3": 8, "float16": 16} | {f"int{b}": b for b in range(2, 9)}
 
 
 def _check_group(owner: str, group_size: int) -> None:
@@ -83,7 +85,8 @@ class WeightSpec:
     """Symmetric quantization of the weights of every decoder linear."""
 
     format: WeightFormat = "int4"
-    """Number format of a code; float16 leaves the weights in their own dtype."""
+    """Number format of a code; odd4 has the odd integers from -15 to 15 and no zero; float16 leaves
+    the weights in their own dtype."""
     group_size: int = 128
     """Consecutive input channels that share one scale; -1 is the whole row (per channel)."""
     rows_per_scale: int = 1
@@ -252,6 +255,20 @@ class ScalingSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IncoherenceSpec:
+    """Random orthogonal matrices on both sides of every weight.
+
+    Inputs and outputs of linears are rotated at run time, in floating point.
+    """
+
+    seed: int = 0
+    """Gives the matrices, with the names of the linears."""
+
+    def __post_init__(self) -> None:
+        check_types("incoherence", self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutlierSpec:
     """Channels that are moved to the end and kept in a wider format."""
 
@@ -314,6 +331,8 @@ class Recipe:
     outliers: OutlierSpec = field(default_factory=OutlierSpec)
     channel_scaling: ScalingSpec | None = None
     """Divide input channels by factors; None: leave them as they are."""
+    incoherence: IncoherenceSpec | None = None
+    """Rotate every weight on both sides; None: do not."""
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     tensor_parallel: int = 1
     """B: the inputs of o_proj and down_proj are B equal blocks, each with a channel order and
@@ -349,6 +368,7 @@ class Recipe:
                 "channel_scaling.method 'awq' searches on the groups of channels as they come: it "
                 "needs outliers.channels 0 and activations.rotation 'none'"
             )
+        self._check_incoherence()
         sizes = self.weights.group_size, self.activations.group_size
         if self.quantizes_activations and sizes[1] not in (-1, sizes[0]):
             raise RecipeError(
@@ -356,6 +376,22 @@ class Recipe:
                 "GEMM dequantizes both at each group; -1, one scale for all normal channels of a "
                 "token, goes with every group size of weights"
             )
+
+    def _check_incoherence(self) -> None:
+        if self.incoherence is None:
+            return
+        for needed, fits in (
+            ("a quantized weights.format", self.quantizes_weights),
+            ("activations.format 'float16'", not self.quantizes_activations),
+            ("outliers.channels 0", self.outliers.channels == 0),
+            ("tensor_parallel 1", self.tensor_parallel == 1),
+            ("weights.rounder.float_target 0", self.float_target == 0),
+        ):
+            if not fits:
+                raise RecipeError(
+                    "incoherence mixes all channels of weights whose inputs stay in floating "
+                    f"point: it needs {needed}"
+                )
 
     @property
     def quantizes_weights(self) -> bool:

@@ -65,6 +65,8 @@ def test_w8a8_codes_are_bytes_and_all_else_is_copied(checkpoint, tmp_path):
 def test_recipes_that_cannot_be_said_are_refused_by_what_cannot(checkpoint, tmp_path):
     with pytest.raises(RecipeError, match=r"outliers.channels 128, .*kv_cache.format int4"):
         export_compressed_tensors(checkpoint("quatom-w4a8kv4"), tmp_path / "ct")
+    with pytest.raises(RecipeError, match=r"weights.format odd4, .*incoherence"):
+        export_compressed_tensors(checkpoint("quip-w4a16"), tmp_path / "ct")
     assert not list(tmp_path.iterdir())
 
 

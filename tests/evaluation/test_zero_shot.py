@@ -198,6 +198,9 @@ def test_entries_have_the_harness_metrics_and_count_what_was_run(loaded, task_di
         ("hellaswag", "acc_norm", 2, True),
     ]
     assert {(e["model"], e["recipe"], e["num_fewshot"]) for e in entries} == {("tiny", "fp16", 0)}
+    # Two examples of which one is right differ by 1/2 from their mean: 1/2 of standard error.
+    errors = {0.0: 0.0, 0.5: 0.5, 1.0: 0.0}
+    assert all(e["standard_error"] == errors[e["value"]] for e in entries)
 
 
 class CountingModel:

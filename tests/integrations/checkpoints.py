@@ -46,7 +46,8 @@ def family_checkpoint(folder: Path, family: str, name: str, text: Path) -> Path:
         for part in ("weights", "activations")
         if (spec := getattr(recipe, part)).group_size != -1
     }
-    recipe = replace(recipe, **sizes, outliers=OutlierSpec(channels=32))
+    outliers = OutlierSpec(channels=32 if recipe.outliers.channels else 0)
+    recipe = replace(recipe, **sizes, outliers=outliers)
     source = folder / family
     if not source.exists():
         save_tiny(source, family)

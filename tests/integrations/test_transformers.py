@@ -51,7 +51,8 @@ def from_pretrained(folder, **options):
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [(family, "quatom-w4a8kv4") for family in FAMILIES]
-    + [("qwen3", "atom-w4a4kv4"), ("phi3-partial", "atom-w4a4kv4")],
+    + [("qwen3", "atom-w4a4kv4"), ("phi3-partial", "atom-w4a4kv4")]
+    + [("llama-biased", "quip-w4a16"), ("glm4", "quip-w4a16")],
 )
 @torch.inference_mode()
 def test_logits_are_those_of_quatom(checkpoint, family, recipe):

@@ -7,7 +7,7 @@ from quatom.errors import RecipeError
 from quatom.numerics.formats import get_format
 
 INTEGERS = [f"int{bits}" for bits in range(2, 9)]
-CODED = [*INTEGERS, "e2m1", "e4m3"]
+CODED = [*INTEGERS, "odd4", "e2m1", "e4m3"]
 
 # Values by code, written out: the signed magnitudes of OCP's 4-bit float.
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -52,10 +52,23 @@ def test_e2m1_has_the_sixteen_values_of_the_ocp_format():
     assert get_format("e2m1").decode(all_patterns("e2m1")).tolist() == E2M1
 
 
+def test_odd4_has_the_odd_integers_and_no_zero():
+    fmt = get_format("odd4")
+    want = [*range(1, 16, 2), *range(-15, 0, 2)]  # two's complement code c stands for 2 c + 1
+    assert fmt.decode(all_patterns("odd4")).tolist() == want
+    assert (fmt.integer_bits, get_format("int4").integer_bits) == (5, 4)
+    assert get_format("e2m1").integer_bits == 0
+
+
 ROUND_ROWS = {
     "int2": ([0.5, 1.5, -0.5, -1.5, -2.5, 9.0, -9.0], [0, 1, 0, -2, -2, 1, -2]),
     "int3": ([0.5, 1.5, 2.5, 3.4, 3.6, -3.5, -4.5], [0, 2, 2, 3, 3, -4, -4]),
     "int4": ([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 7.4, 7.6, -8.9], [0, 2, 2, 0, -2, -2, 7, 7, -8]),
+    # A middle goes up.
+    "odd4": (
+        [0.0, 0.1, -0.1, 2.0, 4.0, -2.0, 14.9, 99.0, -99.0],
+        [1, 1, -1, 3, 5, -1, 15, 15, -15],
+    ),
     "int8": ([0.5, 1.5, 126.5, 127.5, 1e9, -128.5, -1e9], [0, 2, 126, 127, 127, -128, -128]),
     # Midpoints go to the neighbour whose code (mantissa bit) is even: 0, 1, 2 and 4.
     "e2m1": (
@@ -105,5 +118,7 @@ def test_float16_rounds_and_has_no_codes():
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones():
-    with pytest.raises(RecipeError, match=r"'int9'; known: int2 to int8, e4m3, e2m1, float16"):
+    with pytest.raises(
+        RecipeError, match=r"'int9'; known: int2 to int8, odd4, e4m3, e2m1, float16"
+    ):
         get_format("int9")

@@ -31,6 +31,9 @@ OPTIONS = {
     "searched": RoundingOptions(
         normal=get_format("int3"), outlier=get_format("int8"), clip_search="output"
     ),
+    "odd integers": RoundingOptions(
+        normal=get_format("odd4"), outlier=get_format("int8"), clip_search="mse"
+    ),
     "e2m1, float16 outliers": RoundingOptions(
         normal=get_format("e2m1"), outlier=get_format("float16")
     ),

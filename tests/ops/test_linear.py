@@ -223,6 +223,40 @@ def test_every_scheme_has_the_accuracy_of_float32(backend, weight, fmt, layout, 
     assert error <= (2e-3 if fmt == "e4m3" and backend is Backend.CUDA else 4e-4)
 
 
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
+def test_odd_integer_weights_under_a_plain_input_are_exact(backend, device):
+    rng = torch.Generator().manual_seed(4)
+    layout = GroupLayout(576, 576)
+    x = torch.randint(-8, 8, (5, 576), generator=rng).half()
+    w = 2.0 * torch.randint(-8, 8, (72, 576), generator=rng) + 1
+    ws = powers_of_two(72, layout, rng, -8, -6)
+    prepared = prepare_weights(
+        w.to(device),
+        ws.half().to(device),
+        layout,
+        weight_format="odd4",
+        activation_format="float16",
+        backend=backend,
+    )
+    # Sums of integers below 2**17, times a power of two: float32 holds them, float16 rounds once.
+    want = (x.double() @ w.double().t()) * ws.double().t()
+    assert torch.equal(linear(x.to(device), prepared).cpu(), want.half())
+
+
+def test_other_backends_refuse_odd_integers_by_name():
+    layout = GroupLayout(64, 64)
+    w, ws = torch.ones(8, 64), torch.ones(8, 1).half()
+    for backend, words in (
+        (Backend.CPU, "multiplies integers of at most 8 bits, not odd4 and float16"),
+        (Backend.CUDA, "Hopper GPU"),
+        (Backend.CUBLAS, "needs a CUDA device"),
+    ):
+        with pytest.raises(BackendError, match=words):
+            prepare_weights(
+                w, ws, layout, weight_format="odd4", activation_format="float16", backend=backend
+            )
+
+
 @pytest.mark.parametrize("split", [2, 3])
 @pytest.mark.parametrize(
     ("weight", "layout"),

@@ -5,6 +5,7 @@ numpy, inputs and KV cache are quantized by a few lines of torch in hooks around
 linears. Weights stand in their original channel order, so orders are judged as well.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ PLACES = {
     ),
     "down": ("mlp.down_proj", "mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj"),
 }
-BITS = {"e2m1": 4, "e4m3": 8} | {f"int{b}": b for b in range(2, 9)}
+BITS = {"odd4": 4, "e2m1": 4, "e4m3": 8} | {f"int{b}": b for b in range(2, 9)}
 LARGEST = {"e2m1": 6.0, "e4m3": 448.0} | {f"int{b}": 2.0 ** (b - 1) - 1 for b in range(2, 9)}
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 
@@ -47,7 +48,8 @@ def unpack(packed: torch.Tensor, name: str) -> torch.Tensor:
     patterns = torch.from_numpy(patterns)
     if name == "e2m1":
         return torch.where(patterns >= 8, -E2M1[patterns & 7], E2M1[patterns & 7]).float()
-    return torch.where(patterns >= 2 ** (bits - 1), patterns - 2**bits, patterns).float()
+    codes = torch.where(patterns >= 2 ** (bits - 1), patterns - 2**bits, patterns).float()
+    return 2 * codes + 1 if name == "odd4" else codes
 
 
 def hadamard(size: int) -> torch.Tensor:
@@ -67,6 +69,17 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     """Each block of 2**n channels, the largest that divides the width, times a Hadamard matrix."""
     size = x.shape[-1] & -x.shape[-1]
     return (x.unflatten(-1, (-1, size)) @ hadamard(size)).flatten(-2)
+
+
+def incoherent(seed: int, name: str, size: int) -> torch.Tensor:
+    """The matrix of `quip-w4a16` for an input or for the rows of a linear: (size, size) float64."""
+    bits = hashlib.shake_256(f"{seed} {name}".encode()).digest((size + 7) // 8)
+    signs = [1 - 2 * (bits[i // 8] >> (i % 8) & 1) for i in range(size)]
+    odd = size // (size & -size)
+    angle = 2 * torch.pi * torch.outer(torch.arange(odd), torch.arange(odd)).double() / odd
+    hartley = (angle.cos() + angle.sin()) / odd**0.5
+    # A Kronecker product of Sylvester's matrices is that of their product.
+    return torch.kron(hartley, hadamard(size // odd).double()) * torch.tensor(signs)
 
 
 @dataclass
@@ -146,8 +159,9 @@ class Simulation:
         tensors = {n.removeprefix(key): t for n, t in self.tensors.items() if n.startswith(key)}
         with torch.no_grad():
             groups = self._dequantize(linear.weight, tensors, place)
+            back = self._make_coherent(linear.weight, index, place, key)
             if linear.bias is not None:
-                linear.bias.copy_(tensors["bias"])
+                linear.bias.copy_(back @ tensors["bias"])
         if self.recipe["activations"]["format"] != "float16":
             linear.register_forward_pre_hook(self._input_hook(index, place, groups))
 
@@ -164,6 +178,7 @@ class Simulation:
             for expert, weight in enumerate(weights[place]):
                 own = {n: t if n == "order" else t[expert] for n, t in tensors.items()}
                 groups = self._dequantize(weight, own, place)
+                self._make_coherent(weight, index, place, key)
             hooks[place] = self._input_hook(index, place, groups)
 
         def quantized(place, x):
@@ -195,6 +210,16 @@ class Simulation:
             return out.view(shape)
 
         module.forward = forward
+
+    def _make_coherent(self, weight: torch.Tensor, index: int, place: str, key: str):
+        """U^T W V for a weight W (N, K) as stored; returns U^T (N, N)."""
+        if self.recipe["incoherence"] is None:
+            return torch.eye(weight.shape[0])
+        seed = self.recipe["incoherence"]["seed"]
+        u = incoherent(seed, key.removesuffix("."), weight.shape[0])
+        v = incoherent(seed, f"model.layers.{index} {place}", weight.shape[1])
+        weight.copy_(u.t() @ weight.double() @ v)
+        return u.t().float()
 
     def _dequantize(self, weight: torch.Tensor, tensors: dict, place: str) -> Groups:
         """Fill a weight (N, K) with what its stored tensors stand for."""

@@ -83,8 +83,10 @@ def agree(source, target, monkeypatch, ties=0.005):
     simulation = Simulation(target, source)
     want = simulation.logits(TOKENS, recorded, monkeypatch)
     # Codes are equal but for ties. What is left is the order of float32 sums, in reordered against
-    # original channels: some 1e-7 of the logits for each of a handful of layers.
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    # original channels: some 1e-7 of the logits for each of a handful of layers. Where inputs and
+    # outputs are rotated, each linear rounds its rows four times more, once per Kronecker factor.
+    tolerance = 1e-5 if simulation.recipe["incoherence"] is None else 5e-5
+    assert (got - want).abs().max() <= tolerance * want.abs().max()
     counts = simulation.counts
     assert counts.differing <= 2 + ties * counts.groups, counts
     # The network is not one in which quantization changes nothing.

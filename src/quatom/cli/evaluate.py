@@ -18,6 +18,13 @@ def evaluate(
         Path | None,
         typer.Option(help="Text file to measure perplexity on, or wikitext2, ptb or c4."),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Floating-point model to compare the predictions of each token with: agreement of "
+            "the most probable tokens, and KL divergence."
+        ),
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Number of windows to score; default: all.")
@@ -53,27 +60,35 @@ def evaluate(
     """Measure perplexity (GPTQ's protocol) and zero-shot accuracy."""
     from quatom.cli.common import read_dtype
     from quatom.evaluation.corpora import read_corpus
+    from quatom.evaluation.divergence import check_same_vocabulary
     from quatom.evaluation.results import read_results
     from quatom.evaluation.zero_shot import find_harness
     from quatom.loading import load
 
     if perplexity is None and tasks is None:
         raise typer.BadParameter("give --perplexity FILE, --tasks NAMES, or both")
+    if reference is not None and perplexity is None:
+        raise typer.BadParameter("--reference is compared with on a text: give --perplexity, too")
     if json is not None:
         read_results(json)
     corpus = None if perplexity is None else read_corpus(perplexity, data_dir=data_dir)
     if tasks is not None:
         find_harness()
     loaded = load(model, device=device, dtype=read_dtype(dtype))
+    compared = None
+    if reference is not None:
+        compared = load(reference, device=device, dtype=read_dtype(dtype))
+        check_same_vocabulary(loaded, compared)
     title = name or Path(model).resolve().name
     if corpus is not None:
-        _perplexity(loaded, title, corpus, sequence_length, max_windows, json)
+        _perplexity(loaded, compared, title, corpus, sequence_length, max_windows, json)
     if tasks is not None:
         _tasks(loaded, title, tasks.split(","), data_dir, limit, cache, json)
 
 
 def _perplexity(
     loaded: "LoadedModel",
+    reference: "LoadedModel | None",
     title: str,
     text: "CorpusText",
     sequence_length: int,
@@ -96,6 +111,7 @@ def _perplexity(
             corpus.tokens,
             sequence_length=sequence_length,
             max_windows=max_windows,
+            reference=reference,
             on_window=on_window,
         )
     entry = accuracy_entry(loaded, title, corpus.name, measured)
@@ -115,6 +131,20 @@ def _perplexity(
             for e in shown
         ],
     )
+    if (divergence := measured.divergence) is not None:
+        top1, kl = divergence.top1_standard_error, divergence.kl_standard_error
+        print_table(
+            f"{title} against {reference.source if reference else None}, ± one standard error",
+            ("", "mean"),
+            [
+                ("same most probable token", _with_error(divergence.top1_agreement, top1)),
+                ("KL divergence (nats)", _with_error(divergence.kl_divergence, kl)),
+            ],
+        )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _tasks(
@@ -141,8 +171,16 @@ def _tasks(
     )
     print_table(
         f"{title}, {loaded.recipe.name}, zero-shot",
-        ("task", "metric", "value", "examples"),
-        [(e["task"], e["metric"], f"{e['value']:.4f}", str(e["examples"])) for e in entries],
+        ("task", "metric", "value ± standard error", "examples"),
+        [
+            (
+                e["task"],
+                e["metric"],
+                _with_error(e["value"], e["standard_error"]),
+                str(e["examples"]),
+            )
+            for e in entries
+        ],
     )
     if out is not None:
         add_results(out, entries)

@@ -10,7 +10,7 @@ Source: GPTQ (Frantar et al., ICLR 2023), evaluation; used unchanged by Atom and
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quatom.errors import CalibrationError
+from quatom.evaluation.divergence import Divergence, DivergenceMeter, check_same_vocabulary
 from quatom.loading import LoadedModel
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import full_sequences_context
@@ -39,6 +40,8 @@ class Perplexity:
     all_windows: bool
     """Whether the whole text was scored."""
     seconds: float
+    divergence: Divergence | None = None
+    """From the reference, where there was one."""
 
 
 def cut_windows(
@@ -65,11 +68,27 @@ def cut_windows(
 @torch.no_grad()
 def window_loss(loaded: LoadedModel, window: Tensor) -> float:  # (length,)
     """Mean loss of the window's tokens but the first, in nats."""
-    length = window.numel()
     window = window.to(loaded.device)
-    context = full_sequences_context(1, length, KV_BLOCK_SIZE, loaded.device)
+    return mean_loss(_hidden(loaded, window), window, loaded.model.compute_logits)
+
+
+def _hidden(loaded: LoadedModel, window: Tensor) -> Tensor:  # (length,) -> (length, hidden)
+    context = full_sequences_context(1, window.numel(), KV_BLOCK_SIZE, loaded.device)
     cache = loaded.model.allocate_kv_cache(context.block_tables.numel(), KV_BLOCK_SIZE)
-    return mean_loss(loaded.model(window, context, cache), window, loaded.model.compute_logits)
+    hidden: Tensor = loaded.model(window, context, cache)
+    return hidden
+
+
+@torch.no_grad()
+def _both_logits(
+    loaded: LoadedModel, reference: LoadedModel, window: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every token of a window but the last, in pieces, of both models on one device."""
+    window = window.to(loaded.device)
+    own, other = _hidden(loaded, window), _hidden(reference, window)
+    for start in range(0, window.numel() - 1, LOGIT_ROWS):
+        rows = slice(start, min(start + LOGIT_ROWS, window.numel() - 1))
+        yield loaded.model.compute_logits(own[rows]), reference.model.compute_logits(other[rows])
 
 
 def mean_loss(
@@ -125,6 +144,7 @@ def measure_perplexity(
     *,
     sequence_length: int = 2048,
     max_windows: int | None = None,
+    reference: LoadedModel | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a model on a text.
@@ -132,11 +152,13 @@ def measure_perplexity(
     Args:
         sequence_length: tokens per window.
         max_windows: score only the first ones.
+        reference: a model of the same vocabulary on the same device, to compare predictions with.
         on_window: called after each window with (windows done, windows in all, perplexity so far).
 
     Raises:
         CalibrationError: the text is shorter than a window, or the model's context than a window;
-            the model does not know a token, or gives values that are not finite.
+            the model does not know a token, or gives values that are not finite; the reference
+            knows other tokens.
     """
     if not 2 <= sequence_length <= loaded.config.max_position:
         raise CalibrationError(
@@ -144,6 +166,10 @@ def measure_perplexity(
             f"{loaded.config.max_position} positions: choose --sequence-length from 2 to that"
         )
     windows = cut_windows(tokens, sequence_length, max_windows)
+    if reference is not None:
+        check_same_vocabulary(loaded, reference)
+        reference.model.limit_length(sequence_length)
+    meter = DivergenceMeter()
     loaded.model.limit_length(sequence_length)
     check_token_ids(windows, loaded.config.vocab_size, "the text")
     started = time.perf_counter()
@@ -155,6 +181,8 @@ def measure_perplexity(
                 f"the loss of window {number} of {len(windows)} is {losses[-1]}: "
                 f"{_where_not_finite(loaded, window)}"
             )
+        if reference is not None:
+            meter.add(_both_logits(loaded, reference, window))
         if on_window is not None:
             on_window(number, len(windows), perplexity_of(losses))
     return Perplexity(
@@ -163,4 +191,5 @@ def measure_perplexity(
         windows=len(losses),
         all_windows=len(losses) == tokens.numel() // sequence_length,
         seconds=time.perf_counter() - started,
+        divergence=None if reference is None else meter.result(),
     )

@@ -19,6 +19,7 @@ from quatom.evaluation.report_model import (
     unique,
 )
 from quatom.evaluation.report_outliers import outliers_section
+from quatom.evaluation.standard_error import of_accuracy
 
 
 def _float_first(recipe: str) -> bool:
@@ -107,10 +108,8 @@ def zero_shot_section(inputs: ReportInputs) -> Section | None:
 def _accuracy(entry: Entry | None) -> str:
     if entry is None:
         return "–"
-    value, count = entry["value"], entry["examples"]
-    if count < 2:
-        return f"{100 * value:.2f}"
-    return f"{100 * value:.2f} ± {100 * math.sqrt(value * (1 - value) / (count - 1)):.2f}"
+    error = of_accuracy(entry)
+    return f"{100 * entry['value']:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
 def _examples(entries: Sequence[Entry]) -> str:

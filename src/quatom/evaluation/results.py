@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def accuracy_entry(
         "device": loaded.device.type,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "seconds": round(measured.seconds, 1),
-    }
+    } | ({} if measured.divergence is None else asdict(measured.divergence))
 
 
 def quantize_entry(report: QuantizeReport, model: str, seconds: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quatom.errors import CalibrationError
+from quatom.evaluation.standard_error import of_accuracy
 from quatom.loading import LoadedModel
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
@@ -91,19 +92,18 @@ def _entries(
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr"):
             continue
-        entries.append(
-            {
-                "model": name,
-                "recipe": loaded.recipe.name,
-                "task": task,
-                "metric": metric if filter_name == "none" else key,
-                "value": float(value),
-                "examples": samples["effective"],
-                "all_examples": samples["effective"] == samples["original"],
-                "num_fewshot": outcome["n-shot"][task],
-                "task_version": outcome["versions"].get(task),
-                "harness": version("lm_eval"),
-                "backend": loaded.backend_name,
-            }
-        )
+        entry = {
+            "model": name,
+            "recipe": loaded.recipe.name,
+            "task": task,
+            "metric": metric if filter_name == "none" else key,
+            "value": float(value),
+            "examples": samples["effective"],
+            "all_examples": samples["effective"] == samples["original"],
+            "num_fewshot": outcome["n-shot"][task],
+            "task_version": outcome["versions"].get(task),
+            "harness": version("lm_eval"),
+            "backend": loaded.backend_name,
+        }
+        entries.append(entry | {"standard_error": of_accuracy(entry)})
     return entries

@@ -35,12 +35,14 @@ from quatom.checkpoint.schema import linear_tensors
 from quatom.errors import CheckpointError, ModelError
 from quatom.families.spec import Attention
 from quatom.loading import rotary_rows
+from quatom.modeling.build import build_site
 from quatom.modeling.inputs import InputQuantizer
+from quatom.modeling.linear import SiteLinear
+from quatom.modeling.rotated import RotatedLinear
 from quatom.numerics.hadamard import rotate_heads
 from quatom.numerics.kv_codes import asymmetric_codes, asymmetric_range
 from quatom.numerics.reorder import inverse_order
 from quatom.numerics.rotary import head_order
-from quatom.ops.linear import PreparedLinear, linear, prepare_weights
 from quatom.plan import LayerPlan, LinearPlan, SitePlan, plan
 from quatom.recipe import KVSpec, Recipe
 
@@ -155,11 +157,13 @@ class QuatomLinear(nn.Module):
             dtype = spec.dtype or torch.get_default_dtype()
             tensor = nn.Parameter(torch.empty(spec.shape, dtype=dtype), requires_grad=False)
             self.register_parameter(name.removeprefix(f"{stored.name}."), tensor)
-        self._prepared: tuple[InputQuantizer, PreparedLinear] | None = None
+        # In a tuple: a module of a module would be found by its name, and saved.
+        self._built: tuple[SiteLinear | RotatedLinear, InputQuantizer] | None = None
+        self._built_on: torch.device | None = None
         self._rows: Tensor | None = None
 
     @torch.no_grad()
-    def _prepare(self) -> tuple[InputQuantizer, PreparedLinear]:
+    def _build(self) -> tuple[SiteLinear | RotatedLinear, InputQuantizer]:
         site, tensors = self.site, {}
         for name, parameter in self.named_parameters():
             tensors[f"{self.stored.name}.{name}"] = parameter.detach().cpu()
@@ -170,26 +174,15 @@ class QuatomLinear(nn.Module):
             own = rows[self.stored.row_range] - self.stored.first
             self._rows = inverse_order(own).to(device)
         codes = decode(self.layer, site, tensors).to(device)
-        prepared = prepare_weights(
-            codes.values,
-            codes.scales,
-            site.layout,
-            bias=codes.bias,
-            weight_format=site.weights.format,
-            activation_format=site.activation_format,
-            outlier_format=site.outliers.format,
-            scale_mode=site.scale_mode,
-        )
-        spec = None if site.input_spec is None else prepared.input_spec(site.input_spec)
-        return InputQuantizer(spec, codes.order).to(device), prepared
+        return build_site(site, codes)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x (..., K), bias added: (..., N)."""
-        if self._prepared is None or self._prepared[1].tensors[0].device != x.device:
-            self._prepared = self._prepare()
-        quantizer, prepared = self._prepared
-        y = linear(quantizer.plain(x.reshape(-1, x.shape[-1])), prepared)
+        if self._built is None or self._built_on != x.device:
+            self._built, self._built_on = self._build(), x.device
+        linear, inputs = self._built
+        y: Tensor = linear(inputs.plain(x.reshape(-1, x.shape[-1])))
         if self._rows is not None:
             y = y[:, self._rows]
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -23,6 +23,7 @@ from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
 from quatom.modeling.linear import SiteLinear
 from quatom.modeling.rotary import RotaryTables
+from quatom.modeling.rotated import RotatedLinear
 from quatom.modeling.router import ExpertRouter
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.activations import MixedTensor
@@ -72,7 +73,7 @@ class DecoderBlock(nn.Module):
         self,
         plan: LayerPlan,
         *,
-        linears: Mapping[SiteName, SiteLinear],
+        linears: Mapping[SiteName, SiteLinear | RotatedLinear],
         inputs: Mapping[SiteName, InputQuantizer],
         norms: Mapping[NormName, NormLayer],
         qk_norm: tuple[Tensor, Tensor] | None = None,

@@ -9,6 +9,7 @@ from quatom.modeling.linear import (
     QuantizedLinear,
     SiteLinear,
 )
+from quatom.modeling.rotated import RotatedLinear, input_rotation, output_rotations
 from quatom.modeling.weights import FloatSite, LayerWeights, SiteCodes
 from quatom.ops.backend import Backend
 from quatom.ops.experts import PreparedExperts, prepare_experts
@@ -34,7 +35,7 @@ def build_block(
     """
     linears, inputs = {}, {}
     for site, plan in layer.sites.items():
-        linears[site], inputs[site] = _build_site(plan, weights.sites[site], backend)
+        linears[site], inputs[site] = build_site(plan, weights.sites[site], backend)
     return DecoderBlock(
         layer,
         linears=linears,
@@ -51,14 +52,32 @@ def build_block(
     )
 
 
-def _build_site(
+def build_site(
+    plan: SitePlan, held: FloatSite | SiteCodes, backend: Backend | None = None
+) -> tuple[SiteLinear | RotatedLinear, InputQuantizer]:
+    """The linear of a site, and the quantizer of its input in the byte layout that it reads.
+
+    Raises:
+        BackendError: the backend asked for cannot run these formats on this device.
+    """
+    device = held.weight.device if isinstance(held, FloatSite) else held.values.device
+    linear = _build_linear(plan, held, backend)
+    spec, order = plan.input_spec, held.order if plan.order == "gathered" else None
+    if spec is not None and isinstance(linear, QuantizedLinear | QuantizedExperts):
+        spec = linear.prepared.input_spec(spec)
+    if order is not None:
+        order = order.to(device)
+    inputs = InputQuantizer(spec, order, backend, input_rotation(plan, device))
+    outputs = output_rotations(plan, device)
+    return (RotatedLinear(linear, outputs) if outputs else linear), inputs
+
+
+def _build_linear(
     plan: SitePlan, held: FloatSite | SiteCodes, backend: Backend | None
-) -> tuple[SiteLinear, InputQuantizer]:
-    """The linear of a site, and the quantizer of its input in the byte layout that it reads."""
-    order = held.order if plan.order == "gathered" else None
+) -> SiteLinear:
     if isinstance(held, FloatSite):
         floats = FloatLinear if plan.experts is None else FloatExperts
-        return floats(held.weight, held.bias), InputQuantizer(plan.input_spec, order, backend)
+        return floats(held.weight, held.bias)
     prepare = prepare_weights if plan.experts is None else prepare_experts
     prepared = prepare(
         held.values,
@@ -71,12 +90,6 @@ def _build_site(
         scale_mode=plan.scale_mode,
         backend=backend,
     )
-    linear: SiteLinear
     if isinstance(prepared, PreparedExperts):
-        linear = QuantizedExperts(prepared)
-    else:
-        linear = QuantizedLinear(prepared)
-    spec = None if plan.input_spec is None else prepared.input_spec(plan.input_spec)
-    if order is not None:
-        order = order.to(held.values.device)
-    return linear, InputQuantizer(spec, order, backend)
+        return QuantizedExperts(prepared)
+    return QuantizedLinear(prepared)

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from quatom.families.spec import FeedForward, Norm
 from quatom.modeling.weights import NormWeights
+from quatom.numerics.incoherence import Rotation
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
 from quatom.ops.gated import gated
@@ -45,7 +46,8 @@ class InputQuantizer(nn.Module):
     """Makes the input that the linears of one site share (q, k and v; gate and up).
 
     With a quantize spec it returns a MixedTensor in the byte layout that the spec names, otherwise
-    a plain tensor; in both cases with channels in reordered position.
+    a plain tensor, rotated where the recipe says so; in both cases with channels in reordered
+    position.
     """
 
     order: Tensor | None
@@ -55,14 +57,17 @@ class InputQuantizer(nn.Module):
         spec: QuantizeSpec | None,
         order: Tensor | None = None,  # (K,) old channel at each position; None: as they are
         backend: Backend | None = None,
+        rotation: Rotation | None = None,  # of K channels; with a quantize spec there is none
     ) -> None:
         super().__init__()
         self.spec = spec
         self.backend = backend
+        self.rotation = rotation
         self.register_buffer("order", None if order is None else order.int(), persistent=False)
 
-    def _reorder(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x[:, self.order.long()]
+    def _arrange(self, x: Tensor) -> Tensor:
+        x = x if self.order is None else x[:, self.order.long()]
+        return x if self.rotation is None else self.rotation.apply(x).to(x.dtype)
 
     def norm(
         self,
@@ -79,7 +84,7 @@ class InputQuantizer(nn.Module):
             return self.plain(total), total
         if self.spec is None:
             normed, total = layer(x, residual)
-            return self._reorder(normed), total
+            return self._arrange(normed), total
         return norm_quantize(
             x,
             layer.weight,
@@ -94,7 +99,7 @@ class InputQuantizer(nn.Module):
     def plain(self, x: Tensor) -> Tensor | MixedTensor:  # (T, K)
         """The input as it is: attention's output before o_proj."""
         if self.spec is None:
-            return self._reorder(x)
+            return self._arrange(x)
         return reorder_quantize(x, self.order, self.spec, backend=self.backend)
 
     def activate(self, x: Tensor, spec: FeedForward) -> Tensor | MixedTensor:
@@ -103,5 +108,5 @@ class InputQuantizer(nn.Module):
         Channels come in reordered position: the rows that make them are stored so.
         """
         if self.spec is None:
-            return self._reorder(gated(x, spec.activation, spec.gated, backend=self.backend))
+            return self._arrange(gated(x, spec.activation, spec.gated, backend=self.backend))
         return gated_quantize(x, self.spec, spec.activation, spec.gated, backend=self.backend)

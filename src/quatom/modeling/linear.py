@@ -58,6 +58,11 @@ class FloatExperts(nn.Module):
         """As `quatom.ops.experts.expert_linear`: (T k, N) in grouped order."""
         return expert_linear(x, self.weight, groups, top_k=top_k, bias=self.bias)
 
+    def of_expert(self, expert: int, x: Tensor) -> Tensor:  # (T, K) -> (T, N)
+        """What one expert makes of every row."""
+        bias = None if self.bias is None else self.bias[expert]
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight[expert], bias)
+
 
 class QuantizedExperts(nn.Module):
     """The same with weights of codes, repacked once for the backend that multiplies them."""

@@ -1,8 +1,8 @@
 """Number formats of codes: which values a code can take, and its bit pattern.
 
 A format rounds a real number, already divided by its group's scale, to the nearest value it can
-hold (ties to even), and turns such values into bit patterns of `bits` bits and back. Everything
-else (scales, groups, packing) is the same for all formats.
+hold (ties to even, or upwards where all values are odd), and turns such values into bit patterns of
+`bits` bits and back. Everything else (scales, groups, packing) is the same for all formats.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 from quatom.errors import RecipeError
 
 FormatName = Literal[
-    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "e2m1", "e4m3", "float16"
+    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "odd4", "e2m1", "e4m3", "float16"
 ]
 
 # The magnitudes of a 4-bit float with 2 exponent bits and 1 mantissa bit, by their 3-bit code.
@@ -41,8 +41,13 @@ class Format:
 
     @property
     def is_integer(self) -> bool:
-        """Whether values are two's-complement integers."""
+        """Whether values are all two's-complement integers of `bits` bits."""
         return self.name.startswith("int")
+
+    @property
+    def integer_bits(self) -> int:
+        """Bits of a two's-complement integer that holds every value; 0 where none does."""
+        return self.bits if self.is_integer else self.bits + 1 if self.name == "odd4" else 0
 
     @property
     def is_quantized(self) -> bool:
@@ -68,6 +73,20 @@ def _integer(bits: int) -> Format:
         round=lambda x: torch.round(x).clamp_(low, high),
         encode=encode,
         decode=decode,
+    )
+
+
+def _odd4() -> Format:
+    codes = _integer(4)
+
+    return Format(
+        name="odd4",
+        bits=4,
+        largest=15.0,
+        # All of (2 c, 2 c + 2) is nearest to 2 c + 1; an even number, in the middle, goes up.
+        round=lambda x: (x / 2).floor_().clamp_(-8, 7) * 2 + 1,
+        encode=lambda values: codes.encode((values.float() - 1) / 2),
+        decode=lambda patterns: codes.decode(patterns) * 2 + 1,
     )
 
 
@@ -122,14 +141,14 @@ def _float16() -> Format:
 
 @cache
 def get_format(name: str) -> Format:
-    """The format called `name`: int2 to int8, e2m1, e4m3 or float16.
+    """The format called `name`: int2 to int8, odd4, e2m1, e4m3 or float16.
 
     Raises:
         RecipeError: there is no such format.
     """
     if name in ("int2", "int3", "int4", "int5", "int6", "int7", "int8"):
         return _integer(int(name[3:]))
-    makers = {"e4m3": _e4m3, "e2m1": _e2m1, "float16": _float16}
+    makers = {"odd4": _odd4, "e4m3": _e4m3, "e2m1": _e2m1, "float16": _float16}
     if name not in makers:
         raise RecipeError(
             f"unknown number format {name!r}; known: int2 to int8, {', '.join(makers)}"

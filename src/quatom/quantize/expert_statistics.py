@@ -21,6 +21,7 @@ from quatom.families.spec import SiteName
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.inputs import InputQuantizer
 from quatom.modeling.linear import FloatExperts
+from quatom.modeling.rotated import RotatedLinear
 from quatom.ops.activations import MixedTensor
 from quatom.ops.experts import Routing, TokenGroups
 
@@ -121,10 +122,9 @@ class ExpertSums:
 def down_input(block: DecoderBlock, expert: int, x: Tensor) -> Tensor:  # (T, hidden) -> (T, I)
     """What an expert's down projection would read if all tokens went to it; float weights."""
     gate_up, spec = block.linears["experts_gate_up"], block.spec.experts
-    assert isinstance(gate_up, FloatExperts)
+    assert isinstance(gate_up, FloatExperts | RotatedLinear)
     assert spec is not None
-    bias = None if gate_up.bias is None else gate_up.bias[expert]
-    made = torch.nn.functional.linear(x.to(gate_up.weight.dtype), gate_up.weight[expert], bias)
+    made = gate_up.of_expert(expert, x)
     quantizer = cast("InputQuantizer", block.inputs["experts_down"])
     result = quantizer.activate(made, spec.feed_forward)
     return result.dequantize() if isinstance(result, MixedTensor) else result

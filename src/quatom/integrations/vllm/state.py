@@ -42,11 +42,17 @@ class CheckpointState:
 
         Raises:
             ModelError: the model is not supported, has routed experts, or vLLM's model normalizes
-                q and k whose channels the checkpoint holds in another order.
+                q and k whose channels the checkpoint holds in another order; or the recipe rotates
+                outputs.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(folder)
         self.resolved = plan(config, self.recipe)
+        if self.recipe.incoherence is not None:
+            raise ModelError(
+                f"{folder} has a recipe with incoherence, whose rotations of inputs and outputs "
+                "the plugin does not run: use quatom serve"
+            )
         for layer in self.resolved.layers:
             if layer.spec.experts is not None:
                 raise ModelError(

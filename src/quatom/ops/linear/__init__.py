@@ -11,7 +11,8 @@ Limits of the backends:
 
 reference  every format, any device; holds the weights in float32
 cpu        integer weights and activations of at most 8 bits; x86 with AVX-512 VNNI
-triton     integer weights; integer, e4m3 or floating-point activations; sm_80 and later
+triton     integer weights, odd4 ones in a byte each; integer, e4m3 or floating-point activations;
+           sm_80 and later
 cublas     int8 by int8 with one scale per row, and int2 to int4 weights under floating-point
            activations, without outliers; CUDA
 cuda       int2 to int4 weights with int2 to int4 or e4m3 activations, or, where scales of weights
@@ -95,7 +96,7 @@ def prepare_weights(
         case Backend.TRITON | Backend.CUBLAS:
             from quatom.ops.linear.triton_product import prepare_triton
 
-            tensors = prepare_triton(values, scales, layout, get_format(weight_format).bits)
+            tensors = prepare_triton(values, scales, layout, get_format(weight_format).integer_bits)
         case Backend.CPU:
             tensors = prepare_cpu(values, scales, layout)
         case _:

@@ -52,7 +52,7 @@ def choose_linear_backend(
 
 
 def _triton_obstacle(layout: GroupLayout, weight: str, outlier: str) -> str | None:
-    if not get_format(weight).is_integer:
+    if not get_format(weight).integer_bits:
         return f"its weights must be integers, not {weight}; use the reference backend"
     if layout.outliers and outlier != "int8":
         return f"its outliers must be int8, not {outlier}; use the reference backend"

@@ -1,9 +1,9 @@
 """Rewrites of a floating-point layer that leave what it computes unchanged.
 
 Each makes the layer easier to quantize: balanced products, rotated values, balanced keys, scaled
-and ordered channels, rotated groups. A recipe's list runs in this order: those of `before`, then
-the layer is measured on the calibration text, then those of `after`, which may use what was
-measured.
+and ordered channels, rotated groups, incoherence. A recipe's list runs in this order: those of
+`before`, then the layer is measured on the calibration text, then those of `after`, which may use
+what was measured.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from torch import Tensor
 from quatom.modeling.weights import FloatLayer
 from quatom.plan import LayerPlan
 from quatom.quantize.transforms.groups import rotate_groups_of_inputs
+from quatom.quantize.transforms.incoherence import rotate_both_sides
 from quatom.quantize.transforms.keys import balance_keys, offset_keys
 from quatom.quantize.transforms.order import order_channels
 from quatom.quantize.transforms.products import balance_products
@@ -84,4 +85,6 @@ def transforms_of(recipe: Recipe) -> TransformList:
         after.append(order_channels)
     if recipe.activations.rotation == "hadamard":
         after.append(rotate_groups_of_inputs)
+    if recipe.incoherence is not None:
+        after.append(rotate_both_sides)
     return TransformList(tuple(before), tuple(after))

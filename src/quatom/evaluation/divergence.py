@@ -1,0 +1,77 @@
+"""How far a model's predictions are from those of another, token by token.
+
+Perplexity counts only what a model says of the tokens that came; these count all that it says. They
+tell recipes apart on small models whose task scores do not.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quatom.errors import CalibrationError
+from quatom.evaluation.standard_error import of_mean
+from quatom.loading import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Means over the predicted tokens of all windows; standard errors are over windows."""
+
+    top1_agreement: float
+    """Fraction of tokens at which both models find the same token most probable."""
+    top1_standard_error: float | None
+    """None of a single window, as the other."""
+    kl_divergence: float
+    """KL(reference || model) in nats."""
+    kl_standard_error: float | None
+
+
+def check_same_vocabulary(loaded: LoadedModel, reference: LoadedModel) -> None:
+    """Refuse to compare predictions of different tokens.
+
+    Raises:
+        CalibrationError: the vocabularies have other sizes.
+    """
+    sizes = loaded.config.vocab_size, reference.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise CalibrationError(
+            f"{loaded.source} knows {sizes[0]} tokens and the reference {reference.source} "
+            f"{sizes[1]}: compare a model with the one that it was quantized from"
+        )
+
+
+@dataclass(slots=True)
+class DivergenceMeter:
+    """Sums up windows of equal length."""
+
+    agreement: list[float] = field(default_factory=list)
+    divergence: list[float] = field(default_factory=list)
+
+    def add(self, logits: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Count one window, from pieces (tokens, vocabulary) of both models' logits.
+
+        Args:
+            logits: of the model and of the reference, float32, token by token.
+        """
+        same = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64)
+        tokens = 0
+        for own, other in logits:
+            same += (own.argmax(dim=-1) == other.argmax(dim=-1)).sum().cpu()
+            own, other = own.log_softmax(dim=-1), other.log_softmax(dim=-1)
+            total += (other.exp() * (other - own)).sum(dim=-1).double().sum().cpu()
+            tokens += own.shape[0]
+        self.agreement.append(float(same) / tokens)
+        self.divergence.append(float(total) / tokens)
+
+    def result(self) -> Divergence:
+        """What all windows gave."""
+        return Divergence(
+            top1_agreement=math.fsum(self.agreement) / len(self.agreement),
+            top1_standard_error=of_mean(self.agreement),
+            kl_divergence=math.fsum(self.divergence) / len(self.divergence),
+            kl_standard_error=of_mean(self.divergence),
+        )
