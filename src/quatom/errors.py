@@ -51,3 +51,7 @@ class QueueFullError(EngineError):
 
 class ServerError(QuatomError, RuntimeError):
     """A server cannot start: its address, certificate, keys or options are unusable."""
+
+
+class OtherProcessError(QuatomError, RuntimeError):
+    """Another process of a common work failed, and says why; this one stops, too."""

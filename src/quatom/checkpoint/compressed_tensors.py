@@ -77,6 +77,7 @@ def _unsaid(resolved: ModelPlan) -> list[str]:
         f"outliers.channels {recipe.outliers.channels}": any(
             site.layout.outliers for site in resolved.sites()
         ),
+        f"weights.groups {weights.groups}": weights.groups != "consecutive",
         f"activations.rotation {activations.rotation}": activations.rotation != "none",
         f"activations.clip_ratio {activations.clip_ratio}": recipe.quantizes_activations
         and activations.clip_ratio != 1.0,
