@@ -56,6 +56,10 @@ class ServerError(QuatomError, RuntimeError):
     """A server cannot start: its address, certificate, keys or options are unusable."""
 
 
+class OtherProcessError(QuatomError, RuntimeError):
+    """Another process of a common work failed, and says why; this one stops, too."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The beginning of a message about a name that is none of `known`: the nearest one, and all."""
     names, typed = {one.lower(): one for one in known}, str(name).lower()

@@ -23,7 +23,7 @@ the rows of the linears that make it, which are stored in that order."""
 
 ROW_PARALLEL: tuple[SiteName, ...] = ("o", "down", "experts_down")
 """Sites whose linears are cut along their input, not their output, across tensor-parallel ranks."""
-_MADE_BY: Mapping[SiteName, SiteName] = {"down": "gate_up", "experts_down": "experts_gate_up"}
+MADE_BY: Mapping[SiteName, SiteName] = {"down": "gate_up", "experts_down": "experts_gate_up"}
 """The site whose output rows become a site's input channels, one by one."""
 _MIN_OUTLIERS = 32
 _GRANULE = 32  # channels; a short last group, an outlier block: kernels read no smaller piece
@@ -230,9 +230,9 @@ def _site(
     blocks = recipe.tensor_parallel if site in ROW_PARALLEL else 1
     layout = _layout(config, recipe, layer, linears[0], blocks)
     order: OrderKind = "none"
-    if layout.outliers:
-        order = "folded" if site in _MADE_BY else "gathered"
-    makes = [made for made, maker in _MADE_BY.items() if maker == site]
+    if recipe.orders_channels:
+        order = "folded" if site in MADE_BY else "gathered"
+    makes = [made for made, maker in MADE_BY.items() if maker == site]
     return SitePlan(
         name=site,
         title=f"{prefix[:-1]} {site}",

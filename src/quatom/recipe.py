@@ -89,6 +89,10 @@ class WeightSpec:
     the weights in their own dtype."""
     group_size: int = 128
     """Consecutive input channels that share one scale; -1 is the whole row (per channel)."""
+    groups: Literal["consecutive", "ordered"] = "consecutive"
+    """consecutive: channels of a group are neighbours in the model, but for outliers, which order
+    all channels. ordered: all channels are ordered, also where there are no outliers. Checkpoints
+    of GPTQ with act-order have such groups."""
     rows_per_scale: int = 1
     """Adjacent output rows that share one scale (2 in the original, whose kernel needed it)."""
     clip_ratio: float = 1.0
@@ -362,11 +366,12 @@ class Recipe:
                 f"channel_scaling.method {scaling!r} prepares weights for rounding: it needs a "
                 "quantized weights.format"
             )
-        moved = self.outliers.channels > 0 or self.activations.rotation != "none"
+        moved = self.orders_channels or self.activations.rotation != "none"
         if scaling == "awq" and moved:
             raise RecipeError(
                 "channel_scaling.method 'awq' searches on the groups of channels as they come: it "
-                "needs outliers.channels 0 and activations.rotation 'none'"
+                "needs outliers.channels 0, weights.groups 'consecutive' and activations.rotation "
+                "'none'"
             )
         self._check_incoherence()
         sizes = self.weights.group_size, self.activations.group_size
@@ -410,6 +415,12 @@ class Recipe:
         return rounder.float_target if isinstance(rounder, GPTQSpec) else 0.0
 
     @property
+    def orders_channels(self) -> bool:
+        """Whether channels of inputs stand in another order than in the model."""
+        ordered = self.outliers.channels > 0 or self.weights.groups == "ordered"
+        return self.quantizes_weights and ordered
+
+    @property
     def needs_moments(self) -> bool:
         """Whether rounding weights reads second moments of their inputs."""
         return self.quantizes_weights and (
@@ -424,7 +435,7 @@ class Recipe:
             return False
         return (
             self.needs_moments
-            or self.outliers.channels > 0
+            or self.orders_channels
             or self.channel_scaling is not None
             or self.kv_cache.key_offset != "none"
             or self.kv_cache.key_scaling != "none"

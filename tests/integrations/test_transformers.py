@@ -110,6 +110,48 @@ def test_attention_with_sinks_is_refused():
         _convert_layer(None, layer, recipe)
 
 
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")])
+def test_a_device_map_of_one_device(checkpoint, device_map, tmp_path):
+    pytest.importorskip("accelerate")  # transformers wants it for every device_map
+    folder = checkpoint("qwen3", "quatom-w4a8kv4")
+    model = from_pretrained(folder, device_map=device_map)
+    want = "cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu"
+    assert {p.device.type for p in model.parameters()} == {want}
+    tokens = torch.arange(20)[None]
+    got = model(tokens.to(want)).logits.cpu()
+    if want == "cpu":
+        assert torch.equal(got, from_pretrained(folder)(tokens).logits)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, device_map=device_map)
+    assert torch.equal(again(tokens.to(want)).logits.cpu(), got)
+
+
+@pytest.mark.gpu
+def test_a_device_map_of_one_gpu(checkpoint):
+    model = from_pretrained(checkpoint("qwen3", "quatom-w4a8kv4"), device_map="cuda:0")
+    assert {p.device for p in model.parameters()} == {torch.device("cuda:0")}
+    assert model.generate(torch.arange(9)[None].cuda(), max_new_tokens=3).shape == (1, 12)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "named"),
+    [
+        ({"model": "cpu", "lm_head": "cuda:0"}, "cpu, cuda:0"),
+        ({"model": 0, "lm_head": 1}, "0, 1"),
+        ({"": "disk"}, "disk"),
+    ],
+)
+def test_a_device_map_of_several_devices_is_refused(checkpoint, device_map, named):
+    with pytest.raises(ModelError, match=f"device_map names {named} devices, .* runs on one"):
+        from_pretrained(checkpoint("qwen3", "quatom-w4a8kv4"), device_map=device_map)
+
+
+def test_a_balanced_map_over_several_gpus_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ModelError, match="'balanced' spreads a model over 2 devices"):
+        from_pretrained(checkpoint("qwen3", "quatom-w4a8kv4"), device_map="balanced")
+
+
 def test_without_the_import_transformers_stops(checkpoint):
     code = (
         "import sys; from transformers import AutoModelForCausalLM; "

@@ -134,7 +134,15 @@ LAYER = {"LAYER": 1, "BIAS": 1}
 def test_the_quantize_kernel_moves_wide_words(operation, options, tmp_path):
     source = cuda_build.read_source("quatom.ops", "quantize.cu")
     constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
-    constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "INT8": 0, "ROTATE": 0, "BLOCK": 0}
+    constants |= {
+        "VECTORS": 4,
+        "ROUNDS": 2,
+        "INPUT_BF16": 0,
+        "E4M3": 0,
+        "INT8": 0,
+        "ROTATE": 0,
+        "BLOCK": 0,
+    }
     constants |= {"WHOLE_TOKEN": 0, "MULTIPLES": 0, "CLUSTER": 1} | options
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert ("LDG.E.128" if operation == 2 else "LDG.E.64") in sass

@@ -92,8 +92,8 @@ def test_large_states_are_saved_now_and_then_and_resumed_from(
     seconds, resumed_at, four_block_dir, text_file, tmp_path, monkeypatch
 ):
     quantize_checkpoint(four_block_dir, tmp_path / "whole", RECIPE, calibration=text_file)
-    monkeypatch.setattr("quatom.quantize.pipeline.LARGE_STATE", 0)
-    monkeypatch.setattr("quatom.quantize.pipeline.STATE_SECONDS", seconds)
+    monkeypatch.setattr("quatom.quantize.block_log.LARGE_STATE", 0)
+    monkeypatch.setattr("quatom.quantize.block_log.STATE_SECONDS", seconds)
     interrupt(four_block_dir, tmp_path / "q", text_file, after=2)
     states = list((tmp_path / "q.partial" / "state").glob("after-*"))
     assert [file.name for file in states] == (["after-2.safetensors"] if resumed_at else [])

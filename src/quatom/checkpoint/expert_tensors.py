@@ -16,7 +16,7 @@ from torch import Tensor
 from quatom.checkpoint.schema import TensorSpec
 from quatom.errors import CheckpointError
 from quatom.families.spec import Layer, Linear, Spelling
-from quatom.plan import ModelPlan
+from quatom.plan import LayerPlan, LinearPlan, ModelPlan
 
 Read = Callable[[str], Tensor]
 
@@ -124,6 +124,20 @@ def _spellings(layer: Layer, most: int) -> Iterator[tuple[str, list[tuple[Spelli
     if layer.experts is not None:
         for own, *others in layer.experts.tensors.values():
             yield own, [(Spelling((other,)), ((other,),)) for other in others]
+
+
+def expert_parts(layer: LayerPlan, linear: LinearPlan) -> list[Parts]:
+    """Prefixes of the tensors of each expert, in every spelling that keeps a linear as it is."""
+    linears = (one for site in layer.spec.sites for one in layer.spec.linears[site])
+    own = next(one for one in linears if layer.prefix + one.name == linear.name)
+    return [
+        tuple(
+            tuple(layer.prefix + name.removesuffix(".weight") for name in names)
+            for names in _parts(own, spelling.names)
+        )
+        for spelling in own.spellings
+        if not (spelling.transposed or spelling.interleaved)
+    ]
 
 
 def _parts(linear: Linear, names: tuple[str, ...]) -> Parts:

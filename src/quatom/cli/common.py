@@ -60,7 +60,7 @@ def check_output(file: Path | None) -> None:
 class _Bar:
     """A progress bar on stderr, on a terminal only. It appears at its first `show`."""
 
-    def __init__(self, title: str, columns: str = "") -> None:
+    def __init__(self, title: str, columns: str = "", hidden: bool = False) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -72,6 +72,7 @@ class _Bar:
         )
 
         self._title, self._console = title, Console(stderr=True)
+        self._shown = self._console.is_terminal and not hidden
         self._progress = Progress(  # narrow enough for 80 columns, the title is a line of its own
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
@@ -79,13 +80,13 @@ class _Bar:
             TimeRemainingColumn(compact=True),
             TextColumn("left" + columns),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._shown,
         )
         self._task = self._progress.add_task("", total=None, start=False, last="")
 
     def show(self, done: int, total: int, last: str = "") -> None:
         """Say how much is done, and in `last` what the last step gave."""
-        if not self._progress.tasks[0].started and self._console.is_terminal:
+        if not self._progress.tasks[0].started and self._shown:
             self._console.print(self._title, markup=False, emoji=False, highlight=False)
             self._progress.start()
             self._progress.start_task(self._task)
@@ -97,8 +98,8 @@ class _Bar:
 
 
 @contextmanager
-def _bar(title: str, columns: str = "") -> Iterator[_Bar]:
-    bar = _Bar(title, columns)
+def _bar(title: str, columns: str = "", hidden: bool = False) -> Iterator[_Bar]:
+    bar = _Bar(title, columns, hidden)
     try:
         yield bar
     finally:
@@ -107,14 +108,18 @@ def _bar(title: str, columns: str = "") -> Iterator[_Bar]:
 
 @contextmanager
 def block_progress(
-    title: str,
+    title: str, *, hidden: bool = False
 ) -> Iterator[tuple[Callable[[int, int], None], Callable[["QuantizedBlock"], None]]]:
     """A bar over decoder blocks, with seconds and output error of the last one.
+
+    Args:
+        title: of the bar.
+        hidden: show nothing: another process does.
 
     Yields:
         What to call with blocks done and in all before the first one, and after each block.
     """
-    with _bar(title, "{task.fields[last]}") as bar:
+    with _bar(title, "{task.fields[last]}", hidden) as bar:
 
         def on_block(block: "QuantizedBlock") -> None:
             error = block.relative_error

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from quatom.errors import QuatomError
+from quatom.errors import OtherProcessError, QuatomError
 from quatom.extras import how_to_install
 from quatom.version import __version__
 
@@ -42,6 +42,7 @@ def _register() -> None:
     from quatom.cli.evaluate import evaluate
     from quatom.cli.export import export
     from quatom.cli.generate import generate
+    from quatom.cli.import_checkpoint import import_checkpoint
     from quatom.cli.inspect import inspect
     from quatom.cli.plan import plan
     from quatom.cli.quantize import quantize
@@ -59,6 +60,7 @@ def _register() -> None:
     app.command("ablate")(ablate)
     app.command("agree")(agree)
     app.command("export")(export)
+    app.command("import")(import_checkpoint)
     app.command("generate")(generate)
     app.command("inspect")(inspect)
     app.command("doctor")(doctor)
@@ -91,6 +93,8 @@ def main() -> None:
     _show_progress_of_compilers()
     try:
         app()
+    except OtherProcessError:
+        sys.exit(1)  # the process that failed says why
     except (QuatomError, OSError) as error:  # files that --json and --plot name among them
         print(f"quatom: {_on_one_line(str(error))}", file=sys.stderr)
         sys.exit(1)

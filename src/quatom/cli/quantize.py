@@ -48,8 +48,8 @@ def quantize(
     tensor_parallel: Annotated[
         int | None,
         typer.Option(
-            help="GPUs over which vLLM may spread the checkpoint; divisors of this number work, too. "
-            "Default: the recipe's, 1 in the presets."
+            help="GPUs over which vLLM may spread the checkpoint; divisors of this number work, "
+            "too. Default: the recipe's, 1 in the presets."
         ),
     ] = None,
     device: DeviceOption = None,
@@ -67,7 +67,41 @@ def quantize(
         str | None, typer.Option(help="Model name in the result file; default: the folder's.")
     ] = None,
 ) -> None:
-    """Quantize a model and write a packed checkpoint."""
+    """Quantize a model and write a packed checkpoint.
+
+    Started by torchrun, all processes share the calibration text, one GPU each.
+    """
+    from quatom.quantize.ranks import process_group
+
+    with process_group(device) as own_device:
+        _quantize(
+            source,
+            target,
+            recipe,
+            calibration,
+            {"num_samples": num_samples, "sequence_length": sequence_length, "seed": seed},
+            tensor_parallel,
+            own_device,
+            dtype,
+            resume,
+            json,
+            name,
+        )
+
+
+def _quantize(
+    source: str,
+    target: Path,
+    recipe: str,
+    calibration: Path | None,
+    sampling: dict[str, int | None],
+    tensor_parallel: int | None,
+    device: str | None,
+    dtype: str | None,
+    resume: bool,
+    json: Path | None,
+    name: str | None,
+) -> None:
     from torch import Tensor
 
     from quatom.benchmark.random_source import random_source, random_tokens
@@ -81,31 +115,34 @@ def quantize(
     )
     from quatom.presets import PRESETS
     from quatom.quantize.pipeline import REPORT_FILE, quantize_checkpoint
+    from quatom.quantize.ranks import Ranks
     from quatom.quantize.walk import QuantizedBlock
     from quatom.recipe_file import differences, find_recipe
 
-    chosen = read_recipe(
-        recipe, num_samples=num_samples, sequence_length=sequence_length, seed=seed
-    )
-    if tensor_parallel is not None:
-        chosen = replace(chosen, tensor_parallel=tensor_parallel)
-    _, base = find_recipe(recipe)
-    base = PRESETS.get(recipe, base)
-    if differences(chosen, base):
-        print_recipe(chosen, base)
-    opened: str | TensorSource = source
-    tokens: Path | Tensor | None = calibration
-    if source.startswith("random:"):
-        if calibration is not None:
-            raise typer.BadParameter("random weights read random tokens, no --calibration")
-        opened = random_source(source.removeprefix("random:"), device=device)
-        tokens = random_tokens(opened.model_config, chosen.calibration)
+    ranks = Ranks.current()
+    with ranks.together():
+        chosen = read_recipe(recipe, **sampling)
+        if tensor_parallel is not None:
+            chosen = replace(chosen, tensor_parallel=tensor_parallel)
+        _, base = find_recipe(recipe)
+        base = PRESETS.get(recipe, base)
+        if differences(chosen, base) and ranks.leads:
+            print_recipe(chosen, base)
+        opened: str | TensorSource = source
+        tokens: Path | Tensor | None = calibration
+        if source.startswith("random:"):
+            if calibration is not None:
+                raise typer.BadParameter("random weights read random tokens, no --calibration")
+            opened = random_source(source.removeprefix("random:"), device=device)
+            tokens = random_tokens(opened.model_config, chosen.calibration)
+        number_format = read_dtype(dtype)
     started = time.perf_counter()
     text = chosen.calibration
+    processes = f", {ranks.count} processes" if ranks.count > 1 else ""
     samples = f", {text.num_samples} x {text.sequence_length} tokens"
-    what = f"Quantizing to {chosen.name}{samples if chosen.needs_calibration else ''}"
+    what = f"Quantizing to {chosen.name}{samples if chosen.needs_calibration else ''}{processes}"
     notes: list[str] = []
-    with block_progress(what) as (on_start, on_block):
+    with block_progress(what, hidden=not ranks.leads) as (on_start, on_block):
 
         def finished(block: QuantizedBlock) -> None:
             on_block(block)
@@ -119,11 +156,13 @@ def quantize(
             chosen,
             calibration=tokens,
             device=device,
-            dtype=read_dtype(dtype),
+            dtype=number_format,
             resume=resume,
             on_start=on_start,
             on_block=finished,
         )
+    if not ranks.leads:
+        return
     if notes:
         more = f"; {len(notes) - 1} more such experts in {REPORT_FILE}" if len(notes) > 1 else ""
         typer.echo(f"{notes[0]}{more}", err=True)

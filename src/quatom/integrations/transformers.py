@@ -48,6 +48,7 @@ from quatom.recipe import KVSpec, Recipe
 
 METHOD = "quatom"
 """quant_method and attn_implementation in a checkpoint's config.json."""
+_ONE = "devices, and a Quatom model in transformers runs on one: name it, or use vLLM"
 
 
 class QuatomQuantizationConfig(QuantizationConfigMixin):
@@ -68,6 +69,24 @@ class QuatomQuantizer(HfQuantizer):
     """Puts our linears into transformers' model before it loads weights."""
 
     requires_calibration = True
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """One device for the whole model; "auto" and its like mean the first GPU, else the CPU.
+
+        Raises:
+            ModelError: the map names several devices, or the disk.
+        """
+        if device_map is None:
+            return None
+        if isinstance(device_map, str):  # transformers has made a map of the name of a device
+            gpus = torch.cuda.device_count()
+            if device_map != "auto" and gpus > 1:
+                raise ModelError(f"device_map {device_map!r} spreads a model over {gpus} {_ONE}")
+            return {"": "cuda:0" if gpus else "cpu"}
+        devices = sorted({str(device) for device in device_map.values()})
+        if len(devices) > 1 or "disk" in devices:
+            raise ModelError(f"device_map names {', '.join(devices)} {_ONE}")
+        return device_map
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any

@@ -12,7 +12,7 @@ as if all tokens had gone to this expert. So an expert that no token chose is me
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ from quatom.modeling.linear import FloatExperts
 from quatom.modeling.rotated import RotatedLinear
 from quatom.ops.activations import MixedTensor
 from quatom.ops.experts import Routing, TokenGroups
+
+OF_EXPERTS = "experts/"
+"""What names of sums over routed experts begin with; their site follows."""
+TOKENS = f"{OF_EXPERTS}tokens"
+"""Name of the tokens that came to each expert, (E,) int64 on the CPU."""
+
+
+def _name(site: SiteName, *what: str | int) -> str:
+    return ".".join((OF_EXPERTS + site, *map(str, what)))
 
 
 class Statistic(Protocol):
@@ -73,26 +82,34 @@ class ExpertSums:
             sites: those whose experts are measured one by one.
         """
         self.statistic, self.bound, self.sites = statistic, bound, sites
-        self.tokens = torch.zeros(experts, dtype=torch.int64)
-        """Tokens that came to each expert."""
-        self._sums: dict[SiteName, Tensor] = {}  # (E, ...)
-        self._shares: dict[SiteName, Tensor] = {}  # (E, 1, ...): the same sums over the weights
-        self._all: dict[SiteName, dict[int, Tensor]] = {}
-        self._all_tokens: dict[SiteName, int] = {}
+        self.sums: dict[str, Tensor] = {TOKENS: torch.zeros(experts, dtype=torch.int64)}
+        """By `OF_EXPERTS` and SITE.own, (E, ...), the sums; SITE.shares, (E, 1, ...), the same over
+        the router's weights; SITE.all.EXPERT and SITE.count.EXPERT, over all tokens."""
+
+    def start(self) -> Self:
+        """The same without any token."""
+        return type(self)(self.statistic, len(self.tokens), self.bound, self.sites)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens that came to each expert, (E,) int64."""
+        return self.sums[TOKENS]
 
     def add(self, inputs: ExpertInputs) -> None:
         """Accumulate one batch."""
+        site, sums = inputs.site, self.sums
         if inputs.top_k is not None:  # a layer's tokens are counted at its first site
-            self.tokens += inputs.groups.offsets.diff().cpu()
-        if inputs.site not in self.sites:
+            sums[TOKENS] += inputs.groups.offsets.diff().cpu()
+        if site not in self.sites:
             return
+        own, shares = _name(site, "own"), _name(site, "shares")
         for expert, rows, weights in inputs.by_expert():
-            if inputs.site not in self._sums:
+            if own not in sums:
                 shape = (len(self.tokens), *self.statistic.zeros(rows).shape)
-                self._sums[inputs.site] = rows.new_zeros(shape)
-                self._shares[inputs.site] = rows.new_zeros(shape[0], *(1 for _ in shape[1:]))
-            self.statistic.accumulate(self._sums[inputs.site][expert], rows * weights)
-            self.statistic.accumulate(self._shares[inputs.site][expert], weights)
+                sums[own] = rows.new_zeros(shape)
+                sums[shares] = rows.new_zeros(shape[0], *(1 for _ in shape[1:]))
+            self.statistic.accumulate(sums[own][expert], rows * weights)
+            self.statistic.accumulate(sums[shares][expert], weights)
 
     def starving(self) -> list[int]:
         """Experts to which fewer tokens than the bound came."""
@@ -100,22 +117,25 @@ class ExpertSums:
 
     def add_all(self, site: SiteName, expert: int, x: Tensor) -> None:  # (T, K)
         """Accumulate what an expert would read if all tokens of a batch went to it."""
-        sums = self._all.setdefault(site, {})
-        if expert not in sums:
-            sums[expert] = self.statistic.zeros(x)
-        self.statistic.accumulate(sums[expert], x.float())
-        if expert == next(iter(sums)):
-            self._all_tokens[site] = self._all_tokens.get(site, 0) + len(x)
+        name, count = _name(site, "all", expert), _name(site, "count", expert)
+        if name not in self.sums:
+            self.sums[name] = self.statistic.zeros(x)
+            self.sums[count] = torch.tensor(0)
+        self.statistic.accumulate(self.sums[name], x.float())
+        self.sums[count] += len(x)
 
     def finish(self, site: SiteName) -> Tensor:  # (E, K) or (E, K, K)
         """The statistic of every expert, blended where few tokens came."""
-        sums, shares = self._sums.pop(site), self._shares.pop(site)
-        for expert, total in self._all.pop(site, {}).items():
+        sums, shares = (self.sums.pop(_name(site, what)) for what in ("own", "shares"))
+        for expert, own in enumerate(sums):
+            total = self.sums.pop(_name(site, "all", expert), None)
+            if total is None:
+                continue
             share = min(1.0, int(self.tokens[expert]) / self.bound)
-            own = sums[expert]
             if share and shares[expert] > 0:
                 own.mul_(share / shares[expert])
-            own.add_(total, alpha=(1.0 - share) / self._all_tokens[site])
+            count = int(self.sums.pop(_name(site, "count", expert)))
+            own.add_(total, alpha=(1.0 - share) / count)
         return sums
 
 

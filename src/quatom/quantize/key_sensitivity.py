@@ -30,10 +30,12 @@ class KeySensitivity:
         length: int,
         rotary: tuple[Tensor, Tensor],
         sinks: Tensor | None = None,  # (H,) float32
+        first: int = 0,
     ) -> None:
+        """Start with sequence `first` of the text."""
         self.attention, self.length, self.sinks = attention, length, sinks
         self.cos, self.sin = (table[:length] for table in rotary)
-        self.sequences = 0
+        self.sequences = first
         self.sums: dict[str, Tensor] = {}
 
     def add(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -45,7 +47,7 @@ class KeySensitivity:
             v: (T, KV, D), rotated or not: its lengths alone count.
         """
         for parts in zip(*(x.split(self.length) for x in (q, k, v)), strict=True):
-            if self.sequences == SEQUENCES:
+            if self.sequences >= SEQUENCES:
                 return
             self.sequences += 1
             self._add_sequence(*(x.float() for x in parts))

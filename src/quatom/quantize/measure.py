@@ -2,13 +2,21 @@
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from quatom.families.spec import Attention, SiteName
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.rotary import RotaryTables
-from quatom.quantize.expert_statistics import ExpertSums, Statistic, down_input
+from quatom.quantize.expert_statistics import (
+    OF_EXPERTS,
+    TOKENS,
+    ExpertSums,
+    Statistic,
+    down_input,
+)
 from quatom.quantize.key_sensitivity import KeySensitivity
+from quatom.quantize.lanes import Share
 from quatom.quantize.statistics import (
     ChannelScores,
     KeyStatistics,
@@ -66,25 +74,37 @@ class LayerStatistics:
         length: int,
         rotary: tuple[Tensor, Tensor],  # cos, sin
         sinks: Tensor | None,  # (H,) float32
+        first: int = 0,
     ) -> None:
+        """Start with sequence `first` of the text."""
         self.rotary = rotary
         self.scores = [ChannelScores(metric) for metric in sorted(_metrics(recipe))]
         self.moments = SecondMoments() if _searches_factors(recipe) else None
         self.keys = KeyStatistics(attention, length)
         self.sensitivity = (
-            KeySensitivity(attention, length, rotary, sinks)
+            KeySensitivity(attention, length, rotary, sinks, first)
             if recipe.kv_cache.weighs_keys
             else None
         )
 
-    def finish(self) -> dict[str, Tensor]:
-        """Everything that was measured, by name."""
-        found = dict(self.keys.finish(self.rotary))
+    def sums(self) -> dict[str, Tensor]:
+        """Everything that was measured, as sums that can be added to those of other sequences."""
+        found = {f"keys.{name}": sums for name, sums in self.keys.sums.items()}
         for scores in self.scores:
             found |= {f"{scores.metric}.{site}": sums for site, sums in scores.sums.items()}
         if self.moments is not None:
             found |= {f"moments.{site}": sums for site, sums in self.moments.sums.items()}
         if self.sensitivity is not None:
+            found |= {f"sensitivity.{n}": sums for n, sums in self.sensitivity.sums.items()}
+        return found
+
+    def finish(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics by name, from the sums of all sequences."""
+        found = {n: t for n, t in sums.items() if not n.startswith(("keys.", "sensitivity."))}
+        self.keys.sums = _named("keys.", sums)
+        found |= self.keys.finish(self.rotary)
+        if self.sensitivity is not None:
+            self.sensitivity.sums = _named("sensitivity.", sums)
             found |= self.sensitivity.finish()
         return found
 
@@ -102,38 +122,61 @@ class LayerStatistics:
             self.sensitivity.add(q, k, v)
 
 
+def _named(prefix: str, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in sums.items() if n.startswith(prefix)}
+
+
 def measure_channels(
     block: DecoderBlock,
-    hidden: Tensor,  # (sequences, length, hidden)
+    hidden: Tensor,  # (sequences, length, hidden), the own ones of `share`
     rotary: RotaryTables,
     recipe: Recipe,
+    share: Share | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The output of a floating-point block, and its statistics as `LayerStatistics` names them.
 
     All experts of a layer read one input in one order, so its scores are those of all tokens. The
-    input of their down projections has scores of each expert, (E, K).
+    input of their down projections has scores of each expert, (E, K). The leading process finishes
+    statistics, and all get the same.
     """
+    share = share or Share.of_one(hidden)
     attention, cos_sin = block.spec.attention, rotary.of(block.plan.index)
-    measured = LayerStatistics(recipe, attention, hidden.shape[1], cos_sin, block.sinks)
     metric, bound = recipe.outliers.metric, recipe.calibration.min_expert_tokens
-    routed = _routed(block, ChannelScores(metric), ("experts_down",), bound)
-    output = _run(block, hidden, rotary, routed, measured.see_input, measured.see_heads)
-    statistics = measured.finish()
-    if routed is not None:
-        statistics[f"{metric}.experts_down"] = routed.finish("experts_down")
-        statistics[EXPERT_TOKENS] = routed.tokens
-    return output, statistics
+    output = torch.empty_like(hidden)
+
+    def start(first: int) -> LayerStatistics:
+        return LayerStatistics(recipe, attention, hidden.shape[1], cos_sin, block.sinks, first)
+
+    def run(rows: slice, first: int, routed: ExpertSums | None) -> dict[str, Tensor]:
+        measured = start(first)
+        see = measured.see_input, measured.see_heads
+        output[rows] = _run(block, hidden[rows], rotary, routed, *see)
+        return measured.sums()
+
+    empty = _routed(block, ChannelScores(metric), ("experts_down",), bound)
+    sums, routed = _sum_up(share, block, hidden, rotary, run, empty, lambda _: 0)
+    statistics: dict[str, Tensor] = {}
+    with share.ranks.together():
+        if share.ranks.leads:
+            if routed is not None:
+                sums[f"{metric}.experts_down"] = routed.finish("experts_down")
+                sums[EXPERT_TOKENS] = routed.tokens
+            statistics = start(0).finish(sums)
+    return output, share.ranks.from_rank(statistics, 0, hidden.device)
 
 
 def measure_moments(
     block: DecoderBlock,
-    hidden: Tensor,  # (sequences, length, hidden)
+    hidden: Tensor,  # (sequences, length, hidden), the own ones of `share`
     rotary: RotaryTables,
     *,
     tf32: bool,
     bound: int,
+    share: Share | None = None,
 ) -> tuple[Moments, Tensor | None]:
     """X^T X of the input X of every site, and the tokens of each expert, (E,) int64.
+
+    Each process gets the moments of the sites that it owns.
 
     Args:
         block: floating-point weights, inputs as the quantized network will have them.
@@ -141,13 +184,24 @@ def measure_moments(
         rotary: tables of the model.
         tf32: as in `SecondMoments`.
         bound: tokens below which an expert is measured on all of them, too.
+        share: the sequences of this process; None: it is alone.
     """
-    moments = SecondMoments(tf32=tf32)
-    routed = _routed(block, moments, _EXPERT_SITES, bound)
-    _run(block, hidden, rotary, routed, moments.add)
+    share = share or Share.of_one(hidden)
+
+    def run(rows: slice, _: int, routed: ExpertSums | None) -> dict[str, Tensor]:
+        moments = SecondMoments(tf32=tf32)
+        _run(block, hidden[rows], rotary, routed, moments.add)
+        return moments.sums
+
+    def owner(site: str) -> int:
+        return share.owner(block.plan, site)
+
+    empty = _routed(block, SecondMoments(tf32=tf32), _EXPERT_SITES, bound)
+    moments, routed = _sum_up(share, block, hidden, rotary, run, empty, owner)
     if routed is None:
-        return moments.sums, None
-    return moments.sums | {site: routed.finish(site) for site in _EXPERT_SITES}, routed.tokens
+        return moments, None
+    own = [site for site in _EXPERT_SITES if owner(site) == share.ranks.rank]
+    return moments | {site: routed.finish(site) for site in own}, routed.tokens
 
 
 def _routed(
@@ -155,6 +209,43 @@ def _routed(
 ) -> ExpertSums | None:
     experts = block.spec.experts
     return None if experts is None else ExpertSums(statistic, experts.count, bound, sites)
+
+
+def _sum_up(
+    share: Share,
+    block: DecoderBlock,
+    hidden: Tensor,
+    rotary: RotaryTables,
+    run: Callable[[slice, int, ExpertSums | None], dict[str, Tensor]],
+    empty: ExpertSums | None,
+    owner: Callable[[str], int],
+) -> tuple[dict[str, Tensor], ExpertSums | None]:
+    """The sums of `run` over all lanes, and those of experts; each at the owner of its site."""
+
+    def first_pass(rows: slice, first: int) -> dict[str, Tensor]:
+        routed = None if empty is None else empty.start()
+        sums = run(rows, first, routed)
+        return sums if routed is None else sums | routed.sums
+
+    def second_pass(rows: slice, _: int) -> dict[str, Tensor]:
+        assert empty is not None
+        routed = empty.start()
+        _see_all_tokens(block, hidden[rows], rotary, routed, starving)
+        return routed.sums
+
+    def owner_of(name: str) -> int:
+        return 0 if name == TOKENS else owner(name.removeprefix(OF_EXPERTS).split(".")[0])
+
+    sums = share.sum_up(first_pass, owner_of, hidden.device)
+    if empty is None:
+        return sums, None
+    totals = empty.start()
+    totals.sums = {name: sums.pop(name) for name in list(sums) if name.startswith(OF_EXPERTS)}
+    totals.sums |= share.ranks.from_rank({n: t for n, t in totals.sums.items() if n == TOKENS}, 0)
+    if starving := totals.starving():
+        # Its tokens are none: the first site is not measured again.
+        totals.sums |= share.sum_up(second_pass, owner_of, hidden.device) | {TOKENS: totals.tokens}
+    return sums, totals
 
 
 def _run(
@@ -174,10 +265,7 @@ def _run(
 
     see_experts = None if routed is None else routed.add
     with observe(block, see, see_heads=see_heads, see_experts=see_experts):
-        output = run_block(block, hidden, rotary)
-    if routed is not None and (starving := routed.starving()):
-        _see_all_tokens(block, hidden, rotary, routed, starving)
-    return output
+        return run_block(block, hidden, rotary)
 
 
 def _see_all_tokens(

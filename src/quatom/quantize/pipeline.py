@@ -2,13 +2,14 @@
 
 The target appears at the end, in one rename. Until then finished blocks, and the hidden states
 after one of the last of them, lie in a working folder beside it, from which `resume` goes on.
+
+Where torch.distributed runs (torchrun), all its processes call `quantize_checkpoint` alike. They
+share the calibration sequences, the first one writes, and the bytes are those of one process.
 """
 
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 
 import torch
@@ -19,25 +20,19 @@ from quatom.checkpoint.schema import bits_per_weight
 from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CalibrationError, RecipeError, unknown
-from quatom.families.spec import SITES
 from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
 from quatom.plan import ModelPlan, plan
 from quatom.presets import DEFAULT_RECIPE, PRESETS
+from quatom.quantize.block_log import BlockLog
 from quatom.quantize.calibration_data import calibration_tokens, check_token_ids, check_tokens
-from quatom.quantize.expert_report import ExpertReport
+from quatom.quantize.lanes import Share
+from quatom.quantize.ranks import Ranks
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import Recipe
 
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""
-LARGE_STATE = 2**28
-"""Bytes of hidden states; larger ones are not saved after every block."""
-STATE_SECONDS = 60.0
-"""Time between two saves of large hidden states: what an interruption can cost. A 7B model's, 4.3
-GB, would otherwise take longer to write than its blocks to quantize."""
-_NONE = float("nan")
-_EXPERTS = "experts-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,43 +83,54 @@ def quantize_checkpoint(
         RecipeError: the recipe is unknown, does not quantize, or does not fit the model's sizes.
         QuantizationError: a layer cannot be quantized.
     """
-    recipe = _named(recipe) if isinstance(recipe, str) else recipe
-    if not recipe.quantizes_weights:
-        raise RecipeError(
-            f"recipe {recipe.name!r} leaves the weights as they are: there is no checkpoint to "
-            "make; load the source itself"
-        )
-    place = usable_device(device)
-    opened = source if isinstance(source, TensorSource) else open_source(source)
-    resolved = plan(opened.model_config, recipe)
-    dtype = dtype or default_dtype(opened, place)
-    tokens = _calibration_tokens(opened, recipe, calibration)
-    writer = CheckpointWriter(
-        target,
-        opened,
-        resolved,
-        calibration_hash=None if tokens is None else _hash(tokens),
-        options={"device": place.type, "dtype": str(dtype), "backend": backend},
-        resume=resume,
-    )
+    ranks = Ranks.current()
+    writer: CheckpointWriter | None = None
+    with ranks.together():
+        recipe = _named(recipe) if isinstance(recipe, str) else recipe
+        if not recipe.quantizes_weights:
+            raise RecipeError(
+                f"recipe {recipe.name!r} leaves the weights as they are: there is no checkpoint to "
+                "make; load the source itself"
+            )
+        place = usable_device(device)
+        opened = source if isinstance(source, TensorSource) else open_source(source)
+        resolved = plan(opened.model_config, recipe)
+        dtype = dtype or default_dtype(opened, place)
+        tokens = _calibration_tokens(opened, recipe, calibration)
+        if ranks.leads:
+            writer = CheckpointWriter(
+                target,
+                opened,
+                resolved,
+                calibration_hash=None if tokens is None else _hash(tokens),
+                options={"device": place.type, "dtype": str(dtype), "backend": backend},
+                resume=resume,
+            )
     try:
+        progress = BlockLog(ranks, writer)
         # Killed between the last rename and the clean-up, an earlier run has left nothing to do.
-        if not writer.finished:
+        if not progress.finished:
             if on_start is not None:
-                on_start(writer.completed_blocks(), opened.model_config.num_layers)
-            _quantize_blocks(writer, opened, resolved, tokens, place, dtype, backend, on_block)
+                on_start(progress.completed_blocks, opened.model_config.num_layers)
+            _quantize_blocks(progress, opened, resolved, tokens, place, dtype, backend, on_block)
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
+    return report_of(Path(target), resolved)
+
+
+def report_of(target: Path, resolved: ModelPlan) -> QuantizeReport:
+    """What was written to a target."""
     return QuantizeReport(
-        target=Path(target),
-        recipe=recipe,
+        target=target,
+        recipe=resolved.recipe,
         bits_per_weight=bits_per_weight(resolved),
-        checkpoint_bytes=sum(f.stat().st_size for f in Path(target).glob("*.safetensors")),
+        checkpoint_bytes=sum(f.stat().st_size for f in target.glob("*.safetensors")),
     )
 
 
 def _quantize_blocks(
-    writer: CheckpointWriter,
+    log: BlockLog,
     source: TensorSource,
     resolved: ModelPlan,
     tokens: Tensor | None,
@@ -133,54 +139,34 @@ def _quantize_blocks(
     backend: Backend | None,
     on_block: Callable[[QuantizedBlock], None] | None,
 ) -> None:
-    first = writer.completed_blocks()
-    while first and not writer.has_state(_state_name(first - 1)):
-        first -= 1  # blocks after the last saved state are made again, to the same bytes
-    saved, saved_at = first - 1, time.monotonic()
-    # Row i: relative error of the hidden states after block i, then of each site, if it has it.
-    errors = torch.zeros(0, 1 + len(SITES), dtype=torch.float64)
-    experts: dict[str, Tensor] = {}
-    streams = None
-    if first:
-        state = writer.load_state(_state_name(first - 1))
-        errors = state["errors"]
-        experts = {name: row for name, row in state.items() if name.startswith(_EXPERTS)}
-        if tokens is not None:
-            streams = Streams(state["float"].to(device), state["quantized"].to(device))
-    elif tokens is not None:
-        hidden = embed(source, tokens, device, dtype)
+    share = None if tokens is None else Share(log.ranks, *tokens.shape)
+    log.resume(share, device)
+    streams = log.streams
+    if streams is None and tokens is not None:
+        assert share is not None
+        with log.ranks.together():
+            hidden = embed(source, tokens[share.own], device, dtype)
         streams = Streams(hidden, hidden)
     quantizer = BlockQuantizer(
-        source, resolved, device=device, dtype=dtype, streams=streams, backend=backend
+        source,
+        resolved,
+        device=device,
+        dtype=dtype,
+        streams=streams,
+        backend=backend,
+        share=share or Share(log.ranks, 0, 1),
     )
-    for block in quantizer.run(first):
-        relative = _NONE if block.relative_error is None else block.relative_error
-        row = torch.tensor([[relative, *(block.linear_errors.get(site, _NONE) for site in SITES)]])
-        errors = torch.cat((errors, row.double()))
-        if block.experts is not None:
-            experts[f"{_EXPERTS}{block.index}"] = block.experts.state()
-        state = {"errors": errors} | experts
-        if streams is not None:
-            assert streams.float_hidden is not None
-            state |= {"float": streams.float_hidden, "quantized": streams.quantized_hidden}
-        size = sum(tensor.nbytes for tensor in state.values())
-        if size < LARGE_STATE or time.monotonic() - saved_at >= STATE_SECONDS:
-            # In this order there is a state at every moment, and none for a block that is missing.
-            writer.save_state(_state_name(block.index), state)
-            writer.write_block(block.index, block.tensors)
-            writer.drop_state(_state_name(saved))
-            saved, saved_at = block.index, time.monotonic()
-        else:
-            writer.write_block(block.index, block.tensors)
+    for block in quantizer.run(log.first):
+        log.add(block, streams, share)
         if on_block is not None:
             on_block(block)
         del block  # or it would stay until the next one is made
     report = {
         "recipe": resolved.recipe.name,
         "source": list(source.notes),
-        "blocks": _describe(errors, experts, resolved.recipe.calibration.min_expert_tokens),
+        "blocks": log.describe(resolved.recipe.calibration.min_expert_tokens),
     }
-    writer.finish({REPORT_FILE: report})
+    log.finish({REPORT_FILE: report})
 
 
 def _named(name: str) -> Recipe:
@@ -220,23 +206,3 @@ def _calibration_tokens(
 
 def _hash(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-
-
-def _state_name(index: int) -> str:
-    return f"after-{index}"
-
-
-def _describe(errors: Tensor, experts: dict[str, Tensor], bound: int) -> list[dict[str, object]]:
-    """Rows of errors as JSON; an uncalibrated block has no relative error."""
-    blocks: list[dict[str, object]] = []
-    for index, row in enumerate(errors.tolist()):
-        sites = zip(SITES, row[1:], strict=True)
-        block: dict[str, object] = {
-            "block": index,
-            "relative_error": None if isnan(row[0]) else row[0],
-            "linear_errors": {site: error for site, error in sites if not isnan(error)},
-        }
-        if (state := experts.get(f"{_EXPERTS}{index}")) is not None:
-            block["experts"] = ExpertReport.from_state(state).describe(bound)
-        blocks.append(block)
-    return blocks

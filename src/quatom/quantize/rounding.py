@@ -1,4 +1,4 @@
-"""Round the joined weight of one site as the recipe says."""
+"""Round the joined weights of sites as the recipe says."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from quatom.errors import QuantizationError
+from quatom.families.spec import SiteName
+from quatom.modeling.weights import FloatSite, SiteCodes
 from quatom.numerics.descent import coordinate_descent
 from quatom.numerics.formats import get_format
 from quatom.numerics.rounding import (
@@ -16,7 +18,8 @@ from quatom.numerics.rounding import (
     round_to_nearest,
     shift_to_target,
 )
-from quatom.plan import SitePlan
+from quatom.plan import LayerPlan, SitePlan
+from quatom.quantize.lanes import Share
 from quatom.quantize.loops import (
     choose_round_columns,
     choose_visit_columns,
@@ -161,6 +164,66 @@ def round_experts(
         errors.append(rounded.relative_error)
         nearest.append(rounded.nearest)
     return RoundedExperts(values, torch.stack(scales), errors, nearest)
+
+
+def round_layer(
+    layer: LayerPlan,
+    floats: dict[SiteName, FloatSite],
+    moments: dict[str, Tensor],
+    targets: dict[str, Tensor],
+    recipe: Recipe,
+    share: Share,
+    device: torch.device,
+) -> tuple[dict[SiteName, SiteCodes], dict[str, float], Tensor | None]:
+    """Codes of every site, the relative error of each, and the experts rounded to nearest.
+
+    Each process rounds the sites that it owns, and all get all codes. What a site was made from
+    leaves `floats`, `moments` and `targets` as its codes come: at no time is the block in memory
+    several times over.
+
+    Raises:
+        QuantizationError: as `round_site`.
+    """
+    ranks, rounded = share.ranks, dict[SiteName, dict[str, Tensor]]()
+    rest = {name: (held.bias, held.order) for name, held in floats.items()}
+    with ranks.together():
+        for name, site in layer.sites.items():
+            weight = floats.pop(name).weight
+            if share.owner(layer, name) == ranks.rank:
+                moment, target = moments.pop(name, None), targets.pop(name, None)
+                rounded[name] = _tensors_of(site, weight, moment, target, recipe)
+            del weight
+    codes: dict[SiteName, SiteCodes] = {}
+    errors: dict[str, float] = {}
+    nearest: Tensor | None = None
+    for name, site in layer.sites.items():
+        found = ranks.from_rank(rounded.pop(name, {}), share.owner(layer, name), device)
+        codes[name] = SiteCodes(found["values"], found["scales"], *rest[name])
+        errors[name] = float(found["error"])
+        if site.experts is not None:
+            nearest = found["nearest"] if nearest is None else nearest | found["nearest"]
+    return codes, errors, None if nearest is None else nearest.bool()
+
+
+def _tensors_of(
+    site: SitePlan,
+    weight: Tensor,
+    moment: Tensor | None,  # (K, K), or (E, K, K)
+    target: Tensor | None,  # (N, K)
+    recipe: Recipe,
+) -> dict[str, Tensor]:
+    """A rounded site in a form that can be sent; `nearest` (E,) uint8 of routed experts."""
+    if site.experts is None:
+        one = round_site(site, weight, moment, target, recipe)
+        error = torch.tensor(one.relative_error, dtype=torch.float64)
+        return {"values": one.weight.values, "scales": one.weight.scales, "error": error}
+    each = round_experts(site, weight, moment, recipe)
+    return {
+        "values": each.values,
+        "scales": each.scales,
+        "error": torch.tensor(each.relative_errors).square().mean().sqrt(),
+        "nearest": torch.tensor(each.nearest, dtype=torch.uint8),
+    }
 
 
 def _relative_error(weight: Tensor, rounded: RoundedWeight, moment: Tensor | None) -> float:

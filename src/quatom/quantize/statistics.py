@@ -58,38 +58,34 @@ class KeyStatistics:
     Second moments are those of a rotary pair of channels: rotation leaves them as they are.
     """
 
-    def __init__(self, attention: Attention, length: int) -> None:
+    def __init__(self, attention: Attention, length: int, sums: dict[str, Tensor] | None = None):
+        """Start from sums, or from none."""
         self.attention, self.length = attention, length
-        self.count = 0
-        self.by_position: Tensor | None = None  # (length, KV, D) float32, sum of k
-        self.key_squares: Tensor | None = None  # (KV, D / 2)
-        self.query_squares: Tensor | None = None  # (KV, D / 2), query heads of a KV head together
+        self.sums: dict[str, Tensor] = {} if sums is None else sums
+        """keys (length, KV, D) by position; squares (KV, D / 2) of keys, and of the query heads of
+        a KV head together; float32. tokens () int64."""
 
     def add(self, q: Tensor, k: Tensor) -> None:  # (T, H, D) and (T, KV, D), whole sequences
         """Accumulate the heads of one batch, before rotary embedding."""
         q, k = q.float(), k.float()
         squares = [x.square().sum(dim=0).unflatten(-1, (2, -1)).sum(dim=-2) for x in (q, k)]
-        queries = squares[0].unflatten(0, (self.attention.num_kv_heads, -1)).sum(dim=1)
-        by_position = k.unflatten(0, (-1, self.length)).sum(dim=0)
-        if self.by_position is None or self.key_squares is None or self.query_squares is None:
-            self.by_position, self.key_squares = by_position, squares[1]
-            self.query_squares = queries
-        else:
-            self.by_position += by_position
-            self.key_squares += squares[1]
-            self.query_squares += queries
-        self.count += len(k)
+        found = {
+            "keys": k.unflatten(0, (-1, self.length)).sum(dim=0),
+            "key_squares": squares[1],
+            "query_squares": squares[0].unflatten(0, (self.attention.num_kv_heads, -1)).sum(dim=1),
+            "tokens": torch.tensor(len(k), device=k.device),
+        }
+        for name, part in found.items():
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
 
     def finish(self, rotary: tuple[Tensor, Tensor]) -> dict[str, Tensor]:  # cos, sin
         """Means over all tokens: of K after rotary embedding, and of the squares."""
-        assert self.by_position is not None
-        assert self.key_squares is not None
-        assert self.query_squares is not None
         cos, sin = (table[: self.length] for table in rotary)
+        count = int(self.sums["tokens"])
         return {
-            "key_mean": rotate_halves(self.by_position, cos, sin).sum(dim=0) / self.count,
-            "key_squares": self.key_squares / self.count,
-            "query_squares": self.query_squares / self.count,
+            "key_mean": rotate_halves(self.sums["keys"], cos, sin).sum(dim=0) / count,
+            "key_squares": self.sums["key_squares"] / count,
+            "query_squares": self.sums["query_squares"] / count,
         }
 
 
@@ -210,9 +206,14 @@ def observe(
             handle.remove()
 
 
+def sequences_per_batch(length: int) -> int:
+    """Sequences of a batch, of so many tokens each."""
+    return max(1, TOKENS_PER_BATCH // length)
+
+
 def batch_slices(hidden: Tensor) -> Iterator[slice]:
     """Sequences that run through a block together, TOKENS_PER_BATCH at most."""
-    per_batch = max(1, TOKENS_PER_BATCH // hidden.shape[1])
+    per_batch = sequences_per_batch(hidden.shape[1])
     for start in range(0, hidden.shape[0], per_batch):
         yield slice(start, min(start + per_batch, hidden.shape[0]))
 

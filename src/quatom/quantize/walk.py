@@ -5,6 +5,9 @@ inputs choose the channel orders. The quantized stream is the network made so fa
 moments that GPTQ compensates are those of *its* quantized inputs, so that a block also makes up
 for errors of the blocks before it. Only one block is in memory at a time.
 
+Several processes share the sequences (`quatom.quantize.lanes`) and the sites that are rounded. Each
+has its own part of both streams, and the same block.
+
 Source: Atom (Zhao et al., MLSys 2024): orders from float statistics, GPTQ on quantized inputs.
 """
 
@@ -17,36 +20,32 @@ from torch import Tensor
 
 from quatom.checkpoint.codec import encode_layer
 from quatom.checkpoint.reader import TensorSource
-from quatom.families.spec import SiteName
 from quatom.loading import load_float_layer
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.build import build_block
 from quatom.modeling.decoder import finish_embedding
 from quatom.modeling.rotary import RotaryTables
-from quatom.modeling.weights import FloatLayer, FloatSite, LayerWeights, SiteCodes
+from quatom.modeling.weights import FloatLayer, LayerWeights
 from quatom.ops.backend import Backend
 from quatom.plan import LayerPlan, ModelPlan, plan
 from quatom.presets import PRESETS
+from quatom.quantize.alike import check_alike
 from quatom.quantize.expert_report import ExpertReport
 from quatom.quantize.finite import check_finite_block
 from quatom.quantize.host_memory import return_free_memory
+from quatom.quantize.lanes import Share
 from quatom.quantize.measure import EXPERT_TOKENS, Moments, measure_channels, measure_moments
-from quatom.quantize.rounding import round_experts, round_site
+from quatom.quantize.rounding import round_layer
 from quatom.quantize.statistics import (
-    SecondMoments,
-    TargetMoments,
-    batch_slices,
-    observe,
-    run_batch,
     run_block,
 )
+from quatom.quantize.targets import measure_targets
 from quatom.quantize.transforms import Statistics, transforms_of
-from quatom.quantize.transforms.order import made_rows
 
 
 @dataclass(slots=True)
 class Streams:
-    """Hidden states that enter the next block, each (sequences, length, hidden)."""
+    """Hidden states that enter the next block, each (sequences, length, hidden): this process's."""
 
     float_hidden: Tensor | None
     """None where statistics are known: the float stream is not run then."""
@@ -60,7 +59,7 @@ class QuantizedBlock:
     index: int
     num_blocks: int
     tensors: dict[str, Tensor]
-    """Stored tensors by full name, on the CPU."""
+    """Stored tensors by full name, on the CPU; none in processes that do not write."""
     module: DecoderBlock
     """The block as the checkpoint will run it."""
     linear_errors: dict[str, float]
@@ -98,6 +97,7 @@ class BlockQuantizer:
         streams: Streams | None,
         statistics: Sequence[Statistics] | None = None,
         backend: Backend | None = None,
+        share: Share | None = None,
     ) -> None:
         """Prepare to quantize `source`.
 
@@ -109,8 +109,13 @@ class BlockQuantizer:
             streams: hidden states of the calibration text; None for recipes that read none.
             statistics: of every block, from an earlier `collect_statistics`.
             backend: implementation of the operations.
+            share: which of all sequences `streams` hold; None: this process is alone.
         """
         self.statistics = statistics
+        if share is None:
+            alone = torch.empty(0, 1) if streams is None else streams.quantized_hidden
+            share = Share.of_one(alone)
+        self.share, self.ranks = share, share.ranks
         self.source, self.plan, self.recipe = source, resolved, resolved.recipe
         self.float_plan = plan(resolved.config, PRESETS["fp16"])
         self.transforms = transforms_of(resolved.recipe)
@@ -136,12 +141,16 @@ class BlockQuantizer:
         statistics = (
             self._run_float(index, original) if self.statistics is None else self.statistics[index]
         )
-        arranged = self.transforms.finish(layer, original, statistics)
+        with self.ranks.together():
+            arranged = self.transforms.finish(layer, original, statistics)
+        check_alike(self.ranks, layer, arranged)
         moments, targets, tokens = self._moments(layer, arranged, original, entering)
         floats = dict(arranged.sites)
         rest = replace(arranged, sites={})
         del original, arranged
-        codes, errors, nearest = self._round(layer, floats, moments, targets)
+        codes, errors, nearest = round_layer(
+            layer, floats, moments, targets, self.recipe, self.share, self.device
+        )
         weights = LayerWeights(
             norms=rest.norms,
             sites=codes,
@@ -150,11 +159,13 @@ class BlockQuantizer:
             sinks=rest.sinks,
             router=rest.router,
         )
-        module = build_block(layer, weights, self.backend)
+        with self.ranks.together():
+            tensors = encode_layer(layer, weights) if self.ranks.leads else {}
+            module = build_block(layer, weights, self.backend)
         return QuantizedBlock(
             index=index,
             num_blocks=self.plan.config.num_layers,
-            tensors=encode_layer(layer, weights),
+            tensors=tensors,
             module=module,
             linear_errors=errors,
             relative_error=self._run_quantized(index, module),
@@ -172,18 +183,21 @@ class BlockQuantizer:
             yield statistics
 
     def _prepared(self, layer: LayerPlan) -> FloatLayer:
-        weights = load_float_layer(self.source, layer, self.device, self.dtype)
-        return self.transforms.prepare(layer, weights)
+        with self.ranks.together():
+            weights = load_float_layer(self.source, layer, self.device, self.dtype)
+            return self.transforms.prepare(layer, weights)
 
     def _run_float(self, index: int, weights: FloatLayer) -> dict[str, Tensor] | None:
         """Advance the float stream, and measure it."""
         if self.streams is None or self.streams.float_hidden is None:
             return None
-        module = build_block(self.float_plan.layers[index], weights, self.backend)
+        with self.ranks.together():
+            module = build_block(self.float_plan.layers[index], weights, self.backend)
         self.streams.float_hidden, statistics = measure_channels(
-            module, self.streams.float_hidden, self.rotary, self.recipe
+            module, self.streams.float_hidden, self.rotary, self.recipe, self.share
         )
-        check_finite_block(self.streams.float_hidden, index, "in floating point", self.dtype)
+        with self.ranks.together():
+            check_finite_block(self.streams.float_hidden, index, "in floating point", self.dtype)
         return statistics
 
     def _moments(
@@ -197,94 +211,48 @@ class BlockQuantizer:
 
         Then the tokens of each expert, (E,), where they were counted.
         """
+        tf32 = self.dtype != torch.float32
         if self.streams is None or not self.recipe.needs_moments:
             return {}, {}, None
-        module = build_block(layer, arranged, self.backend)
+        with self.ranks.together():
+            module = build_block(layer, arranged, self.backend)
         if self.recipe.float_target > 0:
             assert entering is not None
-            return *self._target_moments(layer, arranged, original, entering, module), None
+            with self.ranks.together():
+                reference = build_block(self.float_plan.layers[layer.index], original, self.backend)
+            streams = entering, self.streams.quantized_hidden
+            own, targets = measure_targets(
+                module, reference, arranged, streams, self.rotary, tf32=tf32, share=self.share
+            )
+            return own, targets, None
         moments, tokens = measure_moments(
             module,
             self.streams.quantized_hidden,
             self.rotary,
-            tf32=self.dtype != torch.float32,
+            tf32=tf32,
             bound=self.recipe.calibration.min_expert_tokens,
+            share=self.share,
         )
         return moments, {}, tokens
-
-    def _target_moments(
-        self,
-        layer: LayerPlan,
-        arranged: FloatLayer,
-        original: FloatLayer,
-        entering: Tensor,
-        module: DecoderBlock,  # float weights, quantized inputs
-    ) -> tuple[Moments, Moments]:
-        """Both moments, the target outputs being those of the floating-point network."""
-        assert self.streams is not None
-        hidden = self.streams.quantized_hidden
-        moments, targets = SecondMoments(tf32=self.dtype != torch.float32), TargetMoments()
-        reference = build_block(self.float_plan.layers[layer.index], original, self.backend)
-        orders = {n: s.order for n, s in arranged.sites.items() if s.order is not None}
-        for batch in batch_slices(hidden):
-            outputs: dict[SiteName, Tensor] = {}
-            inputs: dict[SiteName, Tensor] = {}
-            with observe(reference, see_output=outputs.__setitem__):
-                run_batch(reference, entering[batch], self.rotary)
-            with observe(module, inputs.__setitem__):
-                run_batch(module, hidden[batch], self.rotary)
-            for site, x in inputs.items():
-                output, bias = outputs[site], arranged.sites[site].bias
-                if (rows := made_rows(layer, site, orders)) is not None:
-                    output = output[:, rows]
-                moments.add(site, x)
-                targets.add(site, output if bias is None else output - bias, x)
-        return moments.sums, targets.sums
-
-    def _round(
-        self,
-        layer: LayerPlan,
-        floats: dict[SiteName, FloatSite],
-        moments: Moments,
-        targets: Moments,
-    ) -> tuple[dict[SiteName, SiteCodes], dict[str, float], Tensor | None]:
-        """Codes of every site, the relative error of each, and the experts rounded to nearest.
-
-        What a site was made from leaves `floats`, `moments` and `targets` as its codes come: at no
-        time is the block in memory several times over.
-        """
-        codes: dict[SiteName, SiteCodes] = {}
-        errors: dict[str, float] = {}
-        nearest: Tensor | None = None
-        for site, resolved in layer.sites.items():
-            held = floats.pop(site)
-            moment, target = moments.pop(site, None), targets.pop(site, None)
-            if resolved.experts is None:
-                result = round_site(resolved, held.weight, moment, target, self.recipe)
-                values, scales = result.weight.values, result.weight.scales
-                errors[site] = result.relative_error
-            else:
-                each = round_experts(resolved, held.weight, moment, self.recipe)
-                values, scales = each.values, each.scales
-                errors[site] = float(torch.tensor(each.relative_errors).square().mean().sqrt())
-                flags = torch.tensor(each.nearest)
-                nearest = flags if nearest is None else nearest | flags
-            codes[site] = SiteCodes(values, scales, held.bias, held.order)
-        return codes, errors, nearest
 
     def _run_quantized(self, index: int, module: DecoderBlock) -> float | None:
         """Advance the quantized stream; its distance from the float stream."""
         if self.streams is None:
             return None
-        hidden = run_block(module, self.streams.quantized_hidden, self.rotary)
-        check_finite_block(hidden, index, "after quantization", self.dtype)
+        with self.ranks.together():
+            hidden = run_block(module, self.streams.quantized_hidden, self.rotary)
+            check_finite_block(hidden, index, "after quantization", self.dtype)
         self.streams.quantized_hidden = hidden
         target = self.streams.float_hidden
         if target is None:
             return None
         # In float32 a sequence at a time: whole streams would need another copy of each.
-        error = sum(
-            (q.float() - f.float()).square().sum() for q, f in zip(hidden, target, strict=True)
-        )
-        norm = sum(f.float().square().sum() for f in target)
-        return float((error / norm).sqrt())
+        own = [
+            torch.stack(((q.float() - f.float()).square().sum(), f.float().square().sum()))
+            for q, f in zip(hidden, target, strict=True)
+        ]
+        squares = self.share.collect(torch.stack(own) if own else hidden.new_zeros(0, 2).float())
+        if squares is None:
+            return None
+        error, norm = (sum(column) for column in squares.cpu().unbind(1))
+        return float((error / norm) ** 0.5)

@@ -81,7 +81,7 @@ def transforms_of(recipe: Recipe) -> TransformList:
         after.append(balance_keys)
     if recipe.channel_scaling is not None:
         after.append(partial(scale_channels, spec=recipe.channel_scaling))
-    if recipe.quantizes_weights and recipe.outliers.channels:
+    if recipe.orders_channels:
         after.append(order_channels)
     if recipe.activations.rotation == "hadamard":
         after.append(rotate_groups_of_inputs)

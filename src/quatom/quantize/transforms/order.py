@@ -45,7 +45,7 @@ def order_channels(
     scores = {name: _scores(layer.sites[name], weights, statistics) for name in layer.sites}
     orders = choose_orders(layer, scores)
     sites = {
-        name: replace(held, weight=_columns(held.weight, orders[name]), order=orders[name])
+        name: replace(held, weight=order_columns(held.weight, orders[name]), order=orders[name])
         if name in orders
         else held
         for name, held in weights.sites.items()
@@ -53,8 +53,8 @@ def order_channels(
     for name in layer.sites:
         if (rows := made_rows(layer, name, orders)) is not None:
             held = sites[name]
-            bias = None if held.bias is None else _gather(held.bias, rows)
-            sites[name] = replace(held, weight=_gather(held.weight, rows), bias=bias)
+            bias = None if held.bias is None else gather_rows(held.bias, rows)
+            sites[name] = replace(held, weight=gather_rows(held.weight, rows), bias=bias)
     return replace(weights, sites=sites)
 
 
@@ -79,14 +79,14 @@ def made_rows(layer: LayerPlan, name: SiteName, orders: Mapping[SiteName, Tensor
     return repeat_rows(order, layer.sites[name].rows // order.shape[-1])
 
 
-def _gather(rows: Tensor, order: Tensor) -> Tensor:
+def gather_rows(rows: Tensor, order: Tensor) -> Tensor:
     """Rows (N, ...) in an order (N,), or those of every expert, (E, N, ...), in its own (E, N)."""
     if order.ndim == 1:
         return rows[order]
     return torch.stack([own[own_order] for own, own_order in zip(rows, order, strict=True)])
 
 
-def _columns(weight: Tensor, order: Tensor) -> Tensor:
+def order_columns(weight: Tensor, order: Tensor) -> Tensor:
     """Columns of all matrices in one order (K,), or of every expert's in its own (E, K)."""
     if order.ndim == 1:
         return weight[..., order]

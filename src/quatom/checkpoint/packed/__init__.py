@@ -1,0 +1,1 @@
+"""Checkpoints of other quantizers: GPTQ, AWQ and compressed-tensors, their codes as they are."""
