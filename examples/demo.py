@@ -22,7 +22,7 @@ PRESET = quatom.PRESETS["atom-w4a4kv4"]
 RECIPE = replace(
     PRESET, calibration=replace(PRESET.calibration, num_samples=16, sequence_length=512)
 )
-EVALUATION = {"sequence_length": 1024, "max_windows": 6}
+WINDOW_TOKENS, WINDOWS = 1024, 6
 CHAT = "What is the capital of France, and what is it known for?"
 
 
@@ -55,8 +55,9 @@ def measure(loaded: quatom.LoadedModel, text: str, title: str) -> float:
         measured = quatom.measure_perplexity(
             loaded,
             tokens,
+            sequence_length=WINDOW_TOKENS,
+            max_windows=WINDOWS,
             on_window=lambda done, total, _: progress.update(task, completed=done, total=total),
-            **EVALUATION,
         )
     return measured.perplexity
 
