@@ -46,13 +46,25 @@ class Scheme:
 class PackedFormat(Protocol):
     """How one tool stores linears."""
 
-    scheme: Scheme
-    marker: str
-    """Last part of the name of the codes, which every quantized linear has."""
-    needed: tuple[str, ...]
-    optional: tuple[str, ...]
-    group_part: str
-    """Last part of the name of (K,), the group of each channel; without it they are neighbours."""
+    @property
+    def scheme(self) -> Scheme:
+        """What a code means."""
+
+    @property
+    def marker(self) -> str:
+        """Last part of the name of the codes, which every quantized linear has."""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Last parts of the names that every linear has."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Those that it may have."""
+
+    @property
+    def group_part(self) -> str:
+        """Last part of the name of (K,), the group of each channel; without it: neighbours."""
 
     def shape(self, stored: Mapping[str, StoredTensor]) -> tuple[int, int]:
         """(N, K) from the shapes of the parts."""
