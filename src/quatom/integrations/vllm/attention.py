@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf
 
+from quatom.engine.config import EngineConfig
 from quatom.errors import BackendError, CheckpointError
 from quatom.integrations.vllm.metadata import QuatomMetadata, QuatomMetadataBuilder
 from quatom.integrations.vllm.state import CheckpointState
@@ -100,6 +101,11 @@ class QuatomAttentionBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         """Tokens of a block."""
         return [MultipleOf(BLOCK_MULTIPLE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens of a block where the user names none: those of Quatom's own engine."""
+        return max(default_block_size, EngineConfig().block_size)
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
