@@ -87,9 +87,9 @@ class QuatomLinearMethod(LinearMethodBase):
             delattr(layer, suffix)
         del layer.quatom_share, layer.quatom_loaded
         layer.quatom_scheme = name_scheme(spec, prepared)
-        layer.quatom_weights = nn.ParameterList(
-            nn.Parameter(tensor, requires_grad=False) for tensor in prepared.tensors
-        )
+        layer.quatom_weights = tuple(f"quatom_weight_{i}" for i in range(len(prepared.tensors)))
+        for name, tensor in zip(layer.quatom_weights, prepared.tensors, strict=True):
+            layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         layer.quatom_order = None
         if codes.order is not None:
             layer.quatom_order = nn.Parameter(codes.order.int(), requires_grad=False)
@@ -104,7 +104,7 @@ class QuatomLinearMethod(LinearMethodBase):
 
         Layers that are alike do it once.
         """
-        alike = layer.quatom_scheme, tuple(weight.shape for weight in layer.quatom_weights)
+        alike = layer.quatom_scheme, *(weight.shape for weight in _weights(layer))
         if alike in self.state.compiled:
             return
         self.state.compiled.add(alike)
@@ -118,11 +118,16 @@ class QuatomLinearMethod(LinearMethodBase):
         y = torch.ops.quatom.site_linear(
             x.reshape(-1, x.shape[-1]),
             layer.quatom_order,
-            list(layer.quatom_weights),
+            _weights(layer),
             bias,
             layer.quatom_scheme,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _weights(layer: Any) -> list[Tensor]:
+    """The tensors that the operator multiplies by."""
+    return [getattr(layer, name) for name in layer.quatom_weights]
 
 
 def in_file_order(share: Share, codes: SiteCodes) -> SiteCodes:
