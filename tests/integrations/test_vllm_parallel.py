@@ -80,6 +80,23 @@ def test_compiled_it_computes_the_same(checkpoint):
     assert_agree(found, own_greedy(folder), flips=1)
 
 
+def test_two_stages_compute_what_one_does(checkpoint):
+    """vLLM's queue of stages needs its engine in a process of its own.
+
+    And compiled code: in eager mode vLLM leaves out the run on a CPU that makes the second stage's
+    buffers.
+    """
+    folder = checkpoint("quatom-w4a8kv4")
+    environment = {
+        "TORCH_COMPILE_DISABLE": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    found = in_a_process_of_its_own(folder, environment=environment, **options)
+    assert_agree(found, own_greedy(folder), flips=1)
+
+
 def test_smollm2_gives_the_tokens_of_our_engine(tmp_path, text_file):
     from quatom.presets import PRESETS
     from quatom.quantize.pipeline import quantize_checkpoint
