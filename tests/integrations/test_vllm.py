@@ -1,5 +1,7 @@
 """vLLM with the plugin against Quatom's own engine, on a CPU: `make test-vllm`."""
 
+from math import isfinite
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
@@ -62,6 +64,12 @@ def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoint):
     assert_agree(chunked, plain, flips=1)
 
 
+def test_dummy_weights_run(checkpoint):
+    """What `vllm bench` and scripts/bench_vllm.py measure without a checkpoint's weights."""
+    found = vllm_greedy(checkpoint("llama", "quatom-w4a8kv4"), PROMPTS[:2], load_format="dummy")
+    assert all(isfinite(value) for one in found for value in one.logprobs)
+
+
 def test_the_log_names_recipe_kernels_and_cache(checkpoint, monkeypatch):
     from quatom.integrations.vllm import state
 
@@ -111,7 +119,7 @@ def test_an_untried_version_is_refused(checkpoint, monkeypatch):
 
     monkeypatch.setattr(config, "vllm_version", "0.99.1+cpu")
     message = refused(checkpoint("llama", "quatom-w4a8kv4"))
-    assert "was tried with vLLM 0.32.0, this is 0.99.1" in message
+    assert "was tried with vLLM 0.26.0 and 0.32.0, this is 0.99.1" in message
 
 
 @pytest.mark.parametrize(("recipe", "most"), [("w4a16", 1e-4), ("w8a8", 0.2)])
