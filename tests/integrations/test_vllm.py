@@ -1,5 +1,6 @@
 """vLLM with the plugin against Quatom's own engine, on a CPU: `make test-vllm`."""
 
+import json
 from math import isfinite
 
 import pytest
@@ -92,6 +93,17 @@ def refused(folder, **options):
 def test_a_degree_that_does_not_divide_is_refused_with_both_numbers(checkpoint):
     message = refused(checkpoint("llama", "quatom-w4a8kv4"), tensor_parallel_size=2)
     assert "over 2 ranks does not divide the checkpoint's tensor_parallel 1" in message
+
+
+def test_a_recipe_that_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path):
+    """Not in the page that pydantic makes of a ValueError."""
+    folder = checkpoint("llama", "quatom-w4a8kv4")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["recipe"]["tensor_parallel"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refused(tmp_path, load_format="dummy", skip_tokenizer_init=True)
+    assert "tensor_parallel" in message
+    assert "pydantic" not in message
 
 
 def test_another_cache_format_is_refused(checkpoint):
