@@ -30,6 +30,7 @@ from result_files import (
     label,
     machine,
     machines,
+    origin,
     rank,
     read,
     table,
@@ -342,6 +343,34 @@ def _worst(entries: list[dict[str, Any]], measure: str = "largest") -> str:
     return f"{max(found):.1e}" if found else "-"
 
 
+def vllm(name: str) -> str:
+    """Throughput of vLLM with the plugin and without, and of Quatom's engine.
+
+    The engine's rows are those of serving-MACHINE.json where this file has none of its own.
+    """
+    data, keys = read(name), ("model", "recipe", "gpu_memory_gb", "workload", "requests")
+    serving = f"serving-{name.partition('-')[2]}"
+    entries = list(data["results"])
+    if exists(serving) and all("engine" in entry for entry in entries):
+        wanted = {tuple(entry[key] for key in keys) for entry in entries}
+        entries += [e for e in read(serving)["results"] if tuple(e[key] for key in keys) in wanted]
+    engines = {"vllm+quatom": "vLLM {} with the plugin", "vllm": "vLLM {}"}
+    rows = [
+        [
+            engines.get(e.get("engine", ""), "Quatom's engine").format(e.get("vllm")),
+            e["model"],
+            "FP8, FP8 KV cache" if e["recipe"] == "fp8" else label(e["recipe"]),
+            f"{e.get('tensor_parallel', 1)}",
+            f"{e['gpu_memory_gb']:g}",
+            f"{e['requests']} of {e['workload']}",
+            f"{e['output_tokens_per_s']:.0f}",
+        ]
+        for e in sorted(entries, key=lambda e: (e["model"], e["output_tokens_per_s"]))
+    ]
+    header = ["engine", "shape", "format", "GPUs", "GiB", "requests", "output tokens/s"]
+    return f"{origin(data, entries)}, random weights.\n\n{table(header, rows)}"
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "supported": supported,
@@ -355,6 +384,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "quantize": quantize,
     "zeroshot": zeroshot,
     "times": times,
+    "vllm": vllm,
     **CODE_TABLES,
     **KERNEL_TABLES,
     **SERVING_TABLES,

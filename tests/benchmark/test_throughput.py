@@ -235,6 +235,17 @@ def test_entries_are_replaced_by_newer_ones_of_the_same_measurement(tmp_path):
         read_entries(path)
 
 
+def test_engines_and_numbers_of_gpus_are_measurements_of_their_own(tmp_path):
+    path = tmp_path / "vllm.json"
+    engines = [{}, {"engine": "vllm+quatom"}, {"engine": "vllm+quatom", "tensor_parallel": 2}]
+    for changes in engines:
+        program = ("python", "scripts/bench_vllm.py") if changes else ()
+        add_entries(path, [entry(**changes)], None, program)
+    assert len(read_entries(path)) == 3
+    commands = [e["command"].split()[0] for e in read_entries(path)]
+    assert commands == ["quatom", "python", "python"]
+
+
 def test_the_batch_that_fits_is_one_measurement_whatever_its_size():
     same = [entry(comparison="equal memory", batch=b) for b in (30, 31)]
     assert identity(same[0]) == identity(same[1])

@@ -1,5 +1,8 @@
 """vLLM with the plugin against Quatom's own engine, on a CPU: `make test-vllm`."""
 
+import json
+from math import isfinite
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
@@ -62,6 +65,12 @@ def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoint):
     assert_agree(chunked, plain, flips=1)
 
 
+def test_dummy_weights_run(checkpoint):
+    """What `vllm bench` and scripts/bench_vllm.py measure without a checkpoint's weights."""
+    found = vllm_greedy(checkpoint("llama", "quatom-w4a8kv4"), PROMPTS[:2], load_format="dummy")
+    assert all(isfinite(value) for one in found for value in one.logprobs)
+
+
 def test_the_log_names_recipe_kernels_and_cache(checkpoint, monkeypatch):
     from quatom.integrations.vllm import state
 
@@ -84,6 +93,17 @@ def refused(folder, **options):
 def test_a_degree_that_does_not_divide_is_refused_with_both_numbers(checkpoint):
     message = refused(checkpoint("llama", "quatom-w4a8kv4"), tensor_parallel_size=2)
     assert "over 2 ranks does not divide the checkpoint's tensor_parallel 1" in message
+
+
+def test_a_recipe_that_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path):
+    """Not in the page that pydantic makes of a ValueError."""
+    folder = checkpoint("llama", "quatom-w4a8kv4")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["recipe"]["tensor_parallel"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refused(tmp_path, load_format="dummy", skip_tokenizer_init=True)
+    assert "tensor_parallel" in message
+    assert "pydantic" not in message
 
 
 def test_another_cache_format_is_refused(checkpoint):
@@ -111,7 +131,7 @@ def test_an_untried_version_is_refused(checkpoint, monkeypatch):
 
     monkeypatch.setattr(config, "vllm_version", "0.99.1+cpu")
     message = refused(checkpoint("llama", "quatom-w4a8kv4"))
-    assert "was tried with vLLM 0.32.0, this is 0.99.1" in message
+    assert "was tried with vLLM 0.26.0 and 0.32.0, this is 0.99.1" in message
 
 
 @pytest.mark.parametrize(("recipe", "most"), [("w4a16", 1e-4), ("w8a8", 0.2)])

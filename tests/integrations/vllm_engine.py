@@ -1,6 +1,8 @@
 """vLLM on a CPU, in this process, and Quatom's own engine beside it."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,10 @@ class Greedy:
     logprobs: list[float]
 
 
-def vllm_greedy(
-    folder: Path, prompts: list[list[int]] = PROMPTS, *, rounds: int = 1, **options: Any
-) -> list[Greedy]:
-    """Greedy continuations by vLLM; of the last round, where prompts are sent several times."""
-    from vllm import LLM, SamplingParams
+@contextmanager
+def vllm_engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """vLLM's engine in this process, small and eager unless options say otherwise."""
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     single = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1) == 1
@@ -49,16 +50,31 @@ def vllm_greedy(
     }
     engine = LLM(str(folder), **(settings | options))
     try:
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True
-        )
-        for _ in range(rounds):
-            answers = engine.generate(
-                [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
-            )
+        yield engine
     finally:
         engine.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+
+
+def generate(engine: Any, prompts: list[list[int]], count: int, **sampling: Any) -> list[Any]:
+    """vLLM's answers of `count` greedy tokens to each prompt."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(
+        temperature=0.0, max_tokens=count, logprobs=1, ignore_eos=True, **sampling
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers: list[Any] = engine.generate(requests, asked, use_tqdm=False)
+    return answers
+
+
+def vllm_greedy(
+    folder: Path, prompts: list[list[int]] = PROMPTS, *, rounds: int = 1, **options: Any
+) -> list[Greedy]:
+    """Greedy continuations by vLLM; of the last round, where prompts are sent several times."""
+    with vllm_engine(folder, **options) as engine:
+        for _ in range(rounds):
+            answers = generate(engine, prompts, NEW_TOKENS)
     found = []
     for answer in answers:
         tokens = list(answer.outputs[0].token_ids)
@@ -67,6 +83,16 @@ def vllm_greedy(
             Greedy(tokens, [at[token].logprob for at, token in zip(logprobs, tokens, strict=True)])
         )
     return found
+
+
+def vllm_answers(
+    folder: Path, prompts: list[list[int]], count: int, **options: Any
+) -> tuple[list[Any], list[Any]]:
+    """vLLM's answers with log-probabilities of the prompts: to these, and to what it wrote."""
+    with vllm_engine(folder, **options) as engine:
+        written = generate(engine, prompts, count, prompt_logprobs=0)
+        whole = [[*answer.prompt_token_ids, *answer.outputs[0].token_ids] for answer in written]
+        return written, generate(engine, whole, 1, prompt_logprobs=0)
 
 
 def own_greedy(folder: Path, prompts: list[list[int]] = PROMPTS) -> list[Greedy]:

@@ -1,7 +1,7 @@
 """Entries of serving-GPU.json, and adding them to a file without losing what is there."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ _IDENTITY = (
     "request_rate",
     "concurrency",
     "comparison",
+    "engine",
+    "tensor_parallel",
 )
 """What makes two entries the same measurement: the newer one replaces the older."""
 _NULLS = dict.fromkeys(
@@ -71,9 +73,18 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def add_entries(
-    path: Path, entries: list[dict[str, Any]], ceilings: Mapping[str, float] | None
+    path: Path,
+    entries: list[dict[str, Any]],
+    ceilings: Mapping[str, float] | None,
+    program: Sequence[str] = (),
 ) -> None:
     """Write entries to a result file, keeping those it has of other measurements.
+
+    Args:
+        path: the file, which need not exist.
+        entries: as `make_entry` makes them.
+        ceilings: measured limits of the GPU, for the file's environment.
+        program: how this process was called; none: quatom.
 
     Raises:
         EngineError: as `read_entries` says.
@@ -81,7 +92,7 @@ def add_entries(
     new = {identity(entry) for entry in entries}
     merged = [entry for entry in read_entries(path) if identity(entry) not in new]
     environment = describe_environment() | dict(ceilings or {})
-    command = command_line()
+    command = command_line(*program)
     origin = {"command": command, "commit": environment["commit"], "date": environment["date"]}
     merged += [entry | origin for entry in entries]
     write_results(path, command, environment, merged)

@@ -12,7 +12,7 @@ from a checkpoint's recipe is in the modules beside this one:
     settings    what the recipe asks of vLLM's own settings, before anything starts
 """
 
-TRIED = ("0.32.0",)
+TRIED = ("0.26.0", "0.32.0")
 """Versions of vLLM that the tests or the measurements in the docs ran with."""
 
 

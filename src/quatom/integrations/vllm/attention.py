@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf
 
+from quatom.engine.config import EngineConfig
 from quatom.errors import BackendError, CheckpointError
 from quatom.integrations.vllm.metadata import QuatomMetadata, QuatomMetadataBuilder
 from quatom.integrations.vllm.state import CheckpointState
@@ -100,6 +101,11 @@ class QuatomAttentionBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         """Tokens of a block."""
         return [MultipleOf(BLOCK_MULTIPLE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens of a block where the user names none: those of Quatom's own engine."""
+        return max(default_block_size, EngineConfig().block_size)
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -195,12 +201,17 @@ class QuatomAttention(AttentionImpl):
         self.scale, self.sliding_window = float(scale), sliding_window
         self.logits_soft_cap = logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
-        config = get_current_vllm_config().quant_config
-        if getattr(config, "get_name", lambda: None)() != "quatom":
+        config = get_current_vllm_config()
+        quantization = config.quant_config
+        if getattr(quantization, "get_name", lambda: None)() != "quatom":
             raise BackendError(
                 "Quatom's attention backend runs Quatom checkpoints alone: choose another backend"
             )
-        self.state: CheckpointState = config.state
+        self.state: CheckpointState = quantization.state
+        # One long sequence that goes on, and new ones beside it, are the largest usual prefill.
+        self.workspace_tokens = (
+            config.model_config.max_model_len + config.scheduler_config.max_num_batched_tokens
+        )
 
     def forward(
         self,
@@ -215,7 +226,8 @@ class QuatomAttention(AttentionImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Append the new tokens and attend; rows beyond the batch stay as they are."""
-        if attn_metadata is None:  # vLLM measures memory
+        if attn_metadata is None:  # vLLM measures memory: a prefill's dequantized K and V count
+            query.new_empty(2, self.workspace_tokens, self.num_kv_heads, self.head_size)
             return output.zero_()
         batch, cache = attn_metadata, self.state.recipe.kv_cache
         tokens = batch.num_tokens

@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from quatom.integrations.vllm import check_version
 from quatom.integrations.vllm.attention import QuatomCacheMethod
 from quatom.integrations.vllm.linear import QuatomLinearMethod
+from quatom.integrations.vllm.settings import one_line
 from quatom.integrations.vllm.state import CheckpointState
 from quatom.recipe import Recipe
 
@@ -33,19 +34,21 @@ class QuatomConfig(QuantizationConfig):
         """Read quantization_config of a checkpoint's config.json.
 
         Raises:
-            BackendError: this version of vLLM was not tried.
-            RecipeError: the recipe is unknown or newer than this library.
+            BackendError: this version of vLLM was not tried, or the recipe is unknown or newer than
+                this library.
         """
         check_version(vllm_version)
-        return cls(Recipe.from_dict(config["recipe"]))
+        with one_line():
+            return cls(Recipe.from_dict(config["recipe"]))
 
     def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
         """Resolve the recipe for the model; vLLM calls this once it knows the folder.
 
         Raises:
-            QuatomError: see `CheckpointState.resolve`.
+            BackendError: what `CheckpointState.resolve` refuses.
         """
-        self.state.resolve(model_name)
+        with one_line():
+            self.state.resolve(model_name)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How one of vLLM's layers runs; None: as in any unquantized model.

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from quatom.checkpoint.codec import decode
+from quatom.engine.startup import step_sizes
 from quatom.errors import CheckpointError, ModelError
 from quatom.integrations.vllm.operator import name_scheme
 from quatom.integrations.vllm.shares import Share, joined_shapes, share_of
@@ -86,26 +87,47 @@ class QuatomLinearMethod(LinearMethodBase):
             delattr(layer, suffix)
         del layer.quatom_share, layer.quatom_loaded
         layer.quatom_scheme = name_scheme(spec, prepared)
-        layer.quatom_weights = nn.ParameterList(
-            nn.Parameter(tensor, requires_grad=False) for tensor in prepared.tensors
-        )
+        layer.quatom_weights = tuple(f"quatom_weight_{i}" for i in range(len(prepared.tensors)))
+        for name, tensor in zip(layer.quatom_weights, prepared.tensors, strict=True):
+            layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         layer.quatom_order = None
         if codes.order is not None:
             layer.quatom_order = nn.Parameter(codes.order.int(), requires_grad=False)
         if codes.bias is not None:
             layer.bias = nn.Parameter(codes.bias.float(), requires_grad=False)
         self.state.note_kernel(str(prepared.backend))
+        if device.type == "cuda":
+            self._compile(layer, share.site.channels, device)
+
+    def _compile(self, layer: Any, channels: int, device: torch.device) -> None:
+        """Run the kernels once at every size of a step, so that no request waits for a compiler.
+
+        Layers that are alike do it once.
+        """
+        alike = layer.quatom_scheme, *(weight.shape for weight in _weights(layer))
+        if alike in self.state.compiled:
+            return
+        self.state.compiled.add(alike)
+        config = get_current_vllm_config()
+        for tokens in step_sizes(config.scheduler_config.max_num_batched_tokens):
+            dtype = config.model_config.dtype
+            self.apply(layer, torch.zeros(tokens, channels, dtype=dtype, device=device))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x (..., K), bias added: (..., N)."""
         y = torch.ops.quatom.site_linear(
             x.reshape(-1, x.shape[-1]),
             layer.quatom_order,
-            list(layer.quatom_weights),
+            _weights(layer),
             bias,
             layer.quatom_scheme,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _weights(layer: Any) -> list[Tensor]:
+    """The tensors that the operator multiplies by."""
+    return [getattr(layer, name) for name in layer.quatom_weights]
 
 
 def in_file_order(share: Share, codes: SiteCodes) -> SiteCodes:
@@ -165,14 +187,19 @@ def _loaded(layer: Any, share: Share) -> dict[str, Tensor]:
     return found
 
 
+_DUMMY_SCALES = {"weight_scale": 2.0**-8, "row_scale": 2.0**-11, "outlier_scale": 2.0**-12}
+"""With these a weight's standard deviation is about 0.02, whatever stores it."""
+
+
 def _fill(layer: Any) -> None:
-    """Valid weights in place of dummies: any codes, one scale, channels as they are."""
+    """Valid weights in place of dummies: any codes, equal scales, any order of the channels."""
     for name, parameter in layer.named_parameters(recurse=False):
-        if name in ("weight_packed", "outlier_weight"):
-            bound = 256 if parameter.dtype is torch.uint8 else 128
-            parameter.data.random_(0, bound)
-        elif name.endswith("_scale"):
-            parameter.data.fill_(2.0**-8)
+        if parameter.dtype is torch.uint8:  # packed codes and multiples
+            parameter.data.random_(0, 256)
+        elif parameter.dtype is torch.int8:
+            parameter.data.random_(-127, 128)
+        elif name in _DUMMY_SCALES:
+            parameter.data.fill_(_DUMMY_SCALES[name])
         elif name == "order":
-            channels = parameter.shape[-1]
-            parameter.data.copy_(torch.arange(channels).expand_as(parameter))
+            order = torch.randperm(parameter.shape[-1], device=parameter.device)
+            parameter.data.copy_(order.expand_as(parameter))

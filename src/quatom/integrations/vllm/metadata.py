@@ -73,9 +73,12 @@ class QuatomMetadataBuilder(AttentionMetadataBuilder[QuatomMetadata]):
         if decodes < sequences and lengths is not None:
             rest = lengths[decodes:sequences]
             total = int(rest.sum())
+            sums = torch.cat((rest.new_zeros(1), rest.cumsum(0))).int()
+            if self.device.type == "cuda":  # no copy that waits for the steps before this one
+                sums = sums.pin_memory()
             prefill = (
                 (common.query_start_loc[decodes:] - decodes).int(),
-                torch.cat((rest.new_zeros(1), rest.cumsum(0))).int().to(self.device),
+                sums.to(self.device, non_blocking=True),
             )
         positions = self.positions[:tokens]
         if self.turns_keys_back:

@@ -4,6 +4,8 @@ vLLM lets each architecture adjust its configuration (`VerifyAndUpdateConfig`). 
 every architecture that Quatom knows, where the checkpoint is Quatom's, after vLLM's own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from quatom.errors import BackendError, RecipeError
@@ -45,6 +47,19 @@ def update_settings(vllm_config: Any) -> None:
     _choose_backend(vllm_config.attention_config, cache)
 
 
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Keep a refusal as it is: pydantic, which calls us, wraps a ValueError in a page of its own.
+
+    Raises:
+        BackendError: in place of a ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise BackendError(str(error)) from error
+
+
 def _choose_backend(attention_config: Any, cache: str) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -80,10 +95,8 @@ def _after(before: Any) -> type:
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             before.verify_and_update_config(vllm_config)
-            try:
+            with one_line():
                 update_settings(vllm_config)
-            except ValueError as error:  # pydantic, which calls us, would wrap it in a page
-                raise BackendError(str(error)) from error
 
     return Update
 

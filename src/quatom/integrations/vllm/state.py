@@ -1,6 +1,6 @@
 """What a process knows about the checkpoint that it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from vllm.logger import init_logger
@@ -23,6 +23,8 @@ class CheckpointState:
     resolved: ModelPlan | None = None
     rotary: RotaryTables | None = None
     """Tables for caches that hold K before rotary embedding, once weights are loaded."""
+    compiled: set[Hashable] = field(default_factory=set)
+    """Kinds of linears whose kernels have run."""
     kernels: set[str] = field(default_factory=set)
     """Backends that the log has named."""
 

@@ -1,0 +1,181 @@
+"""Throughput of vLLM on random weights, with Quatom's plugin or with vLLM's own FP8.
+
+    python scripts/bench_vllm.py llama-3-8b --recipe quatom-w4a8kv4 --gpu-memory 72 --json FILE
+    python scripts/bench_vllm.py llama-3-8b --recipe fp8 --gpu-memory 72 --json FILE
+    quatom bench throughput --random-weights llama-3-8b --recipe quatom-w4a8kv4 ... --json FILE
+
+The third measures Quatom's own engine; all three add to one file. Needs vLLM and a GPU.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# The engine runs in this process, which then can set its weights.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from quatom.benchmark.model_shapes import SHAPES
+from quatom.benchmark.serving_results import add_entries, make_entry, read_entries
+from quatom.benchmark.workloads import fixed_lengths, random_prompts
+from quatom.presets import PRESETS
+
+GIB = 2**30
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("--recipe", required=True, help="a preset of Quatom; fp8: without plugin")
+    parser.add_argument("--gpu-memory", type=float, required=True, help="GiB per GPU in all")
+    parser.add_argument("--num-prompts", type=int, default=512)
+    parser.add_argument("--input-len", type=int, default=1024)
+    parser.add_argument("--output-len", type=int, default=512)
+    parser.add_argument("--max-num-seqs", type=int, default=512)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, help="fewer blocks, for trials")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--profile", type=Path, help="file for the kernels of prefill and decode")
+    parser.add_argument("--json", type=Path, required=True)
+    return parser.parse_args()
+
+
+def write_model(folder: str, asked: argparse.Namespace) -> None:
+    """A folder that vLLM takes for a checkpoint without weights."""
+    config = dict(SHAPES[asked.shape])
+    config["torch_dtype"] = asked.dtype
+    if asked.layers is not None:
+        config["num_hidden_layers"] = asked.layers
+    if asked.recipe != "fp8":
+        recipe = PRESETS[asked.recipe].to_dict() | {"tensor_parallel": asked.tensor_parallel_size}
+        config["quantization_config"] = {"quant_method": "quatom", "recipe": recipe}
+    Path(folder, "config.json").write_text(json.dumps(config))
+
+
+def settings(folder: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`.
+
+    vLLM does not count what is in use before it starts (the CUDA context, about half a GiB): that
+    is taken off, so that everything stays within the budget.
+    """
+    free, total = torch.cuda.mem_get_info()
+    budget = asked.gpu_memory * GIB - (total - free)
+    found = {
+        "model": folder,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": asked.dtype,
+        "gpu_memory_utilization": min(budget / total, 0.98),
+        "max_model_len": asked.input_len + asked.output_len + 8,
+        "max_num_seqs": min(asked.max_num_seqs, asked.num_prompts),
+        "max_num_batched_tokens": asked.max_num_batched_tokens,
+        "tensor_parallel_size": asked.tensor_parallel_size,
+        "enable_prefix_caching": False,
+        "enforce_eager": asked.enforce_eager,
+        "disable_log_stats": True,
+    }
+    if asked.recipe == "fp8":
+        found |= {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+    return found
+
+
+def normalize(model: torch.nn.Module) -> None:
+    """Norms that keep the size of their input: dummy ones would make all activations tiny."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.data.fill_(1.0)
+
+
+def generate(engine: Any, prompts: list[list[int]], count: int) -> int:
+    """Tokens that were generated: `count` for each prompt, past any end."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers = engine.generate(requests, sampling, use_tqdm=False)
+    return sum(len(answer.outputs[0].token_ids) for answer in answers)
+
+
+def profile(engine: Any, asked: argparse.Namespace) -> str:
+    """Tables of the kernels that take longest: in prefills alone, in full decode batches alone."""
+    tables, vocabulary = [], int(SHAPES[asked.shape]["vocab_size"])
+    for requests, length, count in ((32, asked.input_len, 1), (asked.max_num_seqs, 16, 32)):
+        prompts = random_prompts(fixed_lengths(requests, length, count), vocabulary, seed=2)
+        with torch.profiler.profile() as run:
+            generate(engine, prompts, count)
+            torch.cuda.synchronize()
+        tables.append(f"{requests} requests of {length} + {count}")
+        tables.append(run.key_averages().table("self_device_time_total", 30))
+    return "\n".join(tables)
+
+
+def measure(asked: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """One entry of the result file, and the engine that made it."""
+    import vllm
+
+    vocabulary = int(SHAPES[asked.shape]["vocab_size"])
+    workload = fixed_lengths(asked.num_prompts, asked.input_len, asked.output_len)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(folder, asked)
+        started = time.monotonic()
+        engine = vllm.LLM(**settings(folder, asked))
+        engine.apply_model(normalize)
+        warm_up = fixed_lengths(min(32, asked.num_prompts), asked.input_len, 1)
+        generate(engine, random_prompts(warm_up, vocabulary, seed=1), 8)
+        startup = time.monotonic() - started
+        prompts = random_prompts(workload, vocabulary)
+        started = time.monotonic()
+        output = generate(engine, prompts, asked.output_len)
+        seconds = time.monotonic() - started
+    free, total = torch.cuda.mem_get_info()
+    config = engine.llm_engine.vllm_config
+    cache = config.cache_config
+    entry = make_entry(
+        mode="throughput",
+        model=asked.shape if asked.layers is None else f"{asked.shape}, {asked.layers} layers",
+        recipe=asked.recipe,
+        gpu_memory_gb=asked.gpu_memory,
+        **workload.describe(),
+        engine="vllm" if asked.recipe == "fp8" else "vllm+quatom",
+        vllm=vllm.__version__,
+        tensor_parallel=asked.tensor_parallel_size,
+        output_tokens_per_s=round(output / seconds, 1),
+        total_tokens_per_s=round((output + workload.input_tokens) / seconds, 1),
+        seconds=round(seconds, 3),
+        startup_seconds=round(startup, 1),
+        gpu_memory_used_gb=round((total - free) / GIB, 2),
+        kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
+        block_size=cache.block_size,
+        kv_cache_dtype=cache.cache_dtype,
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+        cudagraph_mode=config.compilation_config.cudagraph_mode.name,
+        dtype=asked.dtype,
+    )
+    return entry, engine
+
+
+def main() -> None:
+    """Measure, say it in a line, add it to the file."""
+    asked = parse()
+    read_entries(asked.json)  # no minutes of a GPU for a file that cannot be added to
+    entry, engine = measure(asked)
+    print(f"{entry['engine']} {entry['model']} {entry['recipe']}: ", end="")
+    print(f"{entry['output_tokens_per_s']:.0f} output tokens/s", flush=True)
+    add_entries(asked.json, [entry], None, program=("python", "scripts/bench_vllm.py"))
+    if asked.profile is not None:
+        asked.profile.write_text(profile(engine, asked))
+
+
+if __name__ == "__main__":
+    main()
