@@ -46,6 +46,8 @@ def kernels(name: str) -> str:
     }
     schemes = ("w4a4", "w4a8")
     problems = {key[:3] for key in own if key[3] in schemes}
+    if not problems:
+        return NOT_MEASURED
     rows = []
     for n, k, m in sorted(problems, key=lambda p: (-p[0] * p[1], p[0], p[2])):
         row = [f"{n} x {k}, M = {m}"]
@@ -87,6 +89,8 @@ def fused(name: str) -> str:
         for e in data["results"]
         if "quantize" in e["op"] and e["backend"] == "cuda" and e["m"] in (1, 16, 64, 256, 4096)
     ]
+    if not rows:
+        return NOT_MEASURED
     return f"{_where(data)}:\n\n" + table(["operation", "K", "M", "us", "share of copy"], rows)
 
 
