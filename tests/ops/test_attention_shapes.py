@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_batch import DEVICE, TOLERANCE, Batch, assert_close
 
+from quatom.errors import BackendError
 from quatom.numerics.kv_pages import HEAD_DIMS
 from quatom.ops.attention import AttentionOptions, Sequences, attention, flash, seen_tokens
 from quatom.ops.attention.triton_gather import gather_triton
@@ -240,3 +241,19 @@ def test_prefill_over_a_workspace(head_dim, window, softcap, knows_total, sinks,
     assert got.is_contiguous()
     truth = batch.truth(window=window, softcap=softcap, scale=0.2, sinks=sinks)
     assert_close(got, truth, torch.float32)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a stand-in for torch's kernel on the CPU")
+def test_sinks_need_log_sums_of_packed_sequences(monkeypatch):
+    def padded(*arguments, **options):
+        out, log_sums, *rest = dense_flash(*arguments, **options)
+        return out, log_sums[None], *rest
+
+    class Aten:
+        _flash_attention_forward = staticmethod(padded)
+
+    monkeypatch.setattr(flash.torch.ops, "aten", Aten)
+    batch = Batch([40], 40)
+    options = AttentionOptions(0.2, total_kv_tokens=40, sinks=batch.sinks)
+    with pytest.raises(BackendError, match=r"\(1, 2, 40\) of packed .* need \(2, 40\): use back"):
+        flash.prefill_flash(batch.q, batch.pages, Sequences(**batch.arguments), options)
