@@ -10,11 +10,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer.cli
 import typer.main
+from result_files import GPUS, exists, machines, read
 from typer.core import TyperGroup
 
 import quatom
+from quatom.benchmark.memory_plan import GIB, find_gpu, plan_memory
+from quatom.benchmark.model_shapes import find_shape
 from quatom.cli.main import app
-from quatom.presets import PRESETS
+from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.recipe import Recipe
 from quatom.recipe_fields import dataclasses_in, is_optional, tags_of
 
@@ -109,7 +112,46 @@ def package(name: str) -> str:
     return table(["folder", "what it holds"], rows)
 
 
+FIT_MODELS = ("llama-2-7b", "llama-3-8b", "llama-2-13b", "llama-2-70b")
+FIT_GPUS = ("H200", "H100", "A100-80GB", "L40S", "RTX4090")
+
+
+def fit(name: str) -> str:
+    """What `quatom plan` computes for models of 7B to 70B, and where quantizing was timed."""
+    times = {}
+    for where in GPUS:
+        if exists(f"quantize-{where}"):
+            data = read(f"quantize-{where}")
+            for e in data["results"]:
+                how = f"`{e['recipe']}`, {machines(data, [e])}"
+                times.setdefault(e["model"], f"{e['seconds']:.0f} s ({how})")
+    rows, gpus = [], [find_gpu(gpu) for gpu in FIT_GPUS]
+    for model in FIT_MODELS:
+        config = find_shape(model)
+        for recipe in ("fp16", DEFAULT_RECIPE):
+            plans = [plan_memory(config, PRESETS[recipe], gpu.memory_gib) for gpu in gpus]
+            sequences = [f"{p.sequences(4096):,}" if p.fits else "does not fit" for p in plans]
+            first = plans[0]
+            time = "" if recipe == "fp16" else times.get(f"random:{model}", "not measured")
+            rows.append(
+                [
+                    f"{model}, `{recipe}`",
+                    f"{first.weight_bytes / GIB:.1f}",
+                    f"{first.kv_bytes_per_token / 1024:.0f}",
+                    *sequences,
+                    time,
+                ]
+            )
+    shown = [
+        name if gpu.tested else f"{name} (not tested)"
+        for name, gpu in zip(FIT_GPUS, gpus, strict=True)
+    ]
+    header = ["model, recipe", "weights (GiB)", "KV (KiB per token)", *shown, "time to quantize"]
+    return table(header, rows)
+
+
 CODE_TABLES = {
+    "fit": fit,
     "commands": commands,
     "fields": fields_of_recipes,
     "package": package,

@@ -191,7 +191,7 @@ def _serving_tables(
     entries = [e for e in data["results"] if e["mode"] in modes]
     if not entries:
         return NOT_MEASURED
-    parts = [f"{origin(data, entries)}:\n"]
+    parts = [f"{origin(data, entries)}; random weights, so these models have no accuracy here:\n"]
     for model, comparison in sorted({(e["model"], e["comparison"] or "") for e in entries}):
         rows = [e for e in entries if (e["model"], e["comparison"] or "") == (model, comparison)]
         rows.sort(key=_serving_order)

@@ -47,7 +47,7 @@ def find_software() -> list[Finding]:
         Finding(
             "Triton",
             machine["triton"] or "not installed",
-            "" if machine["triton"] else "pip install 'quatom[gpu]', on a GPU",
+            "" if machine["triton"] else "with a GPU: pip install 'quatom[gpu]'",
         ),
     ]
     for extra in ("serve", "eval", "sentencepiece"):
@@ -80,15 +80,21 @@ def _gpu(machine: dict[str, object]) -> list[Finding]:
             Finding("driver", f"{machine['driver']}, torch uses CUDA {machine['cuda']}", ""),
         ]
     if torch.version.cuda is None:
-        return [Finding("GPU", "none: this torch is a CPU build", "on a GPU, install a CUDA build")]
-    return [Finding("GPU", "none that torch sees", "on a GPU, install the NVIDIA driver")]
+        return [
+            Finding(
+                "GPU",
+                "none: this torch is a CPU build",
+                "with a GPU: install a CUDA build of torch",
+            )
+        ]
+    return [Finding("GPU", "none that torch sees", "with a GPU: install the NVIDIA driver")]
 
 
 def _nvrtc() -> Finding:
     try:
         return Finding("NVRTC", nvrtc_version(), "")
     except BackendError:
-        return Finding("NVRTC", "not found", "pip install 'quatom[gpu]', on a Hopper GPU")
+        return Finding("NVRTC", "not found", "with a Hopper GPU: pip install 'quatom[gpu]'")
 
 
 def find_kernels(recipe: Recipe, device: torch.device) -> list[Finding]:

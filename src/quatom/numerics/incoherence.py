@@ -1,6 +1,6 @@
 """Random orthogonal matrices that spread every weight and every input value over all others.
 
-A matrix of n channels is a Kronecker product of small symmetric ones behind random signs: Hadamard
+A matrix of n channels is a Kronecker product of small symmetric ones after random signs: Hadamard
 matrices for the powers of two in n, and for the odd part of n a Hartley matrix, whose entries are
 (cos a + sin a) / sqrt(p). No entry is larger than sqrt(2 / n), so that a weight rotated on both
 sides has no outliers, whatever it was before. The cost per row is n times the sum of the factors.

@@ -1,7 +1,7 @@
 """Rotate inputs and outputs of every linear, so that no weight is much larger than the others.
 
 W becomes U W V^T. A block multiplies the input of a site by V (`InputQuantizer`) and the output of
-each of its linears by U^T (`RotatedLinear`): nothing in front or behind is linear enough to take
+each of its linears by U^T (`RotatedLinear`): nothing before or after it is linear enough to take
 them.
 
 Source: QuIP (Chee et al., NeurIPS 2023).
