@@ -168,14 +168,14 @@ def test_a_crash_while_writing_keeps_the_earlier_results(tmp_path, monkeypatch):
 
 
 def _add(path, first):
-    for number in range(first, first + 5):
+    for number in range(first, first + 10):
         add_results(path, [entry(recipe=f"recipe-{number}")])
 
 
 def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
     path = tmp_path / "accuracy.json"
     spawn = multiprocessing.get_context("spawn")
-    writers = [spawn.Process(target=_add, args=(path, 5 * i)) for i in range(4)]
+    writers = [spawn.Process(target=_add, args=(path, 10 * i)) for i in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:
