@@ -416,7 +416,7 @@ class Recipe:
 
     @property
     def orders_channels(self) -> bool:
-        """Whether channels of inputs stand in another order than in the model."""
+        """Whether channels of inputs come in another order than in the model."""
         ordered = self.outliers.channels > 0 or self.weights.groups == "ordered"
         return self.quantizes_weights and ordered
 

@@ -63,7 +63,7 @@ class BlockLog:
         self.streams = Streams(streams["float"], streams["quantized"])
 
     def add(self, block: QuantizedBlock, streams: Streams | None, share: Share | None) -> None:
-        """Write a block, and now and then the state behind it."""
+        """Write a block, and now and then the state after it."""
         relative = _NONE if block.relative_error is None else block.relative_error
         row = torch.tensor([[relative, *(block.linear_errors.get(site, _NONE) for site in SITES)]])
         self._errors = torch.cat((self._errors, row.double()))
