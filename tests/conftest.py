@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+def one_sweep(recipe):
+    """A recipe of at most one sweep of coordinate descent: a further one does the same again."""
+    from quatom.recipe import GPTQSpec
+
+    rounder = recipe.weights.rounder
+    if not isinstance(rounder, GPTQSpec) or rounder.descent_sweeps == 0:
+        return recipe
+    weights = replace(recipe.weights, rounder=replace(rounder, descent_sweeps=1))
+    return replace(recipe, weights=weights)
 
 
 def make_model(folder: Path, config: dict, *, seed: int = 0, dtype=torch.float32, **save) -> Path:

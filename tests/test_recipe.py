@@ -206,6 +206,7 @@ def test_what_incoherence_cannot_stand_beside():
     quip = PRESETS["quip-w4a16"]
     for parts, needed in (
         ({"tensor_parallel": 2}, "tensor_parallel 1"),
+        ({"weights": replace(quip.weights, groups="ordered")}, "weights.groups 'consecutive'"),
         ({"weights": replace(quip.weights, format="float16")}, "quantized weights.format"),
         ({"weights": WeightSpec(rounder=GPTQSpec(float_target=0.5))}, "rounder.float_target 0"),
     ):

@@ -389,6 +389,7 @@ class Recipe:
             ("a quantized weights.format", self.quantizes_weights),
             ("activations.format 'float16'", not self.quantizes_activations),
             ("outliers.channels 0", self.outliers.channels == 0),
+            ("weights.groups 'consecutive'", self.weights.groups == "consecutive"),
             ("tensor_parallel 1", self.tensor_parallel == 1),
             ("weights.rounder.float_target 0", self.float_target == 0),
         ):

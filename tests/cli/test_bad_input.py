@@ -379,6 +379,7 @@ def test_files_to_write_that_cannot_be_are_named(small_checkpoint, small_dir, sh
 def test_usage_errors_have_status_2(shell, small_dir, small_checkpoint, tmp_path):
     assert shell("quantize", small_dir).status == 2
     assert shell("eval", small_dir).status == 2
+    assert shell("eval", small_dir, "--tasks", "piqa", "--reference", small_dir).status == 2
     assert shell("inspect", small_checkpoint, "--plot", tmp_path / "p.png").status == 2
     assert shell("nonsense").status == 2
     assert tree(tmp_path) == {}

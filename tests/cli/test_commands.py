@@ -45,6 +45,22 @@ def test_quantize_takes_a_recipe_file(small_dir, shell, tmp_path):
     assert load(tmp_path / "q").recipe == recipe
 
 
+def test_eval_compares_predictions_with_a_reference(
+    small_dir, small_checkpoint, text_file, shell, tmp_path
+):
+    out = tmp_path / "accuracy.json"
+    options = ("--sequence-length", 32, "--max-windows", 2, "--json", out)
+    done = shell(
+        "eval", small_checkpoint, "--perplexity", text_file, "--reference", small_dir, *options
+    )
+    assert done.status == 0, done
+    (entry,) = json.loads(out.read_text())["results"]
+    assert 0 < entry["top1_agreement"] < 1
+    assert entry["kl_divergence"] > 0
+    shown = f"{entry['kl_divergence']:.4f} ± {entry['kl_standard_error']:.4f}"
+    assert shown in done.out
+
+
 def test_eval_prints_and_adds_to_a_result_file(
     small_dir, small_checkpoint, text_file, shell, tmp_path
 ):

@@ -106,6 +106,12 @@ def test_a_recipe_that_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path)
     assert "pydantic" not in message
 
 
+def test_rotated_outputs_are_refused(checkpoint):
+    message = refused(checkpoint("llama", "quip-w4a16"))
+    assert "a recipe with incoherence" in message
+    assert "use quatom serve" in message
+
+
 def test_another_cache_format_is_refused(checkpoint):
     message = refused(checkpoint("llama", "quatom-w4a8kv4"), kv_cache_dtype="fp8")
     assert "has an int4 KV cache, kv_cache_dtype fp8 was asked for" in message
