@@ -12,10 +12,10 @@ from quatom.ops.attention import AttentionOptions, Sequences, attention
 from quatom.ops.attention.cuda import (
     DecodeConfig,
     choose_cut,
-    decode_costs,
-    default_config,
     compile_decode,
+    decode_costs,
     decode_cuda,
+    default_config,
 )
 from quatom.ops.attention.triton_gather import gather_triton
 from quatom.ops.backend import Backend
