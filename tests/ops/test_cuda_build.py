@@ -134,20 +134,45 @@ LAYER = {"LAYER": 1, "BIAS": 1}
 def test_the_quantize_kernel_moves_wide_words(operation, options, tmp_path):
     source = cuda_build.read_source("quatom.ops", "quantize.cu")
     constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
-    constants |= {
-        "VECTORS": 4,
-        "ROUNDS": 2,
-        "INPUT_BF16": 0,
-        "E4M3": 0,
-        "INT8": 0,
-        "ROTATE": 0,
-        "BLOCK": 0,
-    }
+    constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "INT8": 0}
+    constants |= {"ROTATE": 0, "BLOCK": 0}
     constants |= {"WHOLE_TOKEN": 0, "MULTIPLES": 0, "CLUSTER": 1} | options
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert ("LDG.E.128" if operation == 2 else "LDG.E.64") in sass
     assert "STG.E.64" in sass
     assert not re.search(r"\b(LDL|STL)\b", sass)
+
+
+@pytest.mark.parametrize("operation", ["reorder", "norm", "gated"])
+def test_a_rotation_of_one_block_size_has_no_conditions(operation, tmp_path):
+    """What a condition on the block costs: a select per sum, two moves per shuffle."""
+    source = cuda_build.read_source("quatom.ops", "quantize.cu")
+    layout, variant = GroupLayout(3968, 128, 128), cuda_quantize.Variant(512, 1)
+    spec = QuantizeSpec(layout=layout, normal="int8", scale_mode="row", rotate=True)
+    norm = Norm(eps=1e-5) if operation == "norm" else None
+    constants = cuda_quantize.defines(operation, variant, spec, torch.float16, norm)
+    assert constants["BLOCK"] == 128
+    lengths = [
+        len(re.findall(r"/\*[0-9a-f]{4,5}\*/", disassemble(cubin, tmp_path)))
+        for cubin in (
+            compile_cubin(source, "sm_90a", constants | {"BLOCK": block}) for block in (128, 0)
+        )
+    ]
+    assert lengths[0] < 0.8 * lengths[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "block"),
+    [
+        (GroupLayout(512, 64, 64), 64),
+        (GroupLayout(192, 96, 32), 32),
+        (GroupLayout(224, 128, 32), 0),  # a last group of 96 channels, in blocks of 32
+    ],
+)
+def test_a_rotation_knows_its_block_where_all_groups_are_alike(layout, block):
+    spec = QuantizeSpec(layout=layout, rotate=True)
+    variant = cuda_quantize.Variant(128, 1)
+    assert cuda_quantize.defines("reorder", variant, spec, torch.float16)["BLOCK"] == block
 
 
 @pytest.mark.parametrize(
@@ -168,15 +193,22 @@ def test_the_append_kernel_rotates_heads_of_other_sizes(head_dim, width, kv, tmp
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "row_tiles", "capability"),
-    [(80, 2, (9, 0)), (96, 1, (9, 0)), (112, 1, (8, 0)), (192, 1, (8, 0))],
+    ("head_dim", "row_tiles", "capability", "warps"),
+    [
+        (64, 1, (9, 0), 4),
+        (80, 2, (9, 0), 4),
+        (96, 1, (9, 0), 4),
+        (112, 1, (8, 0), 4),
+        (128, 1, (9, 0), 8),
+        (192, 1, (8, 0), 4),
+    ],
 )
-def test_the_decode_kernel_of_other_head_sizes_keeps_to_registers(
-    head_dim, row_tiles, capability, tmp_path
+def test_the_decode_kernel_of_any_head_size_keeps_to_registers(
+    head_dim, row_tiles, capability, warps, tmp_path
 ):
     from quatom.ops.attention.cuda import compile_decode, default_config
 
-    config = default_config(head_dim, row_tiles, capability)
+    config = default_config(head_dim, row_tiles, capability, warps)
     arch = "sm_{}{}".format(*capability)
     shape = (head_dim, 16, row_tiles)
     options = {"bf16": True, "softcap": True, "window": True, "sinks": True}

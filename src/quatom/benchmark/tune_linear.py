@@ -2,10 +2,9 @@
 
     python -m quatom.benchmark.tune_linear --out src/quatom/ops/linear/tuning-h200.json
 
-`quatom.ops.linear.configs.choose_config` reads the table of the GPU it runs on. The shapes are those of
-Llama layers and of a small model; other shapes use the most similar one. Few tokens are measured
-as a model runs them: each linear layer after the kernel that quantizes its input, so that a
-variant which leaves that kernel no room loses.
+`quatom.ops.linear.configs.choose_config` reads the table of the GPU that it runs on. The shapes are
+those of Llama layers and of a small model; other shapes use the most similar one. Few tokens are
+measured as a model runs them: each linear layer after the kernel that quantizes its input.
 """
 
 import argparse
@@ -78,11 +77,8 @@ def plausible(
         few = work <= 1.4 * slots or (config.split == 1 and integer)
         return fits and few and (work >= 0.4 * slots or config.split >= 4)
     work = row_tiles * -(-tokens // config.tokens) * config.split
-    return (
-        not config.spared
-        and min(tokens // 8, 96) <= config.tokens <= 2 * tokens
-        and (config.split == 1 or work <= 2 * slots)
-    )
+    fits = min(tokens // 8, 96) <= config.tokens <= 2 * tokens
+    return fits and (config.split == 1 or work <= 2 * slots)
 
 
 def tune(

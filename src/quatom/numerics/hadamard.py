@@ -45,6 +45,12 @@ def hadamard_block(size: int) -> int:
     return size & -size
 
 
+def common_block(layout: GroupLayout) -> int:
+    """Channels that a rotation of any normal group mixes, or 0 where a last group is shorter."""
+    whole = layout.normal % layout.group_size == 0
+    return hadamard_block(layout.group_size) if whole else 0
+
+
 def rotate_last_axis(x: Tensor, block: int) -> Tensor:
     """Multiply every `block` consecutive values of the last axis by a Hadamard matrix; float32."""
     blocks = x.float().unflatten(-1, (-1, block))

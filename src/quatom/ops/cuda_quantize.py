@@ -12,7 +12,7 @@ from quatom.errors import BackendError
 from quatom.families.spec import Activation, Norm
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import GroupLayout
-from quatom.numerics.hadamard import hadamard_block
+from quatom.numerics.hadamard import common_block
 from quatom.ops.activations import MixedTensor, QuantizeSpec, allocate_groups
 from quatom.ops.cuda_build import (
     CudaKernel,
@@ -123,7 +123,7 @@ def defines(
         "E4M3": int(spec.normal == "e4m3"),
         "INT8": int(spec.normal == "int8"),
         "ROTATE": int(spec.rotate),
-        "BLOCK": _rotation_block(spec.layout) if spec.rotate else 0,
+        "BLOCK": common_block(spec.layout) if spec.rotate else 0,
         "WHOLE_TOKEN": int(spec.scale_mode != "group"),
         "MULTIPLES": int(spec.scale_mode == "multiples"),
         "CLUSTER": variant.ctas if spec.scale_mode != "group" else 1,
@@ -133,12 +133,6 @@ def defines(
         "ACTIVATION": _ACTIVATIONS[activation],
         "GATED": int(gated),
     }
-
-
-def _rotation_block(layout: GroupLayout) -> int:
-    """Channels that a rotation mixes in every normal group, or 0 where a last group is shorter."""
-    whole = layout.normal % layout.group_size == 0
-    return hadamard_block(layout.group_size) if whole else 0
 
 
 def _shared_bytes(operation: Operation, variant: Variant, channels: int, norm: Norm | None) -> int:

@@ -13,6 +13,7 @@ from quatom.ops.cuda_build import (
     CudaKernel,
     compile_cubin,
     device_capability,
+    device_name,
     load_kernel,
     multiprocessors,
     read_source,
@@ -44,6 +45,29 @@ class DecodeConfig:
         return self.warps * max(stages, exchange)
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeCosts:
+    """What a decode costs on a GPU, in the time that a CTA takes for a token on a full SM."""
+
+    shares: tuple[float, float, float, float] = (0.0, 2.0, 2.0, 3.0)
+    """What 0 to 3 CTAs of four warps that have an SM for themselves cost for a token of each; four
+    cost 4. More than four take turns."""
+    merge: float = 0.0
+    """Of the second kernel, where sequences are split."""
+    merge_split: float = 0.0
+    """Of that kernel for each split."""
+    eight_warps: bool = False
+    """Whether a CTA may have eight warps: twice the bytes in flight without a second kernel."""
+
+
+_COSTS = {"H200": DecodeCosts((0.0, 1.85, 2.45, 3.2), 1000.0, 16.0, eight_warps=True)}
+"""Of heads of 128 channels with at most 8 query rows each, by a word of the GPU's name."""
+_DEFAULT_COSTS = DecodeCosts()
+"""Of all others, after measurements on an H100: there two CTAs draw the share of an SM."""
+_CTA_START = 128
+"""Cost of a CTA besides its tokens."""
+
+
 class _Parameters(ctypes.Structure):
     _fields_ = [
         ("q", ctypes.c_void_p),
@@ -68,12 +92,16 @@ class _Parameters(ctypes.Structure):
     ]
 
 
-def default_config(head_dim: int, row_tiles: int, capability: tuple[int, int]) -> DecodeConfig:
-    """The fastest variant measured for a head shape."""
+def default_config(
+    head_dim: int, row_tiles: int, capability: tuple[int, int], warps: int = 4
+) -> DecodeConfig:
+    """The fastest variant measured for a head shape, of CTAs of four or eight warps."""
     whole = head_dim % 32 == 0  # rows of 16 n bytes; others take shorter copies and more registers
     min_ctas = 2 if head_dim * row_tiles > 128 else 4 if whole else 3
     bulk = whole and capability >= (9, 0)
-    return DecodeConfig(warps=4, tile=32, stages=2, min_ctas=min_ctas, bulk=bulk)
+    # Tokens of 64 channels are so short that the bookkeeping of a tile of 32 counts.
+    tile = 64 if bulk and head_dim * row_tiles == 64 else 32
+    return DecodeConfig(warps, tile, stages=2, min_ctas=min_ctas * 4 // warps, bulk=bulk)
 
 
 def decode_cuda(
@@ -92,12 +120,13 @@ def decode_cuda(
     row_chunks = -(-rows // (8 * row_tiles))
     ctas = batch.seq_lens.shape[0] * row_chunks * num_kv_heads
     device = q.device.index
-    splits = options.num_splits or choose_splits(
-        ctas, seen_tokens(batch, options), multiprocessors(device)
-    )
+    warps, splits = 4, options.num_splits
+    if not splits:
+        costs = decode_costs(device_name(device), head_dim, row_tiles)
+        length = seen_tokens(batch, options)
+        warps, splits = choose_cut(ctas, length, multiprocessors(device), costs)
+    config = config or default_config(head_dim, row_tiles, device_capability(device), warps)
     softcap, sinks = options.logit_softcap, options.sinks
-    if config is None:
-        config = default_config(head_dim, row_tiles, device_capability(device))
     decode, merge = _kernels(
         device,
         config,
@@ -138,20 +167,39 @@ def decode_cuda(
         merge.launch(tokens * num_heads, parameters, overlap=config.bulk)
 
 
-@lru_cache(maxsize=4096)
-def choose_splits(ctas: int, length: int, processors: int) -> int:
-    """Splits that minimise the work of the busiest multiprocessor.
+@cache
+def decode_costs(gpu: str, head_dim: int, row_tiles: int) -> DecodeCosts:
+    """Costs on the GPU whose driver calls it `gpu`, for a head shape."""
+    known = next((_COSTS[word] for word in gpu.split() if word in _COSTS), _DEFAULT_COSTS)
+    return known if (head_dim, row_tiles) == (128, 1) else _DEFAULT_COSTS
 
-    A multiprocessor with one CTA cannot draw its full share of bandwidth, so two are counted at
-    least; a CTA costs about 128 tokens' time besides its tokens.
+
+@lru_cache(maxsize=4096)
+def choose_cut(
+    ctas: int, length: int, processors: int, costs: DecodeCosts = _DEFAULT_COSTS
+) -> tuple[int, int]:
+    """Warps of a CTA and splits of a sequence that cost the busiest multiprocessor least.
+
+    Args:
+        ctas: CTAs of unsplit sequences.
+        length: cached tokens of a sequence.
+        processors: multiprocessors of the GPU.
+        costs: of that GPU.
     """
     most = max(1, min(64, length // 256))
 
     def cost(splits: int) -> float:
-        busiest = max(-(-ctas * splits // processors), 2)
-        return busiest * (length / splits + 128)
+        rounds, rest = divmod(-(-ctas * splits // processors), 4)
+        merge = costs.merge + costs.merge_split * splits if splits > 1 else 0.0
+        return (4 * rounds + costs.shares[rest]) * (length / splits + _CTA_START) + merge
 
-    return min(range(1, most + 1), key=cost)
+    splits = min(range(1, most + 1), key=cost)
+    if costs.eight_warps and processors <= 2 * ctas <= 4 * processors:
+        # One or two CTAs of eight warps work as twice as many of four, each for half the tokens.
+        share = costs.shares[2] if ctas <= processors else 4.0
+        if share * (length / 2 + _CTA_START) < cost(splits):
+            return 8, 1
+    return 4, splits
 
 
 def compile_decode(

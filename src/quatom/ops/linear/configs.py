@@ -19,9 +19,9 @@ _RESERVED_BYTES = 1024
 
 _log = logging.getLogger(__name__)
 
-TUNINGS = {gpu: f"tuning-{gpu.lower()}.json" for gpu in ("H200", "H100")}
-"""Tables of this package, by a word of the GPU's name; `python -m quatom.benchmark.tune_linear`
-wrote each of them on that GPU."""
+TUNINGS = {"H100": "tuning-h100.json"}
+"""Tables of this package, by a word of the name of the GPU that they were measured on by
+`python -m quatom.benchmark.tune_linear`."""
 _OTHERS = "H100"
 """Whose table any other Hopper GPU gets."""
 
@@ -47,8 +47,6 @@ class Config:
     """INT8 activations and weights that carry their group's multiple, summed in int32."""
     experts: bool = False
     """Runs of tokens multiplied by the weights of their experts (`quatom.ops.experts`)."""
-    spared: int = 0
-    """KiB of an SM's shared memory left to the kernels that run before and after."""
 
     @property
     def columns(self) -> int:
@@ -75,8 +73,7 @@ class Config:
     @property
     def num_stages(self) -> int:
         """Stages of the ring, units in flight: as many as fit."""
-        shared = _SHARED_BYTES + _RESERVED_BYTES - self.spared * 1024
-        room = shared // self.ctas_per_sm - _RESERVED_BYTES
+        room = (_SHARED_BYTES + _RESERVED_BYTES) // self.ctas_per_sm - _RESERVED_BYTES
         return min((room - self.receive_bytes) // self.stage_bytes, 32)
 
     @property
@@ -131,17 +128,11 @@ def _candidates() -> tuple[Config, ...]:
     grouped += [Config(96, 2, blocks=2), Config(128, 2, blocks=2, parts=2)]
     # Without sums to promote, more tokens a warpgroup and fewer CTAs pay.
     integer = [
-        Config(bm, 1, split=split, ctas_per_sm=ctas, spared=spared)
+        Config(bm, 1, split=split, ctas_per_sm=ctas)
         for bm in (8, 16, 32, 64)
         for ctas, splits in _SPLITS.items()
         for split in splits
-        for spared in (0, 36)
         if bm < 64 or ctas < 4
-    ]
-    integer += [
-        Config(bm, 1, split=split, ctas_per_sm=2, spared=114)
-        for bm in (8, 16, 32, 64)
-        for split in (1, 2, 4)
     ]
     integer += [Config(bm, 3) for bm in (8, 16, 32)]
     integer += [Config(64, 1, split=7, ctas_per_sm=3)]
@@ -168,7 +159,7 @@ def read_tuning(gpu: str) -> str:
         return Path(path).read_text()
     known = next((word for word in TUNINGS if word in gpu.split()), None)
     if known is None:
-        _log.warning(
+        _log.info(
             "the linear kernel was never tuned on %s: it runs with the choices of an %s; measure "
             "them with python -m quatom.benchmark.tune_linear and set QUATOM_LINEAR_TUNING",
             gpu,
@@ -200,7 +191,7 @@ def choose_config(
 
     The fastest one measured (`python -m quatom.benchmark.tune_linear`) on this GPU for the most
     similar problem: the same or the next larger number of tokens first, then the nearest shape. A
-    GPU that has no table is warned about, once.
+    GPU that has no table is logged, once.
 
     Args:
         gpu: the name that its driver gives it, "NVIDIA H200".
