@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,16 @@ def make_model(folder: Path, config: dict, *, seed: int = 0, dtype=torch.float32
     model.to(dtype).save_pretrained(folder, **save)
     write_byte_tokenizer(folder)
     return folder
+
+
+def quick(recipe, calibration):
+    """The recipe on little text; what goes step by step takes few steps."""
+    weights, tuning = recipe.weights, recipe.tuning
+    if getattr(weights.rounder, "descent_sweeps", 0) > 1:  # a further one does the same again
+        weights = replace(weights, rounder=replace(weights.rounder, descent_sweeps=1))
+    if tuning is not None:
+        tuning = replace(tuning, steps=3, sequences=2)
+    return replace(recipe, calibration=calibration, weights=weights, tuning=tuning)
 
 
 def write_byte_tokenizer(folder: Path) -> None:

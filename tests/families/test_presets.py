@@ -17,6 +17,7 @@ from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.statistics import run_block
 from quatom.recipe import CalibrationSpec
+from tests.conftest import quick
 from tests.families.models import TINY, save_tiny
 
 CALIBRATION = CalibrationSpec(num_samples=4, sequence_length=48)
@@ -46,10 +47,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "preset"), CASES, ids=[f"{n}-{p}" for n, p in CASES])
 def test_a_preset_quantizes_and_the_engine_decodes(name, preset, folders, text_file, tmp_path):
-    preset = PRESETS[preset]
-    sweeps = min(preset.weights.descent_sweeps, 1)  # a further one does the same again
-    weights = replace(preset.weights, descent_sweeps=sweeps)
-    recipe = replace(preset, calibration=CALIBRATION, weights=weights)
+    recipe = quick(PRESETS[preset], CALIBRATION)
     streamed = []
     quantize_checkpoint(
         folders(name),

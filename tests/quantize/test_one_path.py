@@ -22,7 +22,7 @@ from quatom.recipe import (
     ScalingSpec,
     WeightSpec,
 )
-from tests.conftest import LLAMA, make_model
+from tests.conftest import LLAMA, make_model, quick
 from tests.families.models import save_tiny
 from tests.quantize.simulation import Simulation, run_and_record
 
@@ -95,9 +95,7 @@ def agree(source, target, monkeypatch, ties=0.005):
 
 
 def short(recipe):
-    sweeps = min(recipe.weights.descent_sweeps, 1)  # a further one does the same again
-    weights = replace(recipe.weights, descent_sweeps=sweeps)
-    return replace(recipe, calibration=CALIBRATION, weights=weights)
+    return quick(recipe, CALIBRATION)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "fp16"])
