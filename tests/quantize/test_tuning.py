@@ -1,5 +1,6 @@
 """Block-wise tuning: one path with the real block, never worse than before, same bytes twice."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from quatom.modeling.context import full_sequences_context
 from quatom.numerics.groups import GroupLayout
 from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
+from quatom.quantize.ranks import Ranks
 from quatom.quantize.statistics import run_block
 from quatom.quantize.tuning.block import build_tuned_block
 from quatom.quantize.tuning.codes import LearnedCodes
@@ -181,13 +183,22 @@ def test_descent_finds_the_clip_ratio_of_a_search(one_row):
     assert min(found) < min(tried) + 0.1 * (tried[-1] - min(tried))
 
 
-def test_what_cannot_be_tuned_is_refused_before_any_work(tiny_llama_dir, text_file, tmp_path):
+def test_what_cannot_be_tuned_is_refused_before_any_work(
+    tiny_llama_dir, text_file, tmp_path, monkeypatch
+):
     folder = save_tiny(tmp_path / "mixtral", "mixtral")
     with pytest.raises(RecipeError, match="routed experts"):
         quantize(folder, tmp_path / "q", text_file)
     moved = replace(OMNI, outliers=OutlierSpec())
     with pytest.raises(RecipeError, match=r"outliers\.channels 0"):
         quantize(tiny_llama_dir, tmp_path / "q", text_file, moved)
+    floating = replace(TUNED, outliers=OutlierSpec(format="float16"))
+    with pytest.raises(RecipeError, match="int2 to int8"):
+        quantize(tiny_llama_dir, tmp_path / "q", text_file, floating)
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
+    monkeypatch.setattr(Ranks, "together", lambda self: nullcontext())
+    with pytest.raises(RecipeError, match="one process, and there are 2"):
+        quantize(tiny_llama_dir, tmp_path / "q", text_file)
     with pytest.raises(RecipeError, match=r"tuning\.steps must be at least 1"):
         TuningSpec(steps=0)
     with pytest.raises(RecipeError, match=r"tuning\.clip_rate must be in \[0, 1\)"):

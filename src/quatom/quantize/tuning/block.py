@@ -35,7 +35,8 @@ class StraightThroughInput(InputQuantizer):
         super().__init__(None, order, Backend.REFERENCE)
         self.rounds = rounds
 
-    def _reorder(self, x: Tensor) -> Tensor:
+    def arrange(self, x: Tensor) -> Tensor:  # (T, K)
+        """Channels in reordered position, and what rounding leaves of them."""
         return quantize_input(x, self.order, self.rounds)
 
 

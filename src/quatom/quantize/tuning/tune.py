@@ -8,6 +8,7 @@ from quatom.quantize.tuning.block import build_tuned_block
 from quatom.quantize.tuning.codes import LearnedCodes
 from quatom.quantize.tuning.descent import Learning, Outcome, Text, learn
 from quatom.quantize.tuning.omniquant import LearnedTransforms, check_omniquant
+from quatom.recipe import Recipe
 from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
 
 
@@ -31,8 +32,22 @@ def check_tuning(resolved: ModelPlan, ranks: Ranks) -> None:
             f"recipe {resolved.recipe.name!r} tunes blocks by gradients, which do not pass through "
             "routed experts: use a recipe without tuning for mixtures of experts"
         )
+    _check_recipe(resolved.recipe)
     if isinstance(tuning, OmniQuantSpec):
         check_omniquant(resolved.recipe)
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    formats = [recipe.weights.format]
+    if recipe.outliers.channels:
+        formats.append(recipe.outliers.format)
+    strange = [name for name in formats if not name.startswith("int")]
+    if strange or recipe.incoherence is not None:
+        raise RecipeError(
+            f"tuning moves integer codes of weights as they stand: it needs formats int2 to int8 "
+            f"of weights and outliers, and incoherence null, got {', '.join(formats)} and "
+            f"{recipe.incoherence}"
+        )
 
 
 def tune(
