@@ -71,7 +71,10 @@ def _fields(spec: Any, prefix: str, title: str) -> list[str]:
             inner += _fields(part, f"{name}.", heading)
         if len(nested) > 1:
             methods = ", ".join(f"method `{tags_of(part)[0]}`" for part in nested)
-            rows.append([f"`{name}`", methods, f"method `{tags_of(nested[0])[0]}`", doc])
+            default = f"method `{tags_of(nested[0])[0]}`"
+            if is_optional(hint):
+                methods, default = f"{methods}, `null`", "`null`"
+            rows.append([f"`{name}`", methods, default, doc])
         elif is_optional(hint):
             rows.append([f"`{name}`", "an object, `null`", "`null`", doc])
     lead = f"## {title}\n\n{inspect.getdoc(spec)}\n\n"

@@ -44,17 +44,6 @@ LLAMA3_SCALING = {
 }
 
 
-def one_sweep(recipe):
-    """A recipe of at most one sweep of coordinate descent: a further one does the same again."""
-    from quatom.recipe import GPTQSpec
-
-    rounder = recipe.weights.rounder
-    if not isinstance(rounder, GPTQSpec) or rounder.descent_sweeps == 0:
-        return recipe
-    weights = replace(recipe.weights, rounder=replace(rounder, descent_sweeps=1))
-    return replace(recipe, weights=weights)
-
-
 def make_model(folder: Path, config: dict, *, seed: int = 0, dtype=torch.float32, **save) -> Path:
     """A random Hugging Face model with planted outlier channels, and a byte tokenizer."""
     import transformers
@@ -80,6 +69,16 @@ def make_model(folder: Path, config: dict, *, seed: int = 0, dtype=torch.float32
     model.to(dtype).save_pretrained(folder, **save)
     write_byte_tokenizer(folder)
     return folder
+
+
+def quick(recipe, calibration):
+    """The recipe on little text; what goes step by step takes few steps."""
+    weights, tuning = recipe.weights, recipe.tuning
+    if getattr(weights.rounder, "descent_sweeps", 0) > 1:  # a further one does the same again
+        weights = replace(weights, rounder=replace(weights.rounder, descent_sweeps=1))
+    if tuning is not None:
+        tuning = replace(tuning, steps=3, sequences=2)
+    return replace(recipe, calibration=calibration, weights=weights, tuning=tuning)
 
 
 def write_byte_tokenizer(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The named recipes."""
 
+from dataclasses import replace
+
 from quatom.recipe import (
     ActivationSpec,
     GPTQSpec,
@@ -12,6 +14,7 @@ from quatom.recipe import (
     ScalingSpec,
     WeightSpec,
 )
+from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
 
 
 def _presets() -> dict[str, Recipe]:
@@ -94,6 +97,23 @@ def _presets() -> dict[str, Recipe]:
             channel_scaling=ScalingSpec(method="smoothquant"),
         ),
         Recipe(
+            name="omniquant-w4a16",
+            weights=WeightSpec(rounder=nearest),
+            activations=float_activations,
+            kv_cache=float_cache,
+            outliers=no_outliers,
+            tuning=OmniQuantSpec(factor_rate=0.0),
+        ),
+        Recipe(
+            name="omniquant-w4a4kv4",
+            weights=WeightSpec(group_size=-1, rounder=nearest),
+            activations=ActivationSpec(group_size=-1),
+            kv_cache=KVSpec(keys=PostRopeKeys()),
+            outliers=no_outliers,
+            channel_scaling=ScalingSpec(method="smoothquant"),
+            tuning=OmniQuantSpec(),
+        ),
+        Recipe(
             name="rtn-w4a4",
             weights=WeightSpec(group_size=-1, rounder=nearest),
             activations=ActivationSpec(group_size=-1),
@@ -137,7 +157,11 @@ def _presets() -> dict[str, Recipe]:
             channel_scaling=half_balance,
         ),
     )
-    return {recipe.name: recipe for recipe in recipes}
+    named = {recipe.name: recipe for recipe in recipes}
+    for bits in ("w4a4kv4", "w4a8kv4"):
+        name = f"quatom-{bits}-tuned"
+        named[name] = replace(named[f"quatom-{bits}"], name=name, tuning=TuningSpec())
+    return named
 
 
 PRESETS: dict[str, Recipe] = _presets()

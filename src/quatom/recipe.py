@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from quatom.errors import RecipeError
 from quatom.recipe_fields import check_types, read_fields
+from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
 from quatom.recipe_versions import FORMAT_VERSION, to_current
 
 WeightFormat = Literal[
@@ -338,6 +339,8 @@ class Recipe:
     incoherence: IncoherenceSpec | None = None
     """Rotate every weight on both sides; None: do not."""
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    tuning: TuningSpec | OmniQuantSpec | None = None
+    """What is learned by gradients; None: nothing."""
     tensor_parallel: int = 1
     """B: the inputs of o_proj and down_proj are B equal blocks, each with a channel order and
     outliers of its own. A tensor-parallel degree that divides B can then load slices."""
@@ -437,6 +440,7 @@ class Recipe:
         return (
             self.needs_moments
             or self.orders_channels
+            or self.tuning is not None
             or self.channel_scaling is not None
             or self.kv_cache.key_offset != "none"
             or self.kv_cache.key_scaling != "none"

@@ -22,7 +22,7 @@ from quatom.recipe import (
     ScalingSpec,
     WeightSpec,
 )
-from tests.conftest import LLAMA, make_model, one_sweep
+from tests.conftest import LLAMA, make_model, quick
 from tests.families.models import save_tiny
 from tests.quantize.simulation import Simulation, run_and_record
 
@@ -95,7 +95,7 @@ def agree(source, target, monkeypatch, ties=0.005):
 
 
 def short(recipe):
-    return replace(one_sweep(recipe), calibration=CALIBRATION)
+    return quick(recipe, CALIBRATION)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "fp16"])

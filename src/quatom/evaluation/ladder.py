@@ -105,10 +105,10 @@ class LadderRun:
             yield build_block(layer, weights, self.backend)
 
     def _quantized_modules(self, recipe: Recipe) -> Iterator[DecoderBlock]:
-        needs_float = recipe.float_target > 0
+        needs_float = recipe.float_target > 0 or recipe.tuning is not None
         statistics = None if needs_float else self._shared_statistics(recipe)
         streams = None
-        if recipe.needs_moments:
+        if recipe.needs_moments or recipe.tuning is not None:
             hidden = embed(self.source, self.calibration, self.device, self.dtype)
             streams = Streams(hidden if needs_float else None, hidden)
         for block in self._quantizer(recipe, streams, statistics).run():

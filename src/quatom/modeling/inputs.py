@@ -65,7 +65,8 @@ class InputQuantizer(nn.Module):
         self.rotation = rotation
         self.register_buffer("order", None if order is None else order.int(), persistent=False)
 
-    def _arrange(self, x: Tensor) -> Tensor:
+    def arrange(self, x: Tensor) -> Tensor:  # (T, K)
+        """Channels in reordered position, rotated where the recipe says so; not quantized."""
         x = x if self.order is None else x[:, self.order.long()]
         return x if self.rotation is None else self.rotation.apply(x).to(x.dtype)
 
@@ -84,7 +85,7 @@ class InputQuantizer(nn.Module):
             return self.plain(total), total
         if self.spec is None:
             normed, total = layer(x, residual)
-            return self._arrange(normed), total
+            return self.arrange(normed), total
         return norm_quantize(
             x,
             layer.weight,
@@ -99,7 +100,7 @@ class InputQuantizer(nn.Module):
     def plain(self, x: Tensor) -> Tensor | MixedTensor:  # (T, K)
         """The input as it is: attention's output before o_proj."""
         if self.spec is None:
-            return self._arrange(x)
+            return self.arrange(x)
         return reorder_quantize(x, self.order, self.spec, backend=self.backend)
 
     def activate(self, x: Tensor, spec: FeedForward) -> Tensor | MixedTensor:
@@ -108,5 +109,5 @@ class InputQuantizer(nn.Module):
         Channels come in reordered position: the rows that make them are stored so.
         """
         if self.spec is None:
-            return self._arrange(gated(x, spec.activation, spec.gated, backend=self.backend))
+            return self.arrange(gated(x, spec.activation, spec.gated, backend=self.backend))
         return gated_quantize(x, self.spec, spec.activation, spec.gated, backend=self.backend)

@@ -28,6 +28,7 @@ from quatom.quantize.block_log import BlockLog
 from quatom.quantize.calibration_data import calibration_tokens, check_token_ids, check_tokens
 from quatom.quantize.lanes import Share
 from quatom.quantize.ranks import Ranks
+from quatom.quantize.tuning.tune import check_tuning
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import Recipe
 
@@ -95,6 +96,7 @@ def quantize_checkpoint(
         place = usable_device(device)
         opened = source if isinstance(source, TensorSource) else open_source(source)
         resolved = plan(opened.model_config, recipe)
+        check_tuning(resolved, ranks)
         dtype = dtype or default_dtype(opened, place)
         tokens = _calibration_tokens(opened, recipe, calibration)
         if ranks.leads:

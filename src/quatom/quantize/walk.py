@@ -41,6 +41,8 @@ from quatom.quantize.statistics import (
 )
 from quatom.quantize.targets import measure_targets
 from quatom.quantize.transforms import Statistics, transforms_of
+from quatom.quantize.tuning.descent import Outcome, Text
+from quatom.quantize.tuning.tune import check_tuning, tune
 
 
 @dataclass(slots=True)
@@ -70,6 +72,8 @@ class QuantizedBlock:
     seconds: float
     experts: ExpertReport | None = None
     """What was done with each expert, where there are any."""
+    tuning: Outcome | None = None
+    """What tuning brought, where the recipe tunes."""
 
 
 def embed(source: TensorSource, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -110,12 +114,16 @@ class BlockQuantizer:
             statistics: of every block, from an earlier `collect_statistics`.
             backend: implementation of the operations.
             share: which of all sequences `streams` hold; None: this process is alone.
+
+        Raises:
+            RecipeError: the recipe tunes, and the model cannot be tuned so.
         """
         self.statistics = statistics
         if share is None:
             alone = torch.empty(0, 1) if streams is None else streams.quantized_hidden
             share = Share.of_one(alone)
         self.share, self.ranks = share, share.ranks
+        check_tuning(resolved, self.ranks)
         self.source, self.plan, self.recipe = source, resolved, resolved.recipe
         self.float_plan = plan(resolved.config, PRESETS["fp16"])
         self.transforms = transforms_of(resolved.recipe)
@@ -147,7 +155,9 @@ class BlockQuantizer:
         moments, targets, tokens = self._moments(layer, arranged, original, entering)
         floats = dict(arranged.sites)
         rest = replace(arranged, sites={})
-        del original, arranged
+        if self.recipe.tuning is None:
+            arranged = rest  # the weight of each site leaves the memory as its codes come
+        del original
         codes, errors, nearest = round_layer(
             layer, floats, moments, targets, self.recipe, self.share, self.device
         )
@@ -159,6 +169,8 @@ class BlockQuantizer:
             sinks=rest.sinks,
             router=rest.router,
         )
+        weights, outcome = self._tuned(layer, arranged, weights)
+        del arranged
         with self.ranks.together():
             tensors = encode_layer(layer, weights) if self.ranks.leads else {}
             module = build_block(layer, weights, self.backend)
@@ -173,6 +185,7 @@ class BlockQuantizer:
             experts=None
             if nearest is None
             else ExpertReport((statistics or {}).get(EXPERT_TOKENS), tokens, nearest),
+            tuning=outcome,
         )
 
     def collect_statistics(self) -> Iterator[dict[str, Tensor]]:
@@ -234,6 +247,18 @@ class BlockQuantizer:
             share=self.share,
         )
         return moments, {}, tokens
+
+    def _tuned(
+        self, layer: LayerPlan, floats: FloatLayer, rounded: LayerWeights
+    ) -> tuple[LayerWeights, Outcome | None]:
+        """The rounded layer after tuning, and what that brought."""
+        tuning, streams = self.recipe.tuning, self.streams
+        if tuning is None:
+            return rounded, None
+        assert streams is not None
+        assert streams.float_hidden is not None
+        text = Text(streams.quantized_hidden, streams.float_hidden, self.rotary)
+        return tune(layer, floats, rounded, text, tuning, self.recipe.calibration.seed)
 
     def _run_quantized(self, index: int, module: DecoderBlock) -> float | None:
         """Advance the quantized stream; its distance from the float stream."""

@@ -33,7 +33,15 @@ def balance_keys(
     mantissa; with "weighted" each token counts as in `KeySensitivity`, and l is not rounded. Where
     q and k are normalized, the norms' weights take the factors.
     """
-    scale = _balance(layer, weights, statistics)  # (KV, D)
+    return divide_keys(layer, weights, _balance(layer, weights, statistics))
+
+
+def divide_keys(
+    layer: LayerPlan,
+    weights: FloatLayer,
+    scale: Tensor,  # (KV, D) float32, alike on both channels of a rotary pair
+) -> FloatLayer:
+    """The layer with k divided by factors and q multiplied by them."""
     attention = layer.spec.attention
     shared = attention.num_heads // attention.num_kv_heads
     queries, keys = scale.repeat_interleave(shared, dim=0), 1 / scale

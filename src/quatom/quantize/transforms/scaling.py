@@ -18,7 +18,7 @@ from quatom.recipe import ScalingSpec
 
 _NORMS: Mapping[SiteName, NormName] = {"qkv": "attention", "gate_up": "feed_forward"}
 """The norm that makes a site's input."""
-_FOLD_ORDER: tuple[SiteName, ...] = ("o", "down", "qkv", "gate_up")
+FOLD_ORDER: tuple[SiteName, ...] = ("o", "down", "qkv", "gate_up")
 """Sites whose factors change the rows of others come first: those are judged as they will be."""
 
 
@@ -30,7 +30,7 @@ def scale_channels(
     Inputs that routed experts read stay as they are: the router reads the same, and the rows that
     make the input of an expert's down projection are its own.
     """
-    for name in (name for name in _FOLD_ORDER if name in layer.sites):
+    for name in (name for name in FOLD_ORDER if name in layer.sites):
         if spec.method == "smoothquant" and name not in _NORMS:
             continue  # published for the inputs that a norm makes
         if can_fold(layer, name):
