@@ -155,7 +155,8 @@ def print_recipe(recipe: Recipe, base: Recipe) -> None:
         return
     rows = [(name, str(before), str(value)) for name, (before, value) in changed.items()]
     title = f"Recipe {recipe.name}: what differs from {start}"
-    print_table(title, ("field", "there", "used"), rows, text=True)
+    column = "default" if base == Recipe() else "preset"
+    print_table(title, ("field", column, "used"), rows, text=True)
 
 
 def print_table(
