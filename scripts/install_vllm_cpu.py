@@ -61,7 +61,7 @@ def main() -> None:
         pip("install", "--quiet", *requirements(wheel))
         pip("install", "--quiet", "--no-deps", str(wheel))
     write_stub()
-    pip("install", "--quiet", "--editable", str(ROOT), "pytest", "lm-eval")
+    pip("install", "--quiet", "--editable", str(ROOT), "pytest", "trustme", "lm-eval")
 
 
 if __name__ == "__main__":
