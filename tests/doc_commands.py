@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OTHERS = {
     "--attention-backend",
     "--enable-auto-tool-choice", "--init", "--kv-cache-dtype",
-    "--kv-cache-dtype-skip-layers", "--model_args", "--reasoning-parser",
+    "--kv-cache-dtype-skip-layers", "--model_args", "--nnodes", "--reasoning-parser",
     "--tool-call-parser",
 }  # fmt: skip
-"""Options of docker, vLLM and lm-evaluation-harness that pages name."""
+"""Options of docker, vLLM, torchrun and lm-evaluation-harness that pages name."""
 
 
 def _command(words):
