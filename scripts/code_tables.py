@@ -121,7 +121,7 @@ FIT_GPUS = ("H200", "H100", "A100-80GB", "L40S", "RTX4090")
 
 def fit(name: str) -> str:
     """What `quatom plan` computes for models of 7B to 70B, and where quantizing was timed."""
-    times = {}
+    times: dict[str, str] = {}
     for where in GPUS:
         if exists(f"quantize-{where}"):
             data = read(f"quantize-{where}")
