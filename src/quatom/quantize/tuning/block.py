@@ -5,14 +5,13 @@ straight through, and whole sequences attend at once. Everything else is the ref
 operation, which autograd follows.
 """
 
-from typing import cast
-
 from torch import Tensor
 
+from quatom.families.spec import SiteName
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
-from quatom.modeling.linear import FloatLinear
+from quatom.modeling.linear import FloatLinear, SiteLinear
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import FloatLayer
 from quatom.numerics.hadamard import rotate_heads
@@ -53,8 +52,8 @@ class TunedBlock(DecoderBlock):
     ) -> tuple[Tensor, Tensor]:
         """As that of the block."""
         x, residual = self._input("qkv", "attention", hidden, residual)
-        heads = self.heads(self.linears["qkv"](x))
-        return self.after_attention(self._attend(*heads, context, rotary), residual)
+        q, k, v = self.heads(self.linears["qkv"](x))
+        return self.after_attention(self._attend(q, k, v, context, rotary), residual)
 
     def _attend(
         self,
@@ -95,7 +94,8 @@ def build_tuned_block(layer: LayerPlan, weights: FloatLayer) -> TunedBlock:
     `torch.func.functional_call` runs it with other weights: "linears.SITE.weight" and
     "linears.SITE.bias", "norms.NAME.weight", "heads.norms.0" and "heads.norms.1", "key_offset".
     """
-    linears, inputs = {}, {}
+    linears: dict[SiteName, SiteLinear] = {}
+    inputs: dict[SiteName, InputQuantizer] = {}
     for site, plan in layer.sites.items():
         held = weights.sites[site]
         linears[site] = FloatLinear(held.weight, held.bias)
@@ -104,7 +104,7 @@ def build_tuned_block(layer: LayerPlan, weights: FloatLayer) -> TunedBlock:
     return TunedBlock(
         layer,
         linears=linears,
-        inputs=cast("dict[object, InputQuantizer]", inputs),
+        inputs=inputs,
         norms={
             name: NormLayer(layer.spec.norms[name], norm, Backend.REFERENCE)
             for name, norm in weights.norms.items()

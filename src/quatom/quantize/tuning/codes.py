@@ -120,12 +120,10 @@ class LearnedCodes(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.floats, self.spec = layer, floats, spec
-        self.sites = nn.ModuleDict(
-            {
-                name: LearnedSite(layer.sites[name], floats.sites[name].weight, codes[name])
-                for name in layer.sites
-            }
-        )
+        self.sites: dict[SiteName, LearnedSite] = {
+            name: LearnedSite(layer.sites[name], floats.sites[name].weight, codes[name])
+            for name in layer.sites
+        }
         self.norms = nn.ParameterDict(
             {
                 name: torch.zeros_like(n.weight, dtype=torch.float32)
@@ -143,15 +141,16 @@ class LearnedCodes(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """What `torch.func.functional_call` gives a block of `quatom.quantize.tuning.block`."""
-        made = {}
+        made: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            weight = site()
+            weight: Tensor = site()
             made[f"linears.{name}.weight"] = weight.to(self.floats.sites[name].weight.dtype)
-        for name in self.floats.norms:
-            made[f"norms.{name}.weight"] = self._norm(name)
-        if self.offset is not None:
-            spread = self.floats.key_offset.square().mean().sqrt().clamp(min=1e-6)
-            made["key_offset"] = self.floats.key_offset + self.offset * spread
+        for norm in self.floats.norms:
+            made[f"norms.{norm}.weight"] = self._norm(norm)
+        start = self.floats.key_offset
+        if self.offset is not None and start is not None:
+            spread = start.square().mean().sqrt().clamp(min=1e-6)
+            made["key_offset"] = start + self.offset * spread
         return made
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:

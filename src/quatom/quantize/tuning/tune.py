@@ -1,7 +1,7 @@
 """Tuning of one layer, as its recipe says."""
 
 from quatom.errors import RecipeError
-from quatom.modeling.weights import FloatLayer, LayerWeights
+from quatom.modeling.weights import FloatLayer, LayerWeights, SiteCodes
 from quatom.plan import LayerPlan, ModelPlan
 from quatom.quantize.ranks import Ranks
 from quatom.quantize.tuning.block import build_tuned_block
@@ -70,7 +70,8 @@ def tune(
     """
     learned: LearnedCodes | LearnedTransforms
     if isinstance(spec, TuningSpec):
-        learned = LearnedCodes(layer, floats, rounded.sites, spec)
+        codes = {n: held for n, held in rounded.sites.items() if isinstance(held, SiteCodes)}
+        learned = LearnedCodes(layer, floats, codes, spec)
     else:
         learned = LearnedTransforms(layer, floats, spec)
     block = build_tuned_block(layer, floats)
