@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ LATENCY = {"p50": 1500.0, "p90": 1600.0, "p99": 1700.0}
 
 
 @pytest.fixture
-def tables(tmp_path):
+def tables(tmp_path, monkeypatch):
     """The script's tables over a folder of its own."""
     module = runpy.run_path(str(SCRIPT))
-    module["throughput"].__globals__["RESULTS"] = tmp_path
-    return module["TABLES"]
+    monkeypatch.setattr(sys.modules["result_files"], "RESULTS", tmp_path)
+    return module["TABLES"] | {"render": module["render"]}
 
 
 def entry(mode, recipe, rate, **more):
@@ -40,7 +41,7 @@ def entry(mode, recipe, rate, **more):
 
 
 def write(folder, entries):
-    environment = {"gpu": "a GPU", "torch": "2.11.0"}
+    environment = {"gpu": "a GPU", "torch": "2.11.0", "commit": "c0ffee", "date": "2026-11-01"}
     content = {"environment": environment, "results": entries}
     (folder / "serving-x.json").write_text(json.dumps(content))
 
@@ -55,7 +56,8 @@ def rows(text):
 
 def test_without_a_file_there_is_no_table(tables):
     for name in ("throughput", "batches", "load"):
-        assert tables[name](f"{name}-x") == "Not measured yet.\n"
+        page = f"<!-- table {name}-h200 -->\n<!-- end -->"
+        assert "Not measured yet." in tables["render"](page)
 
 
 def test_runs_stand_beside_float_at_the_same_memory(tables, tmp_path):
@@ -70,7 +72,7 @@ def test_runs_stand_beside_float_at_the_same_memory(tables, tmp_path):
         ],
     )
     text = tables["throughput"]("throughput-x")
-    assert text.startswith("a GPU, torch 2.11.0:\n\nllama-2-7b:\n")
+    assert text.startswith("a GPU, torch 2.11.0, commit c0ffee (2026-11-01); random weights")
     got = rows(text)
     assert [row[:3] for row in got] == [
         ["1 x 1024+512, 24 GiB, `atom-w4a4kv4`", "400", ""],

@@ -29,7 +29,7 @@ FIRST_LOGIT = 4.0
 
 
 def check_omniquant(recipe: Recipe) -> None:
-    """Refuse recipes whose weights do not stand as they come when they are clipped.
+    """Refuse recipes whose weights are not stored as they are when they are clipped.
 
     Raises:
         RecipeError: channels are ordered or rotated, or scales are no float16 numbers of their own.
