@@ -44,7 +44,7 @@ def _check_recipe(recipe: Recipe) -> None:
     strange = [name for name in formats if not name.startswith("int")]
     if strange or recipe.incoherence is not None:
         raise RecipeError(
-            f"tuning moves integer codes of weights as they stand: it needs formats int2 to int8 "
+            f"tuning moves integer codes of weights as they are: it needs formats int2 to int8 "
             f"of weights and outliers, and incoherence null, got {', '.join(formats)} and "
             f"{recipe.incoherence}"
         )
