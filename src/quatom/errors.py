@@ -63,7 +63,8 @@ class OtherProcessError(QuatomError, RuntimeError):
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The beginning of a message about a name that is none of `known`: the nearest one, and all."""
     names, typed = {one.lower(): one for one in known}, str(name).lower()
-    near = [one for one in names if typed in one][:2] or get_close_matches(typed, names, n=1)
+    near = [typed] if typed in names else [one for one in names if typed in one][:2]
+    near = near or get_close_matches(typed, names, n=1)
     meant = " or ".join(repr(names[one]) for one in near)
     hint = f" (did you mean {meant}?)" if near else ""
     return f"unknown {kind} {name!r}{hint}; known are {', '.join(names.values())}"

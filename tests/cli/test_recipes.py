@@ -114,9 +114,9 @@ def test_the_default_recipe_is_the_same_everywhere():
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("quatom-w4a4", "'quatom-w4a4kv4'"),
+        ("quatom-w4a4", "'quatom-w4a4kv4' or 'quatom-w4a4kv4-tuned'"),
         ("w4a8", "'atom-w4a8kv4' or 'quatom-w4a8kv4'"),
-        ("quatom-w4a8kv", "'quatom-w4a8kv4'"),
+        ("quatom-w4a8kw4", "'quatom-w4a8kv4'"),
         ("Quatom-W4A8KV4", "'quatom-w4a8kv4'"),
         ("smothquant-w8a8", "'smoothquant-w8a8'"),
         ("best", None),
