@@ -235,7 +235,7 @@ def test_errors_name_the_numbers_and_the_remedy():
         reorder_quantize(x[:, :250], order, QuantizeSpec(layout=layout))
     with pytest.raises(ShapeError, match=r"order \(256,\); got \(10,\)"):
         reorder_quantize(x, order[:10], QuantizeSpec(layout=layout))
-    with pytest.raises(ShapeError, match=r"at most 128 channels a group, this layout has 256"):
+    with pytest.raises(ShapeError, match=r"at most 128 channels per group, this layout has 256"):
         QuantizeSpec(layout=layout, byte_layout="groups")
     with pytest.raises(ShapeError, match=r"not int7 and int8"):
         QuantizeSpec(layout=GroupLayout(64, 64), normal="int7", byte_layout="groups")
