@@ -127,7 +127,8 @@ def _batches(known: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 
 def _add_gradients(block: TunedBlock, learned: Learned, text: Text, batch: Tensor) -> None:
     tensors = learned.tensors()
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    # Some follow from no parameter, as the weights of norms after a linear.
+    leaves = {n: t.detach().requires_grad_(t.requires_grad) for n, t in tensors.items()}
     for rows in _parts(batch, text):
         loss = _losses(block, leaves, text, rows).sum() / (len(batch) * text.entering.shape[1])
         loss.backward()
