@@ -149,7 +149,7 @@ def test_a_long_step_shows_life_by_its_blocks(tiny_llama_dir):
     loop, seen = EngineLoop(engine, listener=None), []
     loop.shows_life()
     for block in loaded.model.blocks:
-        block.register_forward_hook(lambda *_: seen.append(loop.shows_life()))
+        block.heads.register_forward_hook(lambda *_: seen.append(loop.shows_life()))
     with torch.inference_mode():
         context = full_sequences_context(1, 16, 16, loaded.device)
         loaded.model(torch.arange(16), context, loaded.model.allocate_kv_cache(1, 16))
