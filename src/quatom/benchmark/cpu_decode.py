@@ -44,7 +44,8 @@ def measure(
     llm = LLM.from_engine(Engine(loaded, config))
     theirs = _transformers(checkpoint, new_tokens)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(100, 10_000, (batch, prompt), generator=generator)
+    tokens = (100, min(10_000, loaded.config.vocab_size))
+    prompts = torch.randint(*tokens, (batch, prompt), generator=generator)
     params = SamplingParams(
         temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
     )
@@ -80,7 +81,8 @@ def _transformers(checkpoint: str, new_tokens: int) -> Callable[[torch.Tensor], 
     import transformers
 
     described = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
-    described.pop("quantization_config")
+    for ours in ("quantization_config", "attn_implementation"):
+        described.pop(ours, None)
     config = transformers.AutoConfig.for_model(**described)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
