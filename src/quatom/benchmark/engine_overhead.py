@@ -22,9 +22,8 @@ from torch import Tensor
 from quatom.benchmark.environment import command_line, describe_environment, write_results
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
-from quatom.engine.model import Stages
 from quatom.engine.sampling import SamplingParams
-from quatom.modeling.context import ForwardContext
+from quatom.modeling.context import ForwardContext, Stages
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
 

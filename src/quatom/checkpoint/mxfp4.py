@@ -17,10 +17,10 @@ from torch import Tensor
 
 from quatom.checkpoint.safetensors_file import StoredTensor, read_tensor
 from quatom.errors import CheckpointError, ModelError
+from quatom.numerics.formats import get_format
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK = 32
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _KNOWN_KEYS = {"quant_method", "modules_to_not_convert", "dequantize"}
 """Of quantization_config. Which modules are in MXFP4 is seen from the tensors."""
 
@@ -51,7 +51,7 @@ def dequantize_mxfp4(
     scales: Tensor,  # (N, G) uint8
 ) -> Tensor:  # (N, 32 G) float32
     """Numbers of MXFP4 codes; infinite or NaN where the exponent is beyond the format's."""
-    values = torch.tensor((*_MAGNITUDES, *(-m for m in _MAGNITUDES)))
+    values = get_format("e2m1").decode(torch.arange(16))
     byte = torch.arange(256)
     pairs = torch.stack((values[byte % 16], values[byte // 16]), dim=1)  # (256, 2)
     factors = torch.exp2(torch.arange(256, dtype=torch.float64) - 127).float()

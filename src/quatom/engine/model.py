@@ -1,12 +1,12 @@
 """What an engine asks of a model: the network, its KV cache, and what belongs to it."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from quatom.modeling.context import ForwardContext
+from quatom.modeling.context import ForwardContext, Stages
 from quatom.recipe import Recipe
 
 
@@ -19,17 +19,6 @@ class KVCacheLayer(Protocol):
 
     def copy_blocks(self, source: Tensor, target: Tensor) -> None:
         """Copy whole blocks, (n,) int64 each."""
-
-
-class AttentionCall(Protocol):
-    """The attention that a forward pass stops for (`quatom.modeling.decoder`)."""
-
-    def __call__(self, q: Tensor, context: ForwardContext) -> Tensor:
-        """(T, H, D) -> (T, H, D)."""
-
-
-Stages = Generator[tuple[AttentionCall, Tensor], Tensor | None, Tensor]
-"""A forward pass that stops for each attention with its queries, and is sent the result."""
 
 
 class Model(Protocol):

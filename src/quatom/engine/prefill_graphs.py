@@ -16,8 +16,8 @@ from torch import Tensor
 
 from quatom.engine.batch import Batch
 from quatom.engine.graph_pool import GraphPool, borrow
-from quatom.engine.model import AttentionCall, KVCacheLayer, Model, Stages
-from quatom.modeling.context import ForwardContext
+from quatom.engine.model import KVCacheLayer, Model
+from quatom.modeling.context import AttentionCall, ForwardContext, Stages
 
 SMALLEST = 64
 """Tokens of the smallest size class."""
@@ -29,7 +29,12 @@ PADDING_SHARE = 8
 
 def prefill_sizes(most: int) -> list[int]:
     """Tokens of the captured steps: 64, 96, 128, 192 and so on below `most`, and `most`."""
-    powers = [SMALLEST << i for i in range(max(1, most.bit_length()))]
+    return [size for size in step_classes(most) if size >= min(SMALLEST, most)]
+
+
+def step_classes(most: int) -> list[int]:
+    """Powers of two, once and a half, below `most`, and `most`."""
+    powers = [2**i for i in range(most.bit_length())]
     return sorted({n for p in powers for n in (p, p * 3 // 2) if n < most} | {most})
 
 

@@ -13,7 +13,7 @@ import torch
 
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
-from quatom.engine.prefill_graphs import PADDING_SHARE
+from quatom.engine.prefill_graphs import PADDING_SHARE, step_classes
 from quatom.engine.sampling import SamplingParams
 from quatom.errors import EngineError
 from quatom.loading import LoadedModel
@@ -98,9 +98,7 @@ def step_sizes(most: int) -> list[int]:
 
     And the largest step that fills no size class of the prefill graphs, which runs without.
     """
-    powers = [2**i for i in range(most.bit_length())]
-    classes = {n for p in powers for n in (p, p * 3 // 2) if n <= most}
-    return sorted(classes | {most, max(1, most - most // PADDING_SHARE - 1)})
+    return sorted({*step_classes(most), max(1, most - most // PADDING_SHARE - 1)})
 
 
 def greedy(max_tokens: int) -> SamplingParams:

@@ -86,9 +86,14 @@ def _both_logits(
     """Of every token of a window but the last, in pieces, of both models on one device."""
     window = window.to(loaded.device)
     own, other = _hidden(loaded, window), _hidden(reference, window)
-    for start in range(0, window.numel() - 1, LOGIT_ROWS):
-        rows = slice(start, min(start + LOGIT_ROWS, window.numel() - 1))
+    for rows in _pieces(window.numel() - 1):
         yield loaded.model.compute_logits(own[rows]), reference.model.compute_logits(other[rows])
+
+
+def _pieces(tokens: int) -> Iterator[slice]:
+    """Rows of at most LOGIT_ROWS tokens."""
+    for start in range(0, tokens, LOGIT_ROWS):
+        yield slice(start, min(start + LOGIT_ROWS, tokens))
 
 
 def mean_loss(
@@ -99,8 +104,7 @@ def mean_loss(
     """Mean cross-entropy of predicting each token of the window from those before it."""
     last = window.numel() - 1
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for start in range(0, last, LOGIT_ROWS):
-        rows = slice(start, min(start + LOGIT_ROWS, last))
+    for rows in _pieces(last):
         logits = compute_logits(hidden[rows])
         targets = window[rows.start + 1 : rows.stop + 1]
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double()

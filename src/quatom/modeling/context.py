@@ -1,5 +1,6 @@
 """What a forward pass must know besides its tokens: their positions and where they are stored."""
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,12 @@ class ForwardContext:
     are not decodes, where the host knows them: saves every layer of a prefill on a GPU the sums."""
     shared: Shared = field(default_factory=dict, init=False, repr=False, compare=False)
     """What the layers make of the above and share."""
+
+
+AttentionCall = Callable[[Tensor, ForwardContext], Tensor]
+"""The attention of a layer: what queries (T, H, D) see of their sequences, (T, H, D)."""
+Stages = Generator[tuple[AttentionCall, Tensor], Tensor | None, Tensor]
+"""A forward pass that stops for each attention with its queries, and is sent the result."""
 
 
 def full_sequences_context(

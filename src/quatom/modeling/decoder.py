@@ -1,8 +1,7 @@
 """A whole decoder: embedding, blocks, final norm and output head."""
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import cast
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from quatom.families.spec import ModelConfig
 from quatom.modeling.block import DecoderBlock
-from quatom.modeling.context import ForwardContext
+from quatom.modeling.context import ForwardContext, Stages
 from quatom.modeling.inputs import NormLayer
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import NormWeights
@@ -20,19 +19,6 @@ from quatom.plan import LayerPlan
 
 FEW_ROWS = 64
 """Rows up to which a CPU multiplies the head from the left."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """The attention that a forward pass stops for."""
-
-    block: DecoderBlock
-    kv: KVPages
-    rotary: RotaryTables
-
-    def __call__(self, q: Tensor, context: ForwardContext) -> Tensor:  # (T, H, D)
-        """What the queries see of their sequences."""
-        return self.block.attend(q, context, self.kv, self.rotary)
 
 
 class Decoder(nn.Module):
@@ -109,7 +95,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,  # (T,) int64
         context: ForwardContext,
         kv_cache: Sequence[KVPages],
-    ) -> Generator[tuple[AttentionCall, Tensor], Tensor | None, Tensor]:
+    ) -> Stages:
         """A forward pass that stops for each attention with its queries, and is sent the result.
 
         What runs between two stops has shapes that T alone decides, and of the context it reads
@@ -121,7 +107,7 @@ class Decoder(nn.Module):
             self.blocks_run += 1
             block = cast("DecoderBlock", module)
             q, residual = block.before_attention(hidden, residual, context, kv, self.rotary)
-            attended = yield AttentionCall(block, kv, self.rotary), q
+            attended = yield partial(block.attend, kv=kv, rotary=self.rotary), q
             assert attended is not None
             hidden, residual = block.after_attention(attended, residual)
         final: Tensor = self.final_norm(hidden, residual)[0]

@@ -28,6 +28,12 @@ def find_row_scales(scales: Tensor, multiple: int) -> Tensor:  # (..., G) -> (..
     return torch.ldexp((mantissa * 2**_ROW_SCALE_BITS).ceil(), exponent - _ROW_SCALE_BITS)
 
 
+def nearest_row_scales(row_scales: Tensor) -> Tensor:  # float32
+    """The nearest numbers that can be row scales."""
+    mantissa, exponent = torch.frexp(row_scales)
+    return torch.ldexp((mantissa * 2**_ROW_SCALE_BITS).round(), exponent - _ROW_SCALE_BITS)
+
+
 def nearest_multiple(scale: Tensor, row_scale: Tensor) -> Tensor:
     """The multiple of `row_scale` nearest to `scale`, of the same shape; float32."""
     return (scale.float() / row_scale).round().clamp(1, LARGEST_MULTIPLE) * row_scale

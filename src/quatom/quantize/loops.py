@@ -22,7 +22,7 @@ def choose_round_columns(device: torch.device, formats: Sequence[Format]) -> Rou
     Raises:
         BackendError: the device is a GPU and Triton is not installed.
     """
-    if _runs_kernels(device) and all(fmt.is_integer for fmt in formats):
+    if _runs_kernels(device, formats):
         from quatom.quantize.gptq_triton import round_columns_triton
 
         return round_columns_triton
@@ -35,7 +35,7 @@ def choose_visit_columns(device: torch.device, formats: Sequence[Format]) -> Vis
     Raises:
         BackendError: the device is a GPU and Triton is not installed.
     """
-    if _runs_kernels(device) and all(fmt.is_integer for fmt in formats):
+    if _runs_kernels(device, formats):
         from quatom.quantize.descent_triton import visit_columns_triton
 
         return visit_columns_triton
@@ -55,7 +55,8 @@ def choose_weight_scales(device: torch.device) -> Callable[..., Tensor]:
     return weight_scales
 
 
-def _runs_kernels(device: torch.device) -> bool:
+def _runs_kernels(device: torch.device, formats: Sequence[Format] = ()) -> bool:
+    """Whether the device is a GPU, and the formats are the integers that its kernels round to."""
     if device.type != "cuda":
         return False
     try:
@@ -65,4 +66,4 @@ def _runs_kernels(device: torch.device) -> bool:
             "quantizing on a GPU needs Triton, which is not installed: pip install 'quatom[gpu]', "
             "or --device cpu"
         ) from error
-    return True
+    return all(fmt.is_integer for fmt in formats)

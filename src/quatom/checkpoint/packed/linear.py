@@ -138,10 +138,9 @@ class PackedLinear:
         """
         if self.form.group_part not in self.stored:
             return None
-        channels, size = self.shape[1], self.form.scheme.group_size
+        neighbours, size = self._neighbours(), self.form.scheme.group_size
         groups = self._part(self.form.group_part).long()
-        self._of_shape("groups of channels", groups, (channels,))
-        neighbours = torch.arange(channels) // (channels if size == -1 else size)
+        self._of_shape("groups of channels", groups, (self.shape[1],))
         if torch.equal(groups, neighbours):
             return None
         if not torch.equal(groups.sort().values, neighbours):
@@ -171,8 +170,10 @@ class PackedLinear:
 
     def group_of_channels(self) -> Tensor:  # (K,) int64
         """The group of each channel, whatever it is made of."""
-        if (groups := self.groups()) is not None:
-            return groups
+        groups = self.groups()
+        return self._neighbours() if groups is None else groups
+
+    def _neighbours(self) -> Tensor:  # (K,) int64
         channels, size = self.shape[1], self.form.scheme.group_size
         return torch.arange(channels) // (channels if size == -1 else size)
 

@@ -20,7 +20,7 @@ from quatom.families.spec import NormName, SiteName
 from quatom.modeling.weights import FloatLayer, LayerWeights, NormWeights, SiteCodes
 from quatom.numerics.formats import get_format
 from quatom.numerics.groups import MIN_SCALE, expand_scales
-from quatom.numerics.multiples import LARGEST_MULTIPLE, split_multiples
+from quatom.numerics.multiples import LARGEST_MULTIPLE, nearest_row_scales, split_multiples
 from quatom.plan import LayerPlan, SitePlan
 from quatom.quantize.tuning.straight_through import replace_value, round_through
 from quatom.recipe_tuning import TuningSpec
@@ -103,9 +103,7 @@ def _coarse_row_scales(scales: Tensor) -> tuple[Tensor, Tensor]:  # (N, G) float
 
 
 def _seven_bits(row_scales: Tensor) -> Tensor:
-    """The nearest numbers of 7 significant bits, as `split_multiples` finds them."""
-    mantissa, exponent = torch.frexp(row_scales)
-    return torch.ldexp((mantissa * 128).round() / 128, exponent).clamp(min=MIN_SCALE)
+    return nearest_row_scales(row_scales).clamp(min=MIN_SCALE)
 
 
 class LearnedCodes(nn.Module):
