@@ -7,10 +7,13 @@ docs/reference/families.md shows what was found. Run from the root of the reposi
 """
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +115,32 @@ def verify(
         }
 
 
+def verify_alone(name: str, presets: Sequence[str], device: str) -> list[dict[str, Any]]:
+    """Results of one family, in files of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(verify(name, presets, device, Path(folder)))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Verify and write."""
     parser = argparse.ArgumentParser(description="families against transformers")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--models", nargs="+", default=list(TINY), choices=list(TINY))
     parser.add_argument("--presets", nargs="*", default=["atom-w4a4kv4", "quatom-w4a8kv4"])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one family each")
     parser.add_argument("--output", type=Path, help="result file")
     args = parser.parse_args(arguments)
     results: list[dict[str, Any]] = []
     command, environment = command_line("python", "scripts/verify_families.py"), {}
     if args.output:
         environment = describe_environment()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models:
-            for entry in verify(name, args.presets, args.device, Path(folder)):
+    one = partial(verify_alone, presets=args.presets, device=args.device)
+    # spawn: CUDA does not work in a forked process
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for entries in pool.map(one, args.models):
+            for entry in entries:
                 print(entry, flush=True)
-                results.append(entry)
+            results += entries
             if args.output:  # after each model: an interrupted run keeps what it has
                 write_results(args.output, command, environment, results)
 
