@@ -44,7 +44,7 @@ def serving(*arguments, listens=True):
 def listens_at(url):
     try:
         return httpx.get(f"{url}/ping").status_code
-    except (httpx.ConnectError, httpx.RemoteProtocolError):  # closed before it was accepted
+    except (httpx.NetworkError, httpx.RemoteProtocolError):  # closed before it was accepted
         return None
 
 

@@ -127,7 +127,8 @@ def check_operands(
     if not isinstance(x, MixedTensor) or x.dtype not in (torch.float16, torch.bfloat16):
         raise BackendError(
             f"the Hopper linear kernel reads quantized activations and writes float16 or bfloat16, "
-            f"got {type(x).__name__} of {x.dtype}: prepare the weights with backend 'triton'"
+            f"got {type(x).__name__} of {x.dtype}: load the model with dtype bfloat16 or float16, "
+            "or prepare the weights with backend 'triton' (QUATOM_BACKEND=triton)"
         )
     integer = len(weights) > 1
     is_int8 = holds_int8(x.spec.normal, x.spec.scale_mode)
