@@ -5,19 +5,16 @@ A field at its default is not set: files and checkpoints spell all of them out.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quatom.errors import RecipeError
-
-if TYPE_CHECKING:
-    from quatom.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class _Idle:
     beside: str
     """What makes them say nothing, in words of the recipe."""
-    holds: Callable[["Recipe"], bool]
+    holds: Callable[[Any], bool]
     names: Sequence[str]
 
 
@@ -57,8 +54,8 @@ _RULES = (
 )
 
 
-def check_idle(recipe: "Recipe") -> None:
-    """Refuse fields that are set and say nothing.
+def check_idle(recipe: Any) -> None:
+    """Refuse fields of a `quatom.Recipe` that are set and say nothing.
 
     Raises:
         RecipeError: there is one; the message has its name, and what it would need.
