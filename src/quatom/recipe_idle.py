@@ -68,18 +68,23 @@ def check_idle(recipe: Any) -> None:
             spec = getattr(recipe, part)
             if _is_set(spec, field):
                 raise RecipeError(
-                    f"{name} {_shown(getattr(spec, field))} has no effect with {rule.beside}: leave {name} out, "
-                    "or change that"
+                    f"{name} {_shown(getattr(spec, field))} has no effect with "
+                    f"{rule.beside}: leave {name} out, or change that"
                 )
+
+
+def _has_options(value: Any) -> bool:
+    """Whether a value is an object with a method."""
+    return is_dataclass(value)
 
 
 def _is_set(spec: Any, field: str) -> bool:
     value = getattr(spec, field)
-    if is_dataclass(value):  # the options of a method: either method may be named
+    if _has_options(value):  # either method may be named, its options may not be set
         return bool(value != type(value)())
     # No outliers is what float weights have anyway.
     return bool(value not in (getattr(type(spec)(), field), *([0] if field == "channels" else [])))
 
 
 def _shown(value: Any) -> str:
-    return f"with options of {value.method}" if is_dataclass(value) else repr(value)
+    return f"with options of {value.method}" if _has_options(value) else repr(value)

@@ -44,7 +44,9 @@ def test_divergence_is_that_of_the_definition(tiny_llama_dir, other_dir, tokens,
     same = (p.argmax(dim=-1) == q.argmax(dim=-1)).double().mean(dim=1)
     # Float32 logits of some 10 nats: 1e-6 of that at each token.
     assert got.kl_to_float == pytest.approx(kl.mean().item(), rel=1e-4)
-    assert got.kl_to_float_standard_error == pytest.approx((kl.std() / WINDOWS**0.5).item(), rel=1e-3)
+    assert got.kl_to_float_standard_error == pytest.approx(
+        (kl.std() / WINDOWS**0.5).item(), rel=1e-3
+    )
     assert got.same_top1 == pytest.approx(same.mean().item())
     assert got.same_top1_standard_error == pytest.approx((same.std() / WINDOWS**0.5).item())
     # What is measured without a reference stays the same.
