@@ -69,6 +69,10 @@ def accuracy(name: str) -> str:
         ]
         header = ["recipe", "perplexity", "increase", "increase / Atom's increase"]
         header += ["bits/weight", "bits/activation", "bits/KV"]
+        if any("same_top1" in e for e in entries):
+            header += ["same token, %", "KL, nats"]
+            for row, e in zip(rows, entries, strict=True):
+                row += _beside_float(e)
         which = "all" if entries[0]["all_windows"] else "first"
         parts.append(
             f"{entries[0]['model']}, {corpus}, {which} {windows} windows of {length} tokens "
@@ -103,7 +107,8 @@ def backends(name: str) -> str:
 
 def _of_atom(entry: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     """The increase over float as a share of that of Atom's recipe of the same bits."""
-    twin = entry["recipe"].replace("quatom-", "atom-")
+    bits = re.search(r"w\da\dkv\d", entry["recipe"])
+    twin = f"atom-{bits[0]}" if bits else None
     atom = next((e for e in entries if e["recipe"] == twin), None)
     if twin == entry["recipe"] or atom is None or not entry["float_perplexity"]:
         return ""
@@ -115,6 +120,18 @@ def _increase(entry: dict[str, Any]) -> str:
     if entry["recipe"] == "fp16":
         return ""
     return f"+{entry['perplexity'] - entry['float_perplexity']:.2f}"
+
+
+def _beside_float(entry: dict[str, Any]) -> list[str]:
+    """Agreement with the float model and divergence from it, each with one standard error."""
+    if "same_top1" not in entry:
+        return ["", ""]
+    shown = []
+    for key, scale, digits in (("same_top1", 100, 1), ("kl_to_float", 1, 3)):
+        error = entry[f"{key}_standard_error"]
+        text = f"{scale * entry[key]:.{digits}f}"
+        shown.append(text if error is None else f"{text} ± {scale * error:.{digits}f}")
+    return shown
 
 
 def zeroshot(name: str) -> str:

@@ -214,6 +214,54 @@ def test_what_incoherence_cannot_stand_beside():
             replace(quip, **parts)
 
 
+FLOAT_WEIGHTS = {"weights": {"format": "float16"}, "activations": {"format": "float16"}}
+
+
+def test_fields_that_say_nothing_are_refused_by_name():
+    for data, name, beside in (
+        ({"outliers": {"channels": 0, "format": "float16"}}, "outliers.format", "channels 0"),
+        ({"outliers": {"channels": 0, "max_fraction": 0.5}}, "outliers.max_fraction", "channels 0"),
+        ({"outliers": {"channels": 0, "metric": "abs_mean"}}, "outliers.metric", "consecutive"),
+        (FLOAT_WEIGHTS | {"outliers": {"channels": 64}}, "outliers.channels", "weights.format"),
+        (FLOAT_WEIGHTS | {"outliers": {"metric": "abs_mean"}}, "outliers.metric", "weights.format"),
+        (
+            FLOAT_WEIGHTS | {"weights": {"format": "float16", "clip_search": "mse"}},
+            "weights.clip_search",
+            "weights.format 'float16'",
+        ),
+        (
+            FLOAT_WEIGHTS | {"weights": {"format": "float16", "rounder": {"damping": 0.1}}},
+            "weights.rounder with options of gptq",
+            "weights.format 'float16'",
+        ),
+        (
+            {"activations": {"format": "float16", "rotation": "hadamard"}},
+            "activations.rotation",
+            "activations.format 'float16'",
+        ),
+        (
+            {"activations": {"format": "float16", "clip_ratio": 0.9}},
+            "activations.clip_ratio",
+            "activations.format 'float16'",
+        ),
+        ({"kv_cache": {"format": "float16", "clip_ratio": 0.9}}, "kv_cache.clip_ratio", "kv_cache"),
+        (
+            PRESETS["omniquant-w4a16"].to_dict() | {"weights": {"clip_search": "mse"}},
+            "weights.clip_search",
+            "omniquant",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=rf"{name}.* has no effect with .*{beside}"):
+            Recipe.from_dict(data)
+
+
+def test_defaults_and_what_is_read_are_not_refused():
+    assert Recipe.from_dict(FLOAT_WEIGHTS).outliers == OutlierSpec()  # the default: nobody set it
+    assert Recipe.from_dict(FLOAT_WEIGHTS | {"outliers": {"channels": 0}}).outliers.channels == 0
+    ordered = {"weights": {"groups": "ordered"}, "outliers": {"channels": 0, "metric": "abs_mean"}}
+    assert Recipe.from_dict(ordered).outliers.metric == "abs_mean"
+
+
 def test_recipes_are_frozen():
     with pytest.raises(FrozenInstanceError):
         PRESETS["w8a8"].name = "other"
@@ -278,7 +326,7 @@ def test_recipes_are_frozen():
         ({"channel_scaling": 4}, "channel_scaling must be an object .* got 4"),
         (
             {"activations": {"rotation": "hadamard", "format": "float16"}},
-            "activations.rotation 'hadamard' .* quantized activations.format",
+            "activations.rotation 'hadamard' has no effect with activations.format 'float16'",
         ),
         ({"incoherence": {}}, "incoherence .* it needs activations.format 'float16'"),
         (

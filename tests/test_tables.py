@@ -76,3 +76,29 @@ def test_another_engine_is_a_row_of_its_own(tables, tmp_path):
 def test_a_wrong_name_is_an_error_and_not_a_missing_measurement(tables):
     with pytest.raises(FileNotFoundError):
         shown(tables, "kernels-h300")
+
+
+def test_accuracy_beside_atom_and_the_float_model(tables, tmp_path):
+    bits = {"bits_per_weight": 4.5, "bits_per_activation": 4.5, "bits_per_kv": 4.5}
+    compared = {"same_top1": 0.8, "same_top1_standard_error": 0.005}
+    compared |= {"kl_to_float": 0.25, "kl_to_float_standard_error": None}
+    same = {"model": "m", "corpus": "t", "windows": 2, "sequence_length": 8, "all_windows": True}
+    entries = [
+        same | bits | {"recipe": recipe, "perplexity": perplexity, "float_perplexity": 20.0} | more
+        for recipe, perplexity, more in (
+            ("fp16", 20.0, {}),
+            ("atom-w4a4kv4", 30.0, {}),
+            ("atom-w4a8kv4", 25.0, {}),
+            ("quatom-w4a8kv4-tuned", 22.0, compared),  # 2 of 5
+            ("omniquant-w4a4kv4", 40.0, compared),  # 20 of 10
+            ("awq-w4a16", 21.0, compared),  # Atom's recipe has other bits
+        )
+    ]
+    content = {"format": 1, "environment": SERVING["environment"], "results": entries}
+    (tmp_path / "results" / "accuracy-m.json").write_text(json.dumps(content), encoding="utf-8")
+    rows = dict(re.findall(r"^\| `?([\w-]+)`? (.*) \|$", shown(tables, "accuracy-m"), re.MULTILINE))
+    assert "| 0.40 |" in rows["quatom-w4a8kv4-tuned"]
+    assert "| 2.00 |" in rows["omniquant-w4a4kv4"]
+    assert "| +1.00 |  |" in rows["awq-w4a16"]
+    assert rows["awq-w4a16"].endswith("| 80.0 ± 0.5 | 0.250")
+    assert rows["atom-w4a4kv4"].endswith("| 4.50 |  | ")

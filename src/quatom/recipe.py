@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from quatom.errors import RecipeError
 from quatom.recipe_fields import check_types, read_fields
+from quatom.recipe_idle import check_idle
 from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
 from quatom.recipe_versions import FORMAT_VERSION, to_current
 
@@ -358,11 +359,6 @@ class Recipe:
                 f"activations are {self.activations.format} but weights float16: quantize the "
                 "weights too, or leave the activations in float16"
             )
-        if self.activations.rotation != "none" and not self.quantizes_activations:
-            raise RecipeError(
-                f"activations.rotation {self.activations.rotation!r} rotates groups as they are "
-                "quantized: it needs a quantized activations.format"
-            )
         scaling = None if self.channel_scaling is None else self.channel_scaling.method
         if scaling is not None and not self.quantizes_weights:
             raise RecipeError(
@@ -377,6 +373,7 @@ class Recipe:
                 "'none'"
             )
         self._check_incoherence()
+        check_idle(self)
         sizes = self.weights.group_size, self.activations.group_size
         if self.quantizes_activations and sizes[1] not in (-1, sizes[0]):
             raise RecipeError(

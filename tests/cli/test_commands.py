@@ -55,9 +55,9 @@ def test_eval_compares_predictions_with_a_reference(
     )
     assert done.status == 0, done
     (entry,) = json.loads(out.read_text())["results"]
-    assert 0 < entry["top1_agreement"] < 1
-    assert entry["kl_divergence"] > 0
-    shown = f"{entry['kl_divergence']:.4f} ± {entry['kl_standard_error']:.4f}"
+    assert 0 < entry["same_top1"] < 1
+    assert entry["kl_to_float"] > 0
+    shown = f"{entry['kl_to_float']:.4f} ± {entry['kl_to_float_standard_error']:.4f}"
     assert shown in done.out
 
 

@@ -43,10 +43,12 @@ def test_divergence_is_that_of_the_definition(tiny_llama_dir, other_dir, tokens,
     kl = (p.exp() * (p - q)).sum(dim=-1).mean(dim=1)
     same = (p.argmax(dim=-1) == q.argmax(dim=-1)).double().mean(dim=1)
     # Float32 logits of some 10 nats: 1e-6 of that at each token.
-    assert got.kl_divergence == pytest.approx(kl.mean().item(), rel=1e-4)
-    assert got.kl_standard_error == pytest.approx((kl.std() / WINDOWS**0.5).item(), rel=1e-3)
-    assert got.top1_agreement == pytest.approx(same.mean().item())
-    assert got.top1_standard_error == pytest.approx((same.std() / WINDOWS**0.5).item())
+    assert got.kl_to_float == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert got.kl_to_float_standard_error == pytest.approx(
+        (kl.std() / WINDOWS**0.5).item(), rel=1e-3
+    )
+    assert got.same_top1 == pytest.approx(same.mean().item())
+    assert got.same_top1_standard_error == pytest.approx((same.std() / WINDOWS**0.5).item())
     # What is measured without a reference stays the same.
     alone = measure_perplexity(own, tokens, sequence_length=LENGTH)
     assert alone.divergence is None
@@ -59,8 +61,8 @@ def test_a_model_agrees_with_itself(tiny_llama_dir, tokens):
         loaded, tokens, sequence_length=LENGTH, max_windows=1, reference=loaded
     )
     got = measured.divergence
-    assert (got.top1_agreement, got.kl_divergence) == (1.0, 0.0)
-    assert (got.top1_standard_error, got.kl_standard_error) == (None, None)
+    assert (got.same_top1, got.kl_to_float) == (1.0, 0.0)
+    assert (got.same_top1_standard_error, got.kl_to_float_standard_error) == (None, None)
 
 
 def test_another_vocabulary_is_refused(tiny_llama_dir, tmp_path, tokens):

@@ -20,13 +20,13 @@ from quatom.loading import LoadedModel
 class Divergence:
     """Means over the predicted tokens of all windows; standard errors are over windows."""
 
-    top1_agreement: float
+    same_top1: float
     """Fraction of tokens at which both models find the same token most probable."""
-    top1_standard_error: float | None
+    same_top1_standard_error: float | None
     """None of a single window, as the other."""
-    kl_divergence: float
+    kl_to_float: float
     """KL(reference || model) in nats."""
-    kl_standard_error: float | None
+    kl_to_float_standard_error: float | None
 
 
 def check_same_vocabulary(loaded: LoadedModel, reference: LoadedModel) -> None:
@@ -70,8 +70,8 @@ class DivergenceMeter:
     def result(self) -> Divergence:
         """What all windows gave."""
         return Divergence(
-            top1_agreement=math.fsum(self.agreement) / len(self.agreement),
-            top1_standard_error=of_mean(self.agreement),
-            kl_divergence=math.fsum(self.divergence) / len(self.divergence),
-            kl_standard_error=of_mean(self.divergence),
+            same_top1=math.fsum(self.agreement) / len(self.agreement),
+            same_top1_standard_error=of_mean(self.agreement),
+            kl_to_float=math.fsum(self.divergence) / len(self.divergence),
+            kl_to_float_standard_error=of_mean(self.divergence),
         )
