@@ -4,9 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from result_files import (
-    GPUS,
     NOT_MEASURED,
-    exists,
     label,
     machine,
     origin,
@@ -16,88 +14,72 @@ from result_files import (
     table,
 )
 
-from quatom.presets import DEFAULT_RECIPE
-
 SUMMARY = ("fp16", "atom-w4a4kv4", "quatom-w4a4kv4", "atom-w4a8kv4", "quatom-w4a8kv4")
-SUMMARY_RUN = {
-    "mode": "throughput",
-    "model": "llama-2-7b",
-    "gpu_memory_gb": 24.0,
-    "workload": "1024+512",
-}
-SUMMARY_COMMAND = (
-    "quatom bench throughput --random-weights llama-2-7b --gpu-memory 24 --recipe RECIPE"
-)
 
 
-def summary(name: str) -> str:
-    """What a recipe costs in perplexity and brings in throughput, on one GPU.
-
-    `summary` takes the first GPU of `GPUS` with a result file, `summary-GPU` that one.
-    """
+def summary(_name: str) -> str:
+    """What recipes cost in perplexity, for the README."""
     accuracy = {
         e["recipe"]: e
         for e in read("accuracy-smollm2")["results"]
         if e["corpus"] == "wikitext2" and e["all_windows"]
     }
-    data = read(f"serving-{name.partition('-')[2] or _first_gpu()}")
-    runs = _summary_runs(data)
-    if not runs:
-        return NOT_MEASURED
-    own = {e["recipe"]: e for e in runs if is_own(e)}
     rows = []
     for recipe in SUMMARY:
-        e, run = accuracy[recipe], own.get(recipe)
-        parts = ("weight", "activation", "kv")
+        e = accuracy[recipe]
         bits = " / ".join(
-            "16" if recipe == "fp16" else f"{e[f'bits_per_{part}']:.1f}" for part in parts
+            "16" if recipe == "fp16" else f"{e[f'bits_per_{part}']:.1f}"
+            for part in ("weight", "activation", "kv")
         )
-        speed = ["not measured", ""] if run is None else _speed(run, runs)
-        rows.append([label(recipe), bits, f"{e['perplexity']:.2f}", *speed])
-    others = [e for e in runs if not is_own(e)]
-    rows += [[f"{engine(e)}, `{e['recipe']}`", "", "", *_speed(e, runs)] for e in others]
-    header = ["recipe", "bits: weight / activation / KV", "perplexity, SmolLM2-135M"]
-    header += ["output tokens/s, Llama-2-7B", "over FP16"]
-    return (
-        f"Throughput: {origin(data, runs)}. Llama-2-7B within 24 GiB, {SUMMARY_RUN['workload']} "
-        f"tokens per request, `{SUMMARY_COMMAND}`.\n\n" + table(header, rows)
-    )
+        rows.append([label(recipe), bits, f"{e['perplexity']:.2f}"])
+    return table(["recipe", "bits: weight / activation / KV", "perplexity"], rows)
 
 
-def _speed(run: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
-    return [f"{run['output_tokens_per_s']:,.0f}", _over_float(run, runs)]
+def engines(name: str) -> str:
+    """Engines of vllm-GPU.json on one GPU within the same memory, for the README."""
+    file = f"vllm-{name.partition('-')[2]}"
+    data = read(file)
+    runs = [e for e in data["results"] if e.get("tensor_parallel", 1) == 1]
+    speeds = {(_what_runs(e), _shape(e)): e["output_tokens_per_s"] for e in runs}
+    shapes = sorted({shape for _, shape in speeds}, reverse=True)
+    first = f"vLLM {runs[0]['vllm']}, FP8 weights, activations and KV cache"
+    rows = []
+    for what in sorted(
+        {what for what, _ in speeds}, key=lambda what: (what != first, what[0] == "Q")
+    ):
+        cells = []
+        for shape in shapes:
+            speed, base = speeds.get((what, shape)), speeds.get((first, shape))
+            over = f" ({speed / base:.2f}x)" if speed and base and what != first else ""
+            cells.append("not measured" if speed is None else f"{speed:,.0f}{over}")
+        rows.append([what, *cells])
+    header = ["output tokens/s of", *shapes]
+    return f"{origin(data, runs)}.\n\n" + table(header, rows)
+
+
+def _what_runs(entry: dict[str, Any]) -> str:
+    if entry["recipe"] == "fp8":
+        return f"vLLM {entry['vllm']}, FP8 weights, activations and KV cache"
+    if is_own(entry):
+        return f"Quatom's engine, `{entry['recipe']}`"
+    return f"vLLM {entry['vllm']} with Quatom's plugin, `{entry['recipe']}`"
+
+
+def _shape(entry: dict[str, Any]) -> str:
+    """A model's shape with its memory and load."""
+    requests = f"{entry['requests']} requests of {entry['workload']} tokens"
+    return f"{entry['model']}, {entry['gpu_memory_gb']:g} GiB, {requests}"
 
 
 def picture(name: str) -> str:
-    """The README's picture: the one of `bench plot` of the GPU that `summary` shows."""
-    gpu = _first_gpu()
-    path = picture_file(f"serving-{gpu}-llama-2-7b-batch")
+    """The picture of `engines`, as `quatom bench plot` draws it."""
+    file = f"vllm-{name.partition('-')[2]}"
+    path = picture_file(f"{file}-engines")
     if not path.exists():
-        command = f"quatom bench plot benchmarks/results/serving-{gpu}.json"
+        command = f"quatom bench plot benchmarks/results/{file}.json"
         raise SystemExit(f"{path.name} is missing: run {command}")
-    where = machine(read(f"serving-{gpu}"))
-    text = f"Throughput and latency by batch size on one {where}, at equal batch and equal memory"
+    text = f"Output tokens per second of engines on one {machine(read(file))}, in the same memory"
     return f"![{text}](benchmarks/results/{path.name})\n"
-
-
-def _first_gpu() -> str:
-    """The first GPU of `GPUS` with the summary's runs of FP16 and of the default recipe."""
-    return next(gpu for gpu in GPUS if _summary_recipes(gpu) >= {"fp16", DEFAULT_RECIPE})
-
-
-def _summary_recipes(gpu: str) -> set[str]:
-    if not exists(f"serving-{gpu}"):
-        return set()
-    return {e["recipe"] for e in _summary_runs(read(f"serving-{gpu}")) if is_own(e)}
-
-
-def _summary_runs(data: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        e
-        for e in data["results"]
-        if all(e[key] == value for key, value in SUMMARY_RUN.items())
-        and e.get("tensor_parallel", 1) == 1
-    ]
 
 
 def is_own(entry: dict[str, Any]) -> bool:
@@ -286,6 +268,7 @@ def _load_row(entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 SERVING_TABLES = {
     "batches": batches,
+    "engines": engines,
     "load": load,
     "picture": picture,
     "steps": steps,

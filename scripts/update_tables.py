@@ -1,8 +1,8 @@
 """Rewrite the tables in README.md and docs/ from benchmarks/results and from the code.
 
 A table is between `<!-- table NAME -->` and `<!-- end -->`. NAME is a function below and the rest
-of a result file's name, or one of code_tables.py, kernel_tables.py or serving_tables.py. `summary`,
-`picture` and `times` take the H200's results where there are any, else the H100's.
+of a result file's name, or one of code_tables.py, kernel_tables.py or serving_tables.py. `times`
+takes the H200's results where there are any, else the H100's.
 Run with --check to fail instead of writing where a table is out of date.
 """
 

@@ -1,4 +1,4 @@
-"""The README's table and picture are the H200's where its results are there, else the H100's."""
+"""Tables of README and docs hold what result files say."""
 
 import json
 import re
@@ -34,43 +34,49 @@ def shown(tables, name):
     return tables["render"](f"<!-- table {name} -->\n<!-- end -->")
 
 
-def test_without_an_h200_the_h100_is_shown_with_its_commits(tables):
-    text = shown(tables, "summary")
-    assert "NVIDIA H100 80GB HBM3" in text
-    assert "commits d4695ca97876, 354b242e490a (2026-11-23)" in text
-    assert "serving-h100-llama-2-7b-batch.png" in shown(tables, "picture")
+def test_what_an_h200_has_not_measured_is_said(tables, tmp_path):
     for name in ("throughput-h200", "kernels-h200", "fused-h200", "steps-h200", "experts-h200"):
         assert "Not measured yet." in shown(tables, name)
-
-
-def test_an_h200_comes_first(tables, tmp_path):
-    results = tmp_path / "results"
-    add_h200(results, SERVING["results"])
-    assert "Throughput: NVIDIA H200, " in shown(tables, "summary")
-    assert "Throughput: NVIDIA H100 80GB HBM3, " in shown(tables, "summary-h100")
+    add_h200(tmp_path / "results", SERVING["results"])
     assert "NVIDIA H200, torch" in shown(tables, "throughput-h200")
-    with pytest.raises(SystemExit, match=r"run quatom bench plot .*serving-h200\.json"):
-        shown(tables, "picture")
-    (results / "serving-h200-llama-2-7b-batch.png").touch()
-    assert "serving-h200-llama-2-7b-batch.png" in shown(tables, "picture")
-
-
-def test_an_h200_without_the_runs_of_the_table_does_not_count(tables, tmp_path):
-    add_h200(tmp_path / "results", [e for e in SERVING["results"] if e["recipe"] != "fp16"])
-    assert "NVIDIA H100" in shown(tables, "summary")
 
 
 def test_another_engine_is_a_row_of_its_own(tables, tmp_path):
     own = [e for e in SERVING["results"] if e["gpu_memory_gb"] == 24 and e["mode"] == "throughput"]
     (base,) = [e for e in own if e["recipe"] == "fp16"]
     other = base | {"engine": "vllm", "engine_version": "0.32.0", "output_tokens_per_s": 2426.0}
-    spread = base | {"output_tokens_per_s": 9999.0, "tensor_parallel": 2}
-    add_h200(tmp_path / "results", [other, spread, *own])
-    rows = [line for line in shown(tables, "summary").splitlines() if line.startswith("| ")]
-    assert re.search(r"^\| vllm 0\.32\.0, `fp16` \| +\| +\| 2,426 \| 2\.00x \|$", rows[-1])
-    assert "9,999" not in "".join(rows)
-    assert any(line.startswith("| float |") and "1,213 | 1.00x" in line for line in rows)
+    add_h200(tmp_path / "results", [other, *own])
     assert "24 GiB, vllm 0.32.0, `fp16`" in shown(tables, "throughput-h200")
+
+
+def test_engines_are_compared_with_fp8_of_the_same_shape(tables, tmp_path):
+    same = {"gpu_memory_gb": 24.0, "workload": "1024+512", "requests": 8, "mode": "throughput"}
+    fp8 = same | {"engine": "vllm", "vllm": "0.26.0", "recipe": "fp8", "tensor_parallel": 1}
+    plugin = fp8 | {"engine": "vllm+quatom", "recipe": "w4"}
+    entries = [
+        entry | {"model": model, "output_tokens_per_s": speed}
+        for entry, model, speed in (
+            (fp8, "a", 1000.0),
+            (plugin, "a", 1500.0),
+            (plugin | {"tensor_parallel": 2}, "a", 9999.0),
+            (fp8, "b", 2000.0),
+            (same | {"recipe": "w4"}, "b", 3000.0),
+        )
+    ]
+    content = {"format": 1, "environment": SERVING["environment"], "results": entries}
+    path = tmp_path / "results" / "vllm-h200.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    rows = re.findall(r"^\| (.*) \|$", shown(tables, "engines-h200"), re.MULTILINE)
+    assert [row.split(" | ") for row in rows] == [
+        ["output tokens/s of", *(f"{m}, 24 GiB, 8 requests of 1024+512 tokens" for m in "ba")],
+        ["vLLM 0.26.0, FP8 weights, activations and KV cache", "2,000", "1,000"],
+        ["vLLM 0.26.0 with Quatom's plugin, `w4`", "not measured", "1,500 (1.50x)"],
+        ["Quatom's engine, `w4`", "3,000 (1.50x)", "not measured"],
+    ]
+    with pytest.raises(SystemExit, match=r"run quatom bench plot .*vllm-h200\.json"):
+        shown(tables, "picture-h200")
+    (tmp_path / "results" / "vllm-h200-engines.png").touch()
+    assert "vllm-h200-engines.png" in shown(tables, "picture-h200")
 
 
 def test_a_wrong_name_is_an_error_and_not_a_missing_measurement(tables):

@@ -96,3 +96,21 @@ def test_a_file_makes_a_picture_of_each_kind_and_model(tmp_path):
         "serving-x-n-batch.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_engines_have_one_picture_with_a_panel_for_each_shape(figures, tmp_path):
+    fp8 = run_entry("fp8", 24.0) | {"engine": "vllm", "vllm": "0.26.0"}
+    del fp8["timeline"]  # which vLLM does not tell
+    plugin = fp8 | {"engine": "vllm+quatom", "recipe": "quatom-w4a8kv4"}
+    entries = [fp8, plugin | {"output_tokens_per_s": 1500.0}, run_entry("quatom-w4a8kv4", 72.0)]
+    assert plot_file(entries, {"gpu": "H200"}, tmp_path, "vllm-x") == [
+        tmp_path / "vllm-x-engines.png"
+    ]
+    upper, lower = figures[0].axes
+    assert [patch.get_width() for patch in lower.patches] == [1000.0, 1500.0]
+    assert [label.get_text() for label in lower.get_yticklabels()] == [
+        "vLLM 0.26.0, FP8",
+        "vLLM 0.26.0 + Quatom, W4A8KV4",
+    ]
+    assert [label.get_text() for label in upper.get_yticklabels()] == ["Quatom, W4A8KV4"]
+    assert lower.get_title() == "m, 24 GiB, 8 requests of 1024+512 tokens"

@@ -21,10 +21,15 @@ SERIES = (
 def plot_file(results: Sequence[Entry], environment: Entry, folder: Path, stem: str) -> list[Path]:
     """Draw what a result file holds, a picture of each kind for each model; returns the files.
 
-    Fixed batches make `STEM-MODEL-batch.png`, whole runs `STEM-MODEL-time.png`.
+    Fixed batches make `STEM-MODEL-batch.png`, whole runs `STEM-MODEL-time.png`. Several engines
+    make one picture of all models, `STEM-engines.png`.
     """
     gpu = environment.get("gpu") or environment["cpu"]
     paths = []
+    if any("engine" in entry for entry in results):
+        path = folder / f"{stem}-engines.png"
+        plot_engines(results, gpu, path)
+        return [path]
     for model in sorted({entry["model"] for entry in results}):
         rows = [entry for entry in results if entry["model"] == model]
         kinds: tuple[tuple[str, str, Callable[..., None]], ...] = (
@@ -100,6 +105,46 @@ def plot_timelines(entries: Sequence[Entry], title: str, path: Path) -> None:
         axis.legend(fontsize=8)
     figure.suptitle(title)
     _save(pyplot, figure, path)
+
+
+def plot_engines(entries: Sequence[Entry], title: str, path: Path) -> None:
+    """Output tokens per second of engines within the same memory, a panel for each model."""
+    pyplot = _pyplot()
+    entries = [entry for entry in entries if entry["mode"] == "throughput"]
+    panels = sorted({_conditions(entry) for entry in entries}, reverse=True)
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(8, 1.9 * len(panels)), squeeze=False, constrained_layout=True
+    )
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        rows = [entry for entry in entries if _conditions(entry) == panel]
+        rows.sort(key=_tokens_per_second)
+        names, colors = zip(*(_engine_style(entry) for entry in rows), strict=True)
+        drawn = axis.barh(names, [_tokens_per_second(entry) for entry in rows], color=colors)
+        axis.bar_label(drawn, [f"{_tokens_per_second(e):,.0f}" for e in rows], padding=3)
+        axis.margins(x=0.12)
+        model, memory, gpus, workload = panel
+        several = f"{gpus} GPUs, " if gpus > 1 else ""
+        axis.set_title(f"{model}, {several}{memory:g} GiB, {workload}", fontsize=10)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+    axes.flat[-1].set_xlabel("output tokens/s")
+    figure.suptitle(title)
+    _save(pyplot, figure, path)
+
+
+def _conditions(entry: Entry) -> tuple[str, float, int, str]:
+    workload = f"{entry['requests']} requests of {entry['workload']} tokens"
+    return entry["model"], _budget(entry), entry.get("tensor_parallel", 1), workload
+
+
+def _engine_style(entry: Entry) -> tuple[str, str]:
+    """Label and colour of an engine's bar."""
+    formats = {recipe: name for recipe, name, _, _ in SERIES} | {"fp8": "FP8"}
+    what = formats.get(entry["recipe"], entry["recipe"]).partition(",")[0]
+    engine, color = {
+        "vllm": (f"vLLM {entry.get('vllm')}", "tab:gray"),
+        "vllm+quatom": (f"vLLM {entry.get('vllm')} + Quatom", "tab:orange"),
+    }.get(entry.get("engine", ""), ("Quatom", "tab:brown"))
+    return f"{engine}, {what}", color
 
 
 def _bars(axis: Any, entries: Sequence[Entry], value: Callable[[Entry], float], label: str) -> None:
