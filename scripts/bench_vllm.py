@@ -4,7 +4,9 @@
     python scripts/bench_vllm.py llama-3-8b --recipe fp8 --gpu-memory 72 --json FILE
     quatom bench throughput --random-weights llama-3-8b --recipe quatom-w4a8kv4 ... --json FILE
 
-The third measures Quatom's own engine; all three add to one file. Needs vLLM and a GPU.
+The third measures Quatom's own engine; all three add to one file. Needs vLLM and a GPU. With
+`--prepare` the first two compile what they will run and stop, so that the run itself starts in less
+time; preparations may run beside each other.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import os
 import tempfile
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +49,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer blocks, for trials")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--profile", type=Path, help="file for the kernels of prefill and decode")
-    parser.add_argument("--json", type=Path, required=True)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--json", type=Path)
+    target.add_argument("--prepare", action="store_true", help="fill vLLM's cache, measure nothing")
     return parser.parse_args()
 
 
-def write_model(folder: str, asked: argparse.Namespace) -> None:
-    """A folder that vLLM takes for a checkpoint without weights."""
+def write_model(asked: argparse.Namespace) -> Path:
+    """A folder that vLLM takes for a checkpoint without weights.
+
+    Equal models have equal folders: vLLM's cache of compiled code depends on the name.
+    """
     config = dict(SHAPES[asked.shape])
     config["torch_dtype"] = asked.dtype
     if asked.layers is not None:
@@ -59,23 +67,35 @@ def write_model(folder: str, asked: argparse.Namespace) -> None:
     if asked.recipe != "fp8":
         recipe = PRESETS[asked.recipe].to_dict() | {"tensor_parallel": asked.tensor_parallel_size}
         config["quantization_config"] = {"quant_method": "quatom", "recipe": recipe}
-    Path(folder, "config.json").write_text(json.dumps(config))
+    text = json.dumps(config)
+    name = f"bench-vllm-{asked.shape}-{sha256(text.encode()).hexdigest()[:12]}"
+    folder = Path(tempfile.gettempdir(), name)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(text)
+    return folder
 
 
-def settings(folder: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`.
+def memory(asked: argparse.Namespace) -> dict[str, Any]:
+    """What vLLM may take.
 
     vLLM does not count what is in use before it starts (the CUDA context, about half a GiB): that
-    is taken off, so that everything stays within the budget.
+    is taken off, so that everything stays within the budget. A preparation needs little, and
+    measures nothing that other processes could change.
     """
+    if asked.prepare:
+        return {"gpu_memory_utilization": 0.01, "kv_cache_memory_bytes": 4 * GIB}
     free, total = torch.cuda.mem_get_info()
     budget = asked.gpu_memory * GIB - (total - free)
-    found = {
-        "model": folder,
+    return {"gpu_memory_utilization": min(budget / total, 0.98)}
+
+
+def settings(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    found = memory(asked) | {
+        "model": str(folder),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "dtype": asked.dtype,
-        "gpu_memory_utilization": min(budget / total, 0.98),
         "max_model_len": asked.input_len + asked.output_len + 8,
         "max_num_seqs": min(asked.max_num_seqs, asked.num_prompts),
         "max_num_batched_tokens": asked.max_num_batched_tokens,
@@ -119,24 +139,30 @@ def profile(engine: Any, asked: argparse.Namespace) -> str:
     return "\n".join(tables)
 
 
+def start(asked: argparse.Namespace) -> Any:
+    """An engine that has run prompts and decodes."""
+    import vllm
+
+    vocabulary = int(SHAPES[asked.shape]["vocab_size"])
+    engine = vllm.LLM(**settings(write_model(asked), asked))
+    engine.apply_model(normalize)
+    warm_up = fixed_lengths(min(32, asked.num_prompts), asked.input_len, 1)
+    generate(engine, random_prompts(warm_up, vocabulary, seed=1), 8)
+    return engine
+
+
 def measure(asked: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """One entry of the result file, and the engine that made it."""
     import vllm
 
-    vocabulary = int(SHAPES[asked.shape]["vocab_size"])
+    started = time.monotonic()
+    engine = start(asked)
+    startup = time.monotonic() - started
     workload = fixed_lengths(asked.num_prompts, asked.input_len, asked.output_len)
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(folder, asked)
-        started = time.monotonic()
-        engine = vllm.LLM(**settings(folder, asked))
-        engine.apply_model(normalize)
-        warm_up = fixed_lengths(min(32, asked.num_prompts), asked.input_len, 1)
-        generate(engine, random_prompts(warm_up, vocabulary, seed=1), 8)
-        startup = time.monotonic() - started
-        prompts = random_prompts(workload, vocabulary)
-        started = time.monotonic()
-        output = generate(engine, prompts, asked.output_len)
-        seconds = time.monotonic() - started
+    prompts = random_prompts(workload, int(SHAPES[asked.shape]["vocab_size"]))
+    started = time.monotonic()
+    output = generate(engine, prompts, asked.output_len)
+    seconds = time.monotonic() - started
     free, total = torch.cuda.mem_get_info()
     config = engine.llm_engine.vllm_config
     cache = config.cache_config
@@ -168,6 +194,9 @@ def measure(asked: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 def main() -> None:
     """Measure, say it in a line, add it to the file."""
     asked = parse()
+    if asked.prepare:
+        start(asked)
+        return
     read_entries(asked.json)  # no minutes of a GPU for a file that cannot be added to
     entry, engine = measure(asked)
     print(f"{entry['engine']} {entry['model']} {entry['recipe']}: ", end="")

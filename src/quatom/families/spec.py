@@ -177,6 +177,11 @@ class FeedForward:
             raise ModelError("clamped_swiglu needs a gate")
 
     @property
+    def is_swiglu(self) -> bool:
+        """Whether it is silu(gate) * up."""
+        return self.gated and self.activation == "silu"
+
+    @property
     def linear_in_up(self) -> bool:
         """Whether a factor of up's output is one of the input of down."""
         return self.gated and self.activation != "clamped_swiglu"

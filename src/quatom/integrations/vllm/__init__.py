@@ -6,6 +6,7 @@ from a checkpoint's recipe is in the modules beside this one:
     shares      what one tensor-parallel rank holds of a layer: slices of what is stored
     linear      the linear method: loads the slices, quantizes the input, multiplies
     operator    the torch operator that does both, with a fake implementation for torch.compile
+    activation  leaves silu(gate) * up to the linear behind it
     attention   the attention backend over 4-bit and 8-bit KV pages
     state       what a process knows about its checkpoint
     config      which of vLLM's layers gets which of these
@@ -21,12 +22,14 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from quatom.integrations.vllm.activation import replace_activation
     from quatom.integrations.vllm.config import QuatomConfig
     from quatom.integrations.vllm.settings import hook_architectures, route_cpu_attention
 
     register_quantization_config("quatom")(QuatomConfig)
     backend = "quatom.integrations.vllm.attention.QuatomAttentionBackend"
     register_backend(AttentionBackendEnum.CUSTOM, backend)
+    replace_activation()
     route_cpu_attention()
     hook_architectures()
 

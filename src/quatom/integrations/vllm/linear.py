@@ -87,6 +87,11 @@ class QuatomLinearMethod(LinearMethodBase):
             delattr(layer, suffix)
         del layer.quatom_share, layer.quatom_loaded
         layer.quatom_scheme = name_scheme(spec, prepared)
+        layer.quatom_channels = site.channels
+        feed = self.layer.spec.feed_forward
+        if spec is not None and site.name == "down" and feed is not None and feed.is_swiglu:
+            # vLLM's SiluAndMul is the identity in front of it.
+            layer.quatom_gated_scheme = name_scheme(spec, prepared, feed)
         layer.quatom_weights = tuple(f"quatom_weight_{i}" for i in range(len(prepared.tensors)))
         for name, tensor in zip(layer.quatom_weights, prepared.tensors, strict=True):
             layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -97,9 +102,9 @@ class QuatomLinearMethod(LinearMethodBase):
             layer.bias = nn.Parameter(codes.bias.float(), requires_grad=False)
         self.state.note_kernel(str(prepared.backend))
         if device.type == "cuda":
-            self._compile(layer, share.site.channels, device)
+            self._compile(layer, device)
 
-    def _compile(self, layer: Any, channels: int, device: torch.device) -> None:
+    def _compile(self, layer: Any, device: torch.device) -> None:
         """Run the kernels once at every size of a step, so that no request waits for a compiler.
 
         Layers that are alike do it once.
@@ -109,18 +114,20 @@ class QuatomLinearMethod(LinearMethodBase):
             return
         self.state.compiled.add(alike)
         config = get_current_vllm_config()
+        channels = layer.quatom_channels * (2 if hasattr(layer, "quatom_gated_scheme") else 1)
         for tokens in step_sizes(config.scheduler_config.max_num_batched_tokens):
             dtype = config.model_config.dtype
             self.apply(layer, torch.zeros(tokens, channels, dtype=dtype, device=device))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply x (..., K), bias added: (..., N)."""
+        """Multiply x (..., K), or what gate and up made (..., 2 K), bias added: (..., N)."""
+        whole = x.shape[-1] != layer.quatom_channels  # see `quatom.integrations.vllm.activation`
         y = torch.ops.quatom.site_linear(
             x.reshape(-1, x.shape[-1]),
             layer.quatom_order,
             _weights(layer),
             bias,
-            layer.quatom_scheme,
+            layer.quatom_gated_scheme if whole else layer.quatom_scheme,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 

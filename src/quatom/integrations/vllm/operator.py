@@ -1,9 +1,10 @@
 """The torch operator of a linear: reorder and quantize its input, multiply.
 
 One operator does both, so that the input of linears that vLLM fuses (q, k, v; gate, up) is
-quantized once. Its fake implementation gives torch.compile the shape of the result. What does not
-change from call to call is a `Scheme`, and graphs name it by a text that is equal for equal
-schemes, so that layers which are alike share compiled code, also in later processes.
+quantized once. In front of a down projection it also multiplies by the gate. Its fake
+implementation gives torch.compile the shape of the result. What does not change from call to call
+is a `Scheme`, and graphs name it by a text that is equal for equal schemes, so that layers which
+are alike share compiled code, also in later processes.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from quatom.families.spec import FeedForward
 from quatom.ops.activations import QuantizeSpec
+from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.linear import PreparedLinear, linear
 from quatom.ops.reorder_quantize import reorder_quantize
 
@@ -26,21 +29,25 @@ class Scheme:
     """How the input is quantized; None: it stays in floating point."""
     prepared: PreparedLinear
     """With no tensors in it."""
+    feed: FeedForward | None = None
+    """The input is what gate and up made, and this is done with it before it is quantized."""
 
 
 _schemes: dict[str, Scheme] = {}
 
 
-def name_scheme(spec: QuantizeSpec | None, prepared: PreparedLinear) -> str:
+def name_scheme(
+    spec: QuantizeSpec | None, prepared: PreparedLinear, feed: FeedForward | None = None
+) -> str:
     """The name under which `quatom::site_linear` finds this scheme in this process."""
-    scheme = Scheme(spec, replace(prepared, tensors=(), bias=None))
+    scheme = Scheme(spec, replace(prepared, tensors=(), bias=None), feed)
     name = sha256(repr(scheme).encode()).hexdigest()[:16]
     _schemes[name] = scheme
     return name
 
 
 def site_linear(
-    x: Tensor,  # (T, K)
+    x: Tensor,  # (T, K), or (T, 2 K) of gate and up
     order: Tensor | None,  # (K,) int32
     weights: Sequence[Tensor],
     bias: Tensor | None,  # (N,) float32
@@ -49,6 +56,9 @@ def site_linear(
     """Multiply the reordered, quantized input by prepared weights."""
     known = _schemes[scheme]
     prepared = replace(known.prepared, tensors=tuple(weights), bias=bias)
+    if known.spec is not None and known.feed is not None:
+        made = gated_quantize(x, known.spec, known.feed.activation, known.feed.gated)
+        return linear(made, prepared)
     if known.spec is not None:
         return linear(reorder_quantize(x, order, known.spec), prepared)
     return linear(x if order is None else x[:, order.long()], prepared)
