@@ -291,12 +291,13 @@ ALONE = {"opt": ("intermediate_size", "num_key_value_heads")}
 """Keys of COMMON that a family does not have."""
 
 
-def tiny_config(name: str):
-    """The config object of transformers."""
+def tiny_config(name: str, **sizes):
+    """The config object of transformers; `sizes` in place of its own keys."""
     import transformers
 
     prefix, own = TINY[name]
     options = {k: v for k, v in COMMON.items() if k not in ALONE.get(name, ())} | own
+    options |= sizes
     options["architectures"] = [model_class(prefix).__name__]
     return getattr(transformers, f"{prefix}Config")(**options)
 
@@ -308,10 +309,10 @@ def model_class(prefix: str) -> type:
     return getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
 
 
-def tiny_model(name: str, seed: int = 0):
+def tiny_model(name: str, seed: int = 0, **sizes):
     """A random model whose every weight, bias and norm matters, float32, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
-    config = tiny_config(name)
+    config = tiny_config(name, **sizes)
     config._attn_implementation = "eager"  # the others leave out soft-caps in some releases
     config._experts_implementation = "eager"
     model = model_class(TINY[name][0])(config).eval()
@@ -338,9 +339,9 @@ def tiny_model(name: str, seed: int = 0):
     return model
 
 
-def save_tiny(folder: Path, name: str, *, seed: int = 0, dtype=torch.float32) -> Path:
+def save_tiny(folder: Path, name: str, *, seed: int = 0, dtype=torch.float32, **sizes) -> Path:
     """The model with a byte tokenizer, as transformers saves it."""
-    tiny_model(name, seed).to(dtype).save_pretrained(folder)
+    tiny_model(name, seed, **sizes).to(dtype).save_pretrained(folder)
     write_byte_tokenizer(folder)
     return folder
 

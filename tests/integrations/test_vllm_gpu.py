@@ -17,6 +17,7 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "0")  # vllm_engine.py takes what
 import torch
 
 from tests.conftest import LLAMA, make_model
+from tests.families.models import save_tiny
 from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe
 from tests.integrations.vllm_engine import vllm_answers
 
@@ -30,6 +31,15 @@ MODEL = LLAMA | {
     "head_dim": 128,
     "max_position_embeddings": 2048,
 }
+MIXTRAL = {
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "sliding_window": None,
+    "max_position_embeddings": 2048,
+}
 TEXT = b"Python is a programming language that many people learn first, and like. " * 16
 PROMPTS = [[256, *TEXT[:length]] for length in (40, 130, 700, 1100)]
 NEW_TOKENS = 48
@@ -38,9 +48,14 @@ NEW_TOKENS = 48
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, text_file):
     folder = tmp_path_factory.mktemp("checkpoints")
-    source = make_model(folder / "llama", MODEL)
 
-    def make(recipe):
+    def make(model, recipe):
+        source = folder / model
+        if not source.exists():
+            if model == "llama":
+                make_model(source, MODEL)
+            else:
+                save_tiny(source, model, **MIXTRAL)
         return tiny_checkpoint(folder, source, tiny_recipe(recipe), text_file)
 
     return make
@@ -69,10 +84,19 @@ def vllm_scores(answers):
     )
 
 
-@pytest.mark.parametrize("recipe", ["quatom-w4a8kv4", "atom-w4a4kv4", "w4a16"])
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("llama", "quatom-w4a8kv4"),
+        ("llama", "atom-w4a4kv4"),
+        ("llama", "w4a16"),
+        ("mixtral", "quatom-w4a8kv4"),
+        ("mixtral", "w4a16"),
+    ],
+)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_vllm_on_a_gpu_scores_tokens_as_our_engine(checkpoint, recipe, eager):
-    folder = checkpoint(recipe)
+def test_vllm_on_a_gpu_scores_tokens_as_our_engine(checkpoint, model, recipe, eager):
+    folder = checkpoint(model, recipe)
     want = own_scores(folder, torch.float16)
     noise = float((own_scores(folder, torch.bfloat16) - want).abs().mean())
     settings = {
@@ -97,6 +121,6 @@ def test_vllm_on_a_gpu_scores_tokens_as_our_engine(checkpoint, recipe, eager):
     )
     again = torch.stack([vllm_scores([answer])[-NEW_TOKENS:] for answer in scored]).flatten()
     steps = float((decoded - again).abs().mean())
-    print(f"{recipe}: engine {noise:.4f}, plugin {moved:.4f}, decodes {steps:.4f}")
+    print(f"{model} {recipe}: engine {noise:.4f}, plugin {moved:.4f}, decodes {steps:.4f}")
     assert moved < noise
     assert steps < noise

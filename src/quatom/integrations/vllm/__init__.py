@@ -6,6 +6,8 @@ from a checkpoint's recipe is in the modules beside this one:
     shares      what one tensor-parallel rank holds of a layer: slices of what is stored
     linear      the linear method: loads the slices, quantizes the input, multiplies
     operator    the torch operator that does both, with a fake implementation for torch.compile
+    experts     the same for routed experts, and expert_operator
+    dummy       weights where vLLM was asked for none
     activation  leaves silu(gate) * up to the linear behind it
     attention   the attention backend over 4-bit and 8-bit KV pages
     state       what a process knows about its checkpoint

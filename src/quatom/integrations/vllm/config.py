@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from vllm import __version__ as vllm_version
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -16,9 +17,10 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from quatom.integrations.vllm import check_version
 from quatom.integrations.vllm.attention import QuatomCacheMethod
+from quatom.integrations.vllm.experts import QuatomExpertsMethod
 from quatom.integrations.vllm.linear import QuatomLinearMethod
 from quatom.integrations.vllm.settings import one_line
-from quatom.integrations.vllm.state import CheckpointState
+from quatom.integrations.vllm.state import EXPERT_MODULES, CheckpointState
 from quatom.recipe import Recipe
 
 
@@ -61,20 +63,23 @@ class QuatomConfig(QuantizationConfig):
             if recipe.kv_cache.format == "float16":
                 return None
             return QuatomCacheMethod(self, self.state, self.state.layer_of(prefix))
+        if isinstance(layer, RoutedExperts):
+            return QuatomExpertsMethod(layer.moe_config, self.state, self.state.layer_of(prefix))
         if not isinstance(layer, LinearBase):
             return None
-        if not recipe.quantizes_weights:
+        if not recipe.quantizes_weights or self.state.is_router(prefix):
             return UnquantizedLinearMethod()
         name = prefix.rpartition(".")[2]
         parts = self.packed_modules_mapping.get(name, [name])
         return QuatomLinearMethod(self.state, *self.state.site_of(prefix, parts))
 
-    @staticmethod
-    def get_cache_scale_mapper() -> WeightsMapper:
-        """Where vLLM's attention layer keeps the mean of K."""
-        return WeightsMapper(
-            orig_to_new_regex={re.compile(r"\.self_attn\.k_offset$"): ".self_attn.attn.k_offset"}
-        )
+    def get_cache_scale_mapper(self) -> WeightsMapper:
+        """Where vLLM's model keeps the mean of K, and experts with their router."""
+        names = {re.compile(r"\.self_attn\.k_offset$"): ".self_attn.attn.k_offset"}
+        module = EXPERT_MODULES.get(self.state.plan.config.family, "mlp")
+        if module != "mlp":
+            names[re.compile(r"\.mlp\.(experts|gate)\.")] = rf".{module}.\1."
+        return WeightsMapper(orig_to_new_regex=names)
 
     @classmethod
     def get_name(cls) -> str:

@@ -13,6 +13,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from quatom.checkpoint.codec import decode
 from quatom.engine.startup import step_sizes
 from quatom.errors import CheckpointError, ModelError
+from quatom.integrations.vllm.dummy import fill_dummies
 from quatom.integrations.vllm.operator import name_scheme
 from quatom.integrations.vllm.shares import Share, joined_shapes, share_of
 from quatom.integrations.vllm.state import CheckpointState
@@ -68,7 +69,7 @@ class QuatomLinearMethod(LinearMethodBase):
         share: Share = layer.quatom_share
         site, device = share.site, layer.weight_packed.device
         if get_current_vllm_config().load_config.load_format == "dummy":
-            _fill(layer)
+            fill_dummies(dict(layer.named_parameters(recurse=False)))
         else:
             _check_loaded(share, layer.quatom_loaded)
         with torch.device(device):
@@ -192,21 +193,3 @@ def _loaded(layer: Any, share: Share) -> dict[str, Tensor]:
         for linear in linears:
             found[f"{linear.name}.bias"] = layer.bias.data[linear.row_range]
     return found
-
-
-_DUMMY_SCALES = {"weight_scale": 2.0**-8, "row_scale": 2.0**-11, "outlier_scale": 2.0**-12}
-"""With these a weight's standard deviation is about 0.02, whatever stores it."""
-
-
-def _fill(layer: Any) -> None:
-    """Valid weights in place of dummies: any codes, equal scales, any order of the channels."""
-    for name, parameter in layer.named_parameters(recurse=False):
-        if parameter.dtype is torch.uint8:  # packed codes and multiples
-            parameter.data.random_(0, 256)
-        elif parameter.dtype is torch.int8:
-            parameter.data.random_(-127, 128)
-        elif name in _DUMMY_SCALES:
-            parameter.data.fill_(_DUMMY_SCALES[name])
-        elif name == "order":
-            order = torch.randperm(parameter.shape[-1], device=parameter.device)
-            parameter.data.copy_(order.expand_as(parameter))

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from quatom.errors import BackendError, RecipeError
+from quatom.checkpoint.reader import read_model_config
+from quatom.errors import BackendError, ModelError, RecipeError
 from quatom.families.registry import FAMILIES
 from quatom.integrations.vllm.shares import check_degree
 from quatom.recipe import Recipe
@@ -22,12 +23,14 @@ def update_settings(vllm_config: Any) -> None:
 
     Raises:
         RecipeError: the tensor-parallel degree does not divide the recipe's.
+        ModelError: routed experts would be spread over ranks.
         BackendError: another KV cache or attention backend was asked for than the recipe's.
     """
     quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "quatom":
         return
     recipe = Recipe.from_dict(quantization["recipe"])
+    _check_experts(vllm_config)
     check_degree(recipe, vllm_config.parallel_config.tensor_parallel_size)
     cache = recipe.kv_cache.format
     if cache == "float16":
@@ -45,6 +48,20 @@ def update_settings(vllm_config: Any) -> None:
         )
     vllm_config.cache_config.cache_dtype = dtype
     _choose_backend(vllm_config.attention_config, cache)
+
+
+def _check_experts(vllm_config: Any) -> None:
+    """Refuse ranks that would share the experts of a layer: each lies on one rank whole."""
+    parallel, folder = vllm_config.parallel_config, vllm_config.model_config.model
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    config, _recipe = read_model_config(folder)
+    if ranks > 1 and any(layer.experts is not None for layer in config.layers):
+        raise ModelError(
+            f"{folder} has routed experts, which are not cut or spread over ranks: "
+            f"tensor_parallel_size {parallel.tensor_parallel_size} and data_parallel_size "
+            f"{parallel.data_parallel_size} were asked for; use 1 of each, and "
+            "pipeline_parallel_size for more GPUs"
+        )
 
 
 @contextmanager

@@ -14,6 +14,9 @@ from quatom.recipe import Recipe
 
 logger = init_logger("vllm.quatom")
 
+EXPERT_MODULES = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp", "olmoe": "mlp"}
+"""Families with routed experts that run, and what vLLM's model calls a layer of them."""
+
 
 @dataclass(slots=True)
 class CheckpointState:
@@ -43,9 +46,9 @@ class CheckpointState:
         """Read the model's config.json.
 
         Raises:
-            ModelError: the model is not supported, has routed experts, or vLLM's model normalizes
-                q and k whose channels the checkpoint holds in another order; or the recipe rotates
-                outputs.
+            ModelError: the model is not supported, has routed experts of another family than
+                `EXPERT_MODULES` or in floating point, or vLLM's model normalizes q and k whose
+                channels the checkpoint holds in another order; or the recipe rotates outputs.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(folder)
@@ -56,9 +59,12 @@ class CheckpointState:
                 "the plugin does not run: use quatom serve"
             )
         for layer in self.resolved.layers:
-            if layer.spec.experts is not None:
+            runs = config.family in EXPERT_MODULES and self.recipe.quantizes_weights
+            if layer.spec.experts is not None and not runs:
                 raise ModelError(
-                    f"{folder} has routed experts, which the plugin does not run: use quatom serve"
+                    f"{folder} is a {config.family} with recipe {self.recipe.name}: the plugin "
+                    f"runs routed experts of {', '.join(EXPERT_MODULES)} with quantized weights; "
+                    "use quatom serve"
                 )
             attention = layer.spec.attention
             moved = head_order(attention.rope, attention.head_dim) is not None
@@ -78,6 +84,11 @@ class CheckpointState:
             if prefix.startswith(layer.prefix):
                 return layer
         raise ModelError(f"vLLM's model has {prefix}, which is in no layer of the checkpoint")
+
+    def is_router(self, prefix: str) -> bool:
+        """Whether a linear computes the scores of experts."""
+        names = [name for name, _ in self.layer_of(prefix).router_tensors().values()]
+        return f"{prefix}.weight" in names
 
     def site_of(self, prefix: str, parts: Sequence[str]) -> tuple[LayerPlan, SitePlan]:
         """The layer and site of a linear.

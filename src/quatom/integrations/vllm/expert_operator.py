@@ -1,0 +1,92 @@
+"""The torch operator of a layer's routed experts: choose, quantize, multiply, add up.
+
+As in `operator`, what does not change from call to call is named by a text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from quatom.families.spec import Experts
+from quatom.modeling.router import route
+from quatom.ops.activations import MixedTensor, QuantizeSpec
+from quatom.ops.experts import PreparedExperts, combine, expert_linear, group_tokens
+from quatom.ops.gated import gated
+from quatom.ops.gated_quantize import gated_quantize
+from quatom.ops.reorder_quantize import reorder_quantize
+
+Part = tuple[QuantizeSpec | None, PreparedExperts]
+"""How an input is quantized, None where it stays in floating point, and what multiplies it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertScheme:
+    """Experts of a layer without their tensors."""
+
+    experts: Experts
+    gate_up: Part
+    down: Part
+
+
+_schemes: dict[str, ExpertScheme] = {}
+
+
+def name_expert_scheme(experts: Experts, gate_up: Part, down: Part) -> str:
+    """The name under which `quatom::routed_experts` finds this scheme in this process."""
+    # Biases are few and no family that runs here has any: `CheckpointState.resolve`.
+    bare = [(spec, replace(prepared, tensors=())) for spec, prepared in (gate_up, down)]
+    scheme = ExpertScheme(experts, *bare)
+    name = sha256(repr(scheme).encode()).hexdigest()[:16]
+    _schemes[name] = scheme
+    return name
+
+
+def routed_experts(
+    x: Tensor,  # (T, hidden)
+    logits: Tensor,  # (T, E)
+    order: Tensor | None,  # (hidden,) int32
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    scheme: str,
+) -> Tensor:  # (T, hidden)
+    """What the chosen experts of each token make of it, as `DecoderBlock` computes it."""
+    known = _schemes[scheme]
+    experts, feed = known.experts, known.experts.feed_forward
+    (spec, first), (made_spec, second) = known.gate_up, known.down
+    routing = route(logits.float(), experts)
+    groups = group_tokens(routing.expert_ids, experts.count)
+    read: Tensor | MixedTensor = x if order is None else x[:, order.long()]
+    if spec is not None:
+        read = reorder_quantize(x, order, spec)
+    y = expert_linear(read, replace(first, tensors=tuple(gate_up)), groups, top_k=experts.top_k)
+    made: Tensor | MixedTensor
+    if made_spec is None:
+        made = gated(y, feed.activation, feed.gated)
+    else:
+        made = gated_quantize(y, made_spec, feed.activation, feed.gated)
+    y = expert_linear(made, replace(second, tensors=tuple(down)), groups, top_k=None)
+    return combine(y, groups, routing.weights)
+
+
+def _fake(
+    x: Tensor,
+    logits: Tensor,
+    order: Tensor | None,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    scheme: str,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+_library = torch.library.Library("quatom", "FRAGMENT")
+_library.define(
+    "routed_experts(Tensor x, Tensor logits, Tensor? order, Tensor[] gate_up, Tensor[] down, "
+    "str scheme) -> Tensor"
+)
+_library.impl("routed_experts", routed_experts, "CPU")
+_library.impl("routed_experts", routed_experts, "CUDA")
+torch.library.register_fake("quatom::routed_experts", _fake, lib=_library)
