@@ -7,6 +7,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 
+from quatom.presets import PRESETS
+from tests.families.models import tiny_config
 from tests.integrations.checkpoints import family_checkpoint, tiny_checkpoint, tiny_recipe
 from tests.integrations.vllm_engine import PROMPTS, assert_agree, own_greedy, vllm_greedy
 
@@ -68,9 +70,11 @@ def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoint):
     assert_agree(chunked, plain, flips=1)
 
 
-def test_dummy_weights_run(checkpoint):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_dummy_weights_run(family, tmp_path, text_file):
     """What `vllm bench` and scripts/bench_vllm.py measure without a checkpoint's weights."""
-    found = vllm_greedy(checkpoint("llama", "quatom-w4a8kv4"), PROMPTS[:2], load_format="dummy")
+    folder = family_checkpoint(tmp_path, family, "quatom-w4a8kv4", text_file)
+    found = vllm_greedy(folder, PROMPTS[:2], load_format="dummy")
     assert all(isfinite(value) for one in found for value in one.logprobs)
 
 
@@ -98,13 +102,38 @@ def test_a_degree_that_does_not_divide_is_refused_with_both_numbers(checkpoint):
     assert "over 2 ranks does not divide the checkpoint's tensor_parallel 1" in message
 
 
+def config_alone(folder, family, recipe):
+    """A folder that is refused before its weights are asked for."""
+    config = tiny_config(family).to_dict()
+    config["quantization_config"] = {"quant_method": "quatom", "recipe": PRESETS[recipe].to_dict()}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+NO_WEIGHTS = {"load_format": "dummy", "skip_tokenizer_init": True}
+
+
+def test_ranks_that_would_share_experts_are_refused(tmp_path):
+    folder = config_alone(tmp_path, "mixtral", "rtn-w4a4")
+    message = refused(folder, tensor_parallel_size=2, **NO_WEIGHTS)
+    assert "has routed experts, which are not cut or spread over ranks" in message
+    assert "tensor_parallel_size 2" in message
+    assert "--tensor-parallel" not in message  # the quantizer would refuse it
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("granitemoe", "rtn-w4a4"), ("mixtral", "fp16")])
+def test_experts_that_nobody_ran_are_refused_by_name(family, recipe, tmp_path):
+    message = refused(config_alone(tmp_path, family, recipe), **NO_WEIGHTS)
+    assert "runs routed experts of mixtral, qwen3_moe, olmoe with quantized weights" in message
+
+
 def test_a_recipe_that_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path):
     """Not in the page that pydantic makes of a ValueError."""
     folder = checkpoint("llama", "quatom-w4a8kv4")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["recipe"]["tensor_parallel"] = 5
     (tmp_path / "config.json").write_text(json.dumps(config))
-    message = refused(tmp_path, load_format="dummy", skip_tokenizer_init=True)
+    message = refused(tmp_path, **NO_WEIGHTS)
     assert "tensor_parallel" in message
     assert "pydantic" not in message
 

@@ -23,6 +23,10 @@ from quatom.integrations.vllm.settings import one_line
 from quatom.integrations.vllm.state import EXPERT_MODULES, CheckpointState
 from quatom.recipe import Recipe
 
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What a fused linear joins where vLLM's model does not say: Qwen3-MoE is silent about its dense
+layers."""
+
 
 class QuatomConfig(QuantizationConfig):
     """Quantization method "quatom"."""
@@ -70,7 +74,7 @@ class QuatomConfig(QuantizationConfig):
         if not recipe.quantizes_weights or self.state.is_router(prefix):
             return UnquantizedLinearMethod()
         name = prefix.rpartition(".")[2]
-        parts = self.packed_modules_mapping.get(name, [name])
+        parts = (_FUSED | self.packed_modules_mapping).get(name, [name])
         return QuatomLinearMethod(self.state, *self.state.site_of(prefix, parts))
 
     def get_cache_scale_mapper(self) -> WeightsMapper:
