@@ -10,6 +10,7 @@ from a checkpoint's recipe is in the modules beside this one:
     dummy       weights where vLLM was asked for none
     activation  leaves silu(gate) * up to the linear behind it
     attention   the attention backend over 4-bit and 8-bit KV pages
+    window_pages  the size of pages of layers with a window, in vLLM 0.26
     state       what a process knows about its checkpoint
     config      which of vLLM's layers gets which of these
     settings    what the recipe asks of vLLM's own settings, before anything starts
@@ -27,12 +28,14 @@ def register() -> None:
     from quatom.integrations.vllm.activation import replace_activation
     from quatom.integrations.vllm.config import QuatomConfig
     from quatom.integrations.vllm.settings import hook_architectures, route_cpu_attention
+    from quatom.integrations.vllm.window_pages import count_window_pages
 
     register_quantization_config("quatom")(QuatomConfig)
     backend = "quatom.integrations.vllm.attention.QuatomAttentionBackend"
     register_backend(AttentionBackendEnum.CUSTOM, backend)
     replace_activation()
     route_cpu_attention()
+    count_window_pages()
     hook_architectures()
 
 
