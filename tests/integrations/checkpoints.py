@@ -39,7 +39,15 @@ def two_block_model(folder: Path) -> Path:
 
 
 def family_checkpoint(folder: Path, family: str, name: str, text: Path) -> Path:
-    """A checkpoint of one of `tests.families.models`, whose sizes want groups of 32."""
+    """A checkpoint of one of `tests.families.models`."""
+    source = folder / family
+    if not source.exists():
+        save_tiny(source, family)
+    return tiny_checkpoint(folder, source, family_recipe(name), text)
+
+
+def family_recipe(name: str) -> Recipe:
+    """A preset for the sizes of `tests.families.models`, which want groups of 32."""
     recipe = tiny_recipe(name)
     sizes = {
         part: replace(spec, group_size=32)
@@ -47,8 +55,4 @@ def family_checkpoint(folder: Path, family: str, name: str, text: Path) -> Path:
         if (spec := getattr(recipe, part)).group_size != -1
     }
     outliers = OutlierSpec(channels=32 if recipe.outliers.channels else 0)
-    recipe = replace(recipe, **sizes, outliers=outliers)
-    source = folder / family
-    if not source.exists():
-        save_tiny(source, family)
-    return tiny_checkpoint(folder, source, recipe, text)
+    return replace(recipe, **sizes, outliers=outliers)

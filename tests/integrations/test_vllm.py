@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 
 from quatom.presets import PRESETS
+from tests.conftest import LLAMA
 from tests.families.models import tiny_config
 from tests.integrations.checkpoints import family_checkpoint, tiny_checkpoint, tiny_recipe
 from tests.integrations.vllm_engine import PROMPTS, assert_agree, own_greedy, vllm_greedy
@@ -37,6 +38,23 @@ def checkpoint(tmp_path_factory, tiny_llama_dir, tiny_qwen2_dir, text_file):
 def test_tokens_and_logprobs_are_those_of_our_engine(checkpoint, model, recipe):
     folder = checkpoint(model, recipe)
     assert_agree(vllm_greedy(folder), own_greedy(folder), flips=1)
+
+
+@pytest.mark.parametrize(("recipe", "deferred"), [("quatom-w4a8kv4", True), ("w4a16", False)])
+def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
+    checkpoint, recipe, deferred, monkeypatch
+):
+    from quatom.integrations.vllm import operator
+
+    widths, before = [], operator.gated_quantize
+
+    def note(x, *rest):
+        widths.append(x.shape[1])
+        return before(x, *rest)
+
+    monkeypatch.setattr(operator, "gated_quantize", note)
+    vllm_greedy(checkpoint("llama", recipe), PROMPTS[:1])
+    assert set(widths) == ({2 * LLAMA["intermediate_size"]} if deferred else set())
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from a checkpoint's recipe is in the modules beside this one:
     operator    the torch operator that does both, with a fake implementation for torch.compile
     experts     the same for routed experts, and expert_operator
     dummy       weights where vLLM was asked for none
-    activation  leaves silu(gate) * up to the linear behind it
+    activation  leaves silu(gate) * up to the linear after it
     attention   the attention backend over 4-bit and 8-bit KV pages
     window_pages  the size of pages of layers with a window, in vLLM 0.26
     state       what a process knows about its checkpoint

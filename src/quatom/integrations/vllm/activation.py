@@ -1,4 +1,4 @@
-"""silu(gate) * up in front of a down projection: left to the linear behind it.
+"""silu(gate) * up in front of a down projection: left to the linear after it.
 
 The kernel that quantizes the input of a down projection also computes silu(gate) * up, from what
 gate and up made. So the layer between them hands that on as it is. vLLM lets a plugin replace a
@@ -15,7 +15,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 
 
 class DeferredSiluAndMul(SiluAndMul):  # type: ignore[misc]
-    """The identity where the linear behind it does its work."""
+    """The identity where the linear after it does its work."""
 
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **options)
