@@ -9,7 +9,7 @@ stay vLLM's: it keeps one layer of each for all models of a process.
 from typing import Any
 
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 
@@ -19,7 +19,8 @@ class DeferredSiluAndMul(SiluAndMul):  # type: ignore[misc]
 
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **options)
-        quantization = get_current_vllm_config().quant_config
+        config = get_current_vllm_config_or_none()
+        quantization = None if config is None else config.quant_config
         if (
             getattr(quantization, "get_name", lambda: None)() == "quatom"
             and quantization.state.recipe.quantizes_activations
