@@ -1,5 +1,7 @@
 """A rank of vLLM's computes its part from slices of what is stored; the parts add up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,11 +10,13 @@ from quatom.checkpoint.schema import linear_tensors
 from quatom.errors import CheckpointError, RecipeError
 from quatom.families.registry import read_config
 from quatom.integrations.vllm import TRIED, check_version
+from quatom.integrations.vllm.opaque import as_argument
 from quatom.integrations.vllm.operator import name_scheme, site_linear
 from quatom.integrations.vllm.shares import check_degree, share_of
-from quatom.numerics.groups import dequantize_groups
+from quatom.numerics.groups import GroupLayout, dequantize_groups
 from quatom.numerics.hadamard import rotate_groups
 from quatom.numerics.reorder import channel_order, inverse_order, sliceable_positions
+from quatom.ops.backend import Backend
 from quatom.ops.linear import prepare_weights
 from quatom.ops.reorder_quantize import reorder_quantize
 from quatom.plan import plan
@@ -162,9 +166,30 @@ def test_the_operator_is_one_that_torch_compile_can_trace(name):
     scheme = name_scheme(spec, prepared)
     order = None if codes.order is None else codes.order.int()
     x = torch.randn(5, site.channels, generator=torch.Generator().manual_seed(2))
-    arguments = (x, order, list(prepared.tensors), torch.randn(site.rows), scheme)
+    weights = [as_argument(tensor) for tensor in prepared.tensors]
+    arguments = (x, order, weights, torch.randn(site.rows), scheme)
     torch.library.opcheck(torch.ops.quatom.site_linear.default, arguments)
     assert torch.equal(torch.ops.quatom.site_linear(*arguments), site_linear(*arguments))
+
+
+def test_weights_that_a_library_packs_are_told_by_number(monkeypatch):
+    """As on a CPU with AVX-512 VNNI; any CPU can make a tensor without storage."""
+    layout = GroupLayout(64, 32)
+    values, scales = torch.randint(-7, 8, (32, 64)), torch.rand(32, layout.num_scales).half()
+    prepared = prepare_weights(values, scales, layout, activation_format="float16")
+    dense = prepared.tensors[0]
+    packed = replace(prepared, backend=Backend.REFERENCE, tensors=(dense.to_mkldnn(), dense))
+
+    def multiply(x, prepared):
+        assert prepared.tensors[0] is packed.tensors[0]
+        return x.float() @ prepared.tensors[0].to_dense().t()
+
+    monkeypatch.setattr("quatom.integrations.vllm.operator.linear", multiply)
+    weights = [as_argument(tensor) for tensor in packed.tensors]
+    assert weights[1] is dense
+    arguments = (torch.randn(5, 64), None, weights, None, name_scheme(None, packed))
+    torch.library.opcheck(torch.ops.quatom.site_linear.default, arguments)
+    assert torch.equal(torch.ops.quatom.site_linear(*arguments), arguments[0] @ dense.t())
 
 
 @pytest.mark.parametrize("name", ["o", "down"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quatom.families.spec import FeedForward
+from quatom.integrations.vllm.opaque import from_arguments, is_opaque
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.linear import PreparedLinear, linear
@@ -31,6 +32,8 @@ class Scheme:
     """With no tensors in it."""
     feed: FeedForward | None = None
     """The input is what gate and up made, and this is done with it before it is quantized."""
+    opaque: tuple[bool, ...] = ()
+    """Of each weight tensor: the operator gets its number, see `as_argument`."""
 
 
 _schemes: dict[str, Scheme] = {}
@@ -40,7 +43,8 @@ def name_scheme(
     spec: QuantizeSpec | None, prepared: PreparedLinear, feed: FeedForward | None = None
 ) -> str:
     """The name under which `quatom::site_linear` finds this scheme in this process."""
-    scheme = Scheme(spec, replace(prepared, tensors=(), bias=None), feed)
+    opaque = tuple(map(is_opaque, prepared.tensors))
+    scheme = Scheme(spec, replace(prepared, tensors=(), bias=None), feed, opaque)
     name = sha256(repr(scheme).encode()).hexdigest()[:16]
     _schemes[name] = scheme
     return name
@@ -49,13 +53,13 @@ def name_scheme(
 def site_linear(
     x: Tensor,  # (T, K), or (T, 2 K) of gate and up
     order: Tensor | None,  # (K,) int32
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor],  # as `as_argument` makes them
     bias: Tensor | None,  # (N,) float32
     scheme: str,
 ) -> Tensor:  # (T, N)
     """Multiply the reordered, quantized input by prepared weights."""
     known = _schemes[scheme]
-    prepared = replace(known.prepared, tensors=tuple(weights), bias=bias)
+    prepared = replace(known.prepared, tensors=from_arguments(weights, known.opaque), bias=bias)
     if known.spec is not None and known.feed is not None:
         made = gated_quantize(x, known.spec, known.feed.activation, known.feed.gated)
         return linear(made, prepared)
