@@ -25,7 +25,7 @@ test-gpu: $(VENV)/ready
 
 # vLLM pins its own torch and transformers, so its tests have an environment of their own.
 test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/python -m pytest -q -m 'slow or not slow' tests/integrations/test_vllm*.py
+	$(VLLM_VENV)/bin/python -m pytest -q -m 'not gpu' tests/integrations/test_vllm*.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)
