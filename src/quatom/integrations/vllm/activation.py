@@ -20,7 +20,7 @@ class DeferredSiluAndMul(SiluAndMul):  # type: ignore[misc]
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **options)
         config = get_current_vllm_config_or_none()
-        quantization = None if config is None else config.quant_config
+        quantization: Any = None if config is None else config.quant_config
         if (
             getattr(quantization, "get_name", lambda: None)() == "quatom"
             and quantization.state.recipe.quantizes_activations
