@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quatom.families.spec import Experts
+from quatom.integrations.vllm.opaque import from_arguments, is_opaque
 from quatom.modeling.router import route
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.experts import PreparedExperts, combine, expert_linear, group_tokens
@@ -29,6 +30,8 @@ class ExpertScheme:
     experts: Experts
     gate_up: Part
     down: Part
+    opaque: tuple[tuple[bool, ...], ...]
+    """Of each weight tensor of both: the operator gets its number, see `as_argument`."""
 
 
 _schemes: dict[str, ExpertScheme] = {}
@@ -38,7 +41,8 @@ def name_expert_scheme(experts: Experts, gate_up: Part, down: Part) -> str:
     """The name under which `quatom::routed_experts` finds this scheme in this process."""
     # Biases are few and no family that runs here has any: `CheckpointState.resolve`.
     bare = [(spec, replace(prepared, tensors=())) for spec, prepared in (gate_up, down)]
-    scheme = ExpertScheme(experts, *bare)
+    opaque = tuple(tuple(map(is_opaque, part.tensors)) for _, part in (gate_up, down))
+    scheme = ExpertScheme(experts, *bare, opaque)
     name = sha256(repr(scheme).encode()).hexdigest()[:16]
     _schemes[name] = scheme
     return name
@@ -48,7 +52,7 @@ def routed_experts(
     x: Tensor,  # (T, hidden)
     logits: Tensor,  # (T, E)
     order: Tensor | None,  # (hidden,) int32
-    gate_up: Sequence[Tensor],
+    gate_up: Sequence[Tensor],  # as `as_argument` makes them
     down: Sequence[Tensor],
     scheme: str,
 ) -> Tensor:  # (T, hidden)
@@ -56,18 +60,20 @@ def routed_experts(
     known = _schemes[scheme]
     experts, feed = known.experts, known.experts.feed_forward
     (spec, first), (made_spec, second) = known.gate_up, known.down
+    first = replace(first, tensors=from_arguments(gate_up, known.opaque[0]))
+    second = replace(second, tensors=from_arguments(down, known.opaque[1]))
     routing = route(logits.float(), experts)
     groups = group_tokens(routing.expert_ids, experts.count)
     read: Tensor | MixedTensor = x if order is None else x[:, order.long()]
     if spec is not None:
         read = reorder_quantize(x, order, spec)
-    y = expert_linear(read, replace(first, tensors=tuple(gate_up)), groups, top_k=experts.top_k)
+    y = expert_linear(read, first, groups, top_k=experts.top_k)
     made: Tensor | MixedTensor
     if made_spec is None:
         made = gated(y, feed.activation, feed.gated)
     else:
         made = gated_quantize(y, made_spec, feed.activation, feed.gated)
-    y = expert_linear(made, replace(second, tensors=tuple(down)), groups, top_k=None)
+    y = expert_linear(made, second, groups, top_k=None)
     return combine(y, groups, routing.weights)
 
 

@@ -20,6 +20,7 @@ from quatom.errors import CheckpointError, ModelError
 from quatom.families.spec import SiteName
 from quatom.integrations.vllm.dummy import fill_dummies
 from quatom.integrations.vllm.expert_operator import name_expert_scheme
+from quatom.integrations.vllm.opaque import as_argument, is_opaque
 from quatom.integrations.vllm.state import CheckpointState
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.experts import PreparedExperts, prepare_experts
@@ -100,15 +101,16 @@ class QuatomExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self._check_loaded(layer.quatom_loaded)
         del layer.quatom_loaded, layer.load_weights
         parts: list[tuple[QuantizeSpec | None, PreparedExperts]] = []
-        layer.quatom_order = None
+        layer.quatom_order, layer.quatom_opaque = None, []
         for site in self._sites():
             prepared, order = self._prepare(layer, site)
             spec = None if site.input_spec is None else prepared.input_spec(site.input_spec)
             parts.append((spec, prepared))
             if order is not None:
                 layer.quatom_order = nn.Parameter(order.int(), requires_grad=False)
+            layer.quatom_opaque += filter(is_opaque, prepared.tensors)
             for number, tensor in enumerate(prepared.tensors):
-                parameter = nn.Parameter(tensor, requires_grad=False)
+                parameter = nn.Parameter(as_argument(tensor), requires_grad=False)
                 layer.register_parameter(f"quatom_{site.name}_{number}", parameter)
         layer.quatom_counts = [len(prepared.tensors) for _, prepared in parts]
         assert self.layer.spec.experts is not None
