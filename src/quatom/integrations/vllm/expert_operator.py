@@ -40,12 +40,16 @@ _schemes: dict[str, ExpertScheme] = {}
 def name_expert_scheme(experts: Experts, gate_up: Part, down: Part) -> str:
     """The name under which `quatom::routed_experts` finds this scheme in this process."""
     # Biases are few and no family that runs here has any: `CheckpointState.resolve`.
-    bare = [(spec, replace(prepared, tensors=())) for spec, prepared in (gate_up, down)]
     opaque = tuple(tuple(map(is_opaque, part.tensors)) for _, part in (gate_up, down))
-    scheme = ExpertScheme(experts, *bare, opaque)
+    scheme = ExpertScheme(experts, _bare(gate_up), _bare(down), opaque)
     name = sha256(repr(scheme).encode()).hexdigest()[:16]
     _schemes[name] = scheme
     return name
+
+
+def _bare(part: Part) -> Part:
+    spec, prepared = part
+    return spec, replace(prepared, tensors=())
 
 
 def routed_experts(
