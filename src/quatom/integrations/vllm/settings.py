@@ -22,7 +22,8 @@ def update_settings(vllm_config: Any) -> None:
     """Set the KV cache's format and attention backend; refuse what the checkpoint cannot run on.
 
     Raises:
-        RecipeError: the tensor-parallel degree does not divide the recipe's.
+        RecipeError: the tensor-parallel degree does not divide the recipe's, or layers have KV
+            caches of several formats.
         ModelError: routed experts would be spread over ranks.
         BackendError: another KV cache or attention backend was asked for than the recipe's.
     """
@@ -32,7 +33,13 @@ def update_settings(vllm_config: Any) -> None:
     recipe = Recipe.from_dict(quantization["recipe"])
     _check_experts(vllm_config)
     check_degree(recipe, vllm_config.parallel_config.tensor_parallel_size)
-    cache = recipe.kv_cache.format
+    cache, *others = recipe.kv_formats
+    if others:
+        raise RecipeError(
+            f"recipe {recipe.name} has KV caches of formats {', '.join(recipe.kv_formats)}, and "
+            "vLLM's cache has one format for all layers: use quatom serve, or quantize without "
+            "overrides of kv_cache"
+        )
     if cache == "float16":
         return
     dtype, asked = CACHE_DTYPES[cache], vllm_config.cache_config.cache_dtype
