@@ -1,0 +1,98 @@
+"""What a search found, as a recipe file, as an entry of a result file, and in words."""
+
+from typing import Any
+
+from quatom.checkpoint.schema import bits_per_activation, bits_per_kv, bits_per_weight
+from quatom.plan import LayerPlan, ModelPlan
+from quatom.search.merge import in_ranges
+from quatom.search.options import KINDS, averages, mean_bits
+from quatom.search.run import Searched
+
+
+def recipe_file(found: Searched) -> dict[str, Any]:
+    """The recipe as `quatom quantize --recipe` reads it."""
+    return {
+        "base": found.base.recipe.name,
+        "name": found.recipe.name,
+        "overrides": found.recipe.to_dict()["overrides"],
+    }
+
+
+def search_entry(found: Searched, model: str, text: dict[str, Any]) -> dict[str, Any]:
+    """One entry of a result file; the report draws its `curve`.
+
+    Args:
+        found: what was found.
+        model: shown name of the model.
+        text: what was measured on.
+    """
+    return {
+        "model": model,
+        "recipe": found.recipe.name,
+        "base": found.base.recipe.name,
+        "raised": list(found.kinds),
+        "mean_bits": float(mean_bits(found.plan, found.kinds)),
+        "base_mean_bits": float(mean_bits(found.base, found.kinds)),
+        "bits_per_weight": bits_per_weight(found.plan),
+        "bits_per_activation": bits_per_activation(found.plan),
+        "bits_per_kv": bits_per_kv(found.plan),
+        "base_divergence": sum(found.divergences),
+        "expected_divergence": found.divergence,
+        "block_divergences": list(found.divergences),
+        "curve": [list(point) for point in found.curve],
+        "overrides": found.recipe.to_dict()["overrides"],
+        "options": [
+            {
+                "layer": place.layer,
+                "place": place.name,
+                "option": option.name,
+                "bits": float(option.cost),
+                "gain": gain,
+                "chosen": number == chosen,
+            }
+            for place, own, chosen in zip(found.places, found.gains, found.chosen, strict=True)
+            for number, (option, gain) in enumerate(zip(place.options, own, strict=True))
+        ],
+        "seconds": round(found.seconds, 1),
+    } | text
+
+
+def bits_rows(found: Searched) -> list[tuple[str, str, str]]:
+    """Every average in words: its name, of the base, of what was found."""
+    plans = found.base, found.plan
+    words = {"weights": "weight", "activations": "activation", "kv_cache": "KV value"}
+    rows = []
+    for kind in KINDS:
+        shown = (f"{float(averages(plan)[kind]):.4f}" for plan in plans)
+        rows.append((f"bits per {words[kind]}", *shown))
+    shown = (f"{float(mean_bits(plan, found.kinds)):.4f}" for plan in plans)
+    rows.append((f"mean of {', '.join(found.kinds)}", *shown))
+    expected = sum(found.divergences), found.divergence
+    rows.append(("expected KL divergence (nats)", *(f"{value:.4f}" for value in expected)))
+    return rows
+
+
+def format_rows(resolved: ModelPlan) -> list[tuple[str, str, str]]:
+    """Layers, place and formats, layers of equal formats in one row."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for layer in resolved.layers:
+        for place, formats in _formats(layer).items():
+            rows.setdefault((place, formats), []).append(layer.index)
+    order = {place: number for number, place in enumerate(_places(resolved))}
+    found = sorted(rows.items(), key=lambda row: (order[row[0][0]], row[1][0]))
+    return [(place, in_ranges(layers), formats) for (place, formats), layers in found]
+
+
+def _places(resolved: ModelPlan) -> list[str]:
+    return list(dict.fromkeys(place for layer in resolved.layers for place in _formats(layer)))
+
+
+def _formats(layer: LayerPlan) -> dict[str, str]:
+    """Formats of each site, and of the KV cache."""
+    found: dict[str, str] = {}
+    for name, site in layer.sites.items():
+        formats = f"{site.weights.format} x {site.activation_format}"
+        if site.layout.outliers:
+            formats += f", {site.layout.outliers} outliers"
+        found[name] = formats
+    return found | {"kv_cache": layer.kv_cache.format}
