@@ -57,11 +57,12 @@ def search(
     from json import dumps
 
     from quatom.cli.common import check_output, print_table, read_dtype, rung_progress
+    from quatom.cli.formats import print_formats
     from quatom.errors import RecipeError
     from quatom.evaluation.results import add_results, read_results
     from quatom.recipe import CalibrationSpec
     from quatom.search.options import read_kinds
-    from quatom.search.output import bits_rows, format_rows, recipe_file, search_entry
+    from quatom.search.output import bits_rows, recipe_file, search_entry
     from quatom.search.run import search_recipe
 
     if output.suffix != ".json":
@@ -91,6 +92,5 @@ def search(
             "sequence_length": sequence_length,
         }
         add_results(json, [search_entry(found, name or Path(source).resolve().name, text)])
-    formats = ("place", "layers", "weights x activations")
-    print_table(found.recipe.name, formats, format_rows(found.plan), text=True)
+    print_formats(found.plan)
     print_table(f"Wrote {output}", ("", base, "found"), bits_rows(found))

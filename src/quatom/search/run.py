@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import ceil, floor, isfinite
 from pathlib import Path
 
 import torch
@@ -124,7 +125,7 @@ def search_recipe(
     recipe = replace(
         PRESETS[base],
         name=f"{base}-at-{bits:g}-bits",
-        overrides=merge(option.override for option in options(places, chosen)),
+        overrides=merge(option.override for option in chosen_options(places, chosen)),
     )
     start, total = float(mean_bits(resolved, kinds)), sum(found.divergences)
     steps = {round(i * (len(frontier) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)}
@@ -148,7 +149,7 @@ def default_text() -> CalibrationSpec:
     return CalibrationSpec(num_samples=16, sequence_length=512)
 
 
-def options(places: Sequence[Place], chosen: Chosen) -> list[Option]:
+def chosen_options(places: Sequence[Place], chosen: Chosen) -> list[Option]:
     """The options that were chosen."""
     return [p.options[i] for p, i in zip(places, chosen, strict=True) if i is not None]
 
@@ -163,12 +164,13 @@ def check_budget(
     """
     base = mean_bits(resolved, kinds)
     most = base + sum((max(o.cost for o in place.options) for place in places), Fraction(0))
-    budget = Fraction(str(bits))
+    budget = Fraction(str(bits)) if isfinite(bits) else Fraction(0)
     if not base <= budget <= most:
+        shown = ceil(base * 10**4) / 10**4, floor(most * 10**4) / 10**4  # as they may be given
         raise RecipeError(
             f"a budget of {bits:g} bits is out of range: {resolved.recipe.name} takes "
-            f"{float(base):.4f}, the mean of {', '.join(kinds)}, and with everything raised "
-            f"{float(most):.4f}; give --bits in between, or another --base or --raise"
+            f"{shown[0]:.4f}, the mean of {', '.join(kinds)}, and with everything raised "
+            f"{shown[1]:.4f}; give --bits in between, or another --base or --raise"
         )
     return budget - base
 
