@@ -27,7 +27,7 @@ from quatom.modeling.build import build_block
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import FloatLayer, LayerWeights, SiteCodes
 from quatom.ops.backend import Backend
-from quatom.plan import LayerPlan, ModelPlan, SitePlan, plan
+from quatom.plan import LayerPlan, ModelPlan, plan
 from quatom.presets import PRESETS
 from quatom.quantize.finite import check_finite_block
 from quatom.quantize.host_memory import return_free_memory
@@ -35,8 +35,9 @@ from quatom.quantize.lanes import Share
 from quatom.quantize.measure import measure_channels, measure_moments
 from quatom.quantize.rounding import round_layer
 from quatom.quantize.statistics import run_block
-from quatom.quantize.transforms import Statistics, transforms_of
+from quatom.quantize.transforms import transforms_of
 from quatom.quantize.walk import embed
+from quatom.recipe import WeightSpec
 from quatom.search.options import Option, Place
 
 LOGIT_ROWS = 256
@@ -153,29 +154,32 @@ class _Block:
         float_layer = walk.float_plan.layers[layer.index]
         self.float_module = build_block(float_layer, self.prepared, walk.backend)
         _, self.statistics = measure_channels(self.float_module, hidden, rotary, walk.recipe)
-        self.arranged = self._arranged(layer, self.statistics)
+        self.arranged = self._arranged(layer)
         self.moments = self._moments(layer, self.arranged)
         self.codes = self._round(layer, self.arranged, self.moments, tuple(layer.sites))
         self.base = self._build(layer, self.codes)
+        self._rounded: dict[tuple[SiteName, WeightSpec], SiteCodes] = {}
 
     def raised(self, option: Option) -> DecoderBlock:
         """The block with an option, the weights of other places as they are in `base`."""
-        layer = option.layer
-        cut = [name for name, site in layer.sites.items() if site.layout != self._site(name).layout]
-        redone = [name for name, site in layer.sites.items() if site.makes in cut or name in cut]
-        redone += [n for n, s in layer.sites.items() if s.weights != self._site(n).weights]
-        arranged, moments = self.arranged, self.moments
-        if cut:  # channels are in another order
-            arranged = self._arranged(layer, self.statistics)
-            moments = self._moments(layer, arranged)
-        sites = tuple(dict.fromkeys(redone))
-        return self._build(layer, self.codes | self._round(layer, arranged, moments, sites))
+        layer, codes = option.layer, dict(self.codes)
+        own = layer.sites
+        cut = [name for name in own if own[name].layout != self.layer.sites[name].layout]
+        if cut:  # channels are in another order, and so are the rows that make them
+            redone = tuple(name for name in own if name in cut or own[name].makes in cut)
+            arranged = self._arranged(layer)
+            codes |= self._round(layer, arranged, self._moments(layer, arranged), redone)
+        for name in own:
+            if name not in cut and own[name].weights != self.layer.sites[name].weights:
+                key = name, own[name].weights
+                if key not in self._rounded:  # for other formats of its input it is the same
+                    found = self._round(layer, self.arranged, self.moments, (name,))
+                    self._rounded[key] = found[name]
+                codes[name] = self._rounded[key]
+        return self._build(layer, codes)
 
-    def _site(self, name: SiteName) -> SitePlan:
-        return self.layer.sites[name]
-
-    def _arranged(self, layer: LayerPlan, statistics: Statistics) -> FloatLayer:
-        return self.walk.transforms.finish(layer, self.prepared, statistics)
+    def _arranged(self, layer: LayerPlan) -> FloatLayer:
+        return self.walk.transforms.finish(layer, self.prepared, self.statistics)
 
     def _moments(self, layer: LayerPlan, arranged: FloatLayer) -> dict[str, Tensor]:
         walk = self.walk
@@ -199,11 +203,9 @@ class _Block:
     ) -> dict[SiteName, SiteCodes]:
         own = replace(layer, sites={name: layer.sites[name] for name in sites})
         floats = {name: arranged.sites[name] for name in sites}
-        share = Share.of_one(self.hidden)
-        walk = self.walk
-        codes, _, _ = round_layer(
-            own, floats, dict(moments), {}, walk.recipe, share, walk.device
-        )
+        found = {name: moments[name] for name in sites if name in moments}
+        share, walk = Share.of_one(self.hidden), self.walk
+        codes, _, _ = round_layer(own, floats, found, {}, walk.recipe, share, walk.device)
         return codes
 
     def _build(self, layer: LayerPlan, codes: dict[SiteName, SiteCodes]) -> DecoderBlock:
