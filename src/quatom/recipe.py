@@ -12,6 +12,7 @@ from quatom.recipe_overrides import Override
 from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
 from quatom.recipe_versions import FORMAT_VERSION, to_current
 
+
 def _check_group(owner: str, group_size: int) -> None:
     if group_size != -1 and (group_size < 32 or group_size % 32):
         raise RecipeError(

@@ -65,7 +65,7 @@ def _check_value(name: str, value: object, hint: Any) -> None:
         for number, one in enumerate(value):
             _check_value(f"{name}[{number}]", one, item)
         return
-    expected = tuple(kind for part in parts for kind in ((int, float) if part is float else (part,)))
+    expected = (*parts, int) if float in parts else parts
     if isinstance(value, bool) or not isinstance(value, expected):
         names = " or ".join("None" if k is NoneType else k.__name__ for k in parts)
         raise RecipeError(f"{name} must be of type {names}, got {value!r}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,12 @@ def _differences(
             inner = before if _alike(before, value) else {TAG: _tag(before)}
             found |= _differences(value, inner, f"{prefix}{key}.")
         elif isinstance(value, list):
-            count = max(len(value), len(before or ()))
-            for i, (old, new) in enumerate(zip(_padded(before or [], count), _padded(value, count))):
+            for i, (old, new) in enumerate(zip_longest(before or (), value)):
                 if old != new:
                     found[f"{prefix}{key}[{i}]"] = (old, new)
         elif before != value:
             found[f"{prefix}{key}"] = (_tag(before), value)
     return found
-
-
-def _padded(values: list[Any], count: int) -> list[Any]:
-    return values + [None] * (count - len(values))
 
 
 def _tag(value: Any) -> Any:

@@ -161,7 +161,8 @@ class Simulation:
             layers = set()
             for part in override["layers"].split(","):
                 first, _, last = part.partition("-")
-                layers |= {index} if part == "all" else set(range(int(first), int(last or first) + 1))
+                whole = part == "all"
+                layers |= {index} if whole else {*range(int(first), int(last or first) + 1)}
             if index in layers and place in override.get("sites", [place]):
                 for name in ("weights", "activations", "outliers", "kv_cache"):
                     own[name] = own[name] | override.get(name, {})
@@ -234,9 +235,7 @@ class Simulation:
         weight.copy_(u.t() @ weight.double() @ v)
         return u.t().float()
 
-    def _dequantize(
-        self, weight: torch.Tensor, tensors: dict, index: int, place: str
-    ) -> Groups:
+    def _dequantize(self, weight: torch.Tensor, tensors: dict, index: int, place: str) -> Groups:
         """Fill a weight (N, K) with what its stored tensors stand for."""
         spec, (rows, channels) = self.at(index, place)["weights"], weight.shape
         codes = unpack(tensors["weight_packed"], spec["format"])

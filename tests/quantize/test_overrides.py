@@ -180,7 +180,7 @@ def test_overrides_that_do_not_go_together(tiny_llama_dir):
             {"layers": "1", "sites": ["o"], "weights": {"scale_format": "packed_multiples"}},
         ]
     )
-    with pytest.raises(RecipeError, match="overrides of layer 1, o: weights.scale_format"):
+    with pytest.raises(RecipeError, match=r"overrides of layer 1, o: weights.scale_format"):
         plan(load(tiny_llama_dir).config, recipe)
 
 

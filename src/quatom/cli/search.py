@@ -25,9 +25,7 @@ def search(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Recipe to write, a .json file.")],
-    base: Annotated[
-        str, typer.Option(help="Preset whose formats are raised.")
-    ] = "quatom-w4a4kv4",
+    base: Annotated[str, typer.Option(help="Preset whose formats are raised.")] = "quatom-w4a4kv4",
     raised: Annotated[
         str,
         typer.Option("--raise", help="What may be raised, separated by commas."),
@@ -66,7 +64,7 @@ def search(
     from quatom.search.run import search_recipe
 
     if output.suffix != ".json":
-        raise RecipeError(f"--output {output} must be a .json file: quantize reads recipes of these")
+        raise RecipeError(f"--output {output} must be a .json file, as quantize --recipe reads it")
     check_output(output)
     if json is not None:
         read_results(json)

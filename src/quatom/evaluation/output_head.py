@@ -29,9 +29,7 @@ class OutputHead:
         self.config = config = source.model_config
         norm, name = config.final_norm, config.final_norm_name
         self._norm = NormLayer(norm, read_norm(read, norm, name, config.hidden_size), backend)
-        self._head = read(
-            config.embedding_name if config.tie_word_embeddings else config.head_name
-        )
+        self._head = read(config.embedding_name if config.tie_word_embeddings else config.head_name)
         self._bias = read(config.head_bias_name) if config.head_bias else None
 
     def norm(self, hidden: Tensor) -> Tensor:  # (T, hidden)

@@ -5,6 +5,7 @@ from typing import Any
 from quatom.evaluation.report_charts import curve_chart
 from quatom.evaluation.report_model import Entry, Part, ReportInputs, Section, Table, number
 
+
 def search_section(inputs: ReportInputs) -> Section | None:
     """Every search: its curve, what was chosen, and the formats that gained most."""
     entries = inputs.having("curve", "base", "options", "mean_bits", "expected_divergence")

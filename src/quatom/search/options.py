@@ -67,7 +67,9 @@ def read_kinds(words: str) -> tuple[Kind, ...]:
     """
     names = [word.strip() for word in words.split(",")]
     if unknown := [name for name in names if name not in KINDS]:
-        raise RecipeError(f"--raise takes {', '.join(KINDS)}, separated by commas, got {unknown[0]!r}")
+        raise RecipeError(
+            f"--raise takes {', '.join(KINDS)}, separated by commas, got {unknown[0]!r}"
+        )
     return tuple(kind for kind in KINDS if kind in names)
 
 

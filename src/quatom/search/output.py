@@ -1,5 +1,6 @@
 """What a search found, as a recipe file, as an entry of a result file, and in words."""
 
+from fractions import Fraction
 from typing import Any
 
 from quatom.checkpoint.schema import bits_per_activation, bits_per_kv, bits_per_weight
@@ -57,14 +58,14 @@ def search_entry(found: Searched, model: str, text: dict[str, Any]) -> dict[str,
 
 def bits_rows(found: Searched) -> list[tuple[str, str, str]]:
     """Every average in words: its name, of the base, of what was found."""
-    plans = found.base, found.plan
     words = {"weights": "weight", "activations": "activation", "kv_cache": "KV value"}
-    rows = []
-    for kind in KINDS:
-        shown = (f"{float(averages(plan)[kind]):.4f}" for plan in plans)
-        rows.append((f"bits per {words[kind]}", *shown))
-    shown = (f"{float(mean_bits(plan, found.kinds)):.4f}" for plan in plans)
-    rows.append((f"mean of {', '.join(found.kinds)}", *shown))
-    expected = sum(found.divergences), found.divergence
-    rows.append(("expected KL divergence (nats)", *(f"{value:.4f}" for value in expected)))
-    return rows
+    before, after = averages(found.base), averages(found.plan)
+    values: dict[str, tuple[Fraction | float, Fraction | float]] = {
+        **{f"bits per {words[kind]}": (before[kind], after[kind]) for kind in KINDS},
+        f"mean of {', '.join(found.kinds)}": (
+            mean_bits(found.base, found.kinds),
+            mean_bits(found.plan, found.kinds),
+        ),
+        "expected KL divergence (nats)": (sum(found.divergences), found.divergence),
+    }
+    return [(name, f"{float(a):.4f}", f"{float(b):.4f}") for name, (a, b) in values.items()]

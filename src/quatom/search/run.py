@@ -56,7 +56,8 @@ class Searched:
     def divergence(self) -> float:
         """Expected KL divergence, nats per token: the blocks' sum less what was gained."""
         return sum(self.divergences) - sum(
-            own[option] for own, option in zip(self.gains, self.chosen, strict=True)
+            own[option]
+            for own, option in zip(self.gains, self.chosen, strict=True)
             if option is not None
         )
 

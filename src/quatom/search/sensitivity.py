@@ -12,7 +12,7 @@ squared error.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,25 +20,17 @@ from torch.nn.functional import kl_div
 
 from quatom.checkpoint.reader import TensorSource
 from quatom.evaluation.output_head import OutputHead
-from quatom.families.spec import SiteName
-from quatom.loading import load_float_layer
-from quatom.modeling.block import DecoderBlock
-from quatom.modeling.build import build_block
 from quatom.modeling.rotary import RotaryTables
-from quatom.modeling.weights import FloatLayer, LayerWeights, SiteCodes
 from quatom.ops.backend import Backend
-from quatom.plan import LayerPlan, ModelPlan, plan
+from quatom.plan import ModelPlan, plan
 from quatom.presets import PRESETS
 from quatom.quantize.finite import check_finite_block
 from quatom.quantize.host_memory import return_free_memory
-from quatom.quantize.lanes import Share
-from quatom.quantize.measure import measure_channels, measure_moments
-from quatom.quantize.rounding import round_layer
 from quatom.quantize.statistics import run_block
 from quatom.quantize.transforms import transforms_of
 from quatom.quantize.walk import embed
-from quatom.recipe import WeightSpec
-from quatom.search.options import Option, Place
+from quatom.search.block import MeasuredBlock, Setting
+from quatom.search.options import Place
 
 LOGIT_ROWS = 256
 """Positions whose logits are held at once."""
@@ -67,10 +59,10 @@ class SensitivityWalk:
         backend: Backend | None = None,
     ) -> None:
         """Prepare a walk over `source` under the base recipe's plan."""
-        self.source, self.plan, self.recipe = source, resolved, resolved.recipe
-        self.device, self.dtype, self.backend = device, dtype, backend
-        self.float_plan = plan(resolved.config, PRESETS["fp16"])
-        self.transforms = transforms_of(self.recipe)
+        self.plan = resolved
+        recipe, floats = resolved.recipe, plan(resolved.config, PRESETS["fp16"])
+        transforms = transforms_of(recipe)
+        self.setting = Setting(source, recipe, transforms, floats, device, dtype, backend)
 
     @torch.no_grad()
     def measure(
@@ -91,18 +83,18 @@ class SensitivityWalk:
         Raises:
             QuantizationError: a block cannot be quantized, or gives numbers that are not finite.
         """
-        config = self.plan.config
-        rotary = RotaryTables(config, tokens.shape[1], self.device)
-        hidden = embed(self.source, tokens, self.device, self.dtype)
+        config, setting = self.plan.config, self.setting
+        rotary = RotaryTables(config, tokens.shape[1], setting.device)
+        hidden = embed(setting.source, tokens, setting.device, setting.dtype)
         wrong = hidden.new_empty((0, *hidden[-held_out:].shape))  # after each block so far
         shares: list[tuple[float, ...]] = []
         for index, layer in enumerate(self.plan.layers):
-            block = _Block(self, layer, hidden[:-held_out], rotary)
+            block = MeasuredBlock(setting, layer, hidden[:-held_out], rotary)
             entering, hidden = hidden, run_block(block.float_module, hidden, rotary)
-            check_finite_block(hidden, index, "in floating point", self.dtype)
+            check_finite_block(hidden, index, "in floating point", setting.dtype)
             wrong = run_block(block.float_module, wrong.flatten(0, 1), rotary).view(wrong.shape)
             ours = run_block(block.base, entering[-held_out:], rotary)
-            check_finite_block(ours, index, "after quantization", self.dtype)
+            check_finite_block(ours, index, "after quantization", setting.dtype)
             target = hidden[-held_out:]
             error = squared_error(ours, target)
             for place in (place for place in places if place.layer == index):
@@ -131,7 +123,8 @@ class SensitivityWalk:
         target: Tensor,  # (sequences, length, hidden)
         wrong: Tensor,  # (blocks, sequences, length, hidden)
     ) -> tuple[float, ...]:
-        head = OutputHead(self.source, self.device, self.dtype, self.backend)
+        setting = self.setting
+        head = OutputHead(setting.source, setting.device, setting.dtype, setting.backend)
         rows, others = target.flatten(0, 1), wrong.flatten(1, 2)
         sums = torch.zeros(len(wrong), dtype=torch.float64)
         for piece in torch.arange(len(rows)).split(LOGIT_ROWS):
@@ -140,85 +133,6 @@ class SensitivityWalk:
                 found = head.logits(head.norm(states[piece])).log_softmax(dim=-1)
                 sums[number] += float(kl_div(found, wanted, reduction="sum", log_target=True))
         return tuple((sums / len(rows)).tolist())
-
-
-class _Block:
-    """One block: in floating point, under the base recipe, and with options raised."""
-
-    def __init__(
-        self, walk: SensitivityWalk, layer: LayerPlan, hidden: Tensor, rotary: RotaryTables
-    ) -> None:
-        self.walk, self.layer, self.hidden, self.rotary = walk, layer, hidden, rotary
-        weights = load_float_layer(walk.source, layer, walk.device, walk.dtype)
-        self.prepared = walk.transforms.prepare(layer, weights)
-        float_layer = walk.float_plan.layers[layer.index]
-        self.float_module = build_block(float_layer, self.prepared, walk.backend)
-        _, self.statistics = measure_channels(self.float_module, hidden, rotary, walk.recipe)
-        self.arranged = self._arranged(layer)
-        self.moments = self._moments(layer, self.arranged)
-        self.codes = self._round(layer, self.arranged, self.moments, tuple(layer.sites))
-        self.base = self._build(layer, self.codes)
-        self._rounded: dict[tuple[SiteName, WeightSpec], SiteCodes] = {}
-
-    def raised(self, option: Option) -> DecoderBlock:
-        """The block with an option, the weights of other places as they are in `base`."""
-        layer, codes = option.layer, dict(self.codes)
-        own = layer.sites
-        cut = [name for name in own if own[name].layout != self.layer.sites[name].layout]
-        if cut:  # channels are in another order, and so are the rows that make them
-            redone = tuple(name for name in own if name in cut or own[name].makes in cut)
-            arranged = self._arranged(layer)
-            codes |= self._round(layer, arranged, self._moments(layer, arranged), redone)
-        for name in own:
-            if name not in cut and own[name].weights != self.layer.sites[name].weights:
-                key = name, own[name].weights
-                if key not in self._rounded:  # for other formats of its input it is the same
-                    found = self._round(layer, self.arranged, self.moments, (name,))
-                    self._rounded[key] = found[name]
-                codes[name] = self._rounded[key]
-        return self._build(layer, codes)
-
-    def _arranged(self, layer: LayerPlan) -> FloatLayer:
-        return self.walk.transforms.finish(layer, self.prepared, self.statistics)
-
-    def _moments(self, layer: LayerPlan, arranged: FloatLayer) -> dict[str, Tensor]:
-        walk = self.walk
-        if not walk.recipe.needs_moments:
-            return {}
-        moments, _ = measure_moments(
-            build_block(layer, arranged, walk.backend),
-            self.hidden,
-            self.rotary,
-            tf32=walk.dtype != torch.float32,
-            bound=walk.recipe.calibration.min_expert_tokens,
-        )
-        return moments
-
-    def _round(
-        self,
-        layer: LayerPlan,
-        arranged: FloatLayer,
-        moments: dict[str, Tensor],
-        sites: tuple[SiteName, ...],
-    ) -> dict[SiteName, SiteCodes]:
-        own = replace(layer, sites={name: layer.sites[name] for name in sites})
-        floats = {name: arranged.sites[name] for name in sites}
-        found = {name: moments[name] for name in sites if name in moments}
-        share, walk = Share.of_one(self.hidden), self.walk
-        codes, _, _ = round_layer(own, floats, found, {}, walk.recipe, share, walk.device)
-        return codes
-
-    def _build(self, layer: LayerPlan, codes: dict[SiteName, SiteCodes]) -> DecoderBlock:
-        rest = self.arranged
-        weights = LayerWeights(
-            norms=rest.norms,
-            sites=codes,
-            qk_norm=rest.qk_norm,
-            key_offset=rest.key_offset,
-            sinks=rest.sinks,
-            router=rest.router,
-        )
-        return build_block(layer, weights, self.walk.backend)
 
 
 def squared_error(ours: Tensor, target: Tensor) -> float:
