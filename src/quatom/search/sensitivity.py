@@ -6,7 +6,7 @@ for every option of the block's places, all else as in the base. Errors of indep
 add up as squares, so what an option saves is a part of the block's squared error.
 
 Blocks differ in what an error of their output does. So the output of each quantized block goes on
-through the floating-point blocks behind it, up to the logits: the KL divergence from the model's
+through the floating-point blocks after it, up to the logits: the KL divergence from the model's
 own is what the block's whole error costs. An option gains the share of it that it saves of the
 squared error.
 """
