@@ -26,6 +26,7 @@ from quatom.search.options import KINDS, averages, mean_bits, places_of, read_ki
 from quatom.search.run import chosen_options, search_recipe
 from quatom.search.sensitivity import SensitivityWalk
 from tests.conftest import LLAMA, make_model
+from tests.families.models import save_tiny
 
 CONFIG = LLAMA | {
     "hidden_size": 128,
@@ -72,7 +73,7 @@ def searched(folder, text_file, bits, **options):
 def test_costs_add_up_to_the_bits_of_the_recipe(base):
     """All combinations of kinds: the mean of what the plan with all overrides stores."""
     for kinds in (KINDS, ("weights",), ("activations", "kv_cache"), ("kv_cache",)):
-        places = places_of(base, kinds)
+        places = places_of(base, kinds, outliers=True)
         for number in (0, -1):
             chosen = [place.options[number] for place in places]
             recipe = replace(base.recipe, overrides=merge(o.override for o in chosen))
@@ -86,13 +87,14 @@ def test_costs_add_up_to_the_bits_of_the_recipe(base):
 def test_what_is_offered(base):
     names = {
         (place.name, option.name)
-        for place in places_of(base, KINDS)
+        for place in places_of(base, KINDS, outliers=True)
         for option in place.options
         if place.layer == 2
     }
     sites = ("qkv", "o", "gate_up", "down")
     words = ("weights int8", "activations int8", "weights and activations int8", "64 outliers")
     assert names == {(s, w) for s in sites for w in words} | {("kv_cache", "KV cache int8")}
+    assert not any("outliers" in o.name for p in places_of(base, KINDS) for o in p.options)
     only = {o.name for place in places_of(base, ("activations",)) for o in place.options}
     assert only == {"activations int8"}
     w4a8 = plan(base.config, PRESETS["quatom-w4a8kv4"])
@@ -196,7 +198,7 @@ def test_an_option_changes_its_place_alone(model_dir):
 
     block, compared = block_of(base), []
     unchanged = run_block(block.base, hidden, rotary)
-    for place in places_of(plan(config, base), KINDS):
+    for place in places_of(plan(config, base), KINDS, outliers=True):
         for option in place.options if place.layer == 0 else ():
             ours = run_block(block.raised(option), hidden, rotary)
             assert not torch.equal(ours, unchanged), (place.name, option.name)
@@ -272,3 +274,12 @@ def test_too_few_sequences(model_dir):
 
 def test_kinds_are_read_in_any_order():
     assert read_kinds("kv_cache, weights") == ("weights", "kv_cache")
+
+
+def test_experts_are_places_of_their_own(text_file, tmp_path):
+    folder = save_tiny(tmp_path / "moe", "mixtral")
+    found = searched(folder, text_file, 6.0, kinds=("activations", "kv_cache"))
+    names = {place.name for place in found.places}
+    assert names == {"qkv", "o", "experts_gate_up", "experts_down", "kv_cache"}
+    assert found.divergence < sum(found.divergences)
+    assert mean_bits(found.plan, found.kinds) <= 6

@@ -30,6 +30,12 @@ def search(
         str,
         typer.Option("--raise", help="What may be raised, separated by commas."),
     ] = "weights,activations,kv_cache",
+    outliers: Annotated[
+        bool,
+        typer.Option(
+            help="Try twice as many outlier channels, too. The search takes twice as long then."
+        ),
+    ] = False,
     num_samples: Annotated[
         int,
         typer.Option(
@@ -77,6 +83,7 @@ def search(
             calibration=calibration,
             base=base,
             kinds=read_kinds(raised),
+            outliers=outliers,
             text=spec,
             device=device,
             dtype=read_dtype(dtype),

@@ -95,8 +95,15 @@ def mean_bits(resolved: ModelPlan, kinds: Sequence[Kind]) -> Fraction:
     return sum((found[kind] for kind in kinds), Fraction(0)) / len(kinds)
 
 
-def places_of(resolved: ModelPlan, kinds: Sequence[Kind]) -> tuple[Place, ...]:
+def places_of(
+    resolved: ModelPlan, kinds: Sequence[Kind], *, outliers: bool = False
+) -> tuple[Place, ...]:
     """Every place that can be raised, each with its options.
+
+    Args:
+        resolved: the base.
+        kinds: what may be raised.
+        outliers: whether twice as many outlier channels are an option, too.
 
     Raises:
         RecipeError: there is none.
@@ -108,7 +115,7 @@ def places_of(resolved: ModelPlan, kinds: Sequence[Kind]) -> tuple[Place, ...]:
         spots: list[SiteName | None] = [*layer.sites, None]
         for site in spots:
             options = []
-            for name, override in _raises(layer, site, kinds):
+            for name, override in _raises(layer, site, kinds, outliers):
                 try:
                     recipe = replace(resolved.recipe, overrides=(override,))
                     raised = plan_layer(resolved.config, recipe, layer.index)
@@ -138,7 +145,7 @@ def _elements(resolved: ModelPlan) -> dict[Kind, int]:
 
 
 def _raises(
-    layer: LayerPlan, site: SiteName | None, kinds: Sequence[Kind]
+    layer: LayerPlan, site: SiteName | None, kinds: Sequence[Kind], outliers: bool
 ) -> list[tuple[str, Override]]:
     """Names and overrides of what may be tried at a place."""
     where = str(layer.index)
@@ -163,9 +170,9 @@ def _raises(
         found.append(("weights and activations int8", override))
     touched = {"weights"} if own.input_spec is None else {"weights", "activations"}
     twice = 2 * own.block_outliers
-    if touched <= set(kinds) and 0 < twice <= MOST_OUTLIERS:
-        outliers = OutlierChange(channels=twice, max_fraction=1.0)
-        override = Override(layers=where, sites=(site,), outliers=outliers)
+    if outliers and touched <= set(kinds) and 0 < twice <= MOST_OUTLIERS:
+        more = OutlierChange(channels=twice, max_fraction=1.0)
+        override = Override(layers=where, sites=(site,), outliers=more)
         found.append((f"{twice} outliers", override))
     return found
 

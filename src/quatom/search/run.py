@@ -69,6 +69,7 @@ def search_recipe(
     calibration: str | Path | Tensor,
     base: str = "quatom-w4a4kv4",
     kinds: Sequence[Kind] = KINDS,
+    outliers: bool = False,
     text: CalibrationSpec | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -83,6 +84,7 @@ def search_recipe(
         calibration: text to measure on, or its tokens, (sequences, length).
         base: name of the preset whose formats are raised.
         kinds: what may be raised.
+        outliers: try twice as many outlier channels, too.
         text: how many sequences of how many tokens; None: 16 of 512. Of four sequences the last
             one measures errors, the others give statistics.
         device: where blocks are computed; None: the GPU if there is one, else the CPU.
@@ -100,7 +102,7 @@ def search_recipe(
     place = usable_device(device)
     opened = source if isinstance(source, TensorSource) else open_source(source)
     resolved = plan(opened.model_config, _base(base))
-    places = places_of(resolved, kinds)
+    places = places_of(resolved, kinds, outliers=outliers)
     budget = check_budget(resolved, kinds, places, bits)
     tokens = read_tokens(opened, text or default_text(), calibration)
     held_out = len(tokens) // 4
