@@ -208,9 +208,10 @@ def search(name: str) -> str:
     data = read(name)
     rows = []
     for e in data["results"]:
-        both = (("base", "base_mean_bits", "base_divergence"),)
-        both += (("recipe", "mean_bits", "expected_divergence"),)
-        for recipe, bits, error in both:
+        for recipe, bits, error in (
+            ("base", "base_mean_bits", "base_divergence"),
+            ("recipe", "mean_bits", "expected_divergence"),
+        ):
             shown = [f"{e[bits]:.3f}", f"{e[error]:.3f}"]
             rows.append([e["model"], ", ".join(e["raised"]), label(e[recipe]), *shown])
     text = data["results"][0]

@@ -382,15 +382,16 @@ class Recipe:
 
     def _check_overrides(self) -> None:
         for number, override in enumerate(self.overrides):
-            try:
-                own = self._changed([override])
-            except RecipeError as error:
-                raise RecipeError(f"overrides[{number}]: {error}") from error
-            if own.quantizes_weights != self.quantizes_weights:
+            form = None if override.weights is None else override.weights.format
+            if form is not None and (form == "float16") == self.quantizes_weights:
                 raise RecipeError(
-                    f"overrides[{number}]: weights.format {own.weights.format} in a recipe of "
+                    f"overrides[{number}]: weights.format {form} in a recipe of "
                     f"{self.weights.format} weights: all linears hold codes, or none does"
                 )
+            try:
+                self._changed([override])
+            except RecipeError as error:
+                raise RecipeError(f"overrides[{number}]: {error}") from error
 
     def _changed(self, overrides: Iterable[Override]) -> "Recipe":
         parts: dict[str, dict[str, Any]] = {}

@@ -63,6 +63,8 @@ class KVChange:
 
     format: KVFormat | None = None
     """Number format of a code."""
+    clip_ratio: float | None = None
+    """Fraction of a group's range that maps onto the code range."""
 
     def __post_init__(self) -> None:
         check_types("overrides.kv_cache", self)

@@ -40,7 +40,11 @@ def test_what_layers_of_other_formats_move():
     mixed = changed(PRESETS["atom-w4a4kv4"], {"overrides": [half]})
     # 132 bytes of an INT8 head of 128, 68 of an INT4 one.
     assert Roofline.of(plan(LLAMA, mixed), SPEC).kv_bytes == (136 + 264) / 2 * 1024
-    floats = {"layers": "3", "sites": ["o"], "activations": {"format": "float16"}}
+    floats = {
+        "layers": "3",
+        "sites": ["o"],
+        "activations": {"format": "float16", "clip_ratio": 1.0},
+    }
     mixed = changed(PRESETS["atom-w4a4kv4"], {"overrides": [floats]})
     assert Roofline.of(plan(LLAMA, mixed), SPEC).linear_tflops == 989.0
 
