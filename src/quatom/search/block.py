@@ -64,10 +64,11 @@ class MeasuredBlock:
         layer, codes = option.layer, dict(self.codes)
         own = layer.sites
         cut = [name for name in own if own[name].layout != self.layer.sites[name].layout]
-        if cut:  # channels are in another order, and so are the rows that make them
-            redone = tuple(name for name in own if name in cut or own[name].makes in cut)
+        if cut:
+            # Other groups are rotated. The order stays, and so do the rows that make the input:
+            # presets have one tensor-parallel block, all of whose channels are ordered.
             arranged = self._arranged(layer)
-            codes |= self._round(layer, arranged, self._moments(layer, arranged), redone)
+            codes |= self._round(layer, arranged, self._moments(layer, arranged), tuple(cut))
         for name in own:
             if name not in cut and own[name].weights != self.layer.sites[name].weights:
                 key = name, own[name].weights
