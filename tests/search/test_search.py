@@ -171,6 +171,8 @@ def test_search_quantize_generate(model_dir, text_file, tmp_path, shell):
     assert loaded.bits_per_weight == pytest.approx(entry["bits_per_weight"])
     own = open_source(target).recipe
     assert own.overrides == recipe.overrides
+    error = shell.fails("search", target, *words[2:])
+    assert "q is already quantized (quatom-w4a4kv4-at-5.25-bits); search on the float" in error
     inspected = shell("inspect", target)
     assert "Formats of quatom-w4a4kv4-at-5.25-bits" in inspected.out
     prompt = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)

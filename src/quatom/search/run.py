@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source
-from quatom.errors import CalibrationError, RecipeError, unknown
+from quatom.errors import CalibrationError, CheckpointError, RecipeError, unknown
 from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
 from quatom.plan import ModelPlan, plan
@@ -95,12 +95,17 @@ def search_recipe(
     Raises:
         RecipeError: the base is unknown or leaves nothing to raise, or the budget is out of range.
         CalibrationError: the text is missing or too short.
-        CheckpointError: the source is damaged.
+        CheckpointError: the source is damaged, or quantized already.
         QuantizationError: a layer cannot be quantized.
     """
     started = time.perf_counter()
     place = usable_device(device)
     opened = source if isinstance(source, TensorSource) else open_source(source)
+    if opened.recipe is not None:
+        raise CheckpointError(
+            f"{opened.folder} is already quantized ({opened.recipe.name}); search on the "
+            "floating-point model"
+        )
     resolved = plan(opened.model_config, _base(base))
     places = places_of(resolved, kinds, outliers=outliers)
     budget = check_budget(resolved, kinds, places, bits)
