@@ -24,12 +24,30 @@ def settings(recipe):
     )
 
 
-@pytest.mark.parametrize("base", ["quatom-w4a4kv4", "w4a16"])
-def test_vllm_has_one_kv_format(base):
-    override = {"layers": "1", "kv_cache": {"format": "int8"}}
-    recipe = changed(PRESETS[base], {"overrides": [override]})
-    with pytest.raises(RecipeError, match=r"KV caches of formats (int4|float16), int8, and vLLM's"):
+@pytest.mark.parametrize(
+    ("base", "override", "message"),
+    [
+        (
+            "quatom-w4a4kv4",
+            {"kv_cache": {"format": "int8"}},
+            "KV caches of formats int4, int8, and",
+        ),
+        ("w4a16", {"kv_cache": {"format": "int8"}}, "KV caches of formats float16, int8, and"),
+        ("w4a16", {"activations": {"format": "int8"}}, "activations of formats float16, int8, and"),
+    ],
+)
+def test_vllm_has_one_of_some_things(base, override, message, monkeypatch):
+    monkeypatch.setattr("quatom.integrations.vllm.settings._check_experts", lambda _: None)
+    recipe = changed(PRESETS[base], {"overrides": [{"layers": "1"} | override]})
+    with pytest.raises(RecipeError, match=message):
         update_settings(settings(recipe))
+
+
+def test_vllm_takes_other_formats_of_quantized_inputs():
+    from quatom.integrations.vllm.settings import _check_overrides
+
+    wide = {"format": "int8", "group_size": -1, "scale_format": "float16"}
+    _check_overrides(changed(PRESETS["quatom-w4a4kv4"], {"overrides": [{"activations": wide}]}))
 
 
 def test_a_rank_of_vllm_quantizes_its_part_as_the_site_says():
