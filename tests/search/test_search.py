@@ -123,6 +123,7 @@ def test_the_search_is_the_best_of_all_combinations(model_dir, text_file):
         taken = [i for i in range(3) if number >> i & 1]
         if sum(found.places[i].options[0].cost for i in taken) <= budget:
             best = max(best, sum(found.gains[i][0] for i in taken))
+    assert found.recipe.name == "quatom-w4a4kv4-at-7.2-bits-of-kv_cache"
     gained = sum(found.divergences) - found.divergence
     assert gained == pytest.approx(best)
     assert gained > 0

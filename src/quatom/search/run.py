@@ -131,9 +131,10 @@ def search_recipe(
         ]
     )
     chosen = frontier.options(frontier.position(budget))
+    of = "" if tuple(kinds) == KINDS else f"-of-{'-'.join(kinds)}"
     recipe = replace(
         PRESETS[base],
-        name=f"{base}-at-{bits:g}-bits",
+        name=f"{base}-at-{bits:g}-bits{of}",
         overrides=merge(option.override for option in chosen_options(places, chosen)),
     )
     start, total = float(mean_bits(resolved, kinds)), sum(found.divergences)
