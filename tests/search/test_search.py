@@ -134,10 +134,11 @@ def test_a_planted_layer_gets_the_bits(planted_dir, text_file):
     base = plan(load(planted_dir).config, PRESETS["quatom-w4a4kv4"])
     bits = round(float(averages(base)["activations"]) + 0.45, 3)
     found = searched(planted_dir, text_file, bits, kinds=("activations",))
-    assert max(range(3), key=found.divergences.__getitem__) == PLANTED
+    others = [d for i, d in enumerate(found.divergences) if i != PLANTED]
+    assert found.divergences[PLANTED] > 10 * max(others)
     chosen = chosen_options(found.places, found.chosen)
     assert [option.layer.index for option in chosen] == [PLANTED] * 2
-    assert found.divergence < 0.8 * sum(found.divergences)
+    assert found.divergence < sum(found.divergences)
 
 
 def test_search_quantize_generate(model_dir, text_file, tmp_path, shell):
