@@ -19,7 +19,7 @@ from quatom.benchmark.model_shapes import find_shape
 from quatom.cli.main import app
 from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.recipe import Recipe
-from quatom.recipe_fields import dataclasses_in, is_optional, tags_of
+from quatom.recipe_fields import dataclasses_in, is_optional, items_of, parts_of, tags_of
 
 PACKAGE = Path(quatom.__file__).parent
 
@@ -62,9 +62,7 @@ def _fields(spec: Any, prefix: str, title: str) -> list[str]:
         hint, name = hints[item.name], f"{prefix}{item.name}"
         doc = docs.get(item.name, "")
         if not (nested := dataclasses_in(hint)):
-            choices = get_args(hint) if get_origin(hint) is Literal else (hint.__name__,)
-            default = "" if item.default is MISSING else f"`{item.default}`"
-            rows.append([f"`{name}`", ", ".join(f"`{c}`" for c in choices), default, doc])
+            rows.append([f"`{name}`", _values(hint), _default(item.default), doc])
             continue
         for part in nested:
             heading = f"`{name}`" if len(nested) == 1 else f"`{name}`, method `{tags_of(part)[0]}`"
@@ -77,8 +75,26 @@ def _fields(spec: Any, prefix: str, title: str) -> list[str]:
             rows.append([f"`{name}`", methods, default, doc])
         elif is_optional(hint):
             rows.append([f"`{name}`", "an object, `null`", "`null`", doc])
+        elif items_of(hint) is not None:
+            rows.append([f"`{name}`", "a list of objects", _default(item.default), doc])
     lead = f"## {title}\n\n{inspect.getdoc(spec)}\n\n"
     return [lead + table(["field", "values", "default", "meaning"], rows), *inner]
+
+
+def _values(hint: Any) -> str:
+    """The values that an annotation allows."""
+    if (item := items_of(hint)) is not None:
+        return f"a list of {_values(item)}"
+    choices: list[str] = []
+    for part in parts_of(hint):
+        choices += get_args(part) if get_origin(part) is Literal else [part.__name__]
+    return ", ".join(f"`{'null' if choice == 'NoneType' else choice}`" for choice in choices)
+
+
+def _default(value: object) -> str:
+    if value is MISSING:
+        return ""
+    return f"`{ {None: 'null', (): '[]'}.get(value, value) }`"  # type: ignore[arg-type, call-overload]
 
 
 def _attribute_docs(spec: Any) -> dict[str, str]:

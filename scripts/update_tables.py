@@ -203,6 +203,25 @@ def times(name: str) -> str:
     return table(header, [row for _, row in rows])
 
 
+def search(name: str) -> str:
+    """What searches under a budget expect of the recipes that they found."""
+    data = read(name)
+    rows = []
+    for e in data["results"]:
+        for recipe, bits, error in (
+            ("base", "base_mean_bits", "base_divergence"),
+            ("recipe", "mean_bits", "expected_divergence"),
+        ):
+            shown = [f"{e[bits]:.3f}", f"{e[error]:.3f}"]
+            rows.append([e["model"], ", ".join(e["raised"]), label(e[recipe]), *shown])
+    text = data["results"][0]
+    header = ["model", "raised", "recipe", "bits, mean of those", "expected divergence"]
+    return (
+        f"Measured on {text['samples']} sequences of {text['sequence_length']} tokens "
+        f"({machines(data, data['results'])}, torch {data['environment']['torch']}):\n\n"
+    ) + table(header, rows)
+
+
 def engine(name: str) -> str:
     """The engine's own time per step."""
     rows = [
@@ -399,6 +418,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "engine": engine,
     "overhead": overhead,
     "quantize": quantize,
+    "search": search,
     "zeroshot": zeroshot,
     "times": times,
     "vllm": vllm,

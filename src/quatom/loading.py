@@ -62,11 +62,10 @@ class LoadedModel:
 
     @property
     def backend_name(self) -> str:
-        """The backend that multiplies the decoder's linears; "torch" where they are float."""
-        for module in self.model.modules():
-            if isinstance(module, QuantizedLinear):
-                return str(module.prepared.backend)
-        return "torch"
+        """The backends that multiply the decoder's linears; "torch" where they are float."""
+        modules = self.model.modules()
+        found = [str(m.prepared.backend) for m in modules if isinstance(m, QuantizedLinear)]
+        return ", ".join(dict.fromkeys(found)) or "torch"
 
     def require_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer.

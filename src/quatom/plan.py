@@ -12,10 +12,17 @@ from math import prod
 from typing import Literal
 
 from quatom.errors import RecipeError
-from quatom.families.spec import Layer, ModelConfig, NormName, RouterTensor, SiteName
+from quatom.families.spec import SITES, Layer, ModelConfig, NormName, RouterTensor, SiteName
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import QuantizeSpec
-from quatom.recipe import IncoherenceSpec, KVSpec, OutlierSpec, Recipe, WeightSpec
+from quatom.recipe import (
+    ActivationSpec,
+    IncoherenceSpec,
+    KVSpec,
+    OutlierSpec,
+    Recipe,
+    WeightSpec,
+)
 
 OrderKind = Literal["none", "gathered", "folded"]
 """How a site's input comes into its channel order: not at all; gathered as it is quantized; or by
@@ -84,9 +91,14 @@ class SitePlan:
     weights: WeightSpec
     incoherence: IncoherenceSpec | None
     outliers: OutlierSpec
-    activation_format: str
+    activations: ActivationSpec
     input_spec: QuantizeSpec | None
     """How the input is quantized; None: it stays in floating point."""
+
+    @property
+    def activation_format(self) -> str:
+        """Number format of the input."""
+        return self.activations.format
 
     @property
     def experts(self) -> int | None:
@@ -205,17 +217,26 @@ def plan(config: ModelConfig, recipe: Recipe) -> ModelPlan:
     """
     if any(layer.experts is not None for layer in config.layers):
         _check_experts(recipe)
+    _check_overrides(config, recipe)
     return ModelPlan(
-        config, recipe, tuple(_layer(config, recipe, i) for i in range(config.num_layers))
+        config, recipe, tuple(plan_layer(config, recipe, i) for i in range(config.num_layers))
     )
 
 
-def _layer(config: ModelConfig, recipe: Recipe, index: int) -> LayerPlan:
+def plan_layer(config: ModelConfig, recipe: Recipe, index: int) -> LayerPlan:
+    """Resolve a recipe for one layer.
+
+    Raises:
+        RecipeError: the recipe does not fit the layer's sizes.
+    """
     layer = config.layers[index]
     prefix = f"{config.layer_prefix}{index}."
-    sites = {site: _site(config, recipe, layer, prefix, site) for site in layer.sites}
+    sites = {
+        site: _site(config, recipe.at(index, site), layer, prefix, site) for site in layer.sites
+    }
     _check_rows(recipe, sites)
-    return LayerPlan(index, layer, config.hidden_size, prefix, sites, recipe.kv_cache)
+    cache = recipe.at(index).kv_cache
+    return LayerPlan(index, layer, config.hidden_size, prefix, sites, cache)
 
 
 def _site(
@@ -245,8 +266,8 @@ def _site(
         weights=recipe.weights,
         incoherence=recipe.incoherence,
         outliers=recipe.outliers,
-        activation_format=recipe.activations.format,
-        input_spec=input_spec(recipe, layout),
+        activations=recipe.activations,
+        input_spec=input_spec(recipe.activations, recipe.outliers, layout),
     )
 
 
@@ -304,10 +325,11 @@ def _layout(
     )
 
 
-def input_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
+def input_spec(
+    activations: ActivationSpec, outliers: OutlierSpec, layout: GroupLayout
+) -> QuantizeSpec | None:
     """How the input of a site is quantized; None where activations stay as they are."""
-    activations = recipe.activations
-    if not recipe.quantizes_activations:
+    if activations.format == "float16":
         return None
     scale_mode: ScaleMode = "group" if activations.scale_format == "float16" else "multiples"
     if layout.num_normal_groups == 1:
@@ -317,11 +339,33 @@ def input_spec(recipe: Recipe, layout: GroupLayout) -> QuantizeSpec | None:
     return QuantizeSpec(
         layout=layout,
         normal=activations.format,
-        outlier=recipe.outliers.format,
+        outlier=outliers.format,
         clip_ratio=activations.clip_ratio,
         rotate=activations.rotation == "hadamard",
         scale_mode=scale_mode,
     )
+
+
+def _check_overrides(config: ModelConfig, recipe: Recipe) -> None:
+    """Raise RecipeError for overrides of layers or sites that the model does not have."""
+    count = config.num_layers
+    for number, override in enumerate(recipe.overrides):
+        if any(last >= count for _, last in override.ranges()):
+            raise RecipeError(
+                f"overrides[{number}].layers {override.layers!r}: the model has layers 0 to "
+                f"{count - 1}"
+            )
+        for site in override.sites:
+            if site not in SITES:
+                raise RecipeError(
+                    f"overrides[{number}].sites names {site!r}; sites are {', '.join(SITES)}"
+                )
+            found = [i for i, layer in enumerate(config.layers) if site in layer.sites]
+            if not any(override.covers(i, site) for i in found):
+                raise RecipeError(
+                    f"overrides[{number}] is for {site} of layers {override.layers}, and of the "
+                    f"model's {count} layers {len(found)} have that site, none of them among these"
+                )
 
 
 def _check_experts(recipe: Recipe) -> None:

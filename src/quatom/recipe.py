@@ -1,21 +1,16 @@
 """What to quantize and how: the object that checkpoints, kernels and result tables agree on."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 from quatom.errors import RecipeError
 from quatom.recipe_fields import check_types, read_fields
+from quatom.recipe_formats import BITS, ActivationFormat, KVFormat, WeightFormat
 from quatom.recipe_idle import check_idle
+from quatom.recipe_overrides import Override
 from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
 from quatom.recipe_versions import FORMAT_VERSION, to_current
-
-WeightFormat = Literal[
-    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "odd4", "e2m1", "float16"
-]
-ActivationFormat = Literal["int3", "int4", "int8", "e4m3", "e2m1", "float16"]
-KVFormat = Literal["int4", "int8", "float16"]
-
-_BITS = {"odd4": 4, "e2m1": 4, "e4m3": 8, "float16": 16} | {f"int{b}": b for b in range(2, 9)}
 
 
 def _check_group(owner: str, group_size: int) -> None:
@@ -125,7 +120,7 @@ class WeightSpec:
     @property
     def bits(self) -> int:
         """Bits per code, scales not counted."""
-        return _BITS[self.format]
+        return BITS[self.format]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +156,7 @@ class ActivationSpec:
     @property
     def bits(self) -> int:
         """Bits per code, scales not counted."""
-        return _BITS[self.format]
+        return BITS[self.format]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +213,7 @@ class KVSpec:
     @property
     def bits(self) -> int:
         """Bits per code, scales not counted."""
-        return _BITS[self.format]
+        return BITS[self.format]
 
     @property
     def post_rope(self) -> bool:
@@ -342,6 +337,8 @@ class Recipe:
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     tuning: TuningSpec | OmniQuantSpec | None = None
     """What is learned by gradients; None: nothing."""
+    overrides: tuple[Override, ...] = ()
+    """Other formats for some layers and sites. Each must make a recipe that is allowed."""
     tensor_parallel: int = 1
     """B: the inputs of o_proj and down_proj are B equal blocks, each with a channel order and
     outliers of its own. A tensor-parallel degree that divides B can then load slices."""
@@ -381,6 +378,53 @@ class Recipe:
                 "GEMM dequantizes both at each group; -1, one scale for all normal channels of a "
                 "token, goes with every group size of weights"
             )
+        self._check_overrides()
+
+    def _check_overrides(self) -> None:
+        for number, override in enumerate(self.overrides):
+            form = None if override.weights is None else override.weights.format
+            if form is not None and (form == "float16") == self.quantizes_weights:
+                raise RecipeError(
+                    f"overrides[{number}]: weights.format {form} in a recipe of "
+                    f"{self.weights.format} weights: all linears hold codes, or none does"
+                )
+            try:
+                self._changed([override])
+            except RecipeError as error:
+                raise RecipeError(f"overrides[{number}]: {error}") from error
+
+    def _changed(self, overrides: Iterable[Override]) -> "Recipe":
+        parts: dict[str, dict[str, Any]] = {}
+        for override in overrides:
+            for name, values in override.changes().items():
+                parts[name] = parts.get(name, {}) | values
+        made = {name: replace(getattr(self, name), **values) for name, values in parts.items()}
+        return replace(self, overrides=(), **made)
+
+    def at(self, layer: int, site: str | None = None) -> "Recipe":
+        """What holds for a site of a layer, as a recipe without overrides.
+
+        Without a site it is what holds for the whole layer: its KV cache.
+
+        Raises:
+            RecipeError: overrides that are allowed alone do not go together.
+        """
+        if not self.overrides:
+            return self
+        try:
+            return self._changed(o for o in self.overrides if o.covers(layer, site))
+        except RecipeError as error:
+            raise RecipeError(f"overrides of layer {layer}, {site}: {error}") from error
+
+    @property
+    def variants(self) -> "tuple[Recipe, ...]":
+        """The recipe without its overrides, and under each of them alone."""
+        return self._changed([]), *(self._changed([override]) for override in self.overrides)
+
+    @property
+    def kv_formats(self) -> tuple[str, ...]:
+        """Formats of the KV caches of layers, that of the recipe first."""
+        return tuple(dict.fromkeys(own.kv_cache.format for own in self.variants))
 
     def _check_incoherence(self) -> None:
         if self.incoherence is None:
@@ -417,8 +461,9 @@ class Recipe:
 
     @property
     def orders_channels(self) -> bool:
-        """Whether channels of inputs are in another order than in the model."""
-        ordered = self.outliers.channels > 0 or self.weights.groups == "ordered"
+        """Whether channels of any input are in another order than in the model."""
+        more = [o.outliers.channels or 0 for o in self.overrides if o.outliers is not None]
+        ordered = max(self.outliers.channels, *more, 0) > 0 or self.weights.groups == "ordered"
         return self.quantizes_weights and ordered
 
     @property
@@ -445,7 +490,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as stored in a checkpoint's config.json."""
-        return asdict(self)
+        return asdict(self) | {"overrides": [override.to_dict() for override in self.overrides]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:

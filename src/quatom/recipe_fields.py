@@ -6,7 +6,7 @@ of them it is. So options of one method cannot be given with another method.
 
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from quatom.errors import RecipeError
 
@@ -14,15 +14,25 @@ TAG = "method"
 """The field that says which dataclass of a union an object is; absent, it is the first."""
 
 
+def parts_of(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type that an annotation is."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def items_of(hint: Any) -> Any:
+    """X of tuple[X, ...]; None of any other annotation."""
+    return get_args(hint)[0] if get_origin(hint) is tuple else None
+
+
 def dataclasses_in(hint: Any) -> tuple[type, ...]:
-    """The dataclasses that an annotation allows, in its order."""
-    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    """The dataclasses that an annotation allows, or that a tuple holds, in its order."""
+    parts = parts_of(items_of(hint) or hint)
     return tuple(part for part in parts if isinstance(part, type) and is_dataclass(part))
 
 
 def is_optional(hint: Any) -> bool:
     """Whether an annotation allows None."""
-    return isinstance(hint, UnionType) and NoneType in get_args(hint)
+    return NoneType in parts_of(hint)
 
 
 def tags_of(cls: type) -> tuple[str, ...]:
@@ -39,15 +49,26 @@ def check_types(owner: str, spec: Any) -> None:
         RecipeError: a value is not of the type, or not one of the choices.
     """
     for name, hint in get_type_hints(type(spec)).items():
-        value = getattr(spec, name)
-        if get_origin(hint) is Literal:
-            _check_choice(f"{owner}.{name}", value, get_args(hint))
-            continue
-        expected = (int, float) if hint is float else hint
-        if isinstance(value, bool) or not isinstance(value, expected):
-            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-            names = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
-            raise RecipeError(f"{owner}.{name} must be of type {names}, got {value!r}")
+        _check_value(f"{owner}.{name}", getattr(spec, name), hint)
+
+
+def _check_value(name: str, value: object, hint: Any) -> None:
+    parts = parts_of(hint)
+    choices = [get_args(part) for part in parts if get_origin(part) is Literal]
+    if choices:
+        if value is not None or not is_optional(hint):
+            _check_choice(name, value, choices[0])
+        return
+    if (item := items_of(hint)) is not None:
+        if not isinstance(value, tuple):
+            raise RecipeError(f"{name} must be a list, got {value!r}")
+        for number, one in enumerate(value):
+            _check_value(f"{name}[{number}]", one, item)
+        return
+    expected = (*parts, int) if float in parts else parts
+    if isinstance(value, bool) or not isinstance(value, expected):
+        names = " or ".join("None" if k is NoneType else k.__name__ for k in parts)
+        raise RecipeError(f"{name} must be of type {names}, got {value!r}")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -85,6 +106,10 @@ def read_fields(cls: type, data: object, owner: str = "") -> Any:
 
 
 def _read_value(hint: Any, value: object, name: str) -> Any:
+    if (item := items_of(hint)) is not None:
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(_read_value(item, one, f"{name}[{i}]") for i, one in enumerate(value))
     allowed = dataclasses_in(hint)
     if not allowed or (value is None and is_optional(hint)):
         return value

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ def _differences(
         if isinstance(value, dict):
             inner = before if _alike(before, value) else {TAG: _tag(before)}
             found |= _differences(value, inner, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            for i, (old, new) in enumerate(zip_longest(before or (), value)):
+                if old != new:
+                    found[f"{prefix}{key}[{i}]"] = (old, new)
         elif before != value:
             found[f"{prefix}{key}"] = (_tag(before), value)
     return found

@@ -6,6 +6,7 @@ from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.roofline import Ceilings, Queries, Roofline, Work
 from quatom.plan import plan
 from quatom.presets import PRESETS
+from quatom.recipe_file import changed
 
 SPEC = Ceilings(copy_tb_s=3.35, bf16_tflops=989.0, low_bit_tflops=1979.0)
 LLAMA = find_shape("llama-2-7b")
@@ -32,6 +33,20 @@ def test_what_a_model_moves():
     assert roofline("w4a16").linear_tflops == 989.0
     assert roofline("w8a8").linear_tflops == 1979.0
     assert roofline("fp16", find_shape("llama-3-8b")).kv_bytes == 128 * 1024
+
+
+def test_what_layers_of_other_formats_move():
+    half = {"layers": "0-15", "kv_cache": {"format": "int8"}}
+    mixed = changed(PRESETS["atom-w4a4kv4"], {"overrides": [half]})
+    # 132 bytes of an INT8 head of 128, 68 of an INT4 one.
+    assert Roofline.of(plan(LLAMA, mixed), SPEC).kv_bytes == (136 + 264) / 2 * 1024
+    floats = {
+        "layers": "3",
+        "sites": ["o"],
+        "activations": {"format": "float16", "clip_ratio": 1.0},
+    }
+    mixed = changed(PRESETS["atom-w4a4kv4"], {"overrides": [floats]})
+    assert Roofline.of(plan(LLAMA, mixed), SPEC).linear_tflops == 989.0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,19 @@ def test_doctor_looks_at_the_machine(shell, tmp_path):
     assert found["linear"] in ("cpu", "reference")  # by the processor
 
 
+def test_doctor_looks_at_overrides_whatever_layers_they_are_for(shell, tmp_path):
+    override = {"layers": "20", "activations": {"format": "int8"}}
+    (tmp_path / "r.json").write_text(json.dumps({"base": "w4a16", "overrides": [override]}))
+    words = ("doctor", "--device", "cpu", "--recipe", tmp_path / "r.json")
+    assert shell(*words, "--json", tmp_path / "d.json").status == 0
+    found = {f["what"]: f["found"] for f in json.loads((tmp_path / "d.json").read_text())}
+    assert found["linear"] == "reference"  # floating-point inputs
+    # Where the processor has the CPU's kernel, it is named for INT8 inputs.
+    assert found.get("linear, overrides[0]", "reference") in ("cpu", "reference")
+    assert found["reorder_quantize, overrides[0]"] == "reference"
+    assert not any("failed" in words for words in found.values())
+
+
 def test_doctor_says_when_a_forced_backend_cannot_run(shell, monkeypatch):
     monkeypatch.setenv("QUATOM_BACKEND", "cublas")
     out = shell("doctor", "--device", "cpu").out

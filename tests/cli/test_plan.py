@@ -9,19 +9,24 @@ from quatom.benchmark.memory_plan import GIB, GPUS, plan_memory
 from quatom.benchmark.model_shapes import find_shape
 from quatom.benchmark.random_weights import random_model
 from quatom.presets import PRESETS
+from quatom.recipe_file import changed
 from tests.checkpoint.gguf_models import write_gguf
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "quatom-w4a8kv4", "w8a8"])
+MIXED = {"overrides": [{"layers": "1", "kv_cache": {"format": "int8"}}]}
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "quatom-w4a8kv4", "w8a8", "mixed"])
 def test_kv_bytes_are_those_of_the_cache(recipe):
-    loaded = random_model("tiny", PRESETS[recipe], device="cpu")
+    chosen = PRESETS.get(recipe) or changed(PRESETS["quatom-w4a8kv4"], MIXED)
+    loaded = random_model("tiny", chosen, device="cpu")
     layers = loaded.model.allocate_kv_cache(1, 32)
     made = sum(layer.bytes_per_block for layer in layers) // 32
     if recipe == "fp16" or recipe == "w8a8":
         made //= 2  # a float cache has the dtype of the activations, float32 on a CPU
-    found = plan_memory(find_shape("tiny"), PRESETS[recipe], 1.0)
+    found = plan_memory(find_shape("tiny"), chosen, 1.0)
     assert found.kv_bytes_per_token == made
 
 

@@ -15,8 +15,9 @@ from quatom.modeling.context import full_sequences_context
 from quatom.plan import plan
 from quatom.presets import PRESETS
 from quatom.recipe import KVSpec
+from quatom.recipe_file import changed
 from tests.families.models import tiny_config
-from tests.integrations.checkpoints import family_checkpoint
+from tests.integrations.checkpoints import family_checkpoint, tiny_checkpoint, tiny_recipe
 
 FAMILIES = (
     "llama-biased",  # biases in all linears
@@ -54,9 +55,22 @@ def from_pretrained(folder, dtype=torch.float32, **options):
     + [("qwen3", "atom-w4a4kv4"), ("phi3-partial", "atom-w4a4kv4")]
     + [("llama-biased", "quip-w4a16"), ("glm4", "quip-w4a16")],
 )
-@torch.inference_mode()
 def test_logits_are_those_of_quatom(checkpoint, family, recipe):
-    folder = checkpoint(family, recipe)
+    check_logits(checkpoint(family, recipe))
+
+
+def test_formats_that_differ_by_layer_and_site(tiny_llama_dir, text_file, tmp_path):
+    overrides = [
+        {"layers": "0", "sites": ["qkv", "down"], "weights": {"format": "int8"}},
+        {"layers": "1", "sites": ["o"], "activations": {"format": "int8"}},
+        {"layers": "1", "kv_cache": {"format": "int8"}},
+    ]
+    recipe = changed(tiny_recipe("atom-w4a4kv4"), {"overrides": overrides})
+    check_logits(tiny_checkpoint(tmp_path, tiny_llama_dir, recipe, text_file))
+
+
+@torch.inference_mode()
+def check_logits(folder):
     loaded = load(folder)
     loaded.model.limit_length(LENGTH)
     tokens = torch.randint(0, 256, (LENGTH,), generator=torch.Generator().manual_seed(1))

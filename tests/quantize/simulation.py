@@ -147,22 +147,36 @@ class Simulation:
                         self._replace(layer.get_submodule(name), index, place, name)
             if hasattr(layer.mlp, "experts"):
                 self._replace_experts(layer.mlp.experts, index)
-            if self.recipe["kv_cache"]["format"] != "float16":
+            if self.at(index)["kv_cache"]["format"] != "float16":
                 for name in "kv":
                     projection = getattr(layer.self_attn, f"{name}_proj")
                     if name == "k" and self.recipe["kv_cache"]["keys"]["method"] == "post_rope":
                         continue  # see logits()
                     projection.register_forward_hook(self._kv_hook(index, name))
 
+    def at(self, index: int, place: str | None = None) -> dict:
+        """The recipe as overrides have it for one site of one layer."""
+        own = dict(self.recipe)
+        for override in self.recipe["overrides"]:
+            layers = set()
+            for part in override["layers"].split(","):
+                first, _, last = part.partition("-")
+                whole = part == "all"
+                layers |= {index} if whole else {*range(int(first), int(last or first) + 1)}
+            if index in layers and place in override.get("sites", [place]):
+                for name in ("weights", "activations", "outliers", "kv_cache"):
+                    own[name] = own[name] | override.get(name, {})
+        return own
+
     def _replace(self, linear: torch.nn.Linear, index: int, place: str, name: str) -> None:
         key = f"model.layers.{index}.{name}."
         tensors = {n.removeprefix(key): t for n, t in self.tensors.items() if n.startswith(key)}
         with torch.no_grad():
-            groups = self._dequantize(linear.weight, tensors, place)
+            groups = self._dequantize(linear.weight, tensors, index, place)
             back = self._make_coherent(linear.weight, index, place, key)
             if linear.bias is not None:
                 linear.bias.copy_(back @ tensors["bias"])
-        if self.recipe["activations"]["format"] != "float16":
+        if self.at(index, place)["activations"]["format"] != "float16":
             linear.register_forward_pre_hook(self._input_hook(index, place, groups))
 
     def _replace_experts(self, module: torch.nn.Module, index: int) -> None:
@@ -177,12 +191,12 @@ class Simulation:
             biases[place] = tensors.pop("bias", torch.zeros(weights[place].shape[:2]))
             for expert, weight in enumerate(weights[place]):
                 own = {n: t if n == "order" else t[expert] for n, t in tensors.items()}
-                groups = self._dequantize(weight, own, place)
+                groups = self._dequantize(weight, own, index, place)
                 self._make_coherent(weight, index, place, key)
             hooks[place] = self._input_hook(index, place, groups)
 
         def quantized(place, x):
-            if self.recipe["activations"]["format"] == "float16":
+            if self.at(index, place)["activations"]["format"] == "float16":
                 return x
             return hooks[place](None, (x,))[0]
 
@@ -221,9 +235,9 @@ class Simulation:
         weight.copy_(u.t() @ weight.double() @ v)
         return u.t().float()
 
-    def _dequantize(self, weight: torch.Tensor, tensors: dict, place: str) -> Groups:
+    def _dequantize(self, weight: torch.Tensor, tensors: dict, index: int, place: str) -> Groups:
         """Fill a weight (N, K) with what its stored tensors stand for."""
-        spec, (rows, channels) = self.recipe["weights"], weight.shape
+        spec, (rows, channels) = self.at(index, place)["weights"], weight.shape
         codes = unpack(tensors["weight_packed"], spec["format"])
         outliers = tensors.get("outlier_weight", torch.empty(rows, 0))
         blocks = self.recipe["tensor_parallel"] if place in ("o", "down") else 1
@@ -257,7 +271,7 @@ class Simulation:
         return groups
 
     def _input_hook(self, index: int, place: str, groups: Groups):
-        spec = self.recipe["activations"]
+        spec = self.at(index, place)["activations"]
 
         def fake_quantize(_, arguments):
             x = arguments[0].flatten(0, -2)  # (tokens, K)
@@ -300,7 +314,10 @@ class Simulation:
 
     def _quantize_kv(self, x: torch.Tensor, index: int, name: str) -> torch.Tensor:
         """(tokens, heads, D): asymmetric, one group a token and head."""
-        largest = 2 ** BITS[self.recipe["kv_cache"]["format"]] - 1
+        form = self.at(index)["kv_cache"]["format"]
+        if form == "float16":
+            return x
+        largest = 2 ** BITS[form] - 1
         low = x.amin(-1, keepdim=True).half().float()
         step = ((x.amax(-1, keepdim=True) - low) / largest).half().float().clamp(min=2.0**-14)
         ours = torch.round((x - low) / step).clamp(0, largest) * step + low
@@ -320,7 +337,8 @@ class Simulation:
         """(tokens, vocab), going along with what the model under test recorded at each place."""
         self.recorded = recorded
         self.counts = Counts()
-        if self.recipe["kv_cache"]["keys"]["method"] == "post_rope" and (0, "k") in recorded:
+        cached = any(name == "k" for _, name in recorded)
+        if self.recipe["kv_cache"]["keys"]["method"] == "post_rope" and cached:
             module = __import__(type(self.model).__module__, fromlist=["x"])
             embed, layers = module.apply_rotary_pos_emb, iter(range(100))
             rotated = self.recipe["kv_cache"]["keys"]["rotation"] != "none"
@@ -357,8 +375,8 @@ def run_and_record(loaded, tokens: torch.Tensor) -> tuple[torch.Tensor, dict]:
 
             stack.enter_context(observe(block, see))
         logits = loaded.model.compute_logits(loaded.model(tokens, context, cache))
-    if loaded.recipe.kv_cache.format != "float16":
-        for index, pages in enumerate(cache):
+    for index, pages in enumerate(cache):
+        if pages.quantized:
             k, v = pages.gather(context.block_tables[0], len(tokens))
             recorded |= {(index, "k"): k.float(), (index, "v"): v.float()}
     return logits, recorded

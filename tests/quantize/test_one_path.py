@@ -77,8 +77,8 @@ VARIANTS = {
 TOKENS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(5))
 
 
-def agree(source, target, monkeypatch, ties=0.005):
-    loaded = load(target)
+def agree(source, target, monkeypatch, ties=0.005, backend=None):
+    loaded = load(target, backend=backend)
     got, recorded = run_and_record(loaded, TOKENS)
     simulation = Simulation(target, source)
     want = simulation.logits(TOKENS, recorded, monkeypatch)

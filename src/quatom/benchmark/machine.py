@@ -4,7 +4,7 @@ The kernels are observed, not guessed: a tiny random model of a recipe runs a pr
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -98,7 +98,19 @@ def _nvrtc() -> Finding:
 
 
 def find_kernels(recipe: Recipe, device: torch.device) -> list[Finding]:
-    """The backend of every operation under a recipe, and the reason."""
+    """The backend of every operation under a recipe, and the reason.
+
+    Of overrides those operations that run on another backend there.
+    """
+    plain, *others = recipe.variants
+    found = _kernels_of(plain, device)
+    for number, own in enumerate(others):
+        more = [one for one in _kernels_of(own, device) if one not in found]
+        found += [replace(one, what=f"{one.what}, overrides[{number}]") for one in more]
+    return found
+
+
+def _kernels_of(recipe: Recipe, device: torch.device) -> list[Finding]:
     with observe_choices() as chosen:
         try:
             loaded = random_model("tiny", recipe, device=device)

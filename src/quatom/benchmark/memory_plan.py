@@ -106,6 +106,5 @@ def plan_memory(config: ModelConfig, recipe: Recipe, memory_gib: float) -> Memor
 
 
 def _kv_bytes_per_token(resolved: ModelPlan) -> int:
-    attentions = [layer.spec.attention for layer in resolved.layers]
-    dtype = resolved.recipe.kv_cache.format
-    return sum(a.num_kv_heads * bytes_per_token_head(a.head_dim, dtype) for a in attentions)
+    layers = [(layer.spec.attention, layer.kv_cache.format) for layer in resolved.layers]
+    return sum(a.num_kv_heads * bytes_per_token_head(a.head_dim, dtype) for a, dtype in layers)

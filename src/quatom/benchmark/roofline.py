@@ -113,7 +113,7 @@ class Roofline:
         """The roofline of a model."""
         weights: float = resolved.num_weights
         config = resolved.config
-        low_bit = resolved.recipe.quantizes_activations
+        low_bit = all(site.input_spec is not None for site in resolved.sites())
         attentions = [layer.spec.attention for layer in resolved.layers]
         windows: dict[int | None, float] = {}
         for attention in attentions:

@@ -77,6 +77,7 @@ def _unsaid(resolved: ModelPlan) -> list[str]:
         f"outliers.channels {recipe.outliers.channels}": any(
             site.layout.outliers for site in resolved.sites()
         ),
+        "overrides": bool(recipe.overrides),
         "incoherence": recipe.incoherence is not None,
         f"weights.groups {weights.groups}": weights.groups != "consecutive",
         f"activations.rotation {activations.rotation}": activations.rotation != "none",

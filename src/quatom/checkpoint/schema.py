@@ -157,13 +157,19 @@ def bits_by_linear(plan: ModelPlan, source_dtype: torch.dtype = torch.float16) -
 
     Biases are not counted: they are no weights of the matrix and keep the source's dtype.
     """
-    bits = {}
-    for site in plan.sites():
-        for linear in site.linears:
-            tensors = linear_tensors(site, linear)
-            total = sum(s.bits(source_dtype) for n, s in tensors.items() if not n.endswith(".bias"))
-            bits[linear.name] = total / prod(linear.shape)
-    return bits
+    return {
+        linear.name: linear_bits(site, linear, source_dtype) / prod(linear.shape)
+        for site in plan.sites()
+        for linear in site.linears
+    }
+
+
+def linear_bits(
+    site: SitePlan, linear: LinearPlan, source_dtype: torch.dtype = torch.float16
+) -> int:
+    """Bits that a linear of the site takes in a file, its bias not counted."""
+    tensors = linear_tensors(site, linear)
+    return sum(s.bits(source_dtype) for n, s in tensors.items() if not n.endswith(".bias"))
 
 
 def bits_per_weight(plan: ModelPlan, source_dtype: torch.dtype = torch.float16) -> float:
@@ -178,25 +184,34 @@ def bits_per_activation(plan: ModelPlan) -> float:
 
     Every input of a layer counts once, weighted by its channels.
     """
-    if not plan.recipe.quantizes_activations:
-        return 16.0
-    outlier_bits = 8 if plan.recipe.outliers.format == "int8" else 16
-    bits = channels = 0
-    for site in plan.sites():
-        layout = site.layout
-        scales = 1 if plan.recipe.activations.group_size == -1 else layout.num_normal_groups
-        scales += layout.num_outlier_groups if outlier_bits == 8 else 0
-        bits += layout.normal * plan.recipe.activations.bits + layout.outliers * outlier_bits
-        bits += scales * 16
-        channels += layout.channels
-    return bits / channels
+    sites = list(plan.sites())
+    return sum(map(input_bits, sites)) / sum(site.channels for site in sites)
+
+
+def input_bits(site: SitePlan) -> int:
+    """Bits of one token's input of a site."""
+    if site.input_spec is None:
+        return 16 * site.channels
+    layout, is_integer = site.layout, site.outliers.format == "int8"
+    scales = 1 if site.activations.group_size == -1 else layout.num_normal_groups
+    scales += layout.num_outlier_groups if is_integer else 0
+    outliers = layout.outliers * (8 if is_integer else 16)
+    return layout.normal * site.activations.bits + outliers + 16 * scales
 
 
 def bits_per_kv(plan: ModelPlan) -> float:
     """Bits per cached number: codes, and a float16 scale and minimum per token and head."""
-    if plan.recipe.kv_cache.format == "float16":
-        return 16.0
-    bits = plan.recipe.kv_cache.bits
-    attentions = [layer.spec.attention for layer in plan.layers]
-    total = sum(a.kv_size * bits + a.num_kv_heads * 32 for a in attentions)
-    return total / sum(a.kv_size for a in attentions)
+    return sum(map(cached_bits, plan.layers)) / sum(cached_numbers(x) for x in plan.layers)
+
+
+def cached_numbers(layer: LayerPlan) -> int:
+    """Numbers of one token's K and V in a layer."""
+    return 2 * layer.spec.attention.kv_size
+
+
+def cached_bits(layer: LayerPlan) -> int:
+    """Bits of one token's K and V in a layer."""
+    if layer.kv_cache.format == "float16":
+        return 16 * cached_numbers(layer)
+    heads = 2 * layer.spec.attention.num_kv_heads
+    return cached_numbers(layer) * layer.kv_cache.bits + heads * 32

@@ -51,6 +51,7 @@ def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, 
         bits_per_weight,
     )
     from quatom.cli.common import print_table
+    from quatom.cli.formats import print_formats
     from quatom.errors import ModelError
     from quatom.plan import plan
 
@@ -63,7 +64,7 @@ def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, 
         )
     dtype = source.dtype(config.embedding_name)
     by_layer = bits_by_linear(resolved, dtype)
-    # Without --layer, block 0 stands for all: a recipe treats them alike.
+    # Without --layer, block 0 stands for all that no override is for.
     prefix = resolved.layers[layer or 0].prefix
     files = sorted(source.folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
@@ -91,6 +92,8 @@ def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, 
         ("linear", "bits"),
         [(n.removeprefix(prefix), f"{b:.3f}") for n, b in by_layer.items() if n.startswith(prefix)],
     )
+    if recipe.overrides:
+        print_formats(resolved)
     return found
 
 

@@ -49,12 +49,14 @@ def _register() -> None:
     from quatom.cli.recipes import recipes
     from quatom.cli.report import report
     from quatom.cli.run_batch import run_batch
+    from quatom.cli.search import search
     from quatom.cli.serve import serve
     from quatom.cli.steps import steps
     from quatom.cli.warmup import warmup
 
     app.command("quantize")(quantize)
     app.command("recipes")(recipes)
+    app.command("search")(search)
     app.command("plan")(plan)
     app.command("eval")(evaluate)
     app.command("ablate")(ablate)

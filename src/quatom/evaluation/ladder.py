@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import linear
 
 from quatom.checkpoint.reader import TensorSource
+from quatom.evaluation.output_head import OutputHead
 from quatom.evaluation.perplexity import mean_loss, perplexity_of
-from quatom.loading import load_float_layer, read_norm
+from quatom.loading import load_float_layer
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.build import build_block
-from quatom.modeling.decoder import scale_logits
-from quatom.modeling.inputs import NormLayer
 from quatom.modeling.rotary import RotaryTables
 from quatom.ops.backend import Backend
 from quatom.plan import plan
@@ -161,26 +159,9 @@ class LadderRun:
         return self._statistics[key]
 
     def _perplexity(self, hidden: Tensor) -> float:
-        config, source = self.config, self.source
-
-        def outer(name: str) -> Tensor:
-            return source.load(name).to(device=self.device, dtype=self.dtype)
-
-        head = outer(config.embedding_name if config.tie_word_embeddings else config.head_name)
-        bias = outer(config.head_bias_name) if config.head_bias else None
-        weights = read_norm(
-            lambda name, shape: outer(name),
-            config.final_norm,
-            config.final_norm_name,
-            config.hidden_size,
-        )
-        norm = NormLayer(config.final_norm, weights, self.backend)
+        head = OutputHead(self.source, self.device, self.dtype, self.backend)
         losses = [
-            mean_loss(
-                norm(states)[0],
-                window.to(self.device),
-                lambda rows: scale_logits(config, linear(rows, head, bias).float()),
-            )
+            mean_loss(head.norm(states), window.to(self.device), head.logits)
             for states, window in zip(hidden, self.windows, strict=True)
         ]
         return perplexity_of(losses)

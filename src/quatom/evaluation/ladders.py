@@ -14,7 +14,6 @@ from typing import Any
 
 from quatom.presets import PRESETS
 from quatom.recipe import (
-    ActivationFormat,
     ActivationSpec,
     KVSpec,
     NearestSpec,
@@ -24,6 +23,7 @@ from quatom.recipe import (
     WeightSpec,
 )
 from quatom.recipe_file import changed
+from quatom.recipe_formats import ActivationFormat
 
 
 def _changed(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:

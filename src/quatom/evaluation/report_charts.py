@@ -140,6 +140,43 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str) -
     return _svg(bottom + 44, title, parts)
 
 
+def curve_chart(
+    title: str,
+    curve: Sequence[tuple[float, float]],
+    marks: Sequence[tuple[float, float, str]],
+    x_name: str,
+    y_name: str,
+) -> Markup:
+    """A line through points (x, y), and named points on it; the vertical axis begins at 0."""
+    first, last = curve[0][0], curve[-1][0]
+    ticks = linear_ticks(max(y for _, y in curve))
+    left, right, top, bottom = 60, _WIDTH - 16, 26, 240
+
+    def x(value: float) -> float:
+        return left + (right - left) * (value - first) / ((last - first) or 1)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * value / ticks[-1]
+
+    parts = [_text(left - 50, 14, y_name, kind="tick")]
+    for tick in ticks:
+        parts.append(_line(left, y(tick), right, y(tick), "grid"))
+        parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", "end", "tick"))
+    for step in range(6):
+        value = first + (last - first) * step / 5
+        parts.append(_text(x(value), bottom + 18, f"{value:.2f}", "middle", "tick"))
+    parts.append(_text(right, bottom + 36, x_name, "end", "tick"))
+    path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in curve)
+    parts.append(f'<polyline points="{path}" class="line s0"/>')
+    for colour, points in ((0, [(a, b, "") for a, b in curve]), (1, marks)):
+        parts += [
+            f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="{3 + 3 * colour}" class="dot s{colour}">'
+            f"<title>{escape(name)} {a:.3f} {escape(x_name)}: {b:.4f}</title></circle>"
+            for a, b, name in points
+        ]
+    return _svg(bottom + 44, title, parts)
+
+
 def heat_map(title: str, rows: Sequence[Series], x_name: str, largest: float) -> Markup:
     """A row per series and a cell per step; the darker, the nearer to `largest`."""
     steps = max(len(one.values) for one in rows)

@@ -19,6 +19,7 @@ from quatom.evaluation.report_model import (
     unique,
 )
 from quatom.evaluation.report_outliers import outliers_section
+from quatom.evaluation.report_search import search_section
 from quatom.evaluation.standard_error import of_accuracy
 
 
@@ -214,7 +215,8 @@ def _sample(entry: Entry) -> str:
 
 def other_section(inputs: ReportInputs) -> Section | None:
     """Measurements of other kinds, unabridged, so that nothing given is left out in silence."""
-    known = ({"rung"}, {"corpus", "perplexity"}, {"task", "metric"}, {"checkpoint_bytes"})
+    known: tuple[set[str], ...] = ({"rung"}, {"corpus", "perplexity"}, {"task", "metric"})
+    known += ({"checkpoint_bytes"}, {"curve"})
     parts = []
     for file in inputs.files:
         rest = [e for e in file.entries if not any(keys <= e.keys() for keys in known)]
@@ -252,6 +254,7 @@ SECTIONS: tuple[Callable[[ReportInputs], Section | None], ...] = (
     zero_shot_section,
     layers_section,
     bits_section,
+    search_section,
     outliers_section,
     figures_section,
     sizes_section,

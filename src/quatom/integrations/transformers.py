@@ -97,10 +97,11 @@ class QuatomQuantizer(HfQuantizer):
         stored: Any = self.quantization_config
         recipe = Recipe.from_dict(stored.recipe)
         asked = model.config._attn_implementation
-        if recipe.kv_cache.format != "float16" and asked != METHOD:
+        caches = [name for name in recipe.kv_formats if name != "float16"]
+        if caches and asked != METHOD:
             if asked not in (None, "sdpa"):
                 raise ModelError(
-                    f"recipe {recipe.name} has an {recipe.kv_cache.format} KV cache, which "
+                    f"recipe {recipe.name} has an {' and '.join(caches)} KV cache, which "
                     f"attn_implementation {asked!r} does not know: leave it out"
                 )
             model.set_attn_implementation(METHOD)

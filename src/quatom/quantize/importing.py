@@ -31,9 +31,9 @@ from quatom.recipe import (
     NearestSpec,
     OutlierSpec,
     Recipe,
-    WeightFormat,
     WeightSpec,
 )
+from quatom.recipe_formats import WeightFormat
 
 _CPU = torch.device("cpu")
 

@@ -30,7 +30,7 @@ from quatom.quantize.lanes import Share
 from quatom.quantize.ranks import Ranks
 from quatom.quantize.tuning.tune import check_tuning
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
-from quatom.recipe import Recipe
+from quatom.recipe import CalibrationSpec, Recipe
 
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""
@@ -189,10 +189,20 @@ def _calibration_tokens(
             f"recipe {recipe.name!r} measures statistics on text: give a .txt or .jsonl file with "
             "--calibration"
         )
+    return read_tokens(source, recipe.calibration, text)
+
+
+def read_tokens(source: TensorSource, spec: CalibrationSpec, text: str | Path | Tensor) -> Tensor:
+    """Sequences of a text for a model, (samples, length) int64; tokens are taken as they are.
+
+    Raises:
+        CalibrationError: the text is missing or too short, its sequences are longer than the
+            model's positions, or tokens are none of the model's.
+    """
     if isinstance(text, Tensor):
         check_tokens(text)
         text = text.to(device="cpu", dtype=torch.int64)
-    length, limit = recipe.calibration.sequence_length, source.model_config.max_position
+    length, limit = spec.sequence_length, source.model_config.max_position
     length = text.shape[1] if isinstance(text, Tensor) else length
     if length > limit:
         raise CalibrationError(
@@ -203,7 +213,7 @@ def _calibration_tokens(
     if isinstance(text, Tensor):
         check_token_ids(text, vocab_size, "the calibration")
         return text
-    return calibration_tokens(text, tokenizer_from_source(source), recipe.calibration, vocab_size)
+    return calibration_tokens(text, tokenizer_from_source(source), spec, vocab_size)
 
 
 def _hash(tokens: Tensor) -> str:

@@ -22,7 +22,8 @@ def update_settings(vllm_config: Any) -> None:
     """Set the KV cache's format and attention backend; refuse what the checkpoint cannot run on.
 
     Raises:
-        RecipeError: the tensor-parallel degree does not divide the recipe's.
+        RecipeError: the tensor-parallel degree does not divide the recipe's, or layers differ in
+            what vLLM has one of.
         ModelError: routed experts would be spread over ranks.
         BackendError: another KV cache or attention backend was asked for than the recipe's.
     """
@@ -32,6 +33,7 @@ def update_settings(vllm_config: Any) -> None:
     recipe = Recipe.from_dict(quantization["recipe"])
     _check_experts(vllm_config)
     check_degree(recipe, vllm_config.parallel_config.tensor_parallel_size)
+    _check_overrides(recipe)
     cache = recipe.kv_cache.format
     if cache == "float16":
         return
@@ -48,6 +50,21 @@ def update_settings(vllm_config: Any) -> None:
         )
     vllm_config.cache_config.cache_dtype = dtype
     _choose_backend(vllm_config.attention_config, cache)
+
+
+def _check_overrides(recipe: Recipe) -> None:
+    """Refuse what vLLM has one of for all layers."""
+    caches = recipe.kv_formats
+    inputs = dict.fromkeys(own.activations.format for own in recipe.variants)
+    found = f"KV caches of formats {', '.join(caches)}" if len(caches) > 1 else ""
+    if len(inputs) > 1 and "float16" in inputs:  # SiluAndMul leaves its work to the linear, or not
+        found = f"activations of formats {', '.join(inputs)}"
+    if found:
+        raise RecipeError(
+            f"recipe {recipe.name} has {found}, and vLLM's model has one cache, and quantized or "
+            "floating-point inputs, in all layers: use quatom serve, or quantize without these "
+            "overrides"
+        )
 
 
 def _check_experts(vllm_config: Any) -> None:

@@ -145,7 +145,7 @@ def share_of(
                 f"weights.rows_per_scale {recipe.weights.rows_per_scale}: run it on fewer ranks"
             )
         pieces.append(Piece(linear, first + rank // (degree // shards) * rows, rows))
-    sites = {name: _cut(other, recipe, degree) for name, other in layer.sites.items()}
+    sites = {name: _cut(other, degree) for name, other in layer.sites.items()}
     linears, first = [], 0
     for number, piece in enumerate(pieces):
         stored = site.linears[piece.linear]
@@ -174,7 +174,7 @@ def _parts(
     )
 
 
-def _cut(site: SitePlan, recipe: Recipe, degree: int) -> SitePlan:
+def _cut(site: SitePlan, degree: int) -> SitePlan:
     """A site with a rank's input channels; rows are not cut here."""
     if degree == 1 or site.name not in ROW_PARALLEL:
         return site
@@ -186,9 +186,8 @@ def _cut(site: SitePlan, recipe: Recipe, degree: int) -> SitePlan:
         outliers=whole.outliers // degree,
         outlier_blocks=whole.outlier_blocks // degree if whole.outliers else 1,
     )
-    return replace(
-        site, layout=layout, blocks=site.blocks // degree, input_spec=input_spec(recipe, layout)
-    )
+    spec = input_spec(site.activations, site.outliers, layout)
+    return replace(site, layout=layout, blocks=site.blocks // degree, input_spec=spec)
 
 
 def joined_shapes(specs: Mapping[str, Sequence[TensorSpec]]) -> dict[str, TensorSpec]:

@@ -71,7 +71,7 @@ def transforms_of(recipe: Recipe) -> TransformList:
     cache = recipe.kv_cache
     before: list[Transform] = []
     after: list[Transform] = []
-    if recipe.quantizes_weights or cache.format != "float16":
+    if recipe.quantizes_weights or recipe.kv_formats != ("float16",):
         before.append(balance_products)
     if cache.value_rotation == "hadamard":
         before.append(rotate_values)

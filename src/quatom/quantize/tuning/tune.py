@@ -32,9 +32,10 @@ def check_tuning(resolved: ModelPlan, ranks: Ranks) -> None:
             f"recipe {resolved.recipe.name!r} tunes blocks by gradients, which do not pass through "
             "routed experts: use a recipe without tuning for mixtures of experts"
         )
-    _check_recipe(resolved.recipe)
-    if isinstance(tuning, OmniQuantSpec):
-        check_omniquant(resolved.recipe)
+    for recipe in resolved.recipe.variants:
+        _check_recipe(recipe)
+        if isinstance(tuning, OmniQuantSpec):
+            check_omniquant(recipe)
 
 
 def _check_recipe(recipe: Recipe) -> None:
