@@ -1,6 +1,5 @@
 """POST /v1/embeddings: the last hidden state of each text's last token, at length one."""
 
-import asyncio
 import base64
 from typing import Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ from quatom.serving.api_errors import json_response
 from quatom.serving.closed_model import ClosedModel
 from quatom.serving.generation import Generation, Service
 from quatom.serving.protocol import MAX_PROMPTS, TokenIds
+from quatom.serving.threads import in_thread
 
 PARAMS = SamplingParams(max_tokens=0, temperature=0.0, embed=True)
 
@@ -78,7 +78,7 @@ async def create_embeddings(
         return [service.encoder.encode(text, special=special) for text in body.inputs()]
 
     generation = Generation(service, "embd", model, PARAMS, http)
-    await generation.prepare(await asyncio.to_thread(encode))
+    await generation.prepare(await in_thread(http, encode))
     await generation.finish()
     num_tokens = sum(len(output.prompt_token_ids) for output in generation.outputs)
     data = [
