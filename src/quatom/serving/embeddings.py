@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from quatom.engine.sampling import SamplingParams
 from quatom.serving.api_errors import json_response
-from quatom.serving.closed_model import ClosedModel
+from quatom.serving.closed_model import ClosedModel, Listed
 from quatom.serving.generation import Generation, Service
 from quatom.serving.protocol import MAX_PROMPTS, TokenIds
 from quatom.serving.threads import in_thread
@@ -24,8 +24,8 @@ class EmbeddingRequest(ClosedModel):
     input: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Listed[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Listed[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
