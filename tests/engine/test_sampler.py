@@ -226,6 +226,8 @@ def test_rows_without_numbers_are_reported():
         ({"presence_penalty": 3}, r"presence_penalty must be in \[-2, 2\], got 3"),
         ({"stop": [""]}, "non-empty"),
         ({"stop": ["a"], "detokenize": False}, "stop strings need detokenize"),
+        ({"stop": ["a", "b" * 1001]}, "has 1001 characters; at most 1000"),
+        ({"stop_token_ids": range(129)}, "at most 128 stop_token_ids, got 129"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias token id must be at least 0"),
         ({"logit_bias": {1: 101.0}}, "logit_bias must be in"),
         ({"seed": 2**64}, "seed"),

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quatom.errors import RequestError
 from quatom.serving.fim import FAMILIES, FillInTheMiddle
+from quatom.serving.text_encoder import TextEncoder
 from tests.serving.scripted import scripted_server, scripted_tokenizer
 
 
@@ -14,12 +15,13 @@ from tests.serving.scripted import scripted_server, scripted_tokenizer
 def test_prompts_of_every_family(tokens):
     special = [tokens.before, tokens.after, tokens.middle]
     tokenizer = scripted_tokenizer(None, special)
-    fim = FillInTheMiddle(tokenizer)
+    fim = FillInTheMiddle(tokenizer, TextEncoder(tokenizer))
     text = f"{tokens.before}def f(x):\n    {tokens.after}\n    return x{tokens.middle}"
     assert tokenizer.decode(fim.encode("def f(x):\n    ", "\n    return x", special=True)) == text
     assert fim.encode(list(b"ab"), "c", special=False)[1:3] == list(b"ab")
     assert fim.stop_token_ids() == []
-    with_ends = FillInTheMiddle(scripted_tokenizer(None, [*special, *tokens.ends]))
+    tokenizer = scripted_tokenizer(None, [*special, *tokens.ends])
+    with_ends = FillInTheMiddle(tokenizer, TextEncoder(tokenizer))
     assert len(with_ends.stop_token_ids()) == len(tokens.ends)
 
 
@@ -42,7 +44,7 @@ def llama_like():
 
 def test_what_follows_the_middle_begins_no_word():
     tokenizer = llama_like()
-    fim = FillInTheMiddle(tokenizer)
+    fim = FillInTheMiddle(tokenizer, TextEncoder(tokenizer))
     made = tokenizer.convert_ids_to_tokens(fim.encode("a", "b a", special=True))
     assert made == ["<s>", "▁<PRE>", "▁a", "▁<SUF>", "b", "▁a", "▁<MID>"]
     assert tokenizer.convert_ids_to_tokens(fim.encode("a", "b", special=False))[0] == "▁<PRE>"
@@ -50,8 +52,9 @@ def test_what_follows_the_middle_begins_no_word():
 
 
 def test_tokenizers_without_the_tokens_are_refused():
+    tokenizer = scripted_tokenizer(None)
     with pytest.raises(RequestError, match=r"searched for <\|fim_prefix\|> \(Qwen2.5-Coder\)"):
-        FillInTheMiddle(scripted_tokenizer(None)).encode("a", "b", special=True)
+        FillInTheMiddle(tokenizer, TextEncoder(tokenizer)).encode("a", "b", special=True)
 
 
 def test_over_http():

@@ -11,6 +11,8 @@ from quatom.errors import RequestError
 MAX_LOGPROBS = 20
 """Most alternatives returned for one position; OpenAI's own limit for chat."""
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1000
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
 """Most tokens that one request may bias: OpenAI's own limit."""
 MAX_BAD_WORDS = 128
@@ -102,9 +104,10 @@ class SamplingParams:
     differ in their last bits from batch to batch. None: another seed each time."""
     stop: Sequence[str] = ()
     """Generation ends when one of these appears in the text; it is not part of the text. Special
-    tokens in it are found even if skip_special_tokens hides them."""
+    tokens in it are found even if skip_special_tokens hides them. At most MAX_STOP_STRINGS of
+    MAX_STOP_CHARS characters each."""
     stop_token_ids: Sequence[int] = ()
-    """Generation ends with one of these tokens."""
+    """Generation ends with one of these tokens, at most MAX_STOP_TOKEN_IDS."""
     include_stop_str_in_output: bool = False
     """Keep the stop string at the end of the text."""
     ignore_eos: bool = False
@@ -170,9 +173,17 @@ class SamplingParams:
         if len(stop) > MAX_STOP_STRINGS:
             raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings, got {len(stop)}")
         if not all(isinstance(text, str) and text for text in stop):
-            raise RequestError(f"stop must be non-empty strings, got {list(stop)!r}")
+            raise RequestError(f"stop must be non-empty strings, got {list(stop)!r:.200}")
+        if (longest := max(map(len, stop), default=0)) > MAX_STOP_CHARS:
+            raise RequestError(
+                f"a stop string has {longest} characters; at most {MAX_STOP_CHARS} are accepted"
+            )
         bad_words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words)
         _check_bad_words(bad_words)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids, got {len(self.stop_token_ids)}"
+            )
         for token_id in self.stop_token_ids:
             _check_count("stop_token_ids", token_id, 0)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:

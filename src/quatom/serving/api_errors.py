@@ -10,6 +10,7 @@ from starlette.responses import Response
 from quatom.errors import EngineError, QueueFullError, RequestError
 
 RETRY_AFTER_S = 1
+MAX_ERRORS = 1000
 MESSAGES = {
     "extra_forbidden": ("this request has no such field", "unknown_parameter"),
     "none_required": ("this field is not supported: leave it out", "unsupported_parameter"),
@@ -66,8 +67,15 @@ def json_response(
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first thing that pydantic found, by the field's name."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """One thing that pydantic found, by the field's name.
+
+    Of a value that fits none of several types, it is what the type that came closest says.
+    """
+    if error.error_count() > MAX_ERRORS:  # to list them all would take seconds
+        message = f"the body has {error.error_count()} wrong or unknown fields"
+        return ApiError(HTTPStatus.BAD_REQUEST, message, code="invalid_value")
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    first = max(found, key=lambda e: (e["type"] == "too_long", len(e["loc"])))
     path = [str(part) for part in first["loc"]]
     message, code = MESSAGES.get(
         first["type"], (first["msg"].removeprefix("Value error, "), "invalid_value")

@@ -84,7 +84,9 @@ def create_app(
     async_engine = engine if isinstance(engine, AsyncEngine) else ThreadEngine(engine)
     metrics = Metrics(async_engine, options.model_names[0])
     async_engine.observe, async_engine.on_stop = metrics.observe, on_engine_stop
-    encoder = PromptEncoder(async_engine.tokenizer, options.dialogue)
+    encoder = PromptEncoder(
+        async_engine.tokenizer, options.dialogue, max_tokens=async_engine.facts.max_model_len
+    )
     service = Service(async_engine, encoder, options.model_names)
 
     @asynccontextmanager
@@ -151,12 +153,12 @@ def _add_generation_routes(app: FastAPI, service: Service, limit: int) -> None:
     @route("/tokenize", TokenizeRequest, responses.TokenizeResponse)
     async def tokenize_text(http: Request) -> Response:
         """Token ids of a text or a conversation."""
-        return await tokenize(service, await read_body(http, TokenizeRequest, limit))
+        return await tokenize(service, await read_body(http, TokenizeRequest, limit), http)
 
     @route("/detokenize", DetokenizeRequest, responses.DetokenizeResponse)
     async def detokenize_tokens(http: Request) -> Response:
         """Text of token ids."""
-        return await detokenize(service, await read_body(http, DetokenizeRequest, limit))
+        return await detokenize(service, await read_body(http, DetokenizeRequest, limit), http)
 
 
 def _add_information_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,6 +18,7 @@ from quatom.serving.generation import Generation, Service
 from quatom.serving.prompt import turn_of
 from quatom.serving.responses import chat_logprobs
 from quatom.serving.streaming import EventStream
+from quatom.serving.threads import in_thread
 
 
 async def create_chat_completion(
@@ -56,7 +56,7 @@ async def start_turn(
         plan = encoder.dialogue.plan(turn)
         return plan, encoder.encode(plan.prompt, special=False)
 
-    plan, token_ids = await asyncio.to_thread(encode)
+    plan, token_ids = await in_thread(http, encode)
     params = replace(params, structured=plan.structured, shown_token_ids=plan.shown_tokens)
     generation = Generation(service, kind, model, params, http)
     await generation.prepare([token_ids])

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from quatom.engine.sampling import MAX_LOGPROBS, SamplingParams
-from quatom.serving.closed_model import ApiModel, ClosedModel, NeutralChatFields
+from quatom.serving.closed_model import ApiModel, ClosedModel, Listed, NeutralChatFields
 from quatom.serving.protocol import GenerationRequest, TokenId
 from quatom.serving.tool_protocol import ToolOptions
 
@@ -45,9 +45,9 @@ class Message(OpenModel):
     """One message of a conversation."""
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Listed[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[MadeCall] | None = None
+    tool_calls: Listed[MadeCall] | None = None
     tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Message(OpenModel):
         return {**given, "content": content or ""}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[Listed[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatTemplateOptions(ToolOptions):
@@ -120,4 +120,4 @@ class DetokenizeRequest(ClosedModel):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Listed[TokenId]

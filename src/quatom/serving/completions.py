@@ -1,6 +1,5 @@
 """POST /v1/completions."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,6 +14,7 @@ from quatom.serving.completion_logprobs import CompletionLogprobs, Echo, joined,
 from quatom.serving.generation import Generation, Service
 from quatom.serving.protocol import CompletionRequest
 from quatom.serving.streaming import EventStream
+from quatom.serving.threads import in_thread
 
 
 async def create_completion(
@@ -33,7 +33,7 @@ async def create_completion(
             prompts = [encoder.encode(prompt, special=special) for prompt in given]
         return prompts, [make_echo(encoder, body, p) if body.echo else Echo() for p in given]
 
-    prompts, echoes = await asyncio.to_thread(read_prompts)
+    prompts, echoes = await in_thread(http, read_prompts)
     if body.suffix and not params.ignore_eos:
         ends = (*params.stop_token_ids, *service.encoder.ends_of_middle())
         params = replace(params, stop_token_ids=ends)

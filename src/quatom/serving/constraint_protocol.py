@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 
 from quatom.engine.sampling import StructuredOutput
 from quatom.errors import RequestError
-from quatom.serving.closed_model import ClosedModel
+from quatom.serving.closed_model import ClosedModel, Listed
 
-Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+Choices = Annotated[Listed[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 Schema = dict[str, Any] | str
 
 
@@ -64,8 +64,8 @@ class ResponseFormat(ClosedModel):
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
     format: dict[str, Any] | None = None
-    structures: list[dict[str, Any]] | None = None
-    triggers: list[str] | None = None
+    structures: Listed[dict[str, Any]] | None = None
+    triggers: Listed[str] | None = None
 
     @model_validator(mode="after")
     def _fields_fit_the_type(self) -> Self:

@@ -1,6 +1,5 @@
 """POST /v1/embeddings: the last hidden state of each text's last token, at length one."""
 
-import asyncio
 import base64
 from typing import Annotated, Any, Literal
 
@@ -11,9 +10,10 @@ from starlette.responses import Response
 
 from quatom.engine.sampling import SamplingParams
 from quatom.serving.api_errors import json_response
-from quatom.serving.closed_model import ClosedModel
+from quatom.serving.closed_model import ClosedModel, Listed
 from quatom.serving.generation import Generation, Service
 from quatom.serving.protocol import MAX_PROMPTS, TokenIds
+from quatom.serving.threads import in_thread
 
 PARAMS = SamplingParams(max_tokens=0, temperature=0.0, embed=True)
 
@@ -24,8 +24,8 @@ class EmbeddingRequest(ClosedModel):
     input: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Listed[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Listed[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -78,7 +78,7 @@ async def create_embeddings(
         return [service.encoder.encode(text, special=special) for text in body.inputs()]
 
     generation = Generation(service, "embd", model, PARAMS, http)
-    await generation.prepare(await asyncio.to_thread(encode))
+    await generation.prepare(await in_thread(http, encode))
     await generation.finish()
     num_tokens = sum(len(output.prompt_token_ids) for output in generation.outputs)
     data = [

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from quatom.errors import RequestError
+from quatom.serving.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ _PROBE = "\u263a"  # before a text, so that it does not get a space as the first
 class FillInTheMiddle:
     """A tokenizer's way to be asked for a middle."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, texts: TextEncoder) -> None:
+        """Take a tokenizer, and what encodes with it."""
         self._tokenizer = tokenizer
+        self._texts = texts
 
     @cached_property
     def _added(self) -> dict[str, int]:
@@ -88,7 +91,7 @@ class FillInTheMiddle:
         return [self._added[end] for end in self._tokens.ends if end in self._added]
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=special))
+        return self._texts.prompt_ids(text, special=special)
 
     def _continued(self, text: str) -> list[int]:
         """Tokens of a text that begins no word, under tokenizers that begin texts with a space."""

@@ -1,8 +1,7 @@
 """Text, token ids and conversations -> token ids, and token ids -> the strings shown for them."""
 
-import threading
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from quatom.engine.sampling import StructuredOutput
 from quatom.engine.text_stream import text_of
@@ -11,6 +10,9 @@ from quatom.serving.api_errors import ApiError
 from quatom.serving.chat_protocol import ChatTemplateOptions, Message
 from quatom.serving.dialogue import Dialogue, DialogueStyle, Turn
 from quatom.serving.fim import FillInTheMiddle
+from quatom.serving.text_encoder import TextEncoder
+
+Part = TypeVar("Part")
 
 RESERVED = {
     "conversation",
@@ -35,13 +37,24 @@ RESERVED = {
 class PromptEncoder:
     """A tokenizer and its way to converse. Any thread may use it."""
 
-    def __init__(self, tokenizer: Any, style: DialogueStyle | None = None) -> None:
-        """Wrap a tokenizer; `style`: what is said of how its model converses."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        style: DialogueStyle | None = None,
+        *,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            tokenizer: None: the model has none.
+            style: what is said of how its model converses.
+            max_tokens: longer prompts are refused; None: none is.
+        """
         self._tokenizer = tokenizer
         self._dialogue = Dialogue(tokenizer, style or DialogueStyle())
-        self._fim = FillInTheMiddle(tokenizer)
-        # A tokenizer's Rust core refuses to be changed while it works; `encode` may change it.
-        self._lock = threading.Lock()
+        self._texts = None if tokenizer is None else TextEncoder(tokenizer, max_tokens)
+        self._fim = None if self._texts is None else FillInTheMiddle(tokenizer, self._texts)
 
     @property
     def dialogue(self) -> Dialogue:
@@ -50,16 +63,22 @@ class PromptEncoder:
         Raises:
             ApiError: it has no tokenizer.
         """
-        self._need()
+        self._need(self._tokenizer)
         return self._dialogue
 
     def encode(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
-        """Token ids of a prompt; a list of ids stays as it is."""
+        """Token ids of a prompt; a list of ids stays as it is.
+
+        Raises:
+            RequestError: the text is longer than the model can read.
+        """
         if not isinstance(prompt, str):
             return prompt
-        tokenizer = self._need()
-        with self._lock:
-            return list(tokenizer.encode(prompt, add_special_tokens=special))
+        return self._need(self._texts).prompt_ids(prompt, special=special)
+
+    def encode_all(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, which may be longer than a prompt."""
+        return self._need(self._texts).ids(text, special=special)
 
     def encode_around(
         self, before: str | list[int], after: str, *, special: bool = True
@@ -69,13 +88,11 @@ class PromptEncoder:
         Raises:
             RequestError: the model was not trained for that.
         """
-        self._need()
-        with self._lock:
-            return self._fim.encode(before, after, special=special)
+        return self._need(self._fim).encode(before, after, special=special)
 
     def ends_of_middle(self) -> list[int]:
         """Tokens that end what `encode_around` asks for."""
-        return self._fim.stop_token_ids()
+        return self._need(self._fim).stop_token_ids()
 
     def encode_chat(self, messages: list[Message], options: ChatTemplateOptions) -> list[int]:
         """Token ids of a conversation under the model's chat template.
@@ -83,22 +100,16 @@ class PromptEncoder:
         Raises:
             ApiError: the model has no template, or the template refuses the conversation.
         """
-        return self.encode(self.dialogue.prompt(turn_of(messages, options)), special=False)
+        return self.encode_all(self.dialogue.prompt(turn_of(messages, options)), special=False)
 
     def places(self, text: str, *, special: bool = True) -> list[int]:
         """Where each token of a text begins in it, after what the token before it took.
 
         Tokens that the tokenizer adds take nothing, and those of one character begin together.
         """
-        with self._lock:
-            encoding = self._need()(
-                text,
-                add_special_tokens=special,
-                return_offsets_mapping=True,
-                return_special_tokens_mask=True,
-            )
+        encoding = self._need(self._texts).encoding(text, special=special)
         places, end = [], 0
-        spans = zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True)
+        spans = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         for (start, stop), added in spans:
             places.append(end if added else min(start, end))
             end = max(end, stop)
@@ -111,7 +122,7 @@ class PromptEncoder:
 
     def decode(self, token_ids: list[int], *, final: bool = True) -> str:
         """Text of token ids, special ones included; not `final`: without an open character."""
-        return text_of(vocabulary_of(self._need()), token_ids, final=final)
+        return text_of(vocabulary_of(self._need(self._tokenizer)), token_ids, final=final)
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """What one token adds to a text; None where the tokenizer has no such token."""
@@ -122,13 +133,14 @@ class PromptEncoder:
         data = self.token_bytes(token_id)
         return f"token_id:{token_id}" if data is None else data.decode(errors="backslashreplace")
 
-    def _need(self) -> Any:
-        if self._tokenizer is None:
+    @staticmethod
+    def _need(part: Part | None) -> Part:
+        if part is None:
             raise ApiError(
                 HTTPStatus.BAD_REQUEST,
                 "this model has no tokenizer: give prompts as lists of token ids",
             )
-        return self._tokenizer
+        return part
 
 
 def turn_of(

@@ -8,13 +8,18 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from quatom.engine.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from quatom.engine.sampling import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from quatom.errors import RequestError
-from quatom.serving.closed_model import ClosedModel, HarmlessFields, NeutralFields
+from quatom.serving.closed_model import ClosedModel, HarmlessFields, Listed, NeutralFields
 from quatom.serving.constraint_protocol import ConstraintFields
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]  # as tokenizers count; vocabularies are smaller
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[Listed[TokenId], Field(min_length=1)]
 
 MAX_PROMPTS = 2048
 MAX_TOKEN_DIGITS = 10
@@ -35,7 +40,7 @@ class GenerationRequest(ConstraintFields, HarmlessFields, NeutralFields):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
     top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Listed[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
@@ -54,10 +59,10 @@ class GenerationRequest(ConstraintFields, HarmlessFields, NeutralFields):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[Listed[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    bad_words: list[str] | None = None
+    bad_words: Listed[str] | None = None
     return_token_ids: bool | None = None
 
     def sampling(self, *, max_tokens: int | None, **more: Any) -> SamplingParams:
@@ -99,8 +104,8 @@ class CompletionRequest(GenerationRequest):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Listed[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Listed[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None

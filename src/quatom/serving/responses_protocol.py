@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, mode
 
 from quatom.engine.sampling import SamplingParams
 from quatom.serving.chat_protocol import MAX_MESSAGES, OpenModel
-from quatom.serving.closed_model import ApiModel, ClosedModel
+from quatom.serving.closed_model import ApiModel, ClosedModel, Listed
 from quatom.serving.constraint_protocol import ResponseFormat
 from quatom.serving.protocol import GenerationRequest
 from quatom.serving.tool_protocol import NO_TOOLS, ToolOptions
@@ -30,7 +30,7 @@ class InputPart(ApiModel):
     refusal: str | None = None
 
 
-Content = str | list[InputPart]
+Content = str | Listed[InputPart]
 
 
 class InputMessage(OpenModel):
@@ -62,8 +62,8 @@ class InputReasoning(ApiModel):
     """Reasoning of an earlier answer."""
 
     type: Literal["reasoning"]
-    summary: list[InputPart] | None = None
-    content: list[InputPart] | None = None
+    summary: Listed[InputPart] | None = None
+    content: Listed[InputPart] | None = None
 
 
 def _kind(item: Any) -> str:
@@ -79,7 +79,7 @@ InputItem = Annotated[
     | Annotated[InputReasoning, Tag("reasoning")],
     Discriminator(_kind),
 ]
-Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+Items = Annotated[Listed[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 def _as_items(given: Any) -> Any:
@@ -108,7 +108,7 @@ class AllowedFunctions(ClosedModel):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[FunctionChoice] = Field(min_length=1)
+    tools: Listed[FunctionChoice] = Field(min_length=1)
 
 
 class TextFormat(ClosedModel):
@@ -155,14 +155,14 @@ class ResponsesRequest(GenerationRequest):
     input: Annotated[Items, BeforeValidator(_as_items, json_schema_input_type=str | Items)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Listed[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions | None = (
         None
     )
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    include: Listed[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     previous_response_id: str | None = None

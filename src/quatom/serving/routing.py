@@ -40,6 +40,7 @@ async def read_body(http: Request, model: type[Body], limit: int) -> Body:
                 code="body_too_large",
             )
         parts.append(part)
+    http.state.body_bytes = size
     try:
         return model.model_validate_json(b"".join(parts))
     except ValidationError as error:

@@ -1,24 +1,27 @@
 """POST /tokenize and /detokenize, in vLLM's form."""
 
-import asyncio
+from functools import partial
 
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quatom.errors import RequestError
 from quatom.serving.api_errors import json_response
 from quatom.serving.chat_protocol import DetokenizeRequest, TokenizeRequest
 from quatom.serving.generation import Service
+from quatom.serving.threads import in_thread
 
 
-async def tokenize(service: Service, body: TokenizeRequest) -> Response:
+async def tokenize(service: Service, body: TokenizeRequest, http: HttpRequest) -> Response:
     """Token ids of a text or of a conversation under the chat template."""
     service.check_model(body.model)
     encoder = service.encoder
     if body.messages is not None:
-        token_ids = await asyncio.to_thread(encoder.encode_chat, body.messages, body)
+        token_ids = await in_thread(http, partial(encoder.encode_chat, body.messages, body))
     else:
         special = body.add_special_tokens is not False
-        token_ids = await asyncio.to_thread(encoder.encode, body.prompt or "", special=special)
+        encode = partial(encoder.encode_all, body.prompt or "", special=special)
+        token_ids = await in_thread(http, encode)
     content = {
         "count": len(token_ids),
         "max_model_len": service.engine.facts.max_model_len,
@@ -29,7 +32,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
     return json_response(content)
 
 
-async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
+async def detokenize(service: Service, body: DetokenizeRequest, http: HttpRequest) -> Response:
     """Text of token ids."""
     service.check_model(body.model)
     vocab_size = service.engine.facts.vocab_size
@@ -38,5 +41,5 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
             f"tokens holds id {max(body.tokens)}; the model has {vocab_size} tokens, 0 to "
             f"{vocab_size - 1}"
         )
-    prompt = await asyncio.to_thread(service.encoder.decode, body.tokens)
+    prompt = await in_thread(http, partial(service.encoder.decode, body.tokens))
     return json_response({"prompt": prompt})

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from quatom.errors import RequestError
-from quatom.serving.closed_model import ApiModel, ClosedModel
+from quatom.serving.closed_model import ApiModel, ClosedModel, Listed
 from quatom.serving.tools.function import Function, by_name, make_function
 
 NO_TOOLS = "tool_choice needs tools to choose from"
@@ -53,7 +53,7 @@ class AllowedTools(ClosedModel):
     """Some of the functions."""
 
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1)
+    tools: Listed[NamedTool] = Field(min_length=1)
 
 
 class AllowedToolChoice(ClosedModel):
@@ -66,7 +66,7 @@ class AllowedToolChoice(ClosedModel):
 class ToolOptions(ClosedModel):
     """What a request offers to be called."""
 
-    tools: list[Tool] | None = None
+    tools: Listed[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
