@@ -17,11 +17,11 @@ from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.ranks import Ranks
 from quatom.quantize.statistics import run_block
 from quatom.quantize.tuning.block import build_tuned_block
-from quatom.quantize.tuning.codes import LearnedCodes
 from quatom.quantize.tuning.descent import Learning, Outcome, learn
-from quatom.quantize.tuning.omniquant import LearnedTransforms, clip_and_round
+from quatom.quantize.tuning.nearest import clip_and_round
+from quatom.quantize.tuning.tune import begin
 from quatom.recipe import CalibrationSpec, OutlierSpec, WeightSpec
-from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
+from quatom.recipe_tuning import LowRankSpec, OmniQuantSpec, TuningSpec
 from tests.families.models import save_tiny
 from tests.quantize.killer import contents
 
@@ -30,6 +30,11 @@ TUNED = replace(
     PRESETS["quatom-w4a4kv4-tuned"],
     calibration=CALIBRATION,
     tuning=TuningSpec(steps=16, sequences=4),
+)
+QLLM = replace(
+    PRESETS["qllm-w4a4kv4"],
+    calibration=CALIBRATION,
+    tuning=LowRankSpec(steps=16, sequences=4),
 )
 OMNI = replace(
     PRESETS["omniquant-w4a4kv4"],
@@ -91,7 +96,7 @@ def test_what_only_got_worse_is_what_it_was(plain, tiny_llama_dir, text_file, tm
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("recipe", [TUNED, OMNI], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [TUNED, OMNI, QLLM], ids=lambda recipe: recipe.name)
 def test_what_is_learned_is_what_is_stored(
     recipe, tiny_llama_dir, text_file, tmp_path, monkeypatch
 ):
@@ -99,11 +104,7 @@ def test_what_is_learned_is_what_is_stored(
     errors = []
 
     def compare(layer, floats, rounded, text, spec, seed):
-        learned = (
-            LearnedCodes(layer, floats, rounded.sites, spec)
-            if isinstance(spec, TuningSpec)
-            else LearnedTransforms(layer, floats, spec)
-        )
+        learned = begin(layer, floats, rounded, spec, seed)
         block = build_tuned_block(layer, floats)
         for after in (False, True):
             if after:

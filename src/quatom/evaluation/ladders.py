@@ -148,7 +148,7 @@ def _prior_work_ladder() -> dict[str, Recipe]:
     }
     names = (
         *("w8a8", "smoothquant-w8a8", "gptq-w4a16", "awq-w4a16", "quip-w4a16", "w4a16"),
-        *("omniquant-w4a16", "rtn-w4a4", "smoothquant-w4a4", "omniquant-w4a4kv4"),
+        *("omniquant-w4a16", "rtn-w4a4", "smoothquant-w4a4", "omniquant-w4a4kv4", "qllm-w4a4kv4"),
         *("atom-w4a4kv4", "quatom-w4a4kv4", "quatom-w4a4kv4-tuned"),
         *("atom-w4a8kv4", "quatom-w4a8kv4", "quatom-w4a8kv4-tuned"),
     )
