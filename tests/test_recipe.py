@@ -21,6 +21,7 @@ from quatom.recipe import (
     PreRopeKeys,
     Recipe,
     ScalingSpec,
+    SplittingSpec,
     WeightSpec,
 )
 from quatom.recipe_fields import dataclasses_in
@@ -37,6 +38,7 @@ PARTS = (
     (("calibration",), None, CalibrationSpec),
     (("incoherence",), None, IncoherenceSpec),
     (("channel_scaling",), "balanced", ScalingSpec),
+    (("channel_splitting",), None, SplittingSpec),
 )
 """Path of an object, the method that makes it one of the class, the class."""
 
@@ -333,6 +335,8 @@ def test_recipes_are_frozen():
             {"incoherence": {}, "activations": {"format": "float16"}},
             "incoherence .* it needs outliers.channels 0",
         ),
+        ({"channel_splitting": {}}, "channel_splitting .* it needs outliers.channels 0"),
+        ({"channel_splitting": {"largest_share": 0.5}}, r"largest_share must be in \(0, 1/3\]"),
         ({"incoherence": {"seed": 0.5}}, "incoherence.seed must be of type int, got 0.5"),
         ({"outliers": {"channels": 100}}, "outliers.channels .* multiple of 32, got 100"),
         ({"outliers": {"channels": -32}}, "outliers.channels .* got -32"),
