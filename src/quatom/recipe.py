@@ -264,9 +264,9 @@ class ScalingSpec:
 class SplittingSpec:
     """Channels of large magnitude cut into equal parts, in the places of channels merged away.
 
-    Parts are divided in norms and in the rows of the linears before, and gathered with the order of
-    channels: K stays, and nothing is added at run time. How many parts each channel has comes from
-    a search on the calibration inputs.
+    Parts are divided in norms and in the rows of the linears before, and gathered as any order of
+    channels is: K stays. How many parts each channel has comes from a search on the calibration
+    inputs.
     """
 
     largest_share: float = 0.2

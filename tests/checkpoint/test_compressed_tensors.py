@@ -67,6 +67,8 @@ def test_recipes_that_cannot_be_said_are_refused_by_what_cannot(checkpoint, tmp_
         export_compressed_tensors(checkpoint("quatom-w4a8kv4"), tmp_path / "ct")
     with pytest.raises(RecipeError, match=r"weights.format odd4, .*incoherence"):
         export_compressed_tensors(checkpoint("quip-w4a16"), tmp_path / "ct")
+    with pytest.raises(RecipeError, match=r"activations.format int4, .*channel_splitting"):
+        export_compressed_tensors(checkpoint("qllm-w4a4kv4"), tmp_path / "ct")
     assert not list(tmp_path.iterdir())
 
 
