@@ -208,6 +208,30 @@ def test_the_block_computes_the_same(family):
     assert (got - want).abs().max() <= 2e-5 * want.abs().max()
 
 
+def test_columns_take_back_what_a_rounded_norm_was_really_divided_by():
+    """A norm of 1 + w whose w is bfloat16: a third of 1 + w is none of its numbers."""
+    layer = plan_of("gemma3").layers[0]
+    weights = load_float_layer(_SOURCES["gemma3"], layer, CPU, torch.bfloat16)
+    channels = layer.sites["qkv"].channels
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(64, channels, generator=generator)
+    x[:, 7] *= 100.0
+    statistics = {}
+    for name, site in layer.sites.items():
+        own = x if site.channels == channels else torch.ones(64, site.channels)
+        statistics |= {f"absmax.{name}": own.abs().amax(dim=0), f"samples.{name}": own}
+        statistics[f"moments.{name}"] = own.t() @ own
+    split = transforms_of(SPLIT).finish(layer, weights, statistics)
+    places = split.sites["qkv"].order == 7
+    assert places.sum() >= 3
+    before, after = (1 + w.norms["attention"].weight[7].float() for w in (weights, split))
+    was, column = before * weights.sites["qkv"].weight[:, 7].float(), split.sites["qkv"].weight
+    now = after * column[:, places].float().sum(dim=1)
+    # Each entry of a column is rounded by up to 2**-8 of itself; all together by less.
+    assert float(now @ was / (was @ was)) == pytest.approx(1.0, abs=2**-8)
+    assert float(before / after / places.sum()) != pytest.approx(1.0, abs=2**-7)
+
+
 def test_a_gradient_is_the_sum_of_those_of_its_parts():
     generator = torch.Generator().manual_seed(2)
     order = torch.tensor([0, 3, 3, 2, 3, 5])
