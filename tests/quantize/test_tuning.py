@@ -245,7 +245,7 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(
         with pytest.raises(RecipeError, match=f"to nearest, .* it needs {needed}"):
             quantize(tiny_llama_dir, tmp_path / "q", text_file, other)
     split = replace(OMNI, channel_scaling=None, channel_splitting=SplittingSpec())
-    with pytest.raises(RecipeError, match="'omniquant' .* channel_splitting null"):
+    with pytest.raises(RecipeError, match=r"'omniquant' .* channel_splitting null"):
         quantize(tiny_llama_dir, tmp_path / "q", text_file, split)
     floating = replace(TUNED, outliers=OutlierSpec(format="float16"))
     with pytest.raises(RecipeError, match="int2 to int8"):

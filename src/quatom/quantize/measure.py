@@ -69,7 +69,7 @@ class LayerStatistics:
     """Measures one layer while the float stream runs through it.
 
     Results by name: "METRIC.SITE" (K,) float32 of every metric that the recipe reads,
-    "moments.SITE" (K, K) and "samples.SITE" (T, K) float32, and what `KeyStatistics` and `KeySensitivity` give.
+    "moments.SITE" (K, K) and "samples.SITE" (T, K) float32, and what keys' statistics give.
     """
 
     def __init__(

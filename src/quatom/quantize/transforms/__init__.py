@@ -1,9 +1,9 @@
 """Rewrites of a floating-point layer that leave what it computes unchanged.
 
 Each makes the layer easier to quantize: balanced products, rotated values, balanced keys, scaled
-and ordered channels, channels split into parts, rotated groups, incoherence. A recipe's list runs in this order: those of
-`before`, then the layer is measured on the calibration text, then those of `after`, which may use
-what was measured.
+channels, ordered channels or split ones, rotated groups, incoherence. A recipe's list runs in this
+order: those of `before`, then the layer is measured on the calibration text, then those of `after`,
+which may use what was measured. Splitting merges some channels besides, which changes a little.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,5 @@
 """Rounding to the nearest code with gradients, for methods that change weights and not codes."""
 
-import torch
 from torch import Tensor
 
 from quatom.errors import RecipeError
