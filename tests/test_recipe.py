@@ -220,6 +220,7 @@ FLOAT_WEIGHTS = {"weights": {"format": "float16"}, "activations": {"format": "fl
 
 
 def test_fields_that_say_nothing_are_refused_by_name():
+    split = {"channel_splitting": {}, "outliers": {"channels": 0}}
     for data, name, beside in (
         ({"outliers": {"channels": 0, "format": "float16"}}, "outliers.format", "channels 0"),
         ({"outliers": {"channels": 0, "max_fraction": 0.5}}, "outliers.max_fraction", "channels 0"),
@@ -251,6 +252,16 @@ def test_fields_that_say_nothing_are_refused_by_name():
             PRESETS["omniquant-w4a16"].to_dict() | {"weights": {"clip_search": "mse"}},
             "weights.clip_search",
             "omniquant",
+        ),
+        (
+            split | {"tuning": {"method": "low_rank"}, "weights": {"clip_search": "mse"}},
+            "weights.clip_search 'mse'",
+            "low_rank",
+        ),
+        (
+            split | {"outliers": {"channels": 0, "metric": "abs_mean"}},
+            "outliers.metric 'abs_mean'",
+            "channel_splitting",
         ),
     ):
         with pytest.raises(RecipeError, match=rf"{name}.* has no effect with .*{beside}"):

@@ -235,9 +235,7 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(
     for recipe, weights, needed in (
         (OMNI, {"rounder": GPTQSpec()}, "weights.rounder.method 'nearest'"),
         (OMNI, {"groups": "ordered"}, "weights.groups 'consecutive'"),
-        (OMNI, {"clip_ratio": 0.9}, "weights.clip_ratio 1"),
         (QLLM, {"rounder": GPTQSpec()}, "weights.rounder.method 'nearest'"),
-        (QLLM, {"clip_search": "mse"}, "weights.clip_search 'none'"),
         (QLLM, {"rows_per_scale": 2}, "weights.rows_per_scale 1"),
         (QLLM, {"scale_format": "multiples"}, "weights.scale_format 'float16'"),
     ):

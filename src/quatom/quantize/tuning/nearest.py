@@ -20,14 +20,12 @@ def check_nearest(recipe: Recipe, tuning: OmniQuantSpec | LowRankSpec) -> None:
     weights = recipe.weights
     needed = {
         "weights.rounder.method 'nearest'": isinstance(weights.rounder, NearestSpec),
-        "weights.clip_search 'none'": weights.clip_search == "none",
         "weights.scale_format 'float16'": weights.scale_format == "float16",
         "weights.rows_per_scale 1": weights.rows_per_scale == 1,
         "outliers.channels 0": recipe.outliers.channels == 0,
     }
     if isinstance(tuning, OmniQuantSpec):  # it divides channels of inputs that come as they are
         needed |= {
-            "weights.clip_ratio 1": weights.clip_ratio == 1.0,
             "weights.groups 'consecutive'": weights.groups == "consecutive",
             "activations.rotation 'none'": recipe.activations.rotation == "none",
             "channel_splitting null": recipe.channel_splitting is None,
