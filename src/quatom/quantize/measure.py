@@ -43,7 +43,7 @@ _EXPERT_SITES: tuple[SiteName, ...] = ("experts_gate_up", "experts_down")
 
 
 def _metrics(recipe: Recipe) -> frozenset[Metric]:
-    scaling, own = recipe.channel_scaling, {recipe.outliers.metric}
+    scaling, own = recipe.channel_scaling, set[Metric]({recipe.outliers.metric})
     own |= {"absmax"} if recipe.channel_splitting else set()
     return frozenset(own) | (_OF_SCALING[scaling.method] if scaling else set())
 
