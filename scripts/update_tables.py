@@ -15,6 +15,7 @@ from typing import Any
 from quatom.evaluation.ladders import LADDERS
 from quatom.evaluation.standard_error import of_accuracy, of_average
 from quatom.families.registry import FAMILIES
+from quatom.presets import PRESETS
 from quatom.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent))  # also when a test runs this file by its path
@@ -301,6 +302,8 @@ def _methods(entries: list[dict[str, Any]]) -> str:
         name, scaling = f"`{recipe.name}`", recipe.channel_scaling
         if scaling is not None and scaling.method == "smoothquant":
             name += f", strength {scaling.strength:g}"
+        if recipe.tuning is None and PRESETS.get(recipe.name, recipe).tuning is not None:
+            name += ", untuned"
         increase = e["perplexity"] - entries[0]["perplexity"]
         rows.append((formats, increase, [name, formats, f"{e['perplexity']:.2f}"]))
     order = list(dict.fromkeys(formats for formats, *_ in rows))

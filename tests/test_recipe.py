@@ -21,6 +21,7 @@ from quatom.recipe import (
     PreRopeKeys,
     Recipe,
     ScalingSpec,
+    SplittingSpec,
     WeightSpec,
 )
 from quatom.recipe_fields import dataclasses_in
@@ -37,6 +38,7 @@ PARTS = (
     (("calibration",), None, CalibrationSpec),
     (("incoherence",), None, IncoherenceSpec),
     (("channel_scaling",), "balanced", ScalingSpec),
+    (("channel_splitting",), None, SplittingSpec),
 )
 """Path of an object, the method that makes it one of the class, the class."""
 
@@ -218,6 +220,7 @@ FLOAT_WEIGHTS = {"weights": {"format": "float16"}, "activations": {"format": "fl
 
 
 def test_fields_that_say_nothing_are_refused_by_name():
+    split = {"channel_splitting": {}, "outliers": {"channels": 0}}
     for data, name, beside in (
         ({"outliers": {"channels": 0, "format": "float16"}}, "outliers.format", "channels 0"),
         ({"outliers": {"channels": 0, "max_fraction": 0.5}}, "outliers.max_fraction", "channels 0"),
@@ -249,6 +252,16 @@ def test_fields_that_say_nothing_are_refused_by_name():
             PRESETS["omniquant-w4a16"].to_dict() | {"weights": {"clip_search": "mse"}},
             "weights.clip_search",
             "omniquant",
+        ),
+        (
+            split | {"tuning": {"method": "low_rank"}, "weights": {"clip_search": "mse"}},
+            "weights.clip_search 'mse'",
+            "low_rank",
+        ),
+        (
+            split | {"outliers": {"channels": 0, "metric": "abs_mean"}},
+            "outliers.metric 'abs_mean'",
+            "channel_splitting",
         ),
     ):
         with pytest.raises(RecipeError, match=rf"{name}.* has no effect with .*{beside}"):
@@ -333,6 +346,8 @@ def test_recipes_are_frozen():
             {"incoherence": {}, "activations": {"format": "float16"}},
             "incoherence .* it needs outliers.channels 0",
         ),
+        ({"channel_splitting": {}}, "channel_splitting .* it needs outliers.channels 0"),
+        ({"channel_splitting": {"largest_share": 0.5}}, r"largest_share must be in \(0, 1/3\]"),
         ({"incoherence": {"seed": 0.5}}, "incoherence.seed must be of type int, got 0.5"),
         ({"outliers": {"channels": 100}}, "outliers.channels .* multiple of 32, got 100"),
         ({"outliers": {"channels": -32}}, "outliers.channels .* got -32"),

@@ -85,6 +85,8 @@ class SitePlan:
     blocks: int
     """Tensor-parallel blocks of the input, each with groups and outliers of its own."""
     order: OrderKind
+    repeats_channels: bool
+    """Whether the order may hold a channel several times, and others not at all."""
     makes: SiteName | None
     """The site whose input the rows of this one make, where that site's order is folded."""
     quantizes_weights: bool
@@ -261,6 +263,7 @@ def _site(
         layout=layout,
         blocks=blocks,
         order=order,
+        repeats_channels=recipe.channel_splitting is not None,
         makes=makes[0] if makes else None,
         quantizes_weights=recipe.quantizes_weights,
         weights=recipe.weights,

@@ -12,9 +12,10 @@ from quatom.recipe import (
     PostRopeKeys,
     Recipe,
     ScalingSpec,
+    SplittingSpec,
     WeightSpec,
 )
-from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
+from quatom.recipe_tuning import LowRankSpec, OmniQuantSpec, TuningSpec
 
 
 def _presets() -> dict[str, Recipe]:
@@ -112,6 +113,15 @@ def _presets() -> dict[str, Recipe]:
             outliers=no_outliers,
             channel_scaling=ScalingSpec(method="smoothquant"),
             tuning=OmniQuantSpec(),
+        ),
+        Recipe(
+            name="qllm-w4a4kv4",
+            weights=WeightSpec(group_size=-1, rounder=nearest),
+            activations=ActivationSpec(group_size=-1),
+            kv_cache=KVSpec(keys=PostRopeKeys()),
+            outliers=no_outliers,
+            channel_splitting=SplittingSpec(),
+            tuning=LowRankSpec(),
         ),
         Recipe(
             name="rtn-w4a4",

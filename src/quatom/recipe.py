@@ -9,7 +9,7 @@ from quatom.recipe_fields import check_types, read_fields
 from quatom.recipe_formats import BITS, ActivationFormat, KVFormat, WeightFormat
 from quatom.recipe_idle import check_idle
 from quatom.recipe_overrides import Override
-from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
+from quatom.recipe_tuning import LowRankSpec, OmniQuantSpec, TuningSpec
 from quatom.recipe_versions import FORMAT_VERSION, to_current
 
 
@@ -256,6 +256,27 @@ class ScalingSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SplittingSpec:
+    """Channels of large magnitude cut into equal parts, in the places of channels merged away.
+
+    Parts are divided in norms and in the rows of the linears before, and gathered as any order of
+    channels is: K stays. How many parts each channel has comes from a search on the calibration
+    inputs.
+    """
+
+    largest_share: float = 0.2
+    """Most parts that are added, as a fraction of the input channels; in (0, 1/3]."""
+
+    def __post_init__(self) -> None:
+        check_types("channel_splitting", self)
+        if not 0.0 < self.largest_share <= 1 / 3:
+            raise RecipeError(
+                "channel_splitting.largest_share must be in (0, 1/3], so that every channel merged "
+                f"away has one of its own to stand for it; got {self.largest_share}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IncoherenceSpec:
     """Random orthogonal matrices on both sides of every weight.
 
@@ -332,10 +353,12 @@ class Recipe:
     outliers: OutlierSpec = field(default_factory=OutlierSpec)
     channel_scaling: ScalingSpec | None = None
     """Divide input channels by factors; None: leave them as they are."""
+    channel_splitting: SplittingSpec | None = None
+    """Cut channels of large magnitude into parts and merge others; None: do not."""
     incoherence: IncoherenceSpec | None = None
     """Rotate every weight on both sides; None: do not."""
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
-    tuning: TuningSpec | OmniQuantSpec | None = None
+    tuning: TuningSpec | OmniQuantSpec | LowRankSpec | None = None
     """What is learned by gradients; None: nothing."""
     overrides: tuple[Override, ...] = ()
     """Other formats for some layers and sites. Each must make a recipe that is allowed."""
@@ -370,6 +393,7 @@ class Recipe:
                 "'none'"
             )
         self._check_incoherence()
+        self._check_splitting()
         check_idle(self)
         sizes = self.weights.group_size, self.activations.group_size
         if self.quantizes_activations and sizes[1] not in (-1, sizes[0]):
@@ -443,6 +467,23 @@ class Recipe:
                     f"point: it needs {needed}"
                 )
 
+    def _check_splitting(self) -> None:
+        if self.channel_splitting is None:
+            return
+        for needed, fits in (
+            ("a quantized activations.format", self.quantizes_activations),
+            ("activations.rotation 'none'", self.activations.rotation == "none"),
+            ("outliers.channels 0", self.outliers.channels == 0),
+            ("weights.groups 'consecutive'", self.weights.groups == "consecutive"),
+            ("channel_scaling null", self.channel_scaling is None),
+            ("tensor_parallel 1", self.tensor_parallel == 1),
+        ):
+            if not fits:
+                raise RecipeError(
+                    "channel_splitting divides and orders channels of inputs by what rounding "
+                    f"those inputs costs: it needs {needed}"
+                )
+
     @property
     def quantizes_weights(self) -> bool:
         """Whether decoder linears hold codes."""
@@ -464,7 +505,7 @@ class Recipe:
         """Whether channels of any input are in another order than in the model."""
         more = [o.outliers.channels or 0 for o in self.overrides if o.outliers is not None]
         ordered = max(self.outliers.channels, *more, 0) > 0 or self.weights.groups == "ordered"
-        return self.quantizes_weights and ordered
+        return self.quantizes_weights and (ordered or self.channel_splitting is not None)
 
     @property
     def needs_moments(self) -> bool:

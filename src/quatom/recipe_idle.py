@@ -47,9 +47,19 @@ _RULES = (
         ("outliers.metric",),
     ),
     _Idle(
+        "channel_splitting, which finds the order by its own search",
+        lambda recipe: recipe.channel_splitting is not None,
+        ("outliers.metric",),
+    ),
+    _Idle(
         "tuning.method 'omniquant', which learns clip ratios and rounds to nearest",
         lambda recipe: recipe.tuning is not None and recipe.tuning.method == "omniquant",
         (*_CLIPPING, "weights.rounder"),
+    ),
+    _Idle(
+        "tuning.method 'low_rank', which rounds to nearest",
+        lambda recipe: recipe.tuning is not None and recipe.tuning.method == "low_rank",
+        ("weights.clip_search", "weights.rounder"),
     ),
 )
 

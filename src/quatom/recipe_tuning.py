@@ -7,9 +7,9 @@ from quatom.errors import RecipeError
 from quatom.recipe_fields import check_types
 
 
-def _check(spec: Any, rates: tuple[str, ...]) -> None:
+def _check(spec: Any, rates: tuple[str, ...], counts: tuple[str, ...] = ()) -> None:
     check_types("tuning", spec)
-    for name in ("steps", "sequences"):
+    for name in ("steps", "sequences", *counts):
         if getattr(spec, name) < 1:
             raise RecipeError(f"tuning.{name} must be at least 1, got {getattr(spec, name)}")
     for name in rates:
@@ -59,3 +59,25 @@ class OmniQuantSpec:
 
     def __post_init__(self) -> None:
         _check(self, ("clip_rate", "factor_rate"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankSpec:
+    """A product of two thin matrices, added to each weight before it is rounded to nearest.
+
+    Only the rounded sum is stored: it costs nothing at run time.
+    """
+
+    method: Literal["low_rank"] = "low_rank"
+    """Low-rank correction; it needs weights rounded to nearest with float16 scales, no outliers."""
+    rank: int = 4
+    """Columns of one matrix and rows of the other."""
+    steps: int = 1280
+    """Steps of Adam on each block: 10 epochs of 128 sequences."""
+    sequences: int = 1
+    """Calibration sequences of a step."""
+    rate: float = 0.0005
+    """How far a step moves an entry of the matrices at first; it falls to 0 linearly."""
+
+    def __post_init__(self) -> None:
+        _check(self, ("rate",), ("rank",))

@@ -1,6 +1,7 @@
 """`quatom export --format compressed-tensors`: the same weights in another form."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from quatom.checkpoint.compressed_tensors import export_compressed_tensors
 from quatom.checkpoint.reader import open_source
 from quatom.cli.main import app
 from quatom.errors import CheckpointError, RecipeError
+from quatom.recipe import SplittingSpec
 from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe
 
 LINEAR = "model.layers.1.mlp.gate_proj"
@@ -62,11 +64,17 @@ def test_w8a8_codes_are_bytes_and_all_else_is_copied(checkpoint, tmp_path):
     assert (tmp_path / "ct" / "tokenizer.json").exists()
 
 
-def test_recipes_that_cannot_be_said_are_refused_by_what_cannot(checkpoint, tmp_path):
+def test_recipes_that_cannot_be_said_are_refused_by_what_cannot(
+    checkpoint, tiny_llama_dir, text_file, tmp_path
+):
     with pytest.raises(RecipeError, match=r"outliers.channels 128, .*kv_cache.format int4"):
         export_compressed_tensors(checkpoint("quatom-w4a8kv4"), tmp_path / "ct")
     with pytest.raises(RecipeError, match=r"weights.format odd4, .*incoherence"):
         export_compressed_tensors(checkpoint("quip-w4a16"), tmp_path / "ct")
+    split = replace(tiny_recipe("w8a8"), name="split", channel_splitting=SplittingSpec())
+    folder = tiny_checkpoint(tmp_path.parent, tiny_llama_dir, split, text_file)
+    with pytest.raises(RecipeError, match="cannot say channel_splitting"):
+        export_compressed_tensors(folder, tmp_path / "ct")
     assert not list(tmp_path.iterdir())
 
 

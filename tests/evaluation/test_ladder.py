@@ -49,7 +49,8 @@ def test_the_presets_are_rungs():
     assert parts(LADDERS["atom"]["kv4"]) == parts(PRESETS["atom-w4a4kv4"])
     assert parts(LADDERS["quatom"]["atom"]) == parts(PRESETS["atom-w4a4kv4"])
     assert parts(LADDERS["quatom"]["coordinate_descent"]) == parts(PRESETS["quatom-w4a4kv4"])
-    for name in ("gptq-w4a16", "awq-w4a16", "smoothquant-w8a8", "smoothquant-w4a4"):
+    prior_work = ("gptq", "awq", "quip", "smoothquant", "omniquant", "qllm", "rtn")
+    for name in (name for name in PRESETS if name.startswith(prior_work)):
         assert LADDERS["prior-work"][name.replace("-", "_")] == PRESETS[name]
     multiples = LADDERS["activations"]["int8_scale_a_token_multiples"]
     assert parts(multiples) == parts(PRESETS["quatom-w4a8kv4"])

@@ -48,7 +48,8 @@ def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
 def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, scale_mode, device):
     x, order = make_inputs(3, layout.channels)
     spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, scale_mode=scale_mode)
-    for used in (order, None):
+    repeated = order[torch.arange(len(order)) // 3 * 2]  # some channels several times, others never
+    for used in (order, repeated, None):
         on_device = None if used is None else used.to(device)
         got = reorder_quantize(x.to(device), on_device, spec, backend=backend)
         # The reference runs on the CPU: on a GPU torch multiplies by reciprocals of constants.

@@ -257,11 +257,17 @@ class Simulation:
             scales = tensors["weight_scale"].float()
         scales = scales.repeat_interleave(spec["rows_per_scale"], dim=0)[:rows]
         weight.fill_(torch.nan)  # every channel must be written
+        split = self.recipe["channel_splitting"] is not None
+        if split:  # but those merged away; parts of one channel have one code, so columns add up
+            weight.fill_(0.0)
         for g, part in enumerate(codes.split(size, dim=1)):
             part = part * scales[:, g : g + 1]
             # A rotation is its own inverse: here weights stand unrotated.
             part = rotate(part) if self.recipe["activations"]["rotation"] != "none" else part
-            weight[:, groups.channels[g]] = part
+            if split:
+                weight.index_add_(1, groups.channels[g], part)
+            else:
+                weight[:, groups.channels[g]] = part
         if outliers.shape[1]:
             kept = outliers.float().split(outliers.shape[1] // blocks, dim=1)
             factor = tensors.get("outlier_scale", torch.ones(rows, blocks)).float()
@@ -277,7 +283,8 @@ class Simulation:
             x = arguments[0].flatten(0, -2)  # (tokens, K)
             theirs = self.recorded[index, place]
             first = 0
-            out = torch.full_like(x, torch.nan)
+            split = self.recipe["channel_splitting"] is not None
+            out = torch.full_like(x, 0.0 if split else torch.nan)
             parts = [x[:, channels] for channels in groups.channels]
             normal, rotated = slice(groups.normal), spec["rotation"] != "none"
             if rotated:

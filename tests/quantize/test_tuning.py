@@ -17,11 +17,11 @@ from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.ranks import Ranks
 from quatom.quantize.statistics import run_block
 from quatom.quantize.tuning.block import build_tuned_block
-from quatom.quantize.tuning.codes import LearnedCodes
 from quatom.quantize.tuning.descent import Learning, Outcome, learn
-from quatom.quantize.tuning.omniquant import LearnedTransforms, clip_and_round
-from quatom.recipe import CalibrationSpec, OutlierSpec, WeightSpec
-from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
+from quatom.quantize.tuning.nearest import clip_and_round
+from quatom.quantize.tuning.tune import begin
+from quatom.recipe import CalibrationSpec, GPTQSpec, OutlierSpec, SplittingSpec, WeightSpec
+from quatom.recipe_tuning import LowRankSpec, OmniQuantSpec, TuningSpec
 from tests.families.models import save_tiny
 from tests.quantize.killer import contents
 
@@ -30,6 +30,11 @@ TUNED = replace(
     PRESETS["quatom-w4a4kv4-tuned"],
     calibration=CALIBRATION,
     tuning=TuningSpec(steps=16, sequences=4),
+)
+QLLM = replace(
+    PRESETS["qllm-w4a4kv4"],
+    calibration=CALIBRATION,
+    tuning=LowRankSpec(steps=16, sequences=4, rate=0.005),
 )
 OMNI = replace(
     PRESETS["omniquant-w4a4kv4"],
@@ -91,7 +96,7 @@ def test_what_only_got_worse_is_what_it_was(plain, tiny_llama_dir, text_file, tm
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("recipe", [TUNED, OMNI], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [TUNED, OMNI, QLLM], ids=lambda recipe: recipe.name)
 def test_what_is_learned_is_what_is_stored(
     recipe, tiny_llama_dir, text_file, tmp_path, monkeypatch
 ):
@@ -99,11 +104,7 @@ def test_what_is_learned_is_what_is_stored(
     errors = []
 
     def compare(layer, floats, rounded, text, spec, seed):
-        learned = (
-            LearnedCodes(layer, floats, rounded.sites, spec)
-            if isinstance(spec, TuningSpec)
-            else LearnedTransforms(layer, floats, spec)
-        )
+        learned = begin(layer, floats, rounded, spec, seed)
         block = build_tuned_block(layer, floats)
         for after in (False, True):
             if after:
@@ -128,12 +129,44 @@ def test_what_is_learned_is_what_is_stored(
         assert error.max() < 0.05
 
 
-def test_omniquant_lowers_the_error(tiny_llama_dir, text_file, tmp_path):
-    blocks = quantize(tiny_llama_dir, tmp_path / "q", text_file, OMNI)
+@pytest.mark.parametrize("recipe", [OMNI, QLLM], ids=lambda recipe: recipe.name)
+def test_methods_of_prior_work_lower_the_error(recipe, tiny_llama_dir, text_file, tmp_path):
+    blocks = quantize(tiny_llama_dir, tmp_path / "q", text_file, recipe)
     before, after = ([getattr(b.tuning, n) for b in blocks] for n in ("before", "after"))
     assert all(one <= other for one, other in zip(after, before, strict=True))
     # Of two blocks together: a block whose kept sequences only got worse stays as it was.
     assert sum(after) < 0.995 * sum(before)
+
+
+def test_a_correction_is_a_product_of_thin_matrices(
+    tiny_llama_dir, text_file, tmp_path, monkeypatch
+):
+    """From none, with which codes are those of the rounder, to one that is rounded by hand."""
+    seen = []
+
+    def look(layer, floats, rounded, text, spec, seed):
+        learned = begin(layer, floats, rounded, spec, seed)
+        weights = learned.finish(rounded)
+        for name, site in weights.sites.items():
+            assert torch.equal(site.values, rounded.sites[name].values.float())
+            assert torch.equal(site.scales, rounded.sites[name].scales)
+        learn(build_tuned_block(layer, floats), learned, text, Learning(16, 4, seed))
+        weights = learned.finish(rounded)
+        for name, site in weights.sites.items():
+            correction = learned.up[name] @ learned.down[name]
+            assert torch.linalg.matrix_rank(correction) == spec.rank
+            corrected = floats.sites[name].weight + correction
+            scale = (corrected.abs().amax(dim=1, keepdim=True) / 7).half().float()
+            assert torch.equal(site.scales.float(), scale)
+            assert torch.equal(site.values, (corrected / scale).round().clamp(-8, 7))
+            seen.append(bool((site.values != rounded.sites[name].values).any()))
+        return weights, Outcome(1.0, 0.5)
+
+    monkeypatch.setattr("quatom.quantize.walk.tune", look)
+    fast = replace(QLLM, tuning=replace(QLLM.tuning, rank=3, rate=0.01))
+    quantize(tiny_llama_dir, tmp_path / "q", text_file, fast)
+    assert len(seen) == 8
+    assert all(seen)
 
 
 @pytest.fixture
@@ -199,6 +232,19 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(
     moved = replace(OMNI, outliers=OutlierSpec())
     with pytest.raises(RecipeError, match=r"outliers\.channels 0"):
         quantize(tiny_llama_dir, tmp_path / "q", text_file, moved)
+    for recipe, weights, needed in (
+        (OMNI, {"rounder": GPTQSpec()}, "weights.rounder.method 'nearest'"),
+        (OMNI, {"groups": "ordered"}, "weights.groups 'consecutive'"),
+        (QLLM, {"rounder": GPTQSpec()}, "weights.rounder.method 'nearest'"),
+        (QLLM, {"rows_per_scale": 2}, "weights.rows_per_scale 1"),
+        (QLLM, {"scale_format": "multiples"}, "weights.scale_format 'float16'"),
+    ):
+        other = replace(recipe, weights=replace(recipe.weights, **weights))
+        with pytest.raises(RecipeError, match=f"to nearest, .* it needs {needed}"):
+            quantize(tiny_llama_dir, tmp_path / "q", text_file, other)
+    split = replace(OMNI, channel_scaling=None, channel_splitting=SplittingSpec())
+    with pytest.raises(RecipeError, match=r"'omniquant' .* channel_splitting null"):
+        quantize(tiny_llama_dir, tmp_path / "q", text_file, split)
     floating = replace(TUNED, outliers=OutlierSpec(format="float16"))
     with pytest.raises(RecipeError, match="int2 to int8"):
         quantize(tiny_llama_dir, tmp_path / "q", text_file, floating)
@@ -210,5 +256,7 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(
         TuningSpec(steps=0)
     with pytest.raises(RecipeError, match=r"tuning\.clip_rate must be in \[0, 1\)"):
         OmniQuantSpec(clip_rate=1.0)
+    with pytest.raises(RecipeError, match=r"tuning\.rank must be at least 1, got 0"):
+        LowRankSpec(rank=0)
     assert not (tmp_path / "q").exists()
     assert not (tmp_path / "q.partial").exists()

@@ -41,6 +41,8 @@ CASES: dict[str, tuple[str, Recipe]] = {
     "dense": ("llama-biased", small("quatom-w4a8kv4")),
     "awq": ("llama-biased", small("awq-w4a16")),
     "maxima": ("llama-biased", small("smoothquant-w4a4")),
+    # Samples of inputs, and second moments of the float stream.
+    "split": ("llama-biased", replace(small("qllm-w4a4kv4"), tuning=None)),
     "target": ("llama-biased", small("atom-w4a4kv4", rounder=GPTQSpec(float_target=1.0))),
     # Experts that see few tokens are measured on all of them in a second pass.
     "experts": ("mixtral", small("atom-w4a8kv4")),

@@ -139,7 +139,8 @@ def _conditions(entry: Entry) -> tuple[str, float, int, str]:
 def _engine_style(entry: Entry) -> tuple[str, str]:
     """Label and colour of an engine's bar."""
     formats = {recipe: name for recipe, name, _, _ in SERIES} | {"fp8": "FP8"}
-    what = formats.get(entry["recipe"], entry["recipe"]).partition(",")[0]
+    recipe = str(entry["recipe"])
+    what = formats.get(recipe, recipe).partition(",")[0]
     engine, color = {
         "vllm": (f"vLLM {entry.get('vllm')}", "tab:gray"),
         "vllm+quatom": (f"vLLM {entry.get('vllm')} + Quatom", "tab:orange"),

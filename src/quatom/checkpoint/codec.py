@@ -63,7 +63,7 @@ def decode(layer: LayerPlan, site: SitePlan, tensors: Mapping[str, Tensor]) -> S
     """The weights of a site from its stored tensors.
 
     Raises:
-        CheckpointError: linears that share the input carry different orders, or no permutation.
+        CheckpointError: linears that share the input carry different orders, or no order at all.
     """
     layout, normal = site.layout, get_format(site.weights.format)
     joined_values, joined_scales, biases = [], [], []
@@ -181,7 +181,7 @@ def _decode_order(site: SitePlan, tensors: Mapping[str, Tensor]) -> Tensor | Non
             "quantize again"
         )
     try:
-        check_order(orders[0], site.channels)
+        check_order(orders[0], site.channels, repeats=site.repeats_channels)
     except ShapeError as error:
         raise CheckpointError(
             f"{site.linears[0].name}.order is damaged ({error}): quantize again"

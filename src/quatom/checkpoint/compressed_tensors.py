@@ -79,6 +79,7 @@ def _unsaid(resolved: ModelPlan) -> list[str]:
         ),
         "overrides": bool(recipe.overrides),
         "incoherence": recipe.incoherence is not None,
+        "channel_splitting": recipe.channel_splitting is not None,
         f"weights.groups {weights.groups}": weights.groups != "consecutive",
         f"activations.rotation {activations.rotation}": activations.rotation != "none",
         f"activations.clip_ratio {activations.clip_ratio}": recipe.quantizes_activations

@@ -146,13 +146,14 @@ def _prior_work_ladder() -> dict[str, Recipe]:
         )
         for alpha in (0.4, 0.6, 0.7, 0.85)
     }
+    split = {"qllm_untuned": replace(PRESETS["qllm-w4a4kv4"], tuning=None)}
     names = (
         *("w8a8", "smoothquant-w8a8", "gptq-w4a16", "awq-w4a16", "quip-w4a16", "w4a16"),
-        *("omniquant-w4a16", "rtn-w4a4", "smoothquant-w4a4", "omniquant-w4a4kv4"),
+        *("omniquant-w4a16", "rtn-w4a4", "smoothquant-w4a4", "omniquant-w4a4kv4", "qllm-w4a4kv4"),
         *("atom-w4a4kv4", "quatom-w4a4kv4", "quatom-w4a4kv4-tuned"),
         *("atom-w4a8kv4", "quatom-w4a8kv4", "quatom-w4a8kv4-tuned"),
     )
-    return {name.replace("-", "_"): PRESETS[name] for name in names} | smoothed
+    return {name.replace("-", "_"): PRESETS[name] for name in names} | smoothed | split
 
 
 LADDERS: Mapping[str, Mapping[str, Recipe]] = {
@@ -164,4 +165,5 @@ LADDERS: Mapping[str, Mapping[str, Recipe]] = {
 }
 """Rungs by name, in order. "coordinate_descent" is the quatom recipe; what follows it are tries: on
 top of it, then of "key_scaling", then each beside "activation_clipping". Rungs of "activations" and
-"prior-work" are beside each other; "smoothquant_w4a4_60" migrates with strength 0.60."""
+"prior-work" are beside each other; "smoothquant_w4a4_60" migrates with strength 0.60, and
+"qllm_untuned" splits and merges channels without the correction."""

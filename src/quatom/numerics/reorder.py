@@ -48,8 +48,19 @@ def inverse_order(order: Tensor) -> Tensor:  # (K,) -> (K,)
     return inverse
 
 
-def check_order(order: Tensor, channels: int) -> None:
-    """Raise ShapeError unless `order` is a permutation of `channels` channels."""
+def check_order(order: Tensor, channels: int, *, repeats: bool = False) -> None:
+    """Raise ShapeError unless `order` is a permutation of `channels` channels.
+
+    With `repeats` it is a list of as many channels, which may appear several times or not at all.
+    """
+    if repeats:
+        inside = order.shape == (channels,) and bool(((order >= 0) & (order < channels)).all())
+        if not inside:
+            raise ShapeError(
+                f"order of shape {tuple(order.shape)} is no list of {channels} channels from 0 to "
+                f"{channels - 1}"
+            )
+        return
     if order.shape != (channels,) or not torch.equal(
         order.long().sort().values, torch.arange(channels, device=order.device)
     ):

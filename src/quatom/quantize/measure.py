@@ -15,6 +15,7 @@ from quatom.quantize.expert_statistics import (
     Statistic,
     down_input,
 )
+from quatom.quantize.input_samples import InputSamples
 from quatom.quantize.key_sensitivity import KeySensitivity
 from quatom.quantize.lanes import Share
 from quatom.quantize.statistics import (
@@ -42,19 +43,23 @@ _EXPERT_SITES: tuple[SiteName, ...] = ("experts_gate_up", "experts_down")
 
 
 def _metrics(recipe: Recipe) -> frozenset[Metric]:
+    scaling, own = recipe.channel_scaling, set[Metric]({recipe.outliers.metric})
+    own |= {"absmax"} if recipe.channel_splitting else set()
+    return frozenset(own) | (_OF_SCALING[scaling.method] if scaling else set())
+
+
+def _reads_moments(recipe: Recipe) -> bool:
     scaling = recipe.channel_scaling
-    return frozenset({recipe.outliers.metric}) | (_OF_SCALING[scaling.method] if scaling else set())
-
-
-def _searches_factors(recipe: Recipe) -> bool:
-    return recipe.channel_scaling is not None and recipe.channel_scaling.method == "awq"
+    return recipe.channel_splitting is not None or (scaling is not None and scaling.method == "awq")
 
 
 def wanted_statistics(recipe: Recipe) -> tuple[str, ...]:
     """Names of what a recipe measures; recipes of equal names share their statistics."""
     names: set[str] = {*_metrics(recipe)}
-    if _searches_factors(recipe):
+    if _reads_moments(recipe):
         names.add("moments")
+    if recipe.channel_splitting is not None:
+        names.add("samples")
     if recipe.kv_cache.weighs_keys:
         names.add("key_sensitivity")
     return (*sorted(names), recipe.kv_cache.value_rotation)
@@ -64,7 +69,7 @@ class LayerStatistics:
     """Measures one layer while the float stream runs through it.
 
     Results by name: "METRIC.SITE" (K,) float32 of every metric that the recipe reads,
-    "moments.SITE" (K, K) float32, and what `KeyStatistics` and `KeySensitivity` give.
+    "moments.SITE" (K, K) and "samples.SITE" (T, K) float32, and what keys' statistics give.
     """
 
     def __init__(
@@ -79,7 +84,8 @@ class LayerStatistics:
         """Start with sequence `first` of the text."""
         self.rotary = rotary
         self.scores = [ChannelScores(metric) for metric in sorted(_metrics(recipe))]
-        self.moments = SecondMoments() if _searches_factors(recipe) else None
+        self.moments = SecondMoments() if _reads_moments(recipe) else None
+        self.samples = InputSamples(length, first) if recipe.channel_splitting else None
         self.keys = KeyStatistics(attention, length)
         self.sensitivity = (
             KeySensitivity(attention, length, rotary, sinks, first)
@@ -94,6 +100,8 @@ class LayerStatistics:
             found |= {f"{scores.metric}.{site}": sums for site, sums in scores.sums.items()}
         if self.moments is not None:
             found |= {f"moments.{site}": sums for site, sums in self.moments.sums.items()}
+        if self.samples is not None:
+            found |= {f"samples.{site}": sums for site, sums in self.samples.sums.items()}
         if self.sensitivity is not None:
             found |= {f"sensitivity.{n}": sums for n, sums in self.sensitivity.sums.items()}
         return found
@@ -114,6 +122,8 @@ class LayerStatistics:
             scores.add(site, x)
         if self.moments is not None and site not in _EXPERT_SITES:
             self.moments.add(site, x)
+        if self.samples is not None and site not in _EXPERT_SITES:
+            self.samples.add(site, x)
 
     def see_heads(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure q (T, H, D), k and v (T, KV, D) before rotary embedding."""

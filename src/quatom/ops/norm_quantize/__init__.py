@@ -16,7 +16,7 @@ BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 def norm_quantize(
     x: Tensor,  # (T, K) float16, bfloat16 or float32, last axis contiguous
     weight: Tensor,  # (K,)
-    order: Tensor | None,  # (K,) int32, a permutation; None: channels are in order already
+    order: Tensor | None,  # (K,) int32 channel at each position; None: they are in order already
     spec: QuantizeSpec,
     *,
     norm: Norm,

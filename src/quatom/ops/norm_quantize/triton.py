@@ -1,6 +1,6 @@
 """Triton kernel for `norm_quantize`: one program normalizes and quantizes one token.
 
-The row, its residual and the norm's weight are read once, in order; the permutation happens in
+The row, its residual and the norm's weight are read once, in order; channels are gathered in
 shared memory (`tl.gather`).
 """
 

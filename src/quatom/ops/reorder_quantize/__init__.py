@@ -13,7 +13,7 @@ BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 
 def reorder_quantize(
     x: Tensor,  # (T, K) float16, bfloat16 or float32, last axis contiguous
-    order: Tensor | None,  # (K,) int32, a permutation; None: channels are in order already
+    order: Tensor | None,  # (K,) int32 channel at each position; None: they are in order already
     spec: QuantizeSpec,
     *,
     backend: Backend | None = None,

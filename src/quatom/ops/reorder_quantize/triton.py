@@ -1,6 +1,6 @@
 """Triton kernel for `reorder_quantize`: one program reorders and quantizes one token.
 
-The row is read once, in order; the permutation happens in shared memory (`tl.gather`).
+The row is read once, in order; channels are gathered in shared memory (`tl.gather`).
 """
 
 import torch

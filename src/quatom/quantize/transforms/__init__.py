@@ -1,9 +1,9 @@
 """Rewrites of a floating-point layer that leave what it computes unchanged.
 
 Each makes the layer easier to quantize: balanced products, rotated values, balanced keys, scaled
-and ordered channels, rotated groups, incoherence. A recipe's list runs in this order: those of
-`before`, then the layer is measured on the calibration text, then those of `after`, which may use
-what was measured.
+channels, ordered channels or split ones, rotated groups, incoherence. A recipe's list runs in this
+order: those of `before`, then the layer is measured on the calibration text, then those of `after`,
+which may use what was measured. Splitting merges some channels besides, which changes a little.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from quatom.quantize.transforms.keys import balance_keys, offset_keys
 from quatom.quantize.transforms.order import order_channels
 from quatom.quantize.transforms.products import balance_products
 from quatom.quantize.transforms.scaling import scale_channels
+from quatom.quantize.transforms.splitting import split_channels
 from quatom.quantize.transforms.values import rotate_values
 from quatom.recipe import Recipe
 
@@ -81,7 +82,9 @@ def transforms_of(recipe: Recipe) -> TransformList:
         after.append(balance_keys)
     if recipe.channel_scaling is not None:
         after.append(partial(scale_channels, spec=recipe.channel_scaling))
-    if recipe.orders_channels:
+    if recipe.channel_splitting is not None:
+        after.append(partial(split_channels, spec=recipe.channel_splitting))
+    elif recipe.orders_channels:
         after.append(order_channels)
     if recipe.activations.rotation == "hadamard":
         after.append(rotate_groups_of_inputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quatom.checkpoint.codec import repeat_rows
 from quatom.families.spec import SiteName
-from quatom.modeling.weights import FloatLayer
+from quatom.modeling.weights import FloatLayer, FloatSite
 from quatom.numerics.reorder import channel_order
 from quatom.plan import LayerPlan, SitePlan
 
@@ -50,12 +50,20 @@ def order_channels(
         else held
         for name, held in weights.sites.items()
     }
+    return replace(weights, sites=fold_orders(layer, sites, orders))
+
+
+def fold_orders(
+    layer: LayerPlan, sites: Mapping[SiteName, FloatSite], orders: Mapping[SiteName, Tensor]
+) -> dict[SiteName, FloatSite]:
+    """The sites, with rows that make the input of an ordered site in that order."""
+    folded = dict(sites)
     for name in layer.sites:
         if (rows := made_rows(layer, name, orders)) is not None:
-            held = sites[name]
+            held = folded[name]
             bias = None if held.bias is None else gather_rows(held.bias, rows)
-            sites[name] = replace(held, weight=gather_rows(held.weight, rows), bias=bias)
-    return replace(weights, sites=sites)
+            folded[name] = replace(held, weight=gather_rows(held.weight, rows), bias=bias)
+    return folded
 
 
 def _scores(site: SitePlan, weights: FloatLayer, statistics: Mapping[str, Tensor]) -> Tensor:

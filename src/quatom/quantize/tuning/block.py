@@ -30,13 +30,13 @@ _CACHE_BITS = {"int4": 4, "int8": 8}
 class StraightThroughInput(InputQuantizer):
     """Makes a plain tensor of the values that a quantized input would have."""
 
-    def __init__(self, rounds: QuantizeSpec | None, order: Tensor | None) -> None:
+    def __init__(self, rounds: QuantizeSpec | None, order: Tensor | None, *, repeats: bool) -> None:
         super().__init__(None, order, Backend.REFERENCE)
-        self.rounds = rounds
+        self.rounds, self.repeats = rounds, repeats
 
     def arrange(self, x: Tensor) -> Tensor:  # (T, K)
         """Channels in reordered position, and what rounding leaves of them."""
-        return quantize_input(x, self.order, self.rounds)
+        return quantize_input(x, self.order, self.rounds, repeats=self.repeats)
 
 
 class TunedBlock(DecoderBlock):
@@ -100,7 +100,7 @@ def build_tuned_block(layer: LayerPlan, weights: FloatLayer) -> TunedBlock:
         held = weights.sites[site]
         linears[site] = FloatLinear(held.weight, held.bias)
         order = held.order if plan.order == "gathered" else None
-        inputs[site] = StraightThroughInput(plan.input_spec, order)
+        inputs[site] = StraightThroughInput(plan.input_spec, order, repeats=plan.repeats_channels)
     return TunedBlock(
         layer,
         linears=linears,

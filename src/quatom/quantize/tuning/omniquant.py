@@ -12,35 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from quatom.errors import RecipeError
 from quatom.families.spec import SiteName
 from quatom.modeling.weights import FloatLayer, LayerWeights, SiteCodes
-from quatom.numerics.formats import get_format
-from quatom.numerics.groups import MIN_SCALE, expand_scales, split_groups
-from quatom.plan import LayerPlan, SitePlan
+from quatom.numerics.groups import expand_scales
+from quatom.plan import LayerPlan
 from quatom.quantize.transforms.keys import divide_keys
 from quatom.quantize.transforms.scaling import FOLD_ORDER, can_fold, fold_division
-from quatom.quantize.tuning.straight_through import replace_value, round_through
-from quatom.recipe import Recipe
+from quatom.quantize.tuning.nearest import clip_and_round
 from quatom.recipe_tuning import OmniQuantSpec
 
 FIRST_LOGIT = 4.0
 """Clip ratios begin at sigmoid(4) = 0.982."""
-
-
-def check_omniquant(recipe: Recipe) -> None:
-    """Refuse recipes whose weights are not stored as they are when they are clipped.
-
-    Raises:
-        RecipeError: channels are ordered or rotated, or scales are no float16 numbers of their own.
-    """
-    moved = recipe.outliers.channels > 0 or recipe.activations.rotation != "none"
-    if moved or recipe.weights.scale_format != "float16" or recipe.weights.rows_per_scale != 1:
-        raise RecipeError(
-            "tuning.method 'omniquant' clips groups of channels as they come, each on its own: it "
-            "needs outliers.channels 0, activations.rotation 'none', weights.scale_format "
-            "'float16' and weights.rows_per_scale 1"
-        )
 
 
 class LearnedTransforms(nn.Module):
@@ -112,17 +94,3 @@ class LearnedTransforms(nn.Module):
 
     def _rounded(self, name: SiteName, weight: Tensor) -> tuple[Tensor, Tensor]:
         return clip_and_round(self.layer.sites[name], weight, self.logits[name].sigmoid())
-
-
-def clip_and_round(
-    site: SitePlan,
-    weight: Tensor,  # (N, K)
-    ratios: Tensor,  # (N, S), of each group's absolute maximum
-) -> tuple[Tensor, Tensor]:
-    """Codes (N, K) and scales (N, S), both float32, with gradients for weight and ratios."""
-    fmt = get_format(site.weights.format)
-    absmax = split_groups(weight, site.layout).abs().amax(dim=-1)
-    wanted = absmax * ratios / fmt.largest
-    scales = replace_value(wanted, wanted.detach().clamp(min=MIN_SCALE).half().float())
-    steps = weight.float() / expand_scales(scales, site.layout)
-    return round_through(steps).clamp(-1 - fmt.largest, fmt.largest), scales

@@ -18,24 +18,30 @@ class _Input(torch.autograd.Function):
     """Forward is the operation that the quantized block runs; backward undoes order and rotation.
 
     A gather by the inverse order always gives the same bytes, where torch's own gradient of a
-    gather adds up in whatever order threads come.
+    gather adds up in whatever order threads come. Where channels repeat their gradients are summed,
+    with the same bytes under torch's deterministic algorithms (`quatom.quantize.tuning.descent`).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor | None, spec: QuantizeSpec | None) -> Tensor:
-        ctx.order, ctx.spec = order, spec
+    def forward(
+        ctx: Any, x: Tensor, order: Tensor | None, spec: QuantizeSpec | None, repeats: bool
+    ) -> Tensor:
+        ctx.order, ctx.spec, ctx.repeats = order, spec, repeats
         if spec is not None:
             return reorder_quantize(x, order, spec).dequantize().to(x.dtype)
         return x if order is None else x.index_select(-1, order)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         gradient = gradients[0]
         if ctx.spec is not None and ctx.spec.rotate:
             gradient = rotate_groups(gradient, ctx.spec.layout).to(gradient.dtype)
-        if ctx.order is not None:
+        if ctx.order is not None and ctx.repeats:
+            parts = gradient
+            gradient = torch.zeros_like(parts).index_add_(-1, ctx.order, parts)
+        elif ctx.order is not None:
             gradient = gradient.index_select(-1, ctx.order.argsort())
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 class _Round(torch.autograd.Function):
@@ -63,9 +69,11 @@ def quantize_input(
     x: Tensor,  # (T, K)
     order: Tensor | None,  # (K,) channel of x at each position
     spec: QuantizeSpec | None,  # None: stays as it is
+    *,
+    repeats: bool = False,  # whether the order may hold a channel several times
 ) -> Tensor:
     """What the linears of a site read, of x's dtype; in order, and rotated where the spec says."""
-    made: Tensor = _Input.apply(x, order, spec)
+    made: Tensor = _Input.apply(x, order, spec, repeats)
     return made
 
 

@@ -7,9 +7,11 @@ from quatom.quantize.ranks import Ranks
 from quatom.quantize.tuning.block import build_tuned_block
 from quatom.quantize.tuning.codes import LearnedCodes
 from quatom.quantize.tuning.descent import Learning, Outcome, Text, learn
-from quatom.quantize.tuning.omniquant import LearnedTransforms, check_omniquant
+from quatom.quantize.tuning.low_rank import LearnedCorrections
+from quatom.quantize.tuning.nearest import check_nearest
+from quatom.quantize.tuning.omniquant import LearnedTransforms
 from quatom.recipe import Recipe
-from quatom.recipe_tuning import OmniQuantSpec, TuningSpec
+from quatom.recipe_tuning import LowRankSpec, OmniQuantSpec, TuningSpec
 
 
 def check_tuning(resolved: ModelPlan, ranks: Ranks) -> None:
@@ -34,8 +36,8 @@ def check_tuning(resolved: ModelPlan, ranks: Ranks) -> None:
         )
     for recipe in resolved.recipe.variants:
         _check_recipe(recipe)
-        if isinstance(tuning, OmniQuantSpec):
-            check_omniquant(recipe)
+        if not isinstance(tuning, TuningSpec):
+            check_nearest(recipe, tuning)
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -51,12 +53,28 @@ def _check_recipe(recipe: Recipe) -> None:
         )
 
 
+def begin(
+    layer: LayerPlan,
+    floats: FloatLayer,
+    rounded: LayerWeights,
+    spec: TuningSpec | OmniQuantSpec | LowRankSpec,
+    seed: int,
+) -> LearnedCodes | LearnedTransforms | LearnedCorrections:
+    """What a method learns of a layer, as it is before the first step; arguments as of `tune`."""
+    if isinstance(spec, OmniQuantSpec):
+        return LearnedTransforms(layer, floats, spec)
+    if isinstance(spec, LowRankSpec):
+        return LearnedCorrections(layer, floats, spec, seed)
+    codes = {n: held for n, held in rounded.sites.items() if isinstance(held, SiteCodes)}
+    return LearnedCodes(layer, floats, codes, spec)
+
+
 def tune(
     layer: LayerPlan,
     floats: FloatLayer,
     rounded: LayerWeights,
     text: Text,
-    spec: TuningSpec | OmniQuantSpec,
+    spec: TuningSpec | OmniQuantSpec | LowRankSpec,
     seed: int,
 ) -> tuple[LayerWeights, Outcome]:
     """A rounded layer after tuning, no worse than before on the sequences kept out.
@@ -67,14 +85,9 @@ def tune(
         rounded: its codes.
         text: what enters, and what should leave.
         spec: what is learned, how long and how fast.
-        seed: chooses the sequences of each step.
+        seed: chooses the sequences of each step, and where parameters begin that begin at random.
     """
-    learned: LearnedCodes | LearnedTransforms
-    if isinstance(spec, TuningSpec):
-        codes = {n: held for n, held in rounded.sites.items() if isinstance(held, SiteCodes)}
-        learned = LearnedCodes(layer, floats, codes, spec)
-    else:
-        learned = LearnedTransforms(layer, floats, spec)
+    learned = begin(layer, floats, rounded, spec, seed)
     block = build_tuned_block(layer, floats)
     outcome = learn(block, learned, text, Learning(spec.steps, spec.sequences, seed))
     return learned.finish(rounded), outcome
