@@ -7,6 +7,8 @@ from quatom.errors import ModelError
 from quatom.families.spec import Experts, FeedForward, Router
 from quatom.modeling.router import ExpertRouter, route
 from quatom.ops.backend import Backend
+from quatom.ops.experts.router_weight import RouterWeight
+from quatom.ops.experts.triton_routing import route_rows_triton
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
 
@@ -113,3 +115,63 @@ def test_products_that_are_no_numbers_name_experts_that_there_are(device):
 def test_numbers_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ModelError, match=message):
         experts(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_is_a_sum_of_numbers_of_16_bits(dtype):
+    rng = torch.Generator().manual_seed(5)
+    weight = torch.randn(4, 1000, generator=rng).mul_(0.02)
+    halves = RouterWeight.of(weight, dtype)
+    shares = halves.step ** torch.arange(len(halves.parts), dtype=torch.float64)
+    total = (halves.parts.double() * shares[:, None, None]).sum(0)
+    assert len(halves.parts) == 3
+    # bfloat16 has every bit of a float32; float16 none below 2**-24, of the third part 2**-46.
+    assert (total - weight.double()).abs().max() <= (0 if dtype is torch.bfloat16 else 2.0**-46)
+    exact = RouterWeight.of(weight.to(dtype).float(), dtype)
+    assert torch.equal(exact.parts, weight.to(dtype)[None])
+    assert RouterWeight.of(torch.full((2, 2), 1e5), torch.float16) is None
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("count", "top_k", "router", "corrected"),
+    [
+        (5, 2, dict(normalized=True), True),
+        (128, 8, dict(normalized=True), False),
+        (130, 4, dict(scores="sigmoid", normalized=True, scale=2.5), True),
+    ],
+)
+@pytest.mark.parametrize("tokens", [0, 1, 37, 2100])
+def test_the_kernel_of_rows_multiplies_as_float32_does(
+    count, top_k, router, corrected, tokens, parts, device
+):
+    if tokens > 100 and (count != 5 or parts == 2):
+        pytest.skip("one wide batch of each kind is enough")
+    rng = torch.Generator().manual_seed(count + tokens)
+    channels, dtype = 200, torch.float16
+
+    def integers(most, *shape):
+        return torch.randint(-most, most + 1, shape, generator=rng).float()
+
+    # Sums of products with the parts of 1, 2**-11 and 2**-22 are exact in 24 bits each.
+    weight = sum(integers(3, count, channels) * 2.0 ** (-11 * part) for part in range(parts)) / 8
+    x = integers(1, tokens, channels) if parts == 3 else integers(4, tokens, channels)
+    halves = RouterWeight.of(weight, dtype)
+    assert len(halves.parts) <= parts
+    bias = integers(4, count).to(device) if corrected else None
+    correction = torch.randn(count, generator=rng).to(device) if router.get("scores") else None
+    spec = experts(top_k, count, **router)
+    held = RouterWeight(halves.parts.to(device), halves.step)
+    x16 = x.to(device, dtype)
+    options = (top_k, spec.router, bias, correction)
+    ids, weights = route_rows_triton(x16, held, *options)
+    logits = (x.double() @ weight.double().t()).float().to(device)
+    want = route(logits if bias is None else logits + bias, spec, correction)
+    near = 2.0**-20  # products that differ by their rounding may change places
+    scores = want.weights.sum(), weights.sum()
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=near)
+    if parts == 1:
+        logits = logits if bias is None else logits + bias
+        want = route(logits, spec, correction, backend=Backend.TRITON)  # the same order of equals
+        assert torch.equal(ids, want.expert_ids)
+        assert torch.equal(weights, want.weights)

@@ -110,7 +110,7 @@ class DecoderBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns the block's last output, not yet added, and the residual to add it to."""
         q, residual = self.before_attention(hidden, residual, context, kv, rotary)
-        return self.after_attention(self.attend(q, context, kv, rotary), residual)
+        return self.after_attention(self.attend(q, context, kv=kv, rotary=rotary), residual)
 
     def before_attention(
         self,
@@ -214,8 +214,10 @@ class DecoderBlock(nn.Module):
         self,
         q: Tensor,  # (T, H, D)
         context: ForwardContext,
+        *,
         kv: KVPages,
         rotary: RotaryTables,
+        out: Tensor | None = None,  # (T, H, D): where the result is written
     ) -> Tensor:
         """What the queries see of their sequences, (T, H, D)."""
         spec = self.spec.attention
@@ -236,5 +238,6 @@ class DecoderBlock(nn.Module):
             total_kv_tokens=context.total_kv_tokens,
             prefill_cu_seqlens=context.prefill_cu_seqlens,
             shared=context.shared,
+            out=out,
             backend=self.backend,
         )
