@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 1024
-"""Slots of a program of `group_tokens`."""
+_CHUNKS = (1024, 4096)
+"""Slots of a program of `group_tokens`: the first that holds all of them, or the last, whose programs
+are then preceded by a kernel that counts."""
 _TILE = 1024
 """Channels of a program of `combine`."""
 
@@ -65,11 +66,13 @@ def group_triton(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     count = expert_ids.numel()
     slots, positions = (expert_ids.new_empty(count, dtype=torch.int32) for _ in range(2))
     offsets = expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
-    grid = num_experts, max(1, triton.cdiv(count, _CHUNK))
+    chunk = next((size for size in _CHUNKS if size >= count), _CHUNKS[-1])
+    grid = num_experts, max(1, triton.cdiv(count, chunk))
+    options = {"BLOCK": chunk, "num_warps": chunk // 256}
     counts = offsets
     if grid[1] > 1:
         counts = expert_ids.new_empty(grid, dtype=torch.int32)
-        _count_kernel[grid](expert_ids, counts, count, BLOCK=_CHUNK, num_warps=4)
+        _count_kernel[grid](expert_ids, counts, count, **options)
     _place_kernel[grid](
         expert_ids,
         counts,
@@ -78,8 +81,7 @@ def group_triton(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
         positions,
         count,
         ONE_CHUNK=grid[1] == 1,
-        BLOCK=_CHUNK,
-        num_warps=4,
+        **options,
     )
     return slots, offsets, positions
 
