@@ -43,7 +43,7 @@ def _choose(
     place = tl.arange(0, BLOCK_K)[None, :]
     ids = tl.zeros((TOKENS, BLOCK_K), dtype=tl.int32)
     chosen = tl.zeros((TOKENS, BLOCK_K), dtype=tl.float32)
-    for j in tl.static_range(K):
+    for j in range(K):
         # Two reductions of numbers are a third of the code of one that carries places along.
         # Products that are no numbers must still name an expert that there is.
         best = tl.where(choice == tl.max(choice, 1)[:, None], expert, E - 1)
