@@ -193,9 +193,7 @@ def test_the_append_kernel_keeps_heads_of_any_size_in_registers(
     from quatom.ops.rope_append_kv.cuda import defines
 
     pages = KVPages.allocate(1, 16, 1, head_dim, kv, "cpu")
-    constants = defines(
-        pages, torch.bfloat16, width, rotate_keys=True, hadamard=True, norm=norm
-    )
+    constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True, norm=norm)
     source = cuda_build.read_source("quatom.ops.rope_append_kv", "append.cu")
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert f"LDG.E.{16 * width}" in sass

@@ -166,9 +166,7 @@ def make_norms(q, k, norm, axis):
 @pytest.mark.parametrize(
     ("tokens", "head_dim"), [(3, 64), (3, 96), pytest.param(70, 128, marks=pytest.mark.gpu)]
 )
-def test_heads_are_normalized_before_they_turn(
-    tokens, head_dim, norm, axis, kv, dtype, backend
-):
+def test_heads_are_normalized_before_they_turn(tokens, head_dim, norm, axis, kv, dtype, backend):
     q, k, *rest = make_inputs(tokens, 5, 3, head_dim, dtype=dtype)
     norms = make_norms(q, k, norm, axis)
     pages, expected = (make_pages(kv, 3, head_dim) for _ in range(2))

@@ -27,7 +27,8 @@ class RouterWeight:
         float16 has no bits below 2**-24: what three parts lose of a number is below 2**-46.
         """
         step = 2.0 ** -_BITS[dtype]
-        parts, rest = [], weight.float()
+        parts: list[Tensor] = []
+        rest = weight.float()
         while len(parts) < MOST_PARTS and (not parts or bool(rest.any())):
             parts.append(rest.to(dtype))
             rest = (rest - parts[-1].float()) / step  # exact, as `step` is a power of two

@@ -1,4 +1,4 @@
-"""Triton kernels that choose the experts of a token, in one launch, from its products or its row."""
+"""Triton kernels that choose a token's experts, in one launch, from its products or its row."""
 
 import torch
 import triton

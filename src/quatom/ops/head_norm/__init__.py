@@ -75,6 +75,6 @@ def check_head_norm(q: Tensor, k: Tensor, norms: HeadNorms) -> None:
         expected = x.shape[2] if norms.axis == "head" else x.shape[1] * x.shape[2]
         if weight.shape != (expected,):
             raise ShapeError(
-                f"axis {norms.axis!r} needs a weight ({expected},) for {name} {tuple(x.shape)}, got "
-                f"{tuple(weight.shape)}"
+                f"axis {norms.axis!r} needs a weight ({expected},) for {name} {tuple(x.shape)}, "
+                f"got {tuple(weight.shape)}"
             )
