@@ -35,6 +35,7 @@ def test_a_kernel_that_waits_for_its_predecessor_is_charged_from_its_end():
         ("linear_hopper", "linears"),
         ("_norm_quantize_kernel", "norm, reorder, quantize"),
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("_prefill_kernel", "attention"),
         ("nvjet_sm90_hsh_256x64_64x5_2x1_v_bz_TNT", "matrix products of cuBLAS"),
         ("void at::native::reduce_kernel<512, 1, ...ArgMaxOps", REST),
     ],

@@ -7,6 +7,8 @@ from quatom.errors import ModelError
 from quatom.families.spec import Experts, FeedForward, Router
 from quatom.modeling.router import ExpertRouter, route
 from quatom.ops.backend import Backend
+from quatom.ops.experts.router_weight import RouterWeight
+from quatom.ops.experts.triton_routing import route_rows_triton
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
 
@@ -113,3 +115,76 @@ def test_products_that_are_no_numbers_name_experts_that_there_are(device):
 def test_numbers_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ModelError, match=message):
         experts(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_is_a_sum_of_numbers_of_16_bits(dtype):
+    rng = torch.Generator().manual_seed(5)
+    weight = torch.randn(4, 1000, generator=rng).mul_(0.02)
+    halves = RouterWeight.of(weight, dtype)
+    shares = halves.step ** torch.arange(len(halves.parts), dtype=torch.float64)
+    total = (halves.parts.double() * shares[:, None, None]).sum(0)
+    assert len(halves.parts) == 3
+    # bfloat16 has every bit of a float32; float16 none below 2**-24, of the third part 2**-46.
+    assert (total - weight.double()).abs().max() <= (0 if dtype is torch.bfloat16 else 2.0**-46)
+    exact = RouterWeight.of(weight.to(dtype).float(), dtype)
+    assert torch.equal(exact.parts, weight.to(dtype)[None])
+    assert RouterWeight.of(torch.full((2, 2), 1e5), torch.float16) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parts"),
+    [
+        (torch.float16, 1),
+        (torch.float16, 2),
+        (torch.float16, 3),
+        # Triton's interpreter multiplies the bits of bfloat16 as integers.
+        pytest.param(torch.bfloat16, 3, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize(
+    ("count", "top_k", "router", "corrected"),
+    [
+        (5, 2, dict(normalized=True), True),
+        (128, 8, dict(normalized=True), False),
+        (130, 4, dict(scores="sigmoid", normalized=True, scale=2.5), True),
+    ],
+)
+@pytest.mark.parametrize("tokens", [0, 1, 37, 2100])
+def test_the_kernel_of_rows_multiplies_as_float32_does(
+    count, top_k, router, corrected, tokens, dtype, parts, device
+):
+    if tokens > 100 and (count != 5 or parts != 2):
+        pytest.skip("one wide batch is enough")
+    rng = torch.Generator().manual_seed(count + tokens)
+    channels, bits = 200, 11 if dtype is torch.float16 else 8
+
+    def integers(most, *shape):
+        return torch.randint(-most, most + 1, shape, generator=rng).float()
+
+    # Sums of the first part's products are below 2**8 steps of it: with 16 bits of the parts after
+    # it every sum is a number of 24 bits, in any order. Three parts of float16 are 22 bits more
+    # than the first: there a token has one channel, whose product has 24.
+    shares = [2.0 ** (-bits * part) for part in range(parts)]
+    weight = sum(integers(3, count, channels) * share for share in shares) / 8
+    x, one_channel = integers(1, tokens, channels), bits * (parts - 1) > 16
+    if one_channel:
+        weight += weight.sign() / 8 * (weight.abs() < 0.1)
+        x = torch.eye(channels)[torch.arange(tokens) % channels]
+    held = RouterWeight.of(weight, dtype)
+    assert len(held.parts) == parts
+    held = RouterWeight(held.parts.to(device), held.step)
+    bias = integers(4, count).to(device) if corrected and not one_channel else None
+    correction = torch.randn(count, generator=rng).to(device) if router.get("scores") else None
+    spec = experts(top_k, count, **router)
+    ids, weights = route_rows_triton(
+        x.to(device, dtype), held, top_k, spec.router, bias, correction
+    )
+    exact = x.double() @ weight.double().t()
+    exact = exact if bias is None else exact + bias.double().cpu()
+    logits = exact.float()
+    assert torch.equal(logits.double(), exact)
+    # The same order of equals; sums of k scores, or of E, in another order.
+    want = route(logits.to(device), spec, correction, backend=Backend.TRITON)
+    assert torch.equal(ids, want.expert_ids)
+    torch.testing.assert_close(weights, want.weights, rtol=2.0**-20, atol=0)

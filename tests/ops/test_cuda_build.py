@@ -14,6 +14,7 @@ from quatom.numerics.groups import GroupLayout
 from quatom.ops import cuda_build, cuda_quantize
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.cuda_build import compile_cubin
+from quatom.ops.quantize_variants import choose_variant
 
 SOURCE = 'extern "C" __global__ void fill(int* out) { out[threadIdx.x] = VALUE; }'
 
@@ -135,7 +136,7 @@ def test_the_quantize_kernel_moves_wide_words(operation, options, tmp_path):
     source = cuda_build.read_source("quatom.ops", "quantize.cu")
     constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
     constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "INT8": 0}
-    constants |= {"ROTATE": 0, "BLOCK": 0}
+    constants |= {"ROTATE": 0, "BLOCK": 0, "KEEP": 0}
     constants |= {"WHOLE_TOKEN": 0, "MULTIPLES": 0, "CLUSTER": 1} | options
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert ("LDG.E.128" if operation == 2 else "LDG.E.64") in sass
@@ -224,7 +225,12 @@ NORMS = [Norm(eps=1e-6), Norm(kind="layer", eps=1e-5, bias=True)]
 
 
 @pytest.mark.parametrize(
-    ("operation", "norm"), [("reorder", None), ("gated", None), *(("norm", n) for n in NORMS)]
+    ("operation", "norm", "keep"),
+    [
+        ("reorder", None, False),
+        ("gated", None, False),
+        *(("norm", norm, keep) for norm in NORMS for keep in (False, True)),
+    ],
 )
 @pytest.mark.parametrize(
     ("layout", "tokens"),
@@ -234,12 +240,12 @@ NORMS = [Norm(eps=1e-6), Norm(kind="layer", eps=1e-5, bias=True)]
     ],
 )
 def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
-    operation, norm, layout, tokens, tmp_path
+    operation, norm, keep, layout, tokens, tmp_path
 ):
     """The compiler moves loads that it takes for constant (LDG.CONSTANT) before ACQBULK."""
     spec = QuantizeSpec(layout=layout, byte_layout="groups")
-    variant = cuda_quantize.choose_variant(operation, tokens, layout)
-    constants = cuda_quantize.defines(operation, variant, spec, torch.bfloat16, norm)
+    variant = choose_variant(operation, tokens, layout)
+    constants = cuda_quantize.defines(operation, variant, spec, torch.bfloat16, norm, keep=keep)
     source = cuda_build.read_source("quatom.ops", "quantize.cu")
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     before, wait, after = sass.partition("ACQBULK")

@@ -11,9 +11,10 @@ from quatom.numerics.groups import GroupLayout
 from quatom.ops import cuda_quantize
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
-from quatom.ops.cuda_quantize import Variant, can_quantize, choose_variant, quantize_cuda
+from quatom.ops.cuda_quantize import can_quantize, quantize_cuda
 from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.norm_quantize import norm_quantize
+from quatom.ops.quantize_variants import Variant, choose_variant
 from quatom.ops.reorder_quantize import reorder_quantize
 
 LAYOUTS = {

@@ -164,6 +164,27 @@ def test_shapes_of_models(experts, k, rows, normal, outliers, tokens, fmt, scale
     assert (error / total) ** 0.5 <= (2e-3 if fmt == "e4m3" else 4e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_down_takes_the_tiles_that_gate_up_arranged(tokens, device):
+    first = Problem.make(GroupLayout(256, 128, 128), tokens, 2, 6, 128, "spread")
+    then = Problem.make(GroupLayout(384, 128, 128), tokens * 2, 1, 6, 196, "spread")
+    experts, following = (problem.prepare(Backend.CUDA, device) for problem in (first, then))
+    ids, x = first.ids.to(device), first.mixed(experts, device)
+    rows = then.mixed(following, device)
+    apart = group_tokens(ids, 6)
+    want = (
+        expert_linear(x, experts, apart, top_k=2),
+        expert_linear(rows, following, apart, top_k=None),
+    )
+    assert not apart.tiles
+    together = group_tokens(ids, 6)
+    got = expert_linear(x, experts, together, top_k=2, following=following)
+    assert torch.equal(got, want[0])
+    assert together.tiles
+    assert torch.equal(expert_linear(rows, following, together, top_k=None), want[1])
+
+
 def _expand(scales, layout):
     sizes = torch.tensor(layout.group_sizes, device=scales.device)
     return scales.double().repeat_interleave(sizes, dim=1)

@@ -7,9 +7,10 @@ from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
-from quatom.ops.cuda_quantize import Variant, quantize_cuda
+from quatom.ops.cuda_quantize import quantize_cuda
 from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.norm_quantize import norm_quantize
+from quatom.ops.quantize_variants import Variant
 from quatom.ops.reorder_quantize import reorder_quantize
 
 LAYOUTS = [

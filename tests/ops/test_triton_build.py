@@ -143,6 +143,17 @@ for sigmoid, normalized in ((True, True), (False, True), (False, False)):
         BLOCK_E=64, BLOCK_K=8,
     )
 """,
+    "route rows": """
+from quatom.ops.experts.triton_routing import _route_rows_kernel as kernel
+for sigmoid, parts in ((True, 1), (False, 3)):
+    build(
+        kernel,
+        {"*bf16": "x_ptr weight_ptr", "*fp32": "bias_ptr correction_ptr weights_ptr",
+         "*i32": "ids_ptr", "i32": "T x_row_stride", "fp32": "SCALE STEP"},
+        CHANNELS=200, PARTS=parts, HAS_BIAS=sigmoid, E=60, K=6, SIGMOID=sigmoid, NORMALIZED=True,
+        CORRECTED=sigmoid, TOKENS=16, BLOCK_C=128, BLOCK_E=64, BLOCK_K=8,
+    )
+""",
     "combine": """
 from quatom.ops.experts.triton_groups import _combine_kernel as kernel
 build(
@@ -167,14 +178,16 @@ for codes in (True, False):
         **(sizes if codes else sizes | {"OUTLIERS": 0}),
     )
 """,
-    "prefill with a soft-cap": """
+    "prefill": """
 from quatom.ops.attention.triton_prefill import _prefill_kernel as kernel
-build(
-    kernel,
-    {"*bf16": "q_ptr k_ptr v_ptr out_ptr", "*i32": "starts_q_ptr starts_k_ptr",
-     "i32": "q_stride window", "fp32": "score_scale softcap_log2e", "*fp32": "sinks_ptr"},
-    H=4, KV=2, D=100, D_PAD=128, WINDOW=True, SINKS=True, BLOCK_M=64, BLOCK_N=32,
-)
+for softcap in (True, False):
+    build(
+        kernel,
+        {"*bf16": "q_ptr k_ptr v_ptr out_ptr", "*i32": "starts_q_ptr starts_k_ptr",
+         "i32": "q_stride window", "fp32": "score_scale softcap_log2e", "*fp32": "sinks_ptr"},
+        H=4, KV=2, D=100, D_PAD=128, SOFTCAP=softcap, WINDOW=True, SINKS=softcap, BLOCK_M=64,
+        BLOCK_N=32,
+    )
 """,
 }
 

@@ -29,7 +29,7 @@ from quatom.loading import LoadedModel
 
 PARTS = {
     "linears": r"linear_hopper|_linear_kernel|_scale_kernel|_dequantize_kernel",
-    "attention": r"^(decode|merge)$|_(attention|merge|gather)_kernel|flash|fmha|splitk",
+    "attention": r"^(decode|merge)$|_(attention|prefill|merge|gather)_kernel|flash|fmha|splitk",
     "norm, reorder, quantize": r"quantize|norm|gated",
     "rope, append": r"rope_append",
     "matrix products of cuBLAS": r"nvjet|gemm|cutlass|xmma|cublas",

@@ -45,6 +45,7 @@ class _Piece:
     graph: Any  # torch.cuda.CUDAGraph
     attention: AttentionCall
     q: Tensor  # (size, H, D), overwritten by the next piece
+    attended: Tensor  # (size, H, D), which the next piece reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,7 @@ class PrefillGraphs:
         step = self._steps[size]
         for piece in step.pieces:
             piece.graph.replay()
-            attended = piece.attention(piece.q[:used], context)
-            self._buffer(piece.q)[:used].copy_(attended)
+            piece.attention(piece.q[:used], context, out=piece.attended[:used])
         step.last.replay()
         return step.hidden[:used]
 
@@ -142,7 +142,7 @@ class PrefillGraphs:
                 return _Step(pieces, graph, borrow(stop))
             attention, q = stop
             attended = self._buffer(q)[:size]
-            pieces.append(_Piece(graph, attention, borrow(q)))
+            pieces.append(_Piece(graph, attention, borrow(q), attended))
 
 
 def _advance(run: Stages, attended: Tensor | None) -> tuple[AttentionCall, Tensor] | Tensor:

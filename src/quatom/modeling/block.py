@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quatom.families.spec import Attention, NormName, RouterTensor, SiteName
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
-from quatom.modeling.linear import SiteLinear
+from quatom.modeling.linear import QuantizedExperts, SiteLinear
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.rotated import RotatedLinear
 from quatom.modeling.router import ExpertRouter
@@ -99,6 +99,9 @@ class DecoderBlock(nn.Module):
             None if experts is None else ExpertRouter(experts, tensors, self.routing_backend)
         )
         self.register_buffer("shared_gate", tensors.get("shared_gate"), persistent=False)
+        first, then = (linears.get(site) for site in ("experts_gate_up", "experts_down"))
+        if isinstance(first, QuantizedExperts) and isinstance(then, QuantizedExperts):
+            first.following = then.prepared
 
     def forward(
         self,
@@ -110,7 +113,7 @@ class DecoderBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns the block's last output, not yet added, and the residual to add it to."""
         q, residual = self.before_attention(hidden, residual, context, kv, rotary)
-        return self.after_attention(self.attend(q, context, kv, rotary), residual)
+        return self.after_attention(self.attend(q, context, kv=kv, rotary=rotary), residual)
 
     def before_attention(
         self,
@@ -169,13 +172,15 @@ class DecoderBlock(nn.Module):
         experts = self.spec.experts
         assert experts is not None
         assert self.router is not None
+        inputs = self._input_of("experts_gate_up")
         if "feed_forward" in self.spec.norms:
-            normed, residual = self.norms["feed_forward"](hidden, residual)
+            layer = cast("NormLayer", self.norms["feed_forward"])
+            x, normed, residual = inputs.norm_kept(hidden, residual, layer)
         else:
             normed = residual = hidden + residual
+            x = inputs.plain(normed)
         routing = self.router(normed)
         groups = group_tokens(routing.expert_ids, experts.count, backend=self.routing_backend)
-        x = self._input_of("experts_gate_up").plain(normed)
         x = self.linears["experts_gate_up"](x, groups, experts.top_k)
         x = self._input_of("experts_down").activate(x, experts.feed_forward)
         mixed = combine(
@@ -214,8 +219,10 @@ class DecoderBlock(nn.Module):
         self,
         q: Tensor,  # (T, H, D)
         context: ForwardContext,
+        *,
         kv: KVPages,
         rotary: RotaryTables,
+        out: Tensor | None = None,  # (T, H, D): where the result is written
     ) -> Tensor:
         """What the queries see of their sequences, (T, H, D)."""
         spec = self.spec.attention
@@ -236,5 +243,6 @@ class DecoderBlock(nn.Module):
             total_kv_tokens=context.total_kv_tokens,
             prefill_cu_seqlens=context.prefill_cu_seqlens,
             shared=context.shared,
+            out=out,
             backend=self.backend,
         )

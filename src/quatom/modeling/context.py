@@ -1,7 +1,8 @@
 """What a forward pass must know besides its tokens: their positions and where they are stored."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +39,13 @@ class ForwardContext:
     """What the layers make of the above and share."""
 
 
-AttentionCall = Callable[[Tensor, ForwardContext], Tensor]
-"""The attention of a layer: what queries (T, H, D) see of their sequences, (T, H, D)."""
+class AttentionCall(Protocol):
+    """The attention of a layer."""
+
+    def __call__(self, q: Tensor, context: ForwardContext, *, out: Tensor | None = None) -> Tensor:
+        """What queries (T, H, D) see of their sequences, (T, H, D); written to `out` if given."""
+
+
 Stages = Generator[tuple[AttentionCall, Tensor], Tensor | None, Tensor]
 """A forward pass that stops for each attention with its queries, and is sent the result."""
 

@@ -10,7 +10,7 @@ from quatom.ops.backend import Backend
 from quatom.ops.gated import gated
 from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.norm import norm
-from quatom.ops.norm_quantize import norm_quantize
+from quatom.ops.norm_quantize import norm_and_quantize, norm_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
 
 
@@ -87,6 +87,30 @@ class InputQuantizer(nn.Module):
             normed, total = layer(x, residual)
             return self.arrange(normed), total
         return norm_quantize(
+            x,
+            layer.weight,
+            self.order,
+            self.spec,
+            norm=layer.spec,
+            bias=layer.bias,
+            residual=residual,
+            backend=self.backend,
+        )
+
+    def norm_kept(
+        self,
+        x: Tensor,  # (T, K)
+        residual: Tensor,  # (T, K)
+        layer: NormLayer,
+    ) -> tuple[Tensor | MixedTensor, Tensor, Tensor]:
+        """As `norm`, with the normalized tokens (T, K) before reorder and quantization.
+
+        What is quantized is those as they are rounded: this is `plain` of them, in fewer launches.
+        """
+        if self.spec is None:
+            normed, total = layer(x, residual)
+            return self.arrange(normed), normed, total
+        return norm_and_quantize(
             x,
             layer.weight,
             self.order,

@@ -70,10 +70,12 @@ class QuantizedExperts(nn.Module):
     def __init__(self, prepared: PreparedExperts) -> None:
         super().__init__()
         self.prepared = prepared
+        self.following: PreparedExperts | None = None
+        """What the same block multiplies next by the same groups."""
 
     def forward(self, x: Tensor | MixedTensor, groups: TokenGroups, top_k: int | None) -> Tensor:
         """As `quatom.ops.experts.expert_linear`: (T k, N) in grouped order."""
-        return expert_linear(x, self.prepared, groups, top_k=top_k)
+        return expert_linear(x, self.prepared, groups, top_k=top_k, following=self.following)
 
 
 SiteLinear = FloatLinear | QuantizedLinear | FloatExperts | QuantizedExperts

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from quatom.families.spec import Experts, Router, RouterTensor
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.experts import Routing
+from quatom.ops.experts.router_weight import RouterWeight
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON)
 
@@ -30,11 +31,31 @@ class ExpertRouter(nn.Module):
         self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         for name in ("bias", "correction"):
             self.register_buffer(name, tensors.get(name), persistent=False)
+        self._halves: dict[torch.dtype, RouterWeight | None] = {}
 
     def forward(self, x: Tensor) -> Routing:  # (T, hidden)
         """Experts (T, k) and their weights (T, k)."""
+        if x.dtype is not torch.float32 and runs_fused(self.spec, x.device, self.backend):
+            if x.dtype not in self._halves:  # made by the first step, before graphs are captured
+                self._halves[x.dtype] = RouterWeight.of(self.weight, x.dtype)
+            if (halves := self._halves[x.dtype]) is not None:
+                from quatom.ops.experts.triton_routing import route_rows_triton
+
+                options = self.spec.top_k, self.spec.router, self.bias, self.correction
+                return Routing(*route_rows_triton(x, halves, *options))
         logits = nn.functional.linear(x.float(), self.weight, self.bias)
         return route(logits, self.spec, self.correction, backend=self.backend)
+
+
+def runs_fused(spec: Experts, device: torch.device, backend: Backend | None) -> bool:
+    """Whether a Triton kernel chooses; groups of experts and sparsemixer have the reference alone.
+
+    Raises:
+        BackendError: the backend asked for does not exist.
+    """
+    if spec.router.scores == "sparsemixer" or spec.router.groups > 1:
+        return False
+    return choose_backend("route", BACKENDS, device, backend) is Backend.TRITON
 
 
 def route(
@@ -54,20 +75,10 @@ def route(
             and sparsemixer have the reference alone.
     """
     router = spec.router
-    fused = router.scores != "sparsemixer" and router.groups == 1
-    if fused and choose_backend("route", BACKENDS, logits.device, backend) is Backend.TRITON:
+    if runs_fused(spec, logits.device, backend):
         from quatom.ops.experts.triton_routing import route_triton
 
-        return Routing(
-            *route_triton(
-                logits,
-                spec.top_k,
-                sigmoid=router.scores == "sigmoid",
-                normalized=router.normalized,
-                scale=router.scale,
-                correction=correction,
-            )
-        )
+        return Routing(*route_triton(logits, spec.top_k, router, correction))
     match router.scores:
         case "sparsemixer":
             chosen, weights = _sparsemixer(logits, router.jitter)

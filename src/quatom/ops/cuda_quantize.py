@@ -2,8 +2,8 @@
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Literal, get_args
+from functools import cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from quatom.errors import BackendError
 from quatom.families.spec import Activation, Norm
 from quatom.numerics.formats import get_format
-from quatom.numerics.groups import GroupLayout
 from quatom.numerics.hadamard import common_block
 from quatom.ops.activations import MixedTensor, QuantizeSpec, allocate_groups
 from quatom.ops.cuda_build import (
@@ -22,26 +21,10 @@ from quatom.ops.cuda_build import (
     load_kernel,
     read_source,
 )
+from quatom.ops.quantize_variants import Operation, Variant, choose_variant
 
-Operation = Literal["reorder", "norm", "gated"]
 _OPERATIONS = {"reorder": 0, "norm": 1, "gated": 2}
 _ACTIVATIONS = {name: number for number, name in enumerate(get_args(Activation))}
-_CLUSTERS = ((16, 8, 1), (64, 5, 2), (128, 2, 1))
-"""Tokens of a batch up to which so many CTAs share a token whose groups share a scale, each in so
-many rounds; 8 is the largest cluster that any Hopper GPU can hold."""
-_TWO_TOKENS_FROM = 512
-"""With this many tokens or more in a batch, a CTA takes two of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """How a CTA of quantize.cu is cut."""
-
-    threads: int
-    tokens: int
-    """Tokens of a CTA: 1 or 2."""
-    ctas: int = 1
-    """CTAs of a token: several only for gated, which gathers nothing from all over a row."""
 
 
 class _Arguments(KernelArguments):
@@ -68,7 +51,8 @@ class _Arguments(KernelArguments):
         ("num_scales", ctypes.c_int),
         ("clip_ratio", ctypes.c_float),
         ("largest", ctypes.c_int),
-        ("bias", ctypes.c_void_p),  # the driver takes it where the kernel was compiled with one
+        ("bias", ctypes.c_void_p),  # the driver takes these where the kernel was compiled with them
+        ("kept", ctypes.c_void_p),
     )
 
 
@@ -81,28 +65,6 @@ class _Plan:
     """Arguments from `normal` on."""
 
 
-@lru_cache(maxsize=4096)
-def choose_variant(
-    operation: Operation, tokens: int, layout: GroupLayout, whole_token: bool = False
-) -> Variant:
-    """The fastest variant measured, see docs/lab/kernels-linear.md."""
-    pairs = -(-layout.num_scales // 2)  # a warp takes two groups
-    if operation == "gated" and not whole_token:
-        return Variant(128, 1, -(-pairs // 4))
-    if operation == "gated":
-        for most_tokens, ctas, cta_rounds in _CLUSTERS:
-            if tokens <= most_tokens:
-                warps = min(32, max(4, -(-pairs // (ctas * cta_rounds))))
-                return Variant(warps * 32, 1, min(ctas, -(-pairs // warps)))
-    two_tokens = tokens >= _TWO_TOKENS_FROM and operation != "gated"
-    # Two wide rows fill registers: large CTAs, few of which fit, would all wait at the same time.
-    most = 10 if two_tokens and operation == "reorder" and pairs > 16 else 16
-    rounds = -(-pairs // most)
-    if two_tokens and whole_token and pairs > 8:
-        rounds = max(rounds, 2)  # half the CTA waits at the barrier of the maximum
-    return Variant(-(-pairs // rounds) * 32, 2 if two_tokens else 1)
-
-
 def defines(
     operation: Operation,
     variant: Variant,
@@ -111,6 +73,7 @@ def defines(
     norm: Norm | None = None,
     activation: Activation = "silu",
     gated: bool = True,
+    keep: bool = False,
 ) -> dict[str, int]:
     """The constants that quantize.cu is compiled with."""
     return {
@@ -130,6 +93,7 @@ def defines(
         "LAYER": int(norm is not None and norm.kind == "layer"),
         "WEIGHT_OFFSET": int(norm.weight_offset) if norm is not None else 0,
         "BIAS": int(norm is not None and norm.bias),
+        "KEEP": int(keep),
         "ACTIVATION": _ACTIVATIONS[activation],
         "GATED": int(gated),
     }
@@ -156,9 +120,10 @@ def _plan(
     norm: Norm | None,
     activation: Activation,
     gated: bool,
+    keep: bool,
 ) -> _Plan:
     source = read_source("quatom.ops", "quantize.cu")
-    constants = defines(operation, variant, spec, dtype, norm, activation, gated)
+    constants = defines(operation, variant, spec, dtype, norm, activation, gated, keep)
     cubin = compile_cubin(source, "sm_90a", constants)
     layout = spec.layout
     with torch.cuda.device(device):
@@ -238,9 +203,13 @@ def quantize_cuda(
     residual: Tensor | None = None,
     activation: Activation = "silu",
     gated: bool = True,
+    kept: Tensor | None = None,
     variant: Variant | None = None,
 ) -> tuple[MixedTensor, Tensor]:
     """Run one operation; the second result is the sum of x and residual, or x without one.
+
+    Normalized rows are written to `kept`, (T, K) contiguous in x's dtype, where it is given; then
+    those are what is quantized.
 
     Raises:
         BackendError: the input is none that `can_quantize`.
@@ -263,7 +232,8 @@ def quantize_cuda(
     bias = None if bias is None else bias.contiguous()
     order = None if order is None else order.to(torch.int32).contiguous()
     variant = variant or choose_variant(operation, tokens, layout, spec.scale_mode != "group")
-    plan = _plan(operation, variant, spec, x.dtype, x.device.index, norm, activation, gated)
+    keep = kept is not None
+    plan = _plan(operation, variant, spec, x.dtype, x.device.index, norm, activation, gated, keep)
     plan.kernel.launch(
         -(-tokens // variant.tokens) * variant.ctas,
         _Arguments(
@@ -284,6 +254,7 @@ def quantize_cuda(
             0.0 if norm is None else norm.eps,
             *plan.layout,
             None if bias is None else bias.data_ptr(),
+            None if kept is None else kept.data_ptr(),
         ),
         # The kernel reads weight, bias and order while the kernel before it still runs: they must
         # not be that one's results.

@@ -19,6 +19,7 @@
 //   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
 //   CLUSTER      CTAs of a token that tell each other their maxima; 1 where one CTA has it or none asks
 //   LAYER, WEIGHT_OFFSET, BIAS  of operation 1: the mean is subtracted, 1 is added to the weight, a bias at the end
+//   KEEP                        of operation 1: the normalized rows are kept too, in 16 bits, and what is quantized is them
 //   ACTIVATION, GATED           of operation 2: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu, 4 clamped_swiglu; x holds
 //                               gates before ups
 
@@ -26,7 +27,7 @@ constexpr u32 ALL = ~0u;                       // every lane takes part in a shu
 constexpr float MIN_SCALE = 6.103515625e-05f;  // 2**-14, see quatom.numerics.groups
 constexpr float ROUND = 12582912.0f;           // 1.5 * 2**23: adding it rounds to an integer, ties to even
 constexpr u32 ONES = 0x01010101;
-constexpr bool PAIRS = TOKENS == 2 || OPERATION == 1;  // shared memory holds words of two numbers
+constexpr bool PAIRS = TOKENS == 2 || (OPERATION == 1 && !KEEP);  // shared memory holds words of two numbers
 
 __device__ __forceinline__ float low_half(u32 word) {
 #if INPUT_BF16
@@ -73,6 +74,17 @@ __device__ __forceinline__ void read_neighbours(u32 (&out)[8], const u32* words,
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] = i % 2 ? read[i / 2] >> 16 : read[i / 2];
   }
+}
+
+// Two float32 numbers as 16-bit ones.
+__device__ __forceinline__ u32 pack_halves(float low, float high) {
+  u32 packed;
+#if INPUT_BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#endif
+  return packed;
 }
 
 __device__ __forceinline__ float round_to_half(float v) {
@@ -402,8 +414,11 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
                 float mean_factor /* 1 / channels */, float eps,
                 int normal, int group_size, int outlier_size, int num_normal, int num_scales, float clip_ratio,
                 int largest
-#if BIAS
+#if BIAS || KEEP
                 , const u16* __restrict__ bias  // [channels]
+#endif
+#if KEEP
+                , u16* __restrict__ kept        // [tokens][channels]
 #endif
                 ) {
   const Layout layout{normal, group_size, outlier_size, num_normal, num_scales, clip_ratio, largest};
@@ -483,14 +498,21 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
   float* const partial = reinterpret_cast<float*>(weights + (TOKENS == 2 ? channels : 0));
 #endif
   uint2 norm_weight[VECTORS];
+#if KEEP && BIAS
+  uint2 norm_bias[VECTORS];
+#endif
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     const int k = (v * THREADS + threadIdx.x) * 4;
     if (k >= channels) continue;
     norm_weight[v] = *reinterpret_cast<const uint2*>(weight + k);
+#if KEEP && BIAS
+    norm_bias[v] = *reinterpret_cast<const uint2*>(bias + k);
+#elif !KEEP
     if (TOKENS == 2) *reinterpret_cast<uint2*>(weights + k) = norm_weight[v];
 #if BIAS
     *reinterpret_cast<uint2*>(biases + k) = *reinterpret_cast<const uint2*>(bias + k);
+#endif
 #endif
   }
 #endif
@@ -528,23 +550,26 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
       }
   }
 #endif
+  auto share_rows = [&]() {
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int k = (v * THREADS + threadIdx.x) * 4;
-    if (k >= channels) continue;
-    const uint2 a = loaded[0][v];
+    for (int v = 0; v < VECTORS; ++v) {
+      const int k = (v * THREADS + threadIdx.x) * 4;
+      if (k >= channels) continue;
+      const uint2 a = loaded[0][v];
 #if TOKENS == 2
-    const uint2 b = loaded[1][v];
-#elif OPERATION == 1
-    const uint2 b = norm_weight[v];
+      const uint2 b = loaded[1][v];
+#elif OPERATION == 1 && !KEEP
+      const uint2 b = norm_weight[v];
 #endif
-#if TOKENS == 2 || OPERATION == 1
-    *reinterpret_cast<uint4*>(words + k) =
-        make_uint4(lower_halves(a.x, b.x), upper_halves(a.x, b.x), lower_halves(a.y, b.y), upper_halves(a.y, b.y));
+#if TOKENS == 2 || (OPERATION == 1 && !KEEP)
+      *reinterpret_cast<uint4*>(words + k) =
+          make_uint4(lower_halves(a.x, b.x), upper_halves(a.x, b.x), lower_halves(a.y, b.y), upper_halves(a.y, b.y));
 #else
-    *reinterpret_cast<uint2*>(halves + k) = a;
+      *reinterpret_cast<uint2*>(halves + k) = a;
 #endif
-  }
+    }
+  };
+  if (!KEEP) share_rows();
 #if LAYER
   float mean[TOKENS];  // of each token, known to all threads
   float* const sums = partial + TOKENS * (THREADS / 32);
@@ -609,16 +634,51 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
       inverse[TOKENS - 1] = keeps_second() ? own : other;
     }
   }
+#if KEEP
+  // As the norm alone would give them: from here on rows are only gathered.
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    const int k = (v * THREADS + threadIdx.x) * 4;
+    if (k >= channels) continue;
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      const u32 pairs[2] = {loaded[t][v].x, loaded[t][v].y}, factors[2] = {norm_weight[v].x, norm_weight[v].y};
+      u32 normed[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float low = low_half(pairs[i]), high = high_half(pairs[i]);
+#if LAYER
+        low -= mean[t], high -= mean[t];
+#endif
+        low *= inverse[t], high *= inverse[t];
+#if !LAYER && !WEIGHT_OFFSET
+        const u32 rounded = pack_halves(low, high);  // an RMS norm is rounded before it meets its weight
+        low = low_half(rounded), high = high_half(rounded);
+#endif
+        low *= low_half(factors[i]) + float(WEIGHT_OFFSET), high *= high_half(factors[i]) + float(WEIGHT_OFFSET);
+#if BIAS
+        const u32 added[2] = {norm_bias[v].x, norm_bias[v].y};
+        low += low_half(added[i]), high += high_half(added[i]);
+#endif
+        normed[i] = pack_halves(low, high);
+      }
+      loaded[t][v] = make_uint2(normed[0], normed[1]);
+      if (holds(t, k)) *reinterpret_cast<uint2*>(kept + (token + t) * channels + k) = loaded[t][v];
+    }
+  }
+  share_rows();
+  __syncthreads();
+#endif
 #endif
   auto bring = [&](int round, const Place& place, float (&values)[TOKENS][8]) {
     const int indices[8] = {next[0].x, next[0].y, next[0].z, next[0].w, next[1].x, next[1].y, next[1].z, next[1].w};
     if (round + 1 < ROUNDS) load_order(round + 1);
     // A word holds the channel of both tokens, or of the token and its weight, or of the token alone.
     u32 gathered[8] = {};
-#if OPERATION == 1 && TOKENS == 2
+#if OPERATION == 1 && TOKENS == 2 && !KEEP
     u32 factors[8] = {};
 #endif
-#if BIAS
+#if BIAS && !KEEP
     u32 added[8] = {};
 #endif
     if (place.inside) {
@@ -628,11 +688,11 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
 #pragma unroll
         for (int i = 0; i < 8; ++i) gathered[i] = PAIRS ? words[indices[i]] : halves[indices[i]];
       }
-#if OPERATION == 1 && TOKENS == 2
+#if OPERATION == 1 && TOKENS == 2 && !KEEP
 #pragma unroll
       for (int i = 0; i < 8; ++i) factors[i] = weights[order == nullptr ? place.channel() + i : indices[i]];
 #endif
-#if BIAS
+#if BIAS && !KEEP
 #pragma unroll
       for (int i = 0; i < 8; ++i) added[i] = biases[order == nullptr ? place.channel() + i : indices[i]];
 #endif
@@ -641,7 +701,7 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
     for (int i = 0; i < 8; ++i) {
       values[0][i] = low_half(gathered[i]);
       if (TOKENS == 2) values[TOKENS - 1][i] = high_half(gathered[i]);
-#if OPERATION == 1
+#if OPERATION == 1 && !KEEP
 #if TOKENS == 2
       float factor = low_half(factors[i]);
 #else

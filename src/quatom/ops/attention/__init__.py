@@ -70,6 +70,7 @@ def attention(
     prefill_cu_seqlens: tuple[Tensor, Tensor] | None = None,  # two (B - num_decodes + 1,) int32
     num_splits: int | None = None,
     shared: Shared | None = None,
+    out: Tensor | None = None,  # (T, H, D) contiguous, in q's dtype
     backend: Backend | None = None,
 ) -> Tensor:
     """softmax(q k^T * softmax_scale) v for every new token, over what its sequence has cached.
@@ -100,10 +101,11 @@ def attention(
         num_splits: parts that a decode cuts every sequence into; None picks enough to fill the
             device.
         shared: what the layers of one batch share; only the reference uses it.
+        out: where the result is written; None: into memory of its own.
         backend: implementation to run; None picks the fastest one that supports the call.
 
     Returns:
-        (T, H, D) in q's dtype.
+        (T, H, D) in q's dtype; `out` where that is given.
 
     Raises:
         ShapeError: shapes or dtypes disagree.
@@ -114,6 +116,14 @@ def attention(
     sinks.
     """
     _check(q, pages, block_tables, cu_seqlens_q, seq_lens, rotary, sinks)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    elif out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise ShapeError(
+            f"out {tuple(out.shape)} {out.dtype} must be contiguous, {tuple(q.shape)} {q.dtype}"
+        )
+    if not q.shape[0]:
+        return out
     options = AttentionOptions(
         softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(pages.head_dim),
         sliding_window,
@@ -135,9 +145,9 @@ def attention(
             max_seq_len,
             None if n else cu_k,
         )
-        return _run(q, None, pages, batch, options, backend)
+        _run(q, out, pages, batch, options, backend)
+        return out
     # Decodes have one new token each, so sequence i of them is row i of q.
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     decodes = Sequences(block_tables[:n], cu_seqlens_q[: n + 1], seq_lens[:n], 1, max_seq_len)
     rest = Sequences(
         block_tables[n:],
@@ -154,37 +164,29 @@ def attention(
 
 def _run(
     q: Tensor,
-    out: Tensor | None,
+    out: Tensor,
     pages: KVPages,
     batch: Sequences,
     options: AttentionOptions,
     backend: Backend | None,
-) -> Tensor:
-    """Attention of one homogeneous part of a batch, into `out` where that is given."""
+) -> None:
+    """Attention of one homogeneous part of a batch."""
     decode = batch.max_seqlen_q <= MAX_DECODE_TOKENS
     obstacle = _cuda_obstacle(q, pages, decode, options)
     available = BACKENDS if obstacle is None else BACKENDS[:-1]
     if backend is Backend.CUDA and obstacle is not None:
         raise BackendError(f"attention cannot run on backend cuda: {obstacle}; use backend triton")
-    chosen = choose_backend("attention", available, q.device, backend)
-    if chosen is Backend.CUDA and not decode:
-        from quatom.ops.attention.flash import prefill_flash
-
-        result = prefill_flash(q, pages, batch, options)
-        return result if out is None else out.copy_(result)
-
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    if not q.shape[0]:
-        return out
-    match chosen:
+    match choose_backend("attention", available, q.device, backend):
         case Backend.REFERENCE:
             from quatom.ops.attention.reference import attention_reference as run
         case Backend.TRITON:
             from quatom.ops.attention.triton import attention_triton as run
-        case Backend.CUDA:
-            from quatom.ops.attention.cuda import decode_cuda as run
+        case _:
+            if decode:
+                from quatom.ops.attention.cuda import decode_cuda as run
+            else:
+                from quatom.ops.attention.flash import prefill_cuda as run
     run(q, out, pages, batch, options)
-    return out
 
 
 def _cuda_obstacle(

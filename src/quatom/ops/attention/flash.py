@@ -1,11 +1,12 @@
-"""Prefill on CUDA: dequantize the cache into a workspace, then torch's FlashAttention over that.
+"""Prefill on CUDA: dequantize the cache into a workspace, then a kernel over that.
 
-For chunks of hundreds of tokens the workspace costs a few percent of the attention itself, and the
-matrix kernels are those of FlashAttention-2. The workspace holds the new tokens too, so that they
-are seen as decode will see them; keys stored before rotary embedding are rotated on the way. Tokens
-that lie before the windows of all new ones are left out. With a logit soft-cap, which torch's
-kernel does not have, a Triton kernel reads the workspace. Sinks take their share of the result
-afterwards, from the log-sum-exp of each row's scores.
+For chunks of hundreds of tokens the workspace costs a few percent of the attention itself. It holds
+the new tokens too, so that they are seen as decode will see them; keys stored before rotary
+embedding are rotated on the way. Tokens that lie before the windows of all new ones are left out.
+
+The kernel is a Triton kernel where it is faster or alone has what is asked (a logit soft-cap), else
+torch's FlashAttention-2; there sinks take their share of the result afterwards, from the
+log-sum-exp of each row's scores.
 """
 
 import torch
@@ -15,26 +16,30 @@ from quatom.errors import BackendError
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.attention import AttentionOptions, Sequences, seen_tokens
 from quatom.ops.attention.triton_gather import gather_triton
-from quatom.ops.attention.triton_prefill import prefill_softcap
+from quatom.ops.attention.triton_prefill import faster_than_flash, prefill_triton
+from quatom.ops.cuda_build import device_capability
 
 HEAD_MULTIPLE = 8
 """Channels that FlashAttention's heads are made of: others are padded with zeros."""
 
 
-def prefill_flash(
+def prefill_cuda(
     q: Tensor,
+    out: Tensor,
     pages: KVPages,
     batch: Sequences,
     options: AttentionOptions,
-) -> Tensor:
+) -> None:
     """See `attention`: prefill chunks, packed, over any cache format."""
     window, most = options.sliding_window, seen_tokens(batch, options)
     left_out = window is not None and window < batch.max_seq_len
     cu_seqlens_k, total = _brought(q.shape[0], batch, options, left_out)
     if not total:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    head_dim, softcap = q.shape[2], options.logit_softcap
-    padding = -head_dim % HEAD_MULTIPLE if softcap is None else 0
+        out.zero_()
+        return
+    head_dim, capability = q.shape[2], device_capability(q.device.index)
+    own = options.logit_softcap is not None or faster_than_flash(head_dim, capability)
+    padding = 0 if own else -head_dim % HEAD_MULTIPLE
     k, v = gather_triton(
         pages,
         batch.block_tables,
@@ -46,10 +51,11 @@ def prefill_flash(
         seq_lens=batch.seq_lens if left_out else None,
         padding=padding,
     )
-    if softcap is not None:
+    if own:
         starts = batch.cu_seqlens_q, cu_seqlens_k
-        return prefill_softcap(q, k, v, *starts, batch.max_seqlen_q, options)
-    out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
+        prefill_triton(q, k, v, out, *starts, batch.max_seqlen_q, options)
+        return
+    result, log_sums, *_ = torch.ops.aten._flash_attention_forward(
         torch.nn.functional.pad(q, (0, padding)) if padding else q,
         k,
         v,
@@ -73,8 +79,8 @@ def prefill_flash(
             )
         # exp(lse) / (exp(lse) + exp(sink)), of lse (H, T); +inf for a row that sees nothing, whose
         # output is 0. One more rounding to q's dtype.
-        out = out.mul_((log_sums - options.sinks[:, None]).sigmoid().t().unsqueeze(-1))
-    return out[..., :head_dim].contiguous() if padding else out
+        result.mul_((log_sums - options.sinks[:, None]).sigmoid().t().unsqueeze(-1))
+    out.copy_(result[..., :head_dim])
 
 
 def _brought(

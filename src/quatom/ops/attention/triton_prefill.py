@@ -1,10 +1,11 @@
 # mypy: ignore-errors
-"""Triton kernel for prefills with a logit soft-cap, which torch's FlashAttention does not have.
+"""Triton kernel for prefills: faster than FlashAttention-2 on Hopper, and with a logit soft-cap.
 
-It reads the same packed workspace. One program takes BLOCK_M new tokens of one head and walks the
-tokens they see; only tiles that touch the diagonal or the window's edge are masked.
+It reads the packed workspace of `flash.py`. One program takes BLOCK_M new tokens of one head and
+walks the tokens they see; only tiles that touch the diagonal or the window's edge are masked.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -35,6 +36,7 @@ def _walk(
     softcap_log2e,
     window,
     MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -51,19 +53,22 @@ def _walk(
             k = tl.load(k_at + at)
         else:
             k = tl.load(k_at + at, mask=(channel < D)[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * score_scale
-        # tanh(x) = 2 / (1 + exp(-2 x)) - 1
-        scores = softcap_log2e * (2.0 / (1.0 + tl.exp2(-2.0 * scores)) - 1.0)
+        scores = tl.dot(q, k, input_precision="ieee")
+        factor = score_scale  # of scores, to log2
+        if SOFTCAP:
+            # tanh(x) = 2 / (1 + exp(-2 x)) - 1
+            factor = softcap_log2e
+            scores = 2.0 / (1.0 + tl.exp2(-2.0 * score_scale * scores)) - 1.0
         if MASKED:
             seen = token[None, :] <= position[:, None]
             if WINDOW:
                 seen = seen & (token[None, :] > position[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * factor)
         shift = new_maximum
         if MASKED:  # a row that has seen nothing yet keeps weights exp2(-inf) = 0
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(scores * factor - shift[:, None])  # one fused operation
         decay = tl.exp2(maximum - shift)
         total = total * decay + tl.sum(weights, axis=1)
         maximum = new_maximum
@@ -89,13 +94,14 @@ def _prefill_kernel(
     starts_k_ptr,  # (B + 1,) int32
     sinks_ptr,  # (H,) float32, read when SINKS
     q_stride,
-    score_scale,  # softmax_scale / softcap * log2(e)
+    score_scale,  # softmax_scale * log2(e); with a soft-cap divided by that
     softcap_log2e,
     window,
     H: tl.constexpr,
     KV: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -158,6 +164,7 @@ def _prefill_kernel(
             softcap_log2e,
             window,
             phase != 1,
+            SOFTCAP,
             WINDOW,
             D,
             D_PAD,
@@ -172,22 +179,39 @@ def _prefill_kernel(
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-def prefill_softcap(
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a program of the kernel is cut."""
+
+    rows: int
+    """New tokens of a program."""
+    tokens: int
+    """Cached tokens of a step."""
+    warps: int
+    stages: int
+    """Steps whose K and V are on their way."""
+
+
+def prefill_triton(
     q: Tensor,  # (T, H, D)
     k: Tensor,  # (total, KV, D) contiguous, same dtype as q
     v: Tensor,  # (total, KV, D) contiguous, same dtype as q
+    out: Tensor,  # (T, H, D) contiguous: written
     cu_seqlens_q: Tensor,  # (B + 1,) int32
     cu_seqlens_k: Tensor,  # (B + 1,) int32
     max_seqlen_q: int,
-    options: AttentionOptions,  # with a logit_softcap
-) -> Tensor:
-    """Causal attention of packed sequences, aligned to their last tokens, (T, H, D)."""
+    options: AttentionOptions,
+    tile: Tile | None = None,
+) -> None:
+    """Causal attention of packed sequences, aligned to their last tokens.
+
+    `tile` overrides the choice, for measurements.
+    """
     _, num_heads, head_dim = q.shape
     d_pad = triton.next_power_of_2(head_dim)
-    block_m, block_n, num_warps, num_stages = _tile(d_pad, q.device)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    tile = tile or choose_tile(d_pad, q.device)
     softcap = options.logit_softcap
-    grid = (triton.cdiv(max_seqlen_q, block_m), num_heads, cu_seqlens_q.shape[0] - 1)
+    grid = (triton.cdiv(max_seqlen_q, tile.rows), num_heads, cu_seqlens_q.shape[0] - 1)
     _prefill_kernel[grid](
         q,
         k,
@@ -197,21 +221,26 @@ def prefill_softcap(
         cu_seqlens_k,
         q if options.sinks is None else options.sinks,
         q.stride(0),
-        options.softmax_scale / softcap * _LOG2E,
-        softcap * _LOG2E,
+        options.softmax_scale * (_LOG2E if softcap is None else 1.0 / softcap * _LOG2E),
+        0.0 if softcap is None else softcap * _LOG2E,
         options.sliding_window or 0,
         H=num_heads,
         KV=k.shape[1],
         D=head_dim,
         D_PAD=d_pad,
+        SOFTCAP=softcap is not None,
         WINDOW=options.sliding_window is not None,
         SINKS=options.sinks is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.tokens,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    return out
+
+
+def faster_than_flash(head_dim: int, capability: tuple[int, int]) -> bool:
+    """Whether this kernel was measured to be faster than FlashAttention-2: docs/lab has by what."""
+    return capability[0] == 9 and head_dim in (64, 128)
 
 
 @cache
@@ -220,10 +249,10 @@ def _shared_memory(device: int) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
-def _tile(d_pad: int, device: torch.device) -> tuple[int, int, int, int]:
-    """Rows, tokens, warps and stages: as large as shared memory and registers allow."""
+def choose_tile(d_pad: int, device: torch.device) -> Tile:
+    """The fastest that was measured, see docs/lab/kernels-attention.md."""
     if device.type != "cuda":
-        return 32, 32, 4, 1
+        return Tile(32, 32, 4, 1)
     if _shared_memory(device.index) < 200 * 1024:
-        return 64, 32, 4, 2
-    return 128, 64, 8, 3 if d_pad <= 128 else 2
+        return Tile(64, 32, 4, 2)
+    return Tile(64, 64, 4, 3) if d_pad <= 128 else Tile(128, 64, 8, 2)

@@ -134,6 +134,7 @@ def expert_linear(
     *,
     top_k: int | None,
     bias: Tensor | None = None,  # (E, N), of floating-point experts
+    following: PreparedExperts | None = None,
 ) -> Tensor:
     """Multiply each grouped position's row by the weights of its expert: (T k, N) in x's dtype.
 
@@ -147,6 +148,8 @@ def expert_linear(
         top_k: position p multiplies row slots[p] // top_k of x; None: rows of x are in grouped
             order already, as a result of this function is.
         bias: added to floating-point experts; prepared ones carry theirs.
+        following: what multiplies rows in the order of the result next, by the same groups; cuda
+            prepares that in the same launch.
 
     Raises:
         ShapeError: x, experts, groups and top_k do not fit each other.
@@ -172,7 +175,7 @@ def expert_linear(
         case Backend.CUDA:
             from quatom.ops.experts.cuda import experts_cuda
 
-            return experts_cuda(x, experts, groups, top_k)
+            return experts_cuda(x, experts, groups, top_k, following=following)
         case Backend.TRITON:
             from quatom.ops.experts.triton import experts_triton
 

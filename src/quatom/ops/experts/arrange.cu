@@ -1,5 +1,6 @@
 // Tokens for the experts of linear/kernel.cu: cuts the run of each expert into tiles and, if asked, copies quantized rows
-// into grouped order, the run of each expert from a multiple of 16 rows on. See `quatom.ops.experts.cuda`.
+// into grouped order, the run of each expert from a multiple of 16 rows on. With the copies it can cut runs a second time,
+// for the product that follows, whose rows stay where they are. See `quatom.ops.experts.cuda`.
 //
 // A bulk copy brings a tile of adjacent rows, in the swizzle that belongs to their numbers: rows scattered over a batch
 // would need a copy of 16 bytes each, by threads that the multiplication needs itself. Here each byte moves once for all
@@ -43,6 +44,11 @@ __device__ __forceinline__ int find(const int* firsts, int experts, int at) {
   return low;
 }
 
+// Tiles of a run that begins `before` rows after the first one's first row.
+__device__ __forceinline__ int count_tiles(int before, int count, int rows) {
+  return count == 0 ? 0 : (before + count + rows - 1) / rows;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 arrange_experts(const u8* x,                      // [groups][tokens_padded][128], swizzled
                 const u8* xs,                     // [groups][tokens_padded / 16][2][16] floats
@@ -54,53 +60,64 @@ arrange_experts(const u8* x,                      // [groups][tokens_padded][128
                 int experts, int tokens_padded, int rows_padded, int groups,
                 int top_k,                        // 0 where rows stay
                 int tile_rows, int alignment,     // tiles begin at multiples of `alignment` where rows stay
-                int parts) {                      // CTAs that share the groups of 16 rows
+                int parts,                        // CTAs that share the groups of 16 rows
+                int4* next_runs,                  // of the product that follows, or null
+                int next_tile_rows, int next_alignment) {
   extern __shared__ int shared[];
   int* const first_row = shared;                  // [experts + 1], in `to`
   int* const first_tile = shared + experts + 1;   // [experts + 1]
-  int* const bounds = shared + 2 * (experts + 1);  // [experts + 1]
+  int* const next_tile = shared + 2 * (experts + 1);  // [experts + 1], of next_runs
+  int* const bounds = shared + 3 * (experts + 1);     // [experts + 1]
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
   for (int e = threadIdx.x; e <= experts; e += THREADS) bounds[e] = load_int(offsets + e);
   __syncthreads();
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
-    int rows = 0, tiles = 0;
+    int rows = 0, tiles = 0, next_tiles = 0;
     for (int begin = 0; begin <= experts; begin += 32) {
       const int e = begin + lane;
-      int own_rows = 0, own_tiles = 0;
+      int own_rows = 0, own_tiles = 0, own_next = 0;
       if (e < experts) {
         const int count = bounds[e + 1] - bounds[e];
         own_rows = (count + 15) / 16 * 16;
-        const int before = to == nullptr ? bounds[e] % alignment : 0;
-        own_tiles = count == 0 ? 0 : (before + count + tile_rows - 1) / tile_rows;
+        own_tiles = count_tiles(to == nullptr ? bounds[e] % alignment : 0, count, tile_rows);
+        if (next_runs != nullptr) own_next = count_tiles(bounds[e] % next_alignment, count, next_tile_rows);
       }
-      int rows_to = own_rows, tiles_to = own_tiles;
+      int rows_to = own_rows, tiles_to = own_tiles, next_to = own_next;
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
         const int r = __shfl_up_sync(~0u, rows_to, step), t = __shfl_up_sync(~0u, tiles_to, step);
-        if (lane >= step) rows_to += r, tiles_to += t;
+        const int n = __shfl_up_sync(~0u, next_to, step);
+        if (lane >= step) rows_to += r, tiles_to += t, next_to += n;
       }
       if (e <= experts) {
         first_row[e] = rows + rows_to - own_rows;
         first_tile[e] = tiles + tiles_to - own_tiles;
+        next_tile[e] = next_tiles + next_to - own_next;
       }
       rows += __shfl_sync(~0u, rows_to, 31);
       tiles += __shfl_sync(~0u, tiles_to, 31);
+      next_tiles += __shfl_sync(~0u, next_to, 31);
     }
   }
   __syncthreads();
 
-  const int thread = blockIdx.x * THREADS + threadIdx.x;
-  if (thread == 0) runs[0] = make_int4(first_tile[experts], 0, 0, 0);
-  for (int tile = thread; tile < first_tile[experts]; tile += gridDim.x * THREADS) {
-    const int e = find(first_tile, experts, tile);
-    const int ahead = (tile - first_tile[e]) * tile_rows;
-    int x_row = first_row[e] + ahead, y_row = bounds[e] + ahead;
-    if (to == nullptr) x_row = y_row = bounds[e] / alignment * alignment + ahead;
-    const int low = max(bounds[e] - y_row, 0), high = min(bounds[e + 1] - y_row, tile_rows);
-    runs[1 + tile] = make_int4(e, x_row, y_row, low | high << 16);
-  }
+  // Tiles of rows that stay begin at multiples of an alignment, those of copied rows with their run.
+  auto write_tiles = [&](int4* runs_to, const int* firsts, int size, int align, bool copied) {
+    const int thread = blockIdx.x * THREADS + threadIdx.x;
+    if (thread == 0) runs_to[0] = make_int4(firsts[experts], 0, 0, 0);
+    for (int tile = thread; tile < firsts[experts]; tile += gridDim.x * THREADS) {
+      const int e = find(firsts, experts, tile);
+      const int ahead = (tile - firsts[e]) * size;
+      int x_row = first_row[e] + ahead, y_row = bounds[e] + ahead;
+      if (!copied) x_row = y_row = bounds[e] / align * align + ahead;
+      const int low = max(bounds[e] - y_row, 0), high = min(bounds[e + 1] - y_row, size);
+      runs_to[1 + tile] = make_int4(e, x_row, y_row, low | high << 16);
+    }
+  };
+  write_tiles(runs, first_tile, tile_rows, alignment, to != nullptr);
+  if (next_runs != nullptr) write_tiles(next_runs, next_tile, next_tile_rows, next_alignment, false);
   if (to == nullptr) return;
 
   const int part = blockIdx.x % parts;

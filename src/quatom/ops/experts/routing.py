@@ -1,6 +1,6 @@
 """How tokens are routed, and their slots sorted by expert."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ class TokenGroups:
     slots: Tensor  # (T k,) int32: the slot at each grouped position
     offsets: Tensor  # (E + 1,) int32: expert e has positions offsets[e] to offsets[e + 1]
     positions: Tensor  # (T k,) int32: the grouped position of each slot
+    tiles: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """By rows of a tile: how the Hopper kernel cuts rows that are in grouped order, where an
+    earlier product of these groups has prepared it."""
 
     @property
     def num_experts(self) -> int:

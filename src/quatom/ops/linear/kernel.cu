@@ -297,6 +297,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
               float unit_value                 // real value of one step of the e4m3 products
 #if EXPERTS
               , const int4* runs               // their number, then one of each tile of tokens
+              , int runs_known                 // whether a launch made them that the one before this has waited for
 #endif
               ) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -309,8 +310,9 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   const int units = int4_groups + 2 * int8_groups;
   const u32 block_stride = u32(units) * UNIT_BYTES;
 #if EXPERTS
-  int token_tiles;  // how tokens are routed, the kernel before says
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  int token_tiles;  // how tokens are routed, the kernel before says, or one before that: weights then come while it runs
+  if (runs_known) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  else asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(token_tiles) : "l"(runs));
   const Tiles tiles{__shfl_sync(~0u, token_tiles, 0), (row_blocks + BLOCKS - 1) / BLOCKS};
 #else

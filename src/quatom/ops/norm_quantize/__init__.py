@@ -8,7 +8,9 @@ from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.cuda_quantize import can_quantize
 from quatom.ops.norm import check_norm
+from quatom.ops.norm import norm as normalize
 from quatom.ops.norm_quantize.reference import norm_quantize_reference
+from quatom.ops.reorder_quantize import reorder_quantize
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
 
@@ -50,15 +52,7 @@ def norm_quantize(
 
     Source: Atom (Zhao et al., MLSys 2024), fused reorder and quantization of the norm's output.
     """
-    channels = spec.layout.channels
-    if x.ndim != 2 or x.shape[1] != channels or weight.shape != (channels,):
-        raise ShapeError(
-            f"expected x (T, {channels}) and weight ({channels},) as the layout says; got "
-            f"{tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    if order is not None and order.shape != (channels,):
-        raise ShapeError(f"expected order ({channels},); got {tuple(order.shape)}")
-    check_norm(x, weight, norm, bias, residual)
+    _check(x, weight, order, spec, norm, bias, residual)
     able = BACKENDS if can_quantize(x, spec, norm, weight, bias) else BACKENDS[:2]
     available = BACKENDS if backend else able  # a backend asked for says itself what it lacks
     match choose_backend("norm_quantize", available, x.device, backend):
@@ -69,3 +63,65 @@ def norm_quantize(
         case _:
             run = norm_quantize_reference
     return run(x, weight, order, spec, norm, bias, residual)
+
+
+def norm_and_quantize(
+    x: Tensor,  # (T, K) float16, bfloat16 or float32, last axis contiguous
+    weight: Tensor,  # (K,)
+    order: Tensor | None,  # (K,) int32, a permutation; None: channels are in order already
+    spec: QuantizeSpec,
+    *,
+    norm: Norm,
+    bias: Tensor | None = None,  # (K,), where norm.bias
+    residual: Tensor | None = None,  # (T, K) same dtype as x
+    backend: Backend | None = None,
+) -> tuple[MixedTensor, Tensor, Tensor]:
+    """`norm`, then `reorder_quantize` of its result: for layers that read the rounded rows too.
+
+    Args and errors are those of `norm_quantize`.
+
+    Returns:
+        the quantized tokens, the normalized ones (T, K) in x's dtype, which they are codes of, and
+        the sum of x and residual.
+    """
+    _check(x, weight, order, spec, norm, bias, residual)
+    able = can_quantize(x, spec, norm, weight, bias)
+    available = BACKENDS if able or backend else BACKENDS[:2]
+    if choose_backend("norm_and_quantize", available, x.device, backend) is Backend.CUDA:
+        from quatom.ops.cuda_quantize import quantize_cuda
+
+        normed = x.new_empty(x.shape)
+        quantized, total = quantize_cuda(
+            "norm",
+            x,
+            spec,
+            order=order,
+            weight=weight,
+            norm=norm,
+            bias=bias,
+            residual=residual,
+            kept=normed,
+        )
+        return quantized, normed, total
+    normed, total = normalize(x, weight, norm=norm, bias=bias, residual=residual, backend=backend)
+    return reorder_quantize(normed, order, spec, backend=backend), normed, total
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor | None,
+    spec: QuantizeSpec,
+    norm: Norm,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    channels = spec.layout.channels
+    if x.ndim != 2 or x.shape[1] != channels or weight.shape != (channels,):
+        raise ShapeError(
+            f"expected x (T, {channels}) and weight ({channels},) as the layout says; got "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if order is not None and order.shape != (channels,):
+        raise ShapeError(f"expected order ({channels},); got {tuple(order.shape)}")
+    check_norm(x, weight, norm, bias, residual)
