@@ -222,7 +222,7 @@ RECIPES = st.builds(
     lambda fmt, group, rows, channels, wide, blocks: Recipe(
         weights=WeightSpec(format=fmt, group_size=group, rows_per_scale=rows),
         activations=ActivationSpec(group_size=group),
-        outliers=OutlierSpec(channels=channels, format=wide),
+        outliers=OutlierSpec(channels=channels, format=wide if channels else "int8"),
         tensor_parallel=blocks,
     ),
     st.sampled_from(["int2", "int3", "int4", "int5", "int8", "e2m1"]),
