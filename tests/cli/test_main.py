@@ -62,10 +62,26 @@ def test_commands_have_the_promised_options(command, options, shell):
         assert option in out
 
 
-def test_an_interrupt_from_the_keyboard_is_one_line(shell, monkeypatch):
-    def press(*_, **__):
-        raise KeyboardInterrupt
+def press(*_, **__):
+    """Ctrl-C, as the command sees it."""
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr("quatom.cli.main.app", press)
-    done = shell("inspect", "x")
+
+def test_an_interrupt_from_the_keyboard_is_one_line(shell, monkeypatch):
+    # Inside the command: Typer takes the exception on its way to `main`.
+    monkeypatch.setattr("quatom.cli.common.read_recipe", press)
+    done = shell("quantize", "x", "y")
     assert (done.status, done.err) == (130, "quatom: interrupted\n")
+
+
+def test_an_interrupted_quantization_says_how_to_go_on(shell, monkeypatch, small_dir, tmp_path):
+    command = ("quantize", small_dir, tmp_path / "out", "--recipe", "w8a8")
+    monkeypatch.setattr("quatom.quantize.walk.BlockQuantizer.run", press)
+    done = shell(*command)
+    assert done.status == 130
+    assert done.err == (
+        "quatom: kept 0 of 2 blocks; the same command with --resume goes on\n"
+        "quatom: interrupted\n"
+    )
+    monkeypatch.undo()
+    assert "Wrote" in shell(*command, "--resume").out

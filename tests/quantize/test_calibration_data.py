@@ -63,6 +63,16 @@ def test_windows_all_differ():
         sample(4, 100)
 
 
+def test_a_text_that_is_read_many_times_is_a_warning_with_the_numbers(caplog):
+    sample(80, 10)  # 800 of 100 tokens
+    assert not caplog.messages
+    sample(81, 10)
+    assert caplog.messages == [
+        "notes.txt has 100 tokens for 81 calibration sequences of 10: each token is read 8.1 times "
+        "on average; a longer text gives better statistics"
+    ]
+
+
 def test_a_text_shorter_than_a_sequence_is_refused_with_both_numbers():
     with pytest.raises(CalibrationError, match=r"notes\.txt has 100 tokens, fewer .* of 101"):
         sample(1, 101)

@@ -1,6 +1,7 @@
 """`quatom`: the command line. Each command is a module that imports torch when it runs."""
 
 import logging
+import signal
 import sys
 
 import typer
@@ -95,6 +96,10 @@ def main() -> None:
     _show_progress_of_compilers()
     try:
         app()
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:  # Typer makes this of a KeyboardInterrupt
+            print("quatom: interrupted", file=sys.stderr)
+        raise
     except OtherProcessError:
         sys.exit(1)  # the process that failed says why
     except (QuatomError, OSError) as error:  # files that --json and --plot name among them
@@ -106,6 +111,3 @@ def main() -> None:
             raise
         print(f"quatom: {remedy}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("quatom: interrupted", file=sys.stderr)
-        sys.exit(130)

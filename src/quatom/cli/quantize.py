@@ -1,6 +1,8 @@
 """`quatom quantize`: a floating-point model in, a Quatom checkpoint out."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -89,6 +91,17 @@ def quantize(
         )
 
 
+@contextmanager
+def _told_if_interrupted(done: Callable[[], str], *, hidden: bool) -> Iterator[None]:
+    """Say after Ctrl-C what is kept and how to go on; nothing where the work had not begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if done() and not hidden:
+            typer.echo(f"quatom: kept {done()}; the same command with --resume goes on", err=True)
+        raise
+
+
 def _quantize(
     source: str,
     target: Path,
@@ -142,9 +155,20 @@ def _quantize(
     samples = f", {text.num_samples} x {text.sequence_length} tokens"
     what = f"Quantizing to {chosen.name}{samples if chosen.needs_calibration else ''}{processes}"
     notes: list[str] = []
-    with block_progress(what, hidden=not ranks.leads) as (on_start, on_block):
+    done = ""  # blocks that a resumed run need not do again
+    with (
+        _told_if_interrupted(lambda: done, hidden=not ranks.leads),
+        block_progress(what, hidden=not ranks.leads) as (on_start, on_block),
+    ):
+
+        def begun(blocks: int, count: int) -> None:
+            nonlocal done
+            done = f"{blocks} of {count} blocks"
+            on_start(blocks, count)
 
         def finished(block: QuantizedBlock) -> None:
+            nonlocal done
+            done = f"{block.index + 1} of {block.num_blocks} blocks"
             on_block(block)
             if block.experts is not None:
                 sentences = block.experts.sentences(text.min_expert_tokens)
@@ -158,7 +182,7 @@ def _quantize(
             device=device,
             dtype=number_format,
             resume=resume,
-            on_start=on_start,
+            on_start=begun,
             on_block=finished,
         )
     if not ranks.leads:

@@ -19,10 +19,14 @@ from quatom.recipe import CalibrationSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+
 # ORGANIZATION/NAME, then the configuration and the split where they are not the only ones.
 _DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?")
 _SURPLUS = 8
 """A data set is read until it gave this many times the tokens that are sampled."""
+_MANY_READINGS = 8
+"""Readings of each token, on average, that are a warning."""
 
 
 def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
@@ -119,6 +123,8 @@ def sample_windows(
 ) -> Tensor:
     """Random windows, all different, (num_samples, sequence_length) int64.
 
+    A text that is read more than eight times over is a warning of the log.
+
     Raises:
         CalibrationError: there are too few tokens for that.
     """
@@ -134,6 +140,12 @@ def sample_windows(
             f"{origin} has {tokens.numel()} tokens: only {places} of {count} calibration sequences "
             f"of {length} would differ; give a longer text, or a smaller --num-samples or "
             "--sequence-length"
+        )
+    if (readings := count * length / tokens.numel()) > _MANY_READINGS:
+        _log.warning(
+            "%s has %d tokens for %d calibration sequences of %d: each token is read %.1f times on "
+            "average; a longer text gives better statistics",
+            *(origin, tokens.numel(), count, length, readings),
         )
     generator = torch.Generator().manual_seed(spec.seed)
     starts: dict[int, None] = {}  # in the order they were drawn
