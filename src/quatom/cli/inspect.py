@@ -83,7 +83,7 @@ def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, 
         [
             ("recipe", recipe.name),
             ("family", f"{config.family}, {config.num_layers} blocks"),
-            *((f"bits per {part}", f"{found[f'bits_per_{part}']:.3f}") for part in _PARTS),
+            *((f"bits per {what}", f"{found[key]:.3f}") for what, key in _BITS.items()),
             ("tensor files", f"{len(files)}, {size / 1e6:.1f} MB"),
         ],
     )
@@ -97,7 +97,11 @@ def _inspect_checkpoint(source: "TensorSource", layer: int | None) -> dict[str, 
     return found
 
 
-_PARTS = ("weight", "activation", "kv")
+_BITS = {
+    "weight": "bits_per_weight",
+    "activation": "bits_per_activation",
+    "KV value": "bits_per_kv",
+}
 
 
 def _inspect_float(

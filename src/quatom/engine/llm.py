@@ -1,7 +1,9 @@
 """LLM: offline generation for many prompts at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import index
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -87,10 +89,11 @@ class LLM:
         """Token ids of a prompt, with the special tokens that the tokenizer adds.
 
         Raises:
-            RequestError: text was given but the model has no tokenizer, or it is no Unicode text.
+            RequestError: the prompt is neither text nor a list of token ids, or it is text that is
+                no Unicode or that the model has no tokenizer for.
         """
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _token_ids(prompt)
         if self.engine.tokenizer is None:
             raise RequestError("this model has no tokenizer: give prompts as lists of token ids")
         _check_characters(prompt)
@@ -244,13 +247,23 @@ def _check_characters(text: str) -> None:
         ) from None
 
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    several = [prompt for prompt in prompts if not isinstance(prompt, int)]
-    if len(several) == len(prompts):
-        return several
-    return [[token_id for token_id in prompts if isinstance(token_id, int)]]
+def _token_ids(prompt: Any) -> list[int]:
+    """The integers of a prompt, those of numpy and torch too."""
+    try:
+        if isinstance(prompt, Mapping | bytes):  # both have integers or texts to iterate over
+            raise TypeError
+        return [index(token_id) for token_id in prompt]
+    except TypeError:
+        raise RequestError(
+            f"a prompt is a text or a list of token ids, got {shortened(prompt)}; messages go to "
+            "chat(), or through encode_chat() to generate() and stream()"
+        ) from None
+
+
+def _prompt_list(prompts: Any) -> list[Any]:
+    """What are prompts one by one; `encode` refuses what is none."""
+    one = not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes)
+    return [prompts] if one or any(isinstance(item, int) for item in prompts) else list(prompts)
 
 
 def _one_for_each(
