@@ -80,8 +80,7 @@ def test_an_interrupted_quantization_says_how_to_go_on(shell, monkeypatch, small
     done = shell(*command)
     assert done.status == 130
     assert done.err == (
-        "quatom: kept 0 of 2 blocks; the same command with --resume goes on\n"
-        "quatom: interrupted\n"
+        "quatom: kept 0 of 2 blocks; the same command with --resume goes on\nquatom: interrupted\n"
     )
     monkeypatch.undo()
     assert "Wrote" in shell(*command, "--resume").out
