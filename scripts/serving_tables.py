@@ -42,7 +42,7 @@ def engines(name: str) -> str:
     runs = [e for e in data["results"] if e.get("tensor_parallel", 1) == 1]
     speeds = {(_what_runs(e), _shape(e)): e["output_tokens_per_s"] for e in runs}
     shapes = sorted({shape for _, shape in speeds}, reverse=True)
-    first = f"vLLM {runs[0]['vllm']}, FP8 weights, activations and KV cache"
+    first = next(_what_runs(e) for e in runs if e["recipe"] == "fp8")
     rows = []
     for what in sorted(
         {what for what, _ in speeds}, key=lambda what: (what != first, what[0] == "Q")

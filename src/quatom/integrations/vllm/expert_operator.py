@@ -12,12 +12,12 @@ from torch import Tensor
 
 from quatom.families.spec import Experts
 from quatom.integrations.vllm.opaque import from_arguments, is_opaque
+from quatom.integrations.vllm.operator import read_input
 from quatom.modeling.router import route
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.experts import PreparedExperts, combine, expert_linear, group_tokens
 from quatom.ops.gated import gated
 from quatom.ops.gated_quantize import gated_quantize
-from quatom.ops.reorder_quantize import reorder_quantize
 
 Part = tuple[QuantizeSpec | None, PreparedExperts]
 """How an input is quantized, None where it stays in floating point, and what multiplies it."""
@@ -68,10 +68,7 @@ def routed_experts(
     second = replace(second, tensors=from_arguments(down, known.opaque[1]))
     routing = route(logits.float(), experts)
     groups = group_tokens(routing.expert_ids, experts.count)
-    read: Tensor | MixedTensor = x if order is None else x[:, order.long()]
-    if spec is not None:
-        read = reorder_quantize(x, order, spec)
-    y = expert_linear(read, first, groups, top_k=experts.top_k)
+    y = expert_linear(read_input(x, order, spec), first, groups, top_k=experts.top_k)
     made: Tensor | MixedTensor
     if made_spec is None:
         made = gated(y, feed.activation, feed.gated)

@@ -20,7 +20,7 @@ from quatom.errors import CheckpointError, ModelError
 from quatom.families.spec import SiteName
 from quatom.integrations.vllm.dummy import fill_dummies
 from quatom.integrations.vllm.expert_operator import name_expert_scheme
-from quatom.integrations.vllm.opaque import as_argument, is_opaque
+from quatom.integrations.vllm.opaque import hold
 from quatom.integrations.vllm.state import CheckpointState
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.experts import PreparedExperts, prepare_experts
@@ -101,18 +101,14 @@ class QuatomExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self._check_loaded(layer.quatom_loaded)
         del layer.quatom_loaded, layer.load_weights
         parts: list[tuple[QuantizeSpec | None, PreparedExperts]] = []
-        layer.quatom_order, layer.quatom_opaque = None, []
+        layer.quatom_order, layer.quatom_weights = None, []
         for site in self._sites():
             prepared, order = self._prepare(layer, site)
             spec = None if site.input_spec is None else prepared.input_spec(site.input_spec)
             parts.append((spec, prepared))
             if order is not None:
                 layer.quatom_order = nn.Parameter(order.int(), requires_grad=False)
-            layer.quatom_opaque += filter(is_opaque, prepared.tensors)
-            for number, tensor in enumerate(prepared.tensors):
-                parameter = nn.Parameter(as_argument(tensor), requires_grad=False)
-                layer.register_parameter(f"quatom_{site.name}_{number}", parameter)
-        layer.quatom_counts = [len(prepared.tensors) for _, prepared in parts]
+            layer.quatom_weights.append(hold(layer, f"quatom_{site.name}", prepared.tensors))
         assert self.layer.spec.experts is not None
         layer.quatom_scheme = name_expert_scheme(self.layer.spec.experts, *parts)
         self.state.note_kernel(str(parts[0][1].backend))
@@ -193,7 +189,4 @@ def _tensors(site: SitePlan) -> dict[str, Any]:
 
 def _weights(layer: Any) -> list[list[Tensor]]:
     """The tensors that the operator multiplies by: of gate and up, of down."""
-    return [
-        [getattr(layer, f"quatom_{site}_{number}") for number in range(count)]
-        for site, count in zip(_SITES, layer.quatom_counts, strict=True)
-    ]
+    return [[getattr(layer, name) for name in names] for names in layer.quatom_weights]

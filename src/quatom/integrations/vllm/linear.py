@@ -14,7 +14,7 @@ from quatom.checkpoint.codec import decode
 from quatom.engine.startup import step_sizes
 from quatom.errors import CheckpointError, ModelError
 from quatom.integrations.vllm.dummy import fill_dummies
-from quatom.integrations.vllm.opaque import as_argument, is_opaque
+from quatom.integrations.vllm.opaque import hold
 from quatom.integrations.vllm.operator import name_scheme
 from quatom.integrations.vllm.shares import Share, joined_shapes, share_of
 from quatom.integrations.vllm.state import CheckpointState
@@ -94,11 +94,7 @@ class QuatomLinearMethod(LinearMethodBase):
         if spec is not None and site.name == "down" and feed is not None and feed.is_swiglu:
             # vLLM's SiluAndMul is the identity in front of it.
             layer.quatom_gated_scheme = name_scheme(spec, prepared, feed)
-        layer.quatom_weights = tuple(f"quatom_weight_{i}" for i in range(len(prepared.tensors)))
-        layer.quatom_opaque = [tensor for tensor in prepared.tensors if is_opaque(tensor)]
-        for name, tensor in zip(layer.quatom_weights, prepared.tensors, strict=True):
-            parameter = nn.Parameter(as_argument(tensor), requires_grad=False)
-            layer.register_parameter(name, parameter)
+        layer.quatom_weights = hold(layer, "quatom_weight", prepared.tensors)
         layer.quatom_order = None
         if codes.order is not None:
             layer.quatom_order = nn.Parameter(codes.order.int(), requires_grad=False)

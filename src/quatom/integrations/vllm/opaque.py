@@ -10,7 +10,7 @@ from itertools import count
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _numbers = count()
 _packed: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
@@ -31,6 +31,18 @@ def as_argument(tensor: Tensor) -> Tensor:
     number = next(_numbers)
     _packed[number] = tensor
     return torch.tensor([number])
+
+
+def hold(layer: nn.Module, name: str, tensors: Sequence[Tensor]) -> list[str]:
+    """Make parameters NAME_0, NAME_1 and so on of weight tensors, as an operator gets them.
+
+    Returns their names. The layer keeps the opaque ones alive.
+    """
+    setattr(layer, f"{name}_opaque", [tensor for tensor in tensors if is_opaque(tensor)])
+    names = [f"{name}_{number}" for number in range(len(tensors))]
+    for own, tensor in zip(names, tensors, strict=True):
+        layer.register_parameter(own, nn.Parameter(as_argument(tensor), requires_grad=False))
+    return names
 
 
 def from_arguments(arguments: Sequence[Tensor], opaque: Sequence[bool]) -> tuple[Tensor, ...]:

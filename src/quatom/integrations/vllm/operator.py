@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quatom.families.spec import FeedForward
 from quatom.integrations.vllm.opaque import from_arguments, is_opaque
-from quatom.ops.activations import QuantizeSpec
+from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.linear import PreparedLinear, linear
 from quatom.ops.reorder_quantize import reorder_quantize
@@ -63,9 +63,18 @@ def site_linear(
     if known.spec is not None and known.feed is not None:
         made = gated_quantize(x, known.spec, known.feed.activation, known.feed.gated)
         return linear(made, prepared)
-    if known.spec is not None:
-        return linear(reorder_quantize(x, order, known.spec), prepared)
-    return linear(x if order is None else x[:, order.long()], prepared)
+    return linear(read_input(x, order, known.spec), prepared)
+
+
+def read_input(
+    x: Tensor,  # (T, K)
+    order: Tensor | None,  # (K,) int32
+    spec: QuantizeSpec | None,
+) -> Tensor | MixedTensor:
+    """What prepared weights multiply: the input in their order, quantized where it is."""
+    if spec is not None:
+        return reorder_quantize(x, order, spec)
+    return x if order is None else x[:, order.long()]
 
 
 def _site_linear_fake(
