@@ -94,6 +94,8 @@ def defines(
         "WEIGHT_OFFSET": int(norm.weight_offset) if norm is not None else 0,
         "BIAS": int(norm is not None and norm.bias),
         "KEEP": int(keep),
+        "RELEASE_LATE": int(variant.release_late),
+        "RESIDUAL_EARLY": int(variant.residual_early),
         "ACTIVATION": _ACTIVATIONS[activation],
         "GATED": int(gated),
     }

@@ -17,6 +17,9 @@
 //   WHOLE_TOKEN  scales of a token's normal groups follow the largest of them: their numbers wait in registers
 //                for its maximum. The scales are one, or with
 //   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
+//   RELEASE_LATE the next kernel may start once this one has read its input, not from the start: it fetches weights,
+//                and this one's reads would queue behind them
+//   RESIDUAL_EARLY  no kernel that may still run writes the residual
 //   CLUSTER      CTAs of a token that tell each other their maxima; 1 where one CTA has it or none asks
 //   LAYER, WEIGHT_OFFSET, BIAS  of operation 1: the mean is subtracted, 1 is added to the weight, a bias at the end
 //   KEEP                        of operation 1: the normalized rows are kept too, in 16 bits, and what is quantized is them
@@ -134,6 +137,19 @@ __device__ __forceinline__ float lift(float up) {
 #endif
 }
 #endif
+
+__device__ __forceinline__ void release_next_kernel() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Loads of what no kernel computes, before griddepcontrol.wait. The compiler may move an ordinary load of constant
+// memory behind that wait, to where its value is used: it then starts after all weights of the next linear layer.
+__device__ __forceinline__ void load_parameter(const void* from, uint2& to) { load_result(from, to); }
+__device__ __forceinline__ void load_parameter(const void* from, int4& to) {
+  uint4 words;
+  load_result(from, words);
+  to = make_int4(words.x, words.y, words.z, words.w);
+}
 
 struct Layout {
   int normal, group_size, outlier_size, num_normal, num_scales;
@@ -423,7 +439,6 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
                 ) {
   const Layout layout{normal, group_size, outlier_size, num_normal, num_scales, clip_ratio, largest};
   const int half_warp = threadIdx.x / 16;
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #if WHOLE_TOKEN
   __shared__ TokenTops tops;
 #endif
@@ -433,6 +448,9 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
 
   // `bring`: the numbers of 8 channels of each token, in the layout's order, 0 outside the group.
 #if OPERATION == 2
+#if !RELEASE_LATE
+  release_next_kernel();
+#endif
   const u64 token = blockIdx.x / ctas;
   const int first_group = blockIdx.x % ctas * (ROUNDS * THREADS / 16) + half_warp;
 #if GATED
@@ -485,8 +503,8 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
   auto load_order = [&](int round) {
     const Place place(layout, round * (THREADS / 16) + half_warp);
     if (order == nullptr || !place.inside) return;
-    next[0] = reinterpret_cast<const int4*>(order + place.channel())[0];
-    next[1] = reinterpret_cast<const int4*>(order + place.channel())[1];
+    load_parameter(order + place.channel(), next[0]);
+    load_parameter(order + place.channel() + 4, next[1]);
   };
   load_order(0);
 #if OPERATION == 1
@@ -498,23 +516,48 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
   float* const partial = reinterpret_cast<float*>(weights + (TOKENS == 2 ? channels : 0));
 #endif
   uint2 norm_weight[VECTORS];
-#if KEEP && BIAS
+#if BIAS
   uint2 norm_bias[VECTORS];
 #endif
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     const int k = (v * THREADS + threadIdx.x) * 4;
     if (k >= channels) continue;
-    norm_weight[v] = *reinterpret_cast<const uint2*>(weight + k);
-#if KEEP && BIAS
-    norm_bias[v] = *reinterpret_cast<const uint2*>(bias + k);
-#elif !KEEP
-    if (TOKENS == 2) *reinterpret_cast<uint2*>(weights + k) = norm_weight[v];
+    load_parameter(weight + k, norm_weight[v]);
 #if BIAS
-    *reinterpret_cast<uint2*>(biases + k) = *reinterpret_cast<const uint2*>(bias + k);
-#endif
+    load_parameter(bias + k, norm_bias[v]);
 #endif
   }
+#endif
+#if !RELEASE_LATE
+  release_next_kernel();
+#endif
+#if OPERATION == 1 && !KEEP && (TOKENS == 2 || BIAS)
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    const int k = (v * THREADS + threadIdx.x) * 4;
+    if (k >= channels) continue;
+    if (TOKENS == 2) *reinterpret_cast<uint2*>(weights + k) = norm_weight[v];
+#if BIAS
+    *reinterpret_cast<uint2*>(biases + k) = norm_bias[v];
+#endif
+  }
+#endif
+#if OPERATION == 1
+  uint2 others[TOKENS][VECTORS] = {};
+  auto load_residual = [&]() {
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        const int k = (v * THREADS + threadIdx.x) * 4;
+        if (holds(t, k))
+          load_result(residual + (token + t) * residual_stride + k, others[t][v]);
+      }
+  };
+#if RESIDUAL_EARLY
+  if (residual != nullptr) load_residual();
+#endif
 #endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
 
@@ -529,15 +572,9 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
     }
 #if OPERATION == 1
   if (residual != nullptr) {
-    uint2 others[TOKENS][VECTORS] = {};
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t)
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        const int k = (v * THREADS + threadIdx.x) * 4;
-        if (holds(t, k))
-          load_result(residual + (token + t) * residual_stride + k, others[t][v]);
-      }
+#if !RESIDUAL_EARLY
+    load_residual();
+#endif
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t)
 #pragma unroll
@@ -621,6 +658,9 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
   }
 #endif
   __syncthreads();
+#if RELEASE_LATE
+  release_next_kernel();
+#endif
 #if OPERATION == 1
   float inverse[TOKENS];
   {
@@ -747,6 +787,9 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
     if (!place.outlier) token_top = fmaxf(token_top, top[kept]);
     if (!WHOLE_TOKEN) store_group(values[kept], top[kept], 0.0f, place, token, tokens, tokens_padded, layout, codes, scales);
   }
+#if RELEASE_LATE && OPERATION == 2
+  release_next_kernel();
+#endif
 #if WHOLE_TOKEN
   token_top = reduce_token(token_top, tops);
   const float row_scale =

@@ -23,6 +23,9 @@ class Variant:
     """Tokens of a CTA: 1 or 2."""
     ctas: int = 1
     """CTAs of a token: several only for gated, which gathers nothing from all over a row."""
+    release_late: bool = False
+    """Whether the next kernel may start once the input is read, instead of from the start."""
+    residual_early: bool = False
 
 
 @lru_cache(maxsize=4096)

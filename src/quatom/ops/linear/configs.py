@@ -45,6 +45,8 @@ class Config:
     """Weights become signed numbers, instead of sums corrected for their offset."""
     integer: bool = False
     """INT8 activations and weights that carry their group's multiple, summed in int32."""
+    early_stages: int = 0
+    """Stages whose weights are fetched before the input is there; 0: all of the ring."""
     experts: bool = False
     """Runs of tokens multiplied by the weights of their experts (`quatom.ops.experts`)."""
 
@@ -109,6 +111,8 @@ class Config:
 
 _SPLITS = {1: (1, 2), 2: (1, 2, 3, 4), 3: (1, 2, 3, 5), 4: (1, 2, 4, 6, 8)}
 """Splits that are tried of integers, for each number of CTAs of an SM."""
+_PAIR_SPLITS = {1: (1, 2, 3, 4, 8), 2: (1, 2, 4, 8)}
+"""The same of CTAs with two warpgroups."""
 
 
 def _candidates() -> tuple[Config, ...]:
@@ -134,7 +138,16 @@ def _candidates() -> tuple[Config, ...]:
         for split in splits
         if bm < 64 or ctas < 4
     ]
-    integer += [Config(bm, 3) for bm in (8, 16, 32)]
+    # Warpgroups of a CTA share its tokens: half or a third of the bytes from the L2 cache.
+    integer += [Config(bm, 3, split=split) for bm in (8, 16, 32, 64) for split in (1, 2, 3, 4, 6)]
+    integer += [
+        Config(bm, 2, split=split, ctas_per_sm=ctas)
+        for bm in (8, 16, 32, 64)
+        for ctas, splits in _PAIR_SPLITS.items()
+        for split in splits
+        if bm < 64 or ctas == 1  # else registers spill
+    ]
+    integer += [Config(bm, 2, blocks=2, split=split) for bm in (32, 64) for split in (4, 8)]
     integer += [Config(64, 1, split=7, ctas_per_sm=3)]
     integer += [Config(32, 1, split=7, ctas_per_sm=4)]
     integer += [Config(128, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3)]

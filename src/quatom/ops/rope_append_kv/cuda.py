@@ -91,7 +91,13 @@ def _kernel(constants: tuple[tuple[str, int], ...], device: int) -> CudaKernel:
 
 
 def defines(
-    pages: KVPages, dtype: torch.dtype, width: int, *, rotate_keys: bool, hadamard: bool
+    pages: KVPages,
+    dtype: torch.dtype,
+    width: int,
+    *,
+    rotate_keys: bool,
+    hadamard: bool,
+    settled: bool = False,
 ) -> dict[str, int]:
     """The constants that append.cu is compiled with."""
     return {
@@ -103,6 +109,7 @@ def defines(
         "CACHE_BF16": int(pages.dtype == "bfloat16"),
         "ROTATE_KEYS": int(rotate_keys),
         "HADAMARD": int(hadamard),
+        "SETTLED": int(settled),
     }
 
 
@@ -120,13 +127,21 @@ def rope_append_kv_cuda(
     rotate_kv: bool,
     clip_ratio: float,
     key_offset: Tensor | None,
+    settled: bool,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. A call that has no `cuda_obstacle`."""
     tokens, heads, head_dim = q.shape
     if not tokens:
         return
     width = 8 if tokens >= _WIDE_FROM else 4
-    constants = defines(pages, q.dtype, width, rotate_keys=rotate_keys_in_cache, hadamard=rotate_kv)
+    constants = defines(
+        pages,
+        q.dtype,
+        width,
+        rotate_keys=rotate_keys_in_cache,
+        hadamard=rotate_kv,
+        settled=settled,
+    )
     kernel = _kernel(tuple(constants.items()), q.device.index)
     kv_heads = pages.num_kv_heads
     parameters = _Parameters(
