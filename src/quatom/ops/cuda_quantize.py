@@ -19,9 +19,16 @@ from quatom.ops.cuda_build import (
     compile_cubin,
     device_capability,
     load_kernel,
+    multiprocessors,
     read_source,
 )
-from quatom.ops.quantize_variants import Operation, Variant, choose_variant
+from quatom.ops.quantize_variants import (
+    Operation,
+    Variant,
+    choose_variant,
+    crowd,
+    padded_bytes,
+)
 
 _OPERATIONS = {"reorder": 0, "norm": 1, "gated": 2}
 _ACTIVATIONS = {name: number for number, name in enumerate(get_args(Activation))}
@@ -94,8 +101,6 @@ def defines(
         "WEIGHT_OFFSET": int(norm.weight_offset) if norm is not None else 0,
         "BIAS": int(norm is not None and norm.bias),
         "KEEP": int(keep),
-        "RELEASE_LATE": int(variant.release_late),
-        "RESIDUAL_EARLY": int(variant.residual_early),
         "ACTIVATION": _ACTIVATIONS[activation],
         "GATED": int(gated),
     }
@@ -123,17 +128,19 @@ def _plan(
     activation: Activation,
     gated: bool,
     keep: bool,
+    most: int,
 ) -> _Plan:
     source = read_source("quatom.ops", "quantize.cu")
     constants = defines(operation, variant, spec, dtype, norm, activation, gated, keep)
     cubin = compile_cubin(source, "sm_90a", constants)
     layout = spec.layout
+    needed = _shared_bytes(operation, variant, layout.channels, norm)
     with torch.cuda.device(device):
         kernel = load_kernel(
             cubin,
             "quantize_groups",
             threads=variant.threads,
-            shared_bytes=_shared_bytes(operation, variant, layout.channels, norm),
+            shared_bytes=padded_bytes(needed, most),
             cluster=constants["CLUSTER"],
         )
     return _Plan(
@@ -235,9 +242,12 @@ def quantize_cuda(
     order = None if order is None else order.to(torch.int32).contiguous()
     variant = variant or choose_variant(operation, tokens, layout, spec.scale_mode != "group")
     keep = kept is not None
-    plan = _plan(operation, variant, spec, x.dtype, x.device.index, norm, activation, gated, keep)
+    device, ctas = x.device.index, -(-tokens // variant.tokens) * variant.ctas
+    # A cluster waits for room for all its CTAs at once.
+    most = crowd(ctas, multiprocessors(device)) if variant.ctas == 1 else 0
+    plan = _plan(operation, variant, spec, x.dtype, device, norm, activation, gated, keep, most)
     plan.kernel.launch(
-        -(-tokens // variant.tokens) * variant.ctas,
+        ctas,
         _Arguments(
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),

@@ -17,9 +17,6 @@
 //   WHOLE_TOKEN  scales of a token's normal groups follow the largest of them: their numbers wait in registers
 //                for its maximum. The scales are one, or with
 //   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
-//   RELEASE_LATE the next kernel may start once this one has read its input, not from the start: it fetches weights,
-//                and this one's reads would queue behind them
-//   RESIDUAL_EARLY  no kernel that may still run writes the residual
 //   CLUSTER      CTAs of a token that tell each other their maxima; 1 where one CTA has it or none asks
 //   LAYER, WEIGHT_OFFSET, BIAS  of operation 1: the mean is subtracted, 1 is added to the weight, a bias at the end
 //   KEEP                        of operation 1: the normalized rows are kept too, in 16 bits, and what is quantized is them
@@ -448,9 +445,7 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
 
   // `bring`: the numbers of 8 channels of each token, in the layout's order, 0 outside the group.
 #if OPERATION == 2
-#if !RELEASE_LATE
   release_next_kernel();
-#endif
   const u64 token = blockIdx.x / ctas;
   const int first_group = blockIdx.x % ctas * (ROUNDS * THREADS / 16) + half_warp;
 #if GATED
@@ -529,9 +524,7 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
 #endif
   }
 #endif
-#if !RELEASE_LATE
   release_next_kernel();
-#endif
 #if OPERATION == 1 && !KEEP && (TOKENS == 2 || BIAS)
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
@@ -542,22 +535,6 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
     *reinterpret_cast<uint2*>(biases + k) = norm_bias[v];
 #endif
   }
-#endif
-#if OPERATION == 1
-  uint2 others[TOKENS][VECTORS] = {};
-  auto load_residual = [&]() {
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t)
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        const int k = (v * THREADS + threadIdx.x) * 4;
-        if (holds(t, k))
-          load_result(residual + (token + t) * residual_stride + k, others[t][v]);
-      }
-  };
-#if RESIDUAL_EARLY
-  if (residual != nullptr) load_residual();
-#endif
 #endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
 
@@ -572,9 +549,15 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
     }
 #if OPERATION == 1
   if (residual != nullptr) {
-#if !RESIDUAL_EARLY
-    load_residual();
-#endif
+    uint2 others[TOKENS][VECTORS] = {};
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        const int k = (v * THREADS + threadIdx.x) * 4;
+        if (holds(t, k))
+          load_result(residual + (token + t) * residual_stride + k, others[t][v]);
+      }
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t)
 #pragma unroll
@@ -658,9 +641,6 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
   }
 #endif
   __syncthreads();
-#if RELEASE_LATE
-  release_next_kernel();
-#endif
 #if OPERATION == 1
   float inverse[TOKENS];
   {
@@ -787,9 +767,6 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
     if (!place.outlier) token_top = fmaxf(token_top, top[kept]);
     if (!WHOLE_TOKEN) store_group(values[kept], top[kept], 0.0f, place, token, tokens, tokens_padded, layout, codes, scales);
   }
-#if RELEASE_LATE && OPERATION == 2
-  release_next_kernel();
-#endif
 #if WHOLE_TOKEN
   token_top = reduce_token(token_top, tops);
   const float row_scale =
