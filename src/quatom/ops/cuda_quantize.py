@@ -22,14 +22,11 @@ from quatom.ops.cuda_build import (
     multiprocessors,
     read_source,
 )
-from quatom.ops.quantize_variants import (
-    Operation,
-    Variant,
-    choose_variant,
-    crowd,
-    padded_bytes,
-)
+from quatom.ops.quantize_variants import Operation, Variant, choose_variant
+from quatom.ops.spread import crowd, padded_bytes
 
+_MOST_SPREAD = 2
+"""CTAs of a multiprocessor up to which a launch is spread over the GPU."""
 _OPERATIONS = {"reorder": 0, "norm": 1, "gated": 2}
 _ACTIVATIONS = {name: number for number, name in enumerate(get_args(Activation))}
 
@@ -244,7 +241,7 @@ def quantize_cuda(
     keep = kept is not None
     device, ctas = x.device.index, -(-tokens // variant.tokens) * variant.ctas
     # A cluster waits for room for all its CTAs at once.
-    most = crowd(ctas, multiprocessors(device)) if variant.ctas == 1 else 0
+    most = crowd(ctas, multiprocessors(device), _MOST_SPREAD) if variant.ctas == 1 else 0
     plan = _plan(operation, variant, spec, x.dtype, device, norm, activation, gated, keep, most)
     plan.kernel.launch(
         ctas,

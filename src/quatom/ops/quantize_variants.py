@@ -13,11 +13,6 @@ many rounds; 8 is the largest cluster that any Hopper GPU can hold."""
 _TWO_TOKENS_FROM = 512
 """With this many tokens or more in a batch, a CTA takes two of them."""
 
-_EVENLY = 2
-"""CTAs of a multiprocessor up to which they are spread evenly."""
-_SHARED_BYTES = 228 * 1024
-"""Shared memory of a multiprocessor; each CTA takes a KiB besides what it asks for."""
-
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -50,18 +45,3 @@ def choose_variant(
     if two_tokens and whole_token and pairs > 8:
         rounds = max(rounds, 2)  # half the CTA waits at the barrier of the maximum
     return Variant(-(-pairs // rounds) * 32, 2 if two_tokens else 1)
-
-
-def crowd(ctas: int, processors: int) -> int:
-    """CTAs of a small launch that a multiprocessor may hold, or 0: as many as fit.
-
-    A launch that starts early gets the multiprocessors that are free first: up to four CTAs of 512
-    threads would share one while most have none.
-    """
-    evenly = -(-ctas // processors)
-    return evenly if evenly <= _EVENLY else 0
-
-
-def padded_bytes(needed: int, most: int) -> int:
-    """Shared memory to ask for so that at most `most` CTAs, if not 0, share a multiprocessor."""
-    return max(needed, _SHARED_BYTES // (most + 1)) if most else needed
