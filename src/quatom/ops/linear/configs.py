@@ -19,7 +19,7 @@ _RESERVED_BYTES = 1024
 
 _log = logging.getLogger(__name__)
 
-TUNINGS = {"H100": "tuning-h100.json"}
+TUNINGS = {"H100": "tuning-h100.json", "H200": "tuning-h200.json"}
 """Tables of this package, by a word of the name of the GPU that they were measured on by
 `python -m quatom.benchmark.tune_linear`."""
 _OTHERS = "H100"
