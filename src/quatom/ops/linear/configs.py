@@ -16,6 +16,9 @@ _SHARED_BYTES = 227 * 1024
 """Shared memory that one CTA may have on Hopper."""
 _RESERVED_BYTES = 1024
 """Shared memory of an SM that the system takes from each resident CTA."""
+_STREAMED_TOKENS = 64
+"""Tokens of a tile up to which a layer is bound by its weights."""
+_EARLY_STAGES = 8
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +48,6 @@ class Config:
     """Weights become signed numbers, instead of sums corrected for their offset."""
     integer: bool = False
     """INT8 activations and weights that carry their group's multiple, summed in int32."""
-    early_stages: int = 0
-    """Stages whose weights are fetched before the input is there; 0: all of the ring."""
     experts: bool = False
     """Runs of tokens multiplied by the weights of their experts (`quatom.ops.experts`)."""
 
@@ -77,6 +78,20 @@ class Config:
         """Stages of the ring, units in flight: as many as fit."""
         room = (_SHARED_BYTES + _RESERVED_BYTES) // self.ctas_per_sm - _RESERVED_BYTES
         return min((room - self.receive_bytes) // self.stage_bytes, 32)
+
+    @property
+    def early_stages(self) -> int:
+        """Stages whose weights are fetched before the input is there.
+
+        What more is on its way then delays the kernel that makes the input.
+        """
+        return min(self.num_stages, _EARLY_STAGES) if self.streams else self.num_stages
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights may leave the L2 cache first: few tokens are one tile, which reads them
+        once."""
+        return self.tokens <= _STREAMED_TOKENS and not self.experts
 
     @property
     def shared_bytes(self) -> int:

@@ -20,8 +20,6 @@ from quatom.ops.cuda_build import (
 from quatom.ops.groups_layout import holds_int8
 from quatom.ops.linear.configs import Config, choose_config
 
-STREAMED_TOKENS = 64
-"""Tokens of a tile up to which weights may be taken from the L2 cache once they are read."""
 _MOST_FILLERS = 8
 """CTAs that a launch may have without a tile."""
 
@@ -63,8 +61,8 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
         "WARPGROUPS": config.warpgroups,
         "BLOCKS_PER_WARPGROUP": config.blocks,
         "STAGES": config.num_stages,
-        "STREAM": int(config.tokens <= STREAMED_TOKENS and not config.experts),
-        "EARLY_STAGES": min(config.early_stages or config.num_stages, config.num_stages),
+        "STREAM": int(config.streams),
+        "EARLY_STAGES": config.early_stages,
         "SPLIT": config.split,
         "PRODUCER_THREADS": config.producer_threads,
         "CTAS_PER_SM": config.ctas_per_sm,
