@@ -140,7 +140,7 @@ __device__ __forceinline__ void release_next_kernel() {
 }
 
 // Loads of what no kernel computes, before griddepcontrol.wait. The compiler may move an ordinary load of constant
-// memory behind that wait, to where its value is used: it then starts after all weights of the next linear layer.
+// memory to where its value is used, after that wait: it then queues after all weights of the next linear layer.
 __device__ __forceinline__ void load_parameter(const void* from, uint2& to) { load_result(from, to); }
 __device__ __forceinline__ void load_parameter(const void* from, int4& to) {
   uint4 words;
