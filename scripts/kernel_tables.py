@@ -37,6 +37,31 @@ def attention(name: str) -> str:
     return f"{_where(data, best.values())}; {BESIDE}:\n\n" + table(header, rows)
 
 
+def prefill(name: str) -> str:
+    """Prefill attention over the INT4 cache, beside cuDNN and FlashAttention in BF16."""
+    data = read(f"attention-{name.partition('-')[2]}")
+    shown = [
+        e
+        for e in data["results"]
+        if (e["op"], e["kv"], e["backend"]) == ("prefill", "int4", "cuda")
+        and e["ratio_cudnn_bf16"] is not None
+    ]
+    if not shown:
+        return NOT_MEASURED
+    rows = [
+        [
+            f"{e['new_tokens']} + {e['length'] - e['new_tokens']}, "
+            f"{e['num_heads']}/{e['num_kv_heads']} heads",
+            f"{e['microseconds']:.1f}",
+            _times(e["ratio_cudnn_bf16"]),
+            _times(e["ratio_flash_bf16"]),
+        ]
+        for e in shown
+    ]
+    header = ["new + cached tokens", "us", "cuDNN BF16", "FlashAttention BF16"]
+    return f"{_where(data, shown)}; {BESIDE}:\n\n" + table(header, rows)
+
+
 def kernels(name: str) -> str:
     """W4A4 and W4A8 on Hopper beside cuBLAS BF16 and the best public kernel for the job."""
     data = read(name)
@@ -143,4 +168,5 @@ KERNEL_TABLES = {
     "experts": experts,
     "fused": fused,
     "kernels": kernels,
+    "prefill": prefill,
 }
