@@ -85,9 +85,9 @@ def kernels(name: str) -> str:
     for title in ("W4A4", "W4A8"):
         header += [f"{title}: us", "share of copy", "TOPS", "BF16", "humming"]
     return (
-        f"{_where(data, own.values())}; INT8 outliers and all scales included, W4A8 with INT8 and one scale per "
-        "token; ratios: time of cuBLAS BF16 and of humming's A8 over Quatom's, in one run:\n\n"
-        + table(header, rows)
+        f"{_where(data, own.values())}; INT8 outliers and all scales included, W4A8 with INT8 and "
+        "one scale per token; ratios: time of cuBLAS BF16 and of humming's A8 over Quatom's, in "
+        "one run:\n\n" + table(header, rows)
     )
 
 
@@ -121,7 +121,8 @@ def fused(name: str) -> str:
     ]
     if not rows:
         return NOT_MEASURED
-    return f"{_where(data, shown)}:\n\n" + table(["operation", "K", "M", "us", "share of copy"], rows)
+    header = ["operation", "K", "M", "us", "share of copy"]
+    return f"{_where(data, shown)}:\n\n" + table(header, rows)
 
 
 def experts(name: str) -> str:

@@ -192,9 +192,7 @@ def test_the_append_kernel_rotates_heads_of_other_sizes(head_dim, width, kv, tmp
     assert "LDG" not in sass.partition("ACQBULK")[0]  # all it reads may be the last kernel's result
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
-    constants = defines(
-        pages, torch.bfloat16, width, rotate_keys=True, hadamard=True, settled=True
-    )
+    constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True, settled=True)
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     early = re.findall(r"LDG\S*", sass.partition("ACQBULK")[0])
     # Position and slot past the L1 cache, cosines and sines; q, k and v come later.
@@ -273,8 +271,8 @@ def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
     assert wait
     assert "LDG" in after
     assert not re.search(r"LDG\S*CONSTANT", sass)
-    # Before it parameters alone are read, and all of them: weight and bias of the norm, the order of
-    # the first groups. Read after it, they would come behind all weights of the next linear layer.
+    # Before it parameters alone are read, and all of them: weight and bias of the norm, the order
+    # of the first groups. Read later, they would queue after the weights of the next linear layer.
     parameters = 0 if norm is None else constants["VECTORS"] * (1 + norm.bias)
     orders = 0 if operation == "gated" else 2
     assert len(re.findall("LDG", before)) == parameters + orders

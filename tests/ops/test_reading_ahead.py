@@ -54,7 +54,7 @@ def test_append_and_decode_read_ahead_and_give_the_same_bits(new, splits, window
 
         def run() -> list[torch.Tensor]:
             hidden, results = first, []
-            for _ in range(6):  # all write the same slots: a tile that is read too early is an old one
+            for _ in range(6):  # the same slots again: a tile that is read too early is an old one
                 heads = (hidden @ weight.t()).unflatten(1, (-1, DIM))
                 q, k, v = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
                 q = rope_append_kv(

@@ -89,8 +89,7 @@ class Config:
 
     @property
     def streams(self) -> bool:
-        """Whether weights may leave the L2 cache first: few tokens are one tile, which reads them
-        once."""
+        """Whether weights may leave the L2 cache first: few tokens are one tile of them."""
         return self.tokens <= _STREAMED_TOKENS and not self.experts
 
     @property
