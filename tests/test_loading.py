@@ -8,9 +8,10 @@ import torch
 
 from quatom.checkpoint.reader import open_source
 from quatom.errors import BackendError, CheckpointError
-from quatom.loading import default_dtype, load, usable_device
+from quatom.loading import load
 from quatom.modeling.linear import FloatLinear, QuantizedLinear
 from quatom.ops.backend import Backend
+from quatom.placement import default_dtype, usable_device, usable_dtype
 from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from tests.checkpoint.models import CONFIG, write_model
@@ -80,6 +81,21 @@ def test_devices(monkeypatch):
         usable_device("meta")
     with pytest.raises(BackendError, match="unknown device 'gpu9'"):
         usable_device("gpu9")
+    with pytest.raises(BackendError, match=r"unknown device 3\.5"):
+        usable_device(3.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert usable_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(BackendError, match="'cuda:2' was asked for but torch sees 2"):
+        usable_device("cuda:2")
+
+
+def test_a_number_format_goes_by_its_name_too(source_dir):
+    assert load(source_dir, dtype="bfloat16").dtype == torch.bfloat16
+    assert usable_dtype(None) is None
+    for wrong in ("half", "int8", torch.int8, torch.float64, 16):
+        with pytest.raises(BackendError, match="dtype must be one of float32, bfloat16, float16"):
+            load(source_dir, dtype=wrong)
 
 
 def test_a_folder_without_tokenizer_runs_on_token_ids(source_dir, tmp_path):

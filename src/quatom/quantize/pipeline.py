@@ -20,8 +20,8 @@ from quatom.checkpoint.schema import bits_per_weight
 from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CalibrationError, RecipeError, unknown
-from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
+from quatom.placement import default_dtype, usable_device, usable_dtype
 from quatom.plan import ModelPlan, plan
 from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.quantize.block_log import BlockLog
@@ -56,7 +56,7 @@ def quantize_checkpoint(
     *,
     calibration: str | Path | Tensor | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     backend: Backend | None = None,
     resume: bool = False,
     on_start: Callable[[int, int], None] | None = None,
@@ -72,7 +72,8 @@ def quantize_checkpoint(
             integer dtype in place of a sample of it. Recipes that order channels or use GPTQ need
             it.
         device: where blocks are computed; None: the GPU if there is one, else the CPU.
-        dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
+        dtype: of the computation: float32, bfloat16 or float16, as torch's dtype or by name; None:
+            float32 on a CPU, otherwise the source's own.
         backend: implementation of the operations; None picks by device.
         resume: go on with an interrupted run of the same source, recipe and text.
         on_start: called with the blocks that are done and all blocks, once everything is checked.
@@ -93,11 +94,11 @@ def quantize_checkpoint(
                 f"recipe {recipe.name!r} leaves the weights as they are: there is no checkpoint to "
                 "make; load the source itself"
             )
-        place = usable_device(device)
+        place, asked = usable_device(device), usable_dtype(dtype)
         opened = source if isinstance(source, TensorSource) else open_source(source)
         resolved = plan(opened.model_config, recipe)
         check_tuning(resolved, ranks)
-        dtype = dtype or default_dtype(opened, place)
+        dtype = asked or default_dtype(opened, place)
         tokens = _calibration_tokens(opened, recipe, calibration)
         if ranks.leads:
             writer = CheckpointWriter(
