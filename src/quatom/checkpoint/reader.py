@@ -14,6 +14,7 @@ from quatom.checkpoint.folder_source import open_safetensors
 from quatom.checkpoint.folder_tensors import adapter
 from quatom.checkpoint.gguf_parts import models
 from quatom.checkpoint.hub import download, download_config, hub_name
+from quatom.checkpoint.language_part import language_part
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.checkpoint.tensor_source import TensorSource
 from quatom.checkpoint.validation import check_blocks, check_names, read_json
@@ -73,7 +74,7 @@ def read_model_config(path_or_id: str | Path) -> tuple[ModelConfig, Recipe | Non
         from quatom.checkpoint.gguf_model import hf_config
 
         return as_model_config(gguf, hf_config(read_split_gguf(gguf))), None
-    config = read_json(path / "config.json")
+    config, _ = language_part(path / "config.json", read_json(path / "config.json"))
     return as_model_config(path / "config.json", config), read_recipe(path, config)
 
 
