@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from quatom.checkpoint.reader import open_source
-from quatom.errors import BackendError, CheckpointError
-from quatom.loading import default_dtype, load, usable_device
+from quatom.errors import BackendError, CheckpointError, RecipeError
+from quatom.loading import load
 from quatom.modeling.linear import FloatLinear, QuantizedLinear
 from quatom.ops.backend import Backend
+from quatom.placement import default_dtype, usable_device, usable_dtype
 from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from tests.checkpoint.models import CONFIG, write_model
@@ -80,6 +81,29 @@ def test_devices(monkeypatch):
         usable_device("meta")
     with pytest.raises(BackendError, match="unknown device 'gpu9'"):
         usable_device("gpu9")
+    with pytest.raises(BackendError, match=r"unknown device 3\.5"):
+        usable_device(3.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert usable_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(BackendError, match="'cuda:2' was asked for but torch sees 2"):
+        usable_device("cuda:2")
+
+
+def test_a_number_format_goes_by_its_name_too(source_dir):
+    assert load(source_dir, dtype="bfloat16").dtype == torch.bfloat16
+    assert usable_dtype(None) is None
+    for wrong in ("half", "int8", torch.int8, torch.float64, 16):
+        with pytest.raises(BackendError, match="dtype must be one of float32, bfloat16, float16"):
+            load(source_dir, dtype=wrong)
+
+
+def test_what_is_no_model_or_no_backend_is_refused_before_anything_is_read(source_dir):
+    assert load(source_dir, backend="reference").dtype == torch.float32
+    with pytest.raises(BackendError, match=r"backend must be one of reference, .*got 'cutlass'"):
+        load(source_dir, backend="cutlass")
+    with pytest.raises(CheckpointError, match=r"a model is a folder, .*got None"):
+        load(None)
 
 
 def test_a_folder_without_tokenizer_runs_on_token_ids(source_dir, tmp_path):
@@ -114,3 +138,23 @@ def test_another_backend_is_refused_where_it_cannot_run(checkpoint_dir):
 def test_a_loaded_model_is_a_value(source_dir):
     loaded = load(source_dir)
     assert replace(loaded, source="x").model is loaded.model
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (
+            {"recipe": None},
+            RecipeError,
+            "recipe must be a Recipe or the name of a preset, got None",
+        ),
+        ({"dtype": "int4"}, BackendError, "dtype must be one of"),
+        ({"backend": "cutlass"}, BackendError, "backend must be one of"),
+    ],
+)
+def test_quantizing_refuses_the_same_before_anything_is_written(
+    wrong, error, message, source_dir, tmp_path
+):
+    with pytest.raises(error, match=message):
+        quantize_checkpoint(source_dir, tmp_path / "q", **{"recipe": "w8a8", **wrong})
+    assert not list(tmp_path.iterdir())

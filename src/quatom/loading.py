@@ -12,7 +12,7 @@ from quatom.checkpoint.codec import decode
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import bits_per_weight, linear_tensors, qk_norm_sizes
 from quatom.checkpoint.tokenizer import find_tokenizer
-from quatom.errors import BackendError, CheckpointError
+from quatom.errors import CheckpointError
 from quatom.families.spec import Attention, ModelConfig, Norm, NormName, RouterTensor
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.build import build_block
@@ -21,6 +21,7 @@ from quatom.modeling.linear import QuantizedLinear
 from quatom.modeling.weights import FloatLayer, FloatSite, LayerWeights, NormWeights
 from quatom.numerics.rotary import head_order
 from quatom.ops.backend import Backend
+from quatom.placement import default_dtype, usable_backend, usable_device, usable_dtype
 from quatom.plan import LayerPlan, ModelPlan, plan
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
@@ -209,57 +210,32 @@ def _qk_norm(read: Read, layer: LayerPlan) -> tuple[Tensor, Tensor] | None:
     return read(f"{q}.weight", (q_size,)), read(f"{k}.weight", (k_size,))
 
 
-def usable_device(device: str | torch.device | None = None) -> torch.device:
-    """The device, checked; None: the GPU if torch sees one, else the CPU.
-
-    Raises:
-        BackendError: it is neither the CPU nor a GPU that torch sees.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise BackendError(f"unknown device {device!r}: use cpu or cuda") from error
-    if place.type not in ("cpu", "cuda"):
-        raise BackendError(f"device {device!r} is not supported: use cpu or cuda")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device 'cuda' was asked for but torch sees no GPU: use cpu")
-    return place
-
-
-def default_dtype(source: TensorSource, device: torch.device) -> torch.dtype:
-    """float32 on a CPU; on a GPU the dtype of the source's weights, bfloat16 for float32 ones."""
-    if device.type == "cpu":
-        return torch.float32
-    dtype = source.dtype(source.model_config.embedding_name)
-    return torch.bfloat16 if dtype == torch.float32 else dtype
-
-
 def load(
     source: str | Path,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    backend: Backend | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str | Backend | None = None,
 ) -> LoadedModel:
     """Load a Hugging Face folder, hub id, GGUF or Quatom checkpoint.
 
     Args:
         source: folder, file or hub id.
         device: where the model runs; None: the GPU if there is one, else the CPU.
-        dtype: of activations and of what is not quantized; None: float32 on a CPU, otherwise the
-            checkpoint's own.
+        dtype: of activations and of what is not quantized: float32, bfloat16 or float16, as torch's
+            dtype or by name; None: float32 on a CPU, otherwise the checkpoint's own.
         backend: implementation of the operations; None picks by device.
 
     Raises:
         CheckpointError: something is missing, damaged or of a wrong shape.
         ModelError: the architecture or a configuration key is not supported.
-        BackendError: the device is not available.
+        BackendError: the device is not available, or models do not compute in that dtype, or
+            there is no such backend.
     """
-    device = usable_device(device)
+    device, asked = usable_device(device), usable_dtype(dtype)
+    backend = usable_backend(backend)
     opened = open_source(source)
-    dtype = dtype or default_dtype(opened, device)
+    dtype = asked or default_dtype(opened, device)
     resolved = plan(opened.model_config, opened.recipe or PRESETS["fp16"])
     read_layer = load_quantized_layer if resolved.recipe.quantizes_weights else load_float_layer
     blocks = [

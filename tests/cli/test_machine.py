@@ -9,8 +9,9 @@ import torch
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.llm import LLM
-from quatom.loading import load, usable_device
+from quatom.loading import load
 from quatom.ops.backend import Backend, observe_choices
+from quatom.placement import usable_device
 
 
 def test_doctor_looks_at_the_machine(shell, tmp_path):

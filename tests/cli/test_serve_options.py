@@ -124,7 +124,7 @@ def test_what_is_wrong_without_a_model_is_said_without_loading_one(served, shell
             (("--allowed-origins", "example.org"), "'example.org' is no origin"),
             (("--log-level", "LOUD"), "--log-level must be one of DEBUG"),
             (("--max-num-seqs", 9, "--max-num-batched-tokens", 8), "below max_num_seqs"),
-            (("--dtype", "int3"), "--dtype must be one of"),
+            (("--dtype", "int3"), "dtype must be one of"),
             (("--random-weights", "llama-2-7b"), "give either MODEL or --random-weights"),
             (("--no-engine-process", "--restart-engine"), "--restart-engine needs"),
         ]:

@@ -92,6 +92,7 @@ TINY: dict[str, tuple[str, dict]] = {
         "Qwen3",
         {"head_dim": 64, "attention_bias": True, "rope_parameters": YARN | {"rope_theta": 1e6}},
     ),
+    "gemma": ("Gemma", {"hidden_size": 96, "head_dim": 192}),
     "gemma2": (
         "Gemma2",
         {
@@ -192,6 +193,17 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "glm": ("Glm", {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "glm4": ("Glm4", {"head_dim": 128, "attention_bias": False}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 96, "use_bias": True}),
+    "helium": ("Helium", {"head_dim": 64}),
+    "exaone4": (
+        "Exaone4",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 22,
+            "sliding_window_pattern": 2,
+            "num_key_value_heads": 2,
+        },
+    ),
     "starcoder2": ("Starcoder2", {"hidden_size": 192, "sliding_window": 36}),
     "stablelm": ("StableLm", {"hidden_size": 160, "num_key_value_heads": 2, "use_qkv_bias": True}),
     "opt": ("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128}),

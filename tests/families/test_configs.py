@@ -117,6 +117,7 @@ WINDOWS = {
     "ministral": [20, None, 20, None],
     "qwen2-windows": [None, 16, 16],
     "gemma2": [32, None, 32, None],
+    "exaone4": [22, None, 22, None],
     "gemma3": [24, 24, 24, None],
     "phi3": [28, 28],
     "olmo3": [12, 12, 12, None],
@@ -163,6 +164,25 @@ def test_granite_has_four_multipliers():
 def test_smollm3_turns_no_heads_in_some_layers():
     config = read_config(tiny_config("smollm3").to_dict())
     assert [layer.attention.rope is not None for layer in config.layers] == [True, False] * 2
+
+
+def test_exaone4_turns_heads_where_it_has_windows_or_has_none_at_all():
+    config = tiny_config("exaone4").to_dict()
+    turns = [layer.attention.rope is not None for layer in read_config(config).layers]
+    assert turns == [True, False] * 2
+    without = config | {"sliding_window": None, "layer_types": ["full_attention"] * 4}
+    assert all(layer.attention.rope for layer in read_config(without).layers)
+    letters = {name: value for name, value in config.items() if name != "layer_types"}
+    with pytest.raises(ModelError, match=r"sliding_window_pattern = 'LLLG'.*write layer_types"):
+        read_config(letters | {"sliding_window_pattern": "LLLG"})
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh"])
+def test_the_first_gemma_means_the_tanh_approximation(name):
+    config = tiny_config("gemma").to_dict() | {"hidden_act": name, "hidden_activation": None}
+    assert read_config(config).layers[0].feed_forward.activation == "gelu_tanh"
+    with pytest.raises(ModelError, match="hidden_activation = 'gelu' is not supported"):
+        read_config(config | {"hidden_activation": "gelu"})
 
 
 def test_families_without_a_gate():

@@ -250,7 +250,7 @@ def test_a_budget_out_of_range_is_refused_with_numbers(bits, model_dir, shell, t
         (("--base", "quatom-w4"), "quatom-w4a4kv4"),
         (("--base", "fp16"), "base 'fp16' leaves the weights as they are"),
         (("--raise", "weights,cache"), "--raise takes weights, activations, kv_cache, .* 'cache'"),
-        (("--dtype", "int4"), "--dtype must be one of"),
+        (("--dtype", "int4"), "dtype must be one of"),
         (("--calibration", "absent.txt"), "absent.txt"),
         (("--sequence-length", "1000"), "1000 tokens are longer than the model's 512"),
     ],

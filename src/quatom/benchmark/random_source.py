@@ -15,7 +15,7 @@ from quatom.benchmark.random_weights import outer_std
 from quatom.checkpoint.reader import TensorSource
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.families.spec import ModelConfig
-from quatom.loading import usable_device
+from quatom.placement import usable_device
 from quatom.plan import plan
 from quatom.presets import PRESETS
 from quatom.recipe import CalibrationSpec

@@ -15,13 +15,14 @@ from torch import Tensor
 from quatom.benchmark.model_shapes import find_shape
 from quatom.checkpoint.schema import norm_tensors, qk_norm_sizes
 from quatom.families.spec import ModelConfig, Norm
-from quatom.loading import LoadedModel, build_decoder, usable_device
+from quatom.loading import LoadedModel, build_decoder
 from quatom.modeling.build import build_block
 from quatom.modeling.linear import FloatExperts, FloatLinear, QuantizedExperts, QuantizedLinear
 from quatom.modeling.weights import FloatSite, LayerWeights, NormWeights, SiteCodes
 from quatom.numerics.formats import Format, get_format
 from quatom.numerics.multiples import WEIGHT_MULTIPLE, find_row_scales, nearest_multiple
 from quatom.ops.backend import Backend
+from quatom.placement import usable_device
 from quatom.plan import LayerPlan, SitePlan, plan
 from quatom.recipe import Recipe
 

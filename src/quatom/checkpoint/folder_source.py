@@ -17,6 +17,7 @@ from quatom.checkpoint.folder_tensors import (
     read_headers,
 )
 from quatom.checkpoint.fp8 import scaled_tensors
+from quatom.checkpoint.language_part import language_part
 from quatom.checkpoint.mxfp4 import block_scaled_tensors
 from quatom.checkpoint.safetensors_file import StoredTensor, read_tensor
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
@@ -64,7 +65,7 @@ def open_safetensors(
             or f"{folder} has no config.json; copy the model's own there, in the "
             "form of transformers"
         )
-    config = read_json(folder / "config.json")
+    config, part = language_part(folder / "config.json", read_json(folder / "config.json"))
     recipe = recipe_of(folder, config)
     model_config = as_model_config(folder / "config.json", config)
     model_config, ends = with_ends(model_config, folder / "generation_config.json")
@@ -105,7 +106,7 @@ def open_safetensors(
         _tensors=tensors,
         _read=read,
         _locate=lambda name: headers[parts[name][0]].file,
-        notes=(*ends, *notes, *renamed, *passed, *converted),
+        notes=(*part, *ends, *notes, *renamed, *passed, *converted),
     )
 
 

@@ -14,6 +14,7 @@ from quatom.checkpoint.folder_source import open_safetensors
 from quatom.checkpoint.folder_tensors import adapter
 from quatom.checkpoint.gguf_parts import models
 from quatom.checkpoint.hub import download, download_config, hub_name
+from quatom.checkpoint.language_part import language_part
 from quatom.checkpoint.schema import TensorSpec, checkpoint_tensors
 from quatom.checkpoint.tensor_source import TensorSource
 from quatom.checkpoint.validation import check_blocks, check_names, read_json
@@ -73,7 +74,7 @@ def read_model_config(path_or_id: str | Path) -> tuple[ModelConfig, Recipe | Non
         from quatom.checkpoint.gguf_model import hf_config
 
         return as_model_config(gguf, hf_config(read_split_gguf(gguf))), None
-    config = read_json(path / "config.json")
+    config, _ = language_part(path / "config.json", read_json(path / "config.json"))
     return as_model_config(path / "config.json", config), read_recipe(path, config)
 
 
@@ -89,6 +90,10 @@ def find_model(path_or_id: str | Path) -> Path:
 
 def _local(path_or_id: str | Path) -> Path | None:
     """The path of a model on disk; None: it is a name of the hub."""
+    if not isinstance(path_or_id, str | Path):
+        raise CheckpointError(
+            f"a model is a folder, a .gguf file or a name of the hub, got {path_or_id!r:.60}"
+        )
     path = Path(path_or_id)
     if str(path_or_id):
         if exists(path):

@@ -61,14 +61,14 @@ def ablate(
     """Measure perplexity with each part of a recipe added to those before it."""
     from quatom.checkpoint.reader import open_source
     from quatom.checkpoint.tokenizer import tokenizer_from_source
-    from quatom.cli.common import check_output, print_table, read_dtype, rung_progress
+    from quatom.cli.common import check_output, print_table, rung_progress
     from quatom.errors import RecipeError, unknown
     from quatom.evaluation.corpora import load_corpus
     from quatom.evaluation.ladder import LadderRun
     from quatom.evaluation.ladders import LADDERS
     from quatom.evaluation.perplexity import cut_windows
     from quatom.evaluation.results import add_results, read_results
-    from quatom.loading import default_dtype, usable_device
+    from quatom.placement import default_dtype, usable_device, usable_dtype
     from quatom.quantize.calibration_data import calibration_tokens, check_token_ids
     from quatom.recipe import CalibrationSpec, Recipe
 
@@ -107,7 +107,7 @@ def ablate(
                 sequences,
                 windows,
                 device=place,
-                dtype=read_dtype(dtype) or default_dtype(opened, place),
+                dtype=usable_dtype(dtype) or default_dtype(opened, place),
                 scores_file=json.with_name(f".{json.stem}-{run_hash}"),
                 on_block=on_block,
             ).measure(rung, recipe)

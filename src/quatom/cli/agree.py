@@ -32,7 +32,7 @@ def agree(
     """Record a model's greedy choices, or feed recorded ones to it and compare."""
     import torch
 
-    from quatom.cli.common import check_output, print_table, read_dtype
+    from quatom.cli.common import check_output, print_table
     from quatom.engine.config import EngineConfig
     from quatom.evaluation.agreement import (
         Choices,
@@ -51,7 +51,7 @@ def agree(
     check_output(None if record is None else choices)
     if json is not None:
         read_results(json)
-    loaded = load(model, device=device, dtype=read_dtype(dtype))
+    loaded = load(model, device=device, dtype=dtype)
     if recorded is None:
         assert text is not None
         tokens = loaded.require_tokenizer().encode(text, add_special_tokens=False)

@@ -99,9 +99,10 @@ def throughput(
     from quatom.benchmark.serving_results import add_entries, read_entries, summary
     from quatom.benchmark.throughput import Setting, measure_fixed_batches, measure_throughput
     from quatom.benchmark.throughput_models import benchmark_models
-    from quatom.cli.common import read_dtype, read_recipe
+    from quatom.cli.common import read_recipe
     from quatom.engine.config import EngineConfig
     from quatom.engine.startup import release_memory
+    from quatom.placement import usable_dtype
 
     device = device or default_device()
     if json is not None:
@@ -112,7 +113,7 @@ def throughput(
         random_weights,
         [read_recipe(name) for name in recipe or ()],
         device=device,
-        dtype=read_dtype(dtype),
+        dtype=usable_dtype(dtype),
         num_layers=layers,
         seed=seed,
         gpu_memory=gpu_memory,

@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quatom.errors import CheckpointError, RecipeError
+from quatom.errors import CheckpointError
 from quatom.recipe import Recipe
 from quatom.recipe_file import differences, find_recipe
 
 if TYPE_CHECKING:
-    import torch
-
     from quatom.quantize.walk import QuantizedBlock
 
 
@@ -26,23 +24,6 @@ def read_recipe(name: str, **calibration: int | None) -> Recipe:
     recipe, _ = find_recipe(name)
     given = {key: value for key, value in calibration.items() if value is not None}
     return replace(recipe, calibration=replace(recipe.calibration, **given))
-
-
-def read_dtype(name: str | None) -> "torch.dtype | None":
-    """The torch dtype called `name`.
-
-    Raises:
-        RecipeError: it is none that models compute in.
-    """
-    import torch
-
-    allowed = ("float32", "bfloat16", "float16")
-    if name is None:
-        return None
-    if name not in allowed:
-        raise RecipeError(f"--dtype must be one of {', '.join(allowed)}, got {name!r}")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def check_output(file: Path | None) -> None:

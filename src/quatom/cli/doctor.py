@@ -54,7 +54,7 @@ def _model(model: str) -> "Sequence[Any]":
 def _machine(recipe: str, device: str | None) -> "Sequence[Any]":
     from quatom.benchmark.machine import find_kernels, find_software
     from quatom.cli.common import print_table, read_recipe
-    from quatom.loading import usable_device
+    from quatom.placement import usable_device
 
     chosen, place = read_recipe(recipe), usable_device(device)
     software = find_software()

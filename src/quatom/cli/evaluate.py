@@ -58,7 +58,6 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure perplexity (GPTQ's protocol) and zero-shot accuracy."""
-    from quatom.cli.common import read_dtype
     from quatom.evaluation.corpora import read_corpus
     from quatom.evaluation.divergence import check_same_vocabulary
     from quatom.evaluation.results import read_results
@@ -74,10 +73,10 @@ def evaluate(
     corpus = None if perplexity is None else read_corpus(perplexity, data_dir=data_dir)
     if tasks is not None:
         find_harness()
-    loaded = load(model, device=device, dtype=read_dtype(dtype))
+    loaded = load(model, device=device, dtype=dtype)
     compared = None
     if reference is not None:
-        compared = load(reference, device=device, dtype=read_dtype(dtype))
+        compared = load(reference, device=device, dtype=dtype)
         check_same_vocabulary(loaded, compared)
     title = name or Path(model).resolve().name
     if corpus is not None:

@@ -29,11 +29,10 @@ def generate(
     ] = None,
 ) -> None:
     """Generate text from a model or a packed checkpoint."""
-    from quatom.cli.common import read_dtype
     from quatom.engine.llm import LLM
     from quatom.engine.sampling import SamplingParams
 
-    llm = LLM(model, device=device, dtype=read_dtype(dtype), max_num_seqs=1)
+    llm = LLM(model, device=device, dtype=dtype, max_num_seqs=1)
     if chat:
         token_ids = llm.encode_chat([{"role": "user", "content": prompt}])
     else:

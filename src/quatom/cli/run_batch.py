@@ -47,7 +47,7 @@ def run_batch(
     from rich.console import Console
     from rich.progress import Progress
 
-    from quatom.cli.common import default_name, read_dtype
+    from quatom.cli.common import default_name
     from quatom.engine.config import EngineConfig
     from quatom.engine.llm import LLM
     from quatom.serving.app import ServerOptions, create_app
@@ -66,7 +66,7 @@ def run_batch(
             max_model_len=max_model_len,
             kv_cache_memory=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
         )
-        llm = LLM(model, device=device, dtype=read_dtype(dtype), config=config)
+        llm = LLM(model, device=device, dtype=dtype, config=config)
         names = tuple(served_model_name or (default_name(model),))
         app = create_app(
             llm.engine, ServerOptions(model_names=names, dialogue=style, hang_seconds=0)

@@ -60,7 +60,7 @@ def search(
     """Find a recipe whose formats differ by layer and site, within a budget of bits."""
     from json import dumps
 
-    from quatom.cli.common import check_output, print_table, read_dtype, rung_progress
+    from quatom.cli.common import check_output, print_table, rung_progress
     from quatom.cli.formats import print_formats
     from quatom.errors import RecipeError
     from quatom.evaluation.results import add_results, read_results
@@ -86,7 +86,7 @@ def search(
             outliers=outliers,
             text=spec,
             device=device,
-            dtype=read_dtype(dtype),
+            dtype=dtype,
             on_block=on_block,
         )
     output.write_text(dumps(recipe_file(found), indent=2) + "\n", encoding="utf-8")

@@ -152,8 +152,9 @@ def serve(
 
     from dataclasses import asdict
 
-    from quatom.cli.common import read_dtype, read_recipe
+    from quatom.cli.common import read_recipe
     from quatom.engine.config import EngineConfig
+    from quatom.placement import usable_dtype
     from quatom.serving.app import ServerOptions
     from quatom.serving.served_model import start_engine
     from quatom.serving.server import Connections, serve_engine
@@ -175,7 +176,7 @@ def serve(
         prefix_caching=prefix_caching,
         keep_freed_memory=keep_freed_memory,
     )
-    read_dtype(dtype)
+    usable_dtype(dtype)
     arguments = {
         "model": model,
         "random_weights": random_weights,

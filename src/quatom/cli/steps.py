@@ -29,7 +29,7 @@ def steps(
     from quatom.benchmark.step_profile import profile_steps
     from quatom.cli.common import read_recipe
     from quatom.engine.startup import GIB, release_memory
-    from quatom.loading import usable_device
+    from quatom.placement import usable_device
 
     device = usable_device("cuda")
     if json is not None:

@@ -27,18 +27,18 @@ def warmup(
 ) -> None:
     """Compile the kernels of a model and keep them in QUATOM_CACHE_DIR."""
     from quatom.benchmark.throughput_models import benchmark_models
-    from quatom.cli.common import read_dtype, read_recipe
+    from quatom.cli.common import read_recipe
     from quatom.engine.config import EngineConfig
     from quatom.engine.startup import build_engine
-    from quatom.loading import usable_device
     from quatom.ops.cuda_build import cache_folder
+    from quatom.placement import usable_device, usable_dtype
 
     models = benchmark_models(
         model,
         random_weights,
         [] if recipe is None else [read_recipe(recipe)],
         device=str(usable_device(device)),
-        dtype=read_dtype(dtype),
+        dtype=usable_dtype(dtype),
         num_layers=layers,
         seed=0,
         gpu_memory=None,

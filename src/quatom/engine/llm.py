@@ -37,8 +37,8 @@ class LLM:
         model: str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        backend: Backend | None = None,
+        dtype: str | torch.dtype | None = None,
+        backend: str | Backend | None = None,
         config: EngineConfig | None = None,
         max_num_seqs: int | None = None,
         max_model_len: int | None = None,
@@ -49,7 +49,7 @@ class LLM:
         Args:
             model: Quatom checkpoint, Hugging Face folder, GGUF file or hub id.
             device: where to run; None: the GPU if there is one, else the CPU.
-            dtype: number format of what is not quantized; None: as `quatom.load` chooses.
+            dtype: number format of what is not quantized, as in `quatom.load`.
             backend: implementation of the operations; None picks by device.
             config: limits of the engine; the three arguments below override its fields.
             max_num_seqs: sequences that run at once.

@@ -4,10 +4,11 @@ from math import sqrt
 from typing import Any
 
 from quatom.families.decoder import Family, decoder, read_feed_forward
+from quatom.families.gemma import gemma_norm
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary, one_rope
 from quatom.families.sizes import Sizes, layer_types, read_sizes, windows
-from quatom.families.spec import ModelConfig, Norm
+from quatom.families.spec import ModelConfig
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -56,11 +57,6 @@ def gemma(
         embedding_multiplier=sqrt(sizes.hidden),
         **own,
     )
-
-
-def gemma_norm(keys: Keys) -> Norm:
-    """A norm of 1 + w."""
-    return Norm(eps=keys.positive("rms_norm_eps", default=1e-6), weight_offset=1.0)
 
 
 def gemma_layer_types(keys: Keys, layers: int, *, every: int) -> tuple[str, ...]:

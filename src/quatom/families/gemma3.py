@@ -1,7 +1,8 @@
 """Text models of Gemma 3: Gemma 2 with norms of q and k, and two rotary tables."""
 
 from quatom.families.decoder import Family
-from quatom.families.gemma2 import gemma, gemma_layer_types, gemma_norm
+from quatom.families.gemma import gemma_norm
+from quatom.families.gemma2 import gemma, gemma_layer_types
 from quatom.families.keys import Keys
 from quatom.families.rope import ropes_by_layer_type
 from quatom.families.sizes import read_sizes

@@ -5,6 +5,9 @@ from typing import Any
 
 from quatom.errors import ModelError
 from quatom.families.decoder import Family
+from quatom.families.ernie import ERNIE4_5, HELIUM
+from quatom.families.exaone4 import EXAONE4
+from quatom.families.gemma import GEMMA
 from quatom.families.gemma2 import GEMMA2
 from quatom.families.gemma3 import GEMMA3
 from quatom.families.glm import GLM, GLM4
@@ -35,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     MINISTRAL,
     QWEN2,
     QWEN3,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     PHI3,
@@ -45,6 +49,9 @@ FAMILIES: tuple[Family, ...] = (
     SEED_OSS,
     GLM,
     GLM4,
+    ERNIE4_5,
+    HELIUM,
+    EXAONE4,
     STARCODER2,
     STABLELM,
     OPT,

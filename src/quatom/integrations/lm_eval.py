@@ -10,7 +10,6 @@ Every other option is the harness's. In Python importing this module is enough.
 from typing import Any
 
 import lm_eval.models  # noqa: F401  fills the registry: an entry of ours alone would hide the others
-import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import MODEL_REGISTRY, register_model
 
@@ -20,7 +19,6 @@ from quatom.loading import load
 
 NAME = "quatom"
 """What `--model` takes."""
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 class QuatomHarnessModel(QuatomLM):
@@ -57,9 +55,7 @@ class QuatomHarnessModel(QuatomLM):
                 f"model_args has {', '.join(sorted(unknown))}; known are pretrained, device, dtype "
                 "and batch_tokens"
             )
-        if dtype is not None and dtype not in _DTYPES:
-            raise RequestError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        loaded = load(pretrained, device=device, dtype=None if dtype is None else _DTYPES[dtype])
+        loaded = load(pretrained, device=device, dtype=dtype)
         super().__init__(loaded, batch_tokens=batch_tokens)
 
 

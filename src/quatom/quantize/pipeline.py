@@ -8,6 +8,7 @@ share the calibration sequences, the first one writes, and the bytes are those o
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from quatom.checkpoint.schema import bits_per_weight
 from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CalibrationError, RecipeError, unknown
-from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
+from quatom.placement import default_dtype, usable_backend, usable_device, usable_dtype
 from quatom.plan import ModelPlan, plan
 from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.quantize.block_log import BlockLog
@@ -32,6 +33,7 @@ from quatom.quantize.tuning.tune import check_tuning
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import CalibrationSpec, Recipe
 
+_log = logging.getLogger(__name__)
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""
 
@@ -56,8 +58,8 @@ def quantize_checkpoint(
     *,
     calibration: str | Path | Tensor | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    backend: Backend | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str | Backend | None = None,
     resume: bool = False,
     on_start: Callable[[int, int], None] | None = None,
     on_block: Callable[[QuantizedBlock], None] | None = None,
@@ -72,7 +74,8 @@ def quantize_checkpoint(
             integer dtype in place of a sample of it. Recipes that order channels or use GPTQ need
             it.
         device: where blocks are computed; None: the GPU if there is one, else the CPU.
-        dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
+        dtype: of the computation: float32, bfloat16 or float16, as torch's dtype or by name; None:
+            float32 on a CPU, otherwise the source's own.
         backend: implementation of the operations; None picks by device.
         resume: go on with an interrupted run of the same source, recipe and text.
         on_start: called with the blocks that are done and all blocks, once everything is checked.
@@ -87,19 +90,22 @@ def quantize_checkpoint(
     ranks = Ranks.current()
     writer: CheckpointWriter | None = None
     with ranks.together():
-        recipe = _named(recipe) if isinstance(recipe, str) else recipe
+        recipe = recipe if isinstance(recipe, Recipe) else _named(recipe)
         if not recipe.quantizes_weights:
             raise RecipeError(
                 f"recipe {recipe.name!r} leaves the weights as they are: there is no checkpoint to "
                 "make; load the source itself"
             )
-        place = usable_device(device)
+        place, asked = usable_device(device), usable_dtype(dtype)
+        backend = usable_backend(backend)
         opened = source if isinstance(source, TensorSource) else open_source(source)
         resolved = plan(opened.model_config, recipe)
         check_tuning(resolved, ranks)
-        dtype = dtype or default_dtype(opened, place)
+        dtype = asked or default_dtype(opened, place)
         tokens = _calibration_tokens(opened, recipe, calibration)
         if ranks.leads:
+            for note in opened.notes:
+                _log.info("%s: %s", opened.folder, note)
             writer = CheckpointWriter(
                 target,
                 opened,
@@ -172,6 +178,8 @@ def _quantize_blocks(
 
 
 def _named(name: str) -> Recipe:
+    if not isinstance(name, str):
+        raise RecipeError(f"recipe must be a Recipe or the name of a preset, got {name!r:.60}")
     if name not in PRESETS:
         raise RecipeError(unknown("recipe", name, PRESETS))
     return PRESETS[name]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.errors import CalibrationError, CheckpointError, RecipeError, unknown
-from quatom.loading import default_dtype, usable_device
 from quatom.ops.backend import Backend
+from quatom.placement import default_dtype, usable_backend, usable_device, usable_dtype
 from quatom.plan import ModelPlan, plan
 from quatom.presets import PRESETS
 from quatom.quantize.pipeline import read_tokens
@@ -72,8 +72,8 @@ def search_recipe(
     outliers: bool = False,
     text: CalibrationSpec | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    backend: Backend | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str | Backend | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Searched:
     """Find formats per layer and site under which the mean of bits stays within a budget.
@@ -88,7 +88,7 @@ def search_recipe(
         text: how many sequences of how many tokens; None: 16 of 512. Of four sequences the last
             one measures errors, the others give statistics.
         device: where blocks are computed; None: the GPU if there is one, else the CPU.
-        dtype: of the computation; None: float32 on a CPU, otherwise the source's own.
+        dtype: of the computation, as in `quantize_checkpoint`.
         backend: implementation of the operations; None picks by device.
         on_block: called with (blocks done, blocks in all).
 
@@ -99,7 +99,8 @@ def search_recipe(
         QuantizationError: a layer cannot be quantized.
     """
     started = time.perf_counter()
-    place = usable_device(device)
+    place, asked = usable_device(device), usable_dtype(dtype)
+    backend = usable_backend(backend)
     opened = source if isinstance(source, TensorSource) else open_source(source)
     if opened.recipe is not None:
         raise CheckpointError(
@@ -120,7 +121,7 @@ def search_recipe(
         opened,
         resolved,
         device=place,
-        dtype=dtype or default_dtype(opened, place),
+        dtype=asked or default_dtype(opened, place),
         backend=backend,
     )
     found = walk.measure(tokens, held_out, places, on_block)

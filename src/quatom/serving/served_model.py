@@ -32,19 +32,17 @@ def build_engine(
         recipe: of random weights, as `Recipe.to_dict` gives it.
         gpu_memory: GiB for everything.
         device: cpu or cuda; None: a GPU if there is one.
-        dtype: name of a torch dtype; None: as the model's loader chooses.
+        dtype: float32, bfloat16 or float16; None: as `quatom.load` chooses.
         limits: fields of EngineConfig.
 
     Raises:
         QuatomError: there is no such model, or it does not fit.
     """
-    import torch
-
     from quatom.engine import startup
     from quatom.loading import load
+    from quatom.placement import usable_device, usable_dtype
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    number_type = None if dtype is None else getattr(torch, dtype)
+    place, number_type = str(usable_device(device)), usable_dtype(dtype)
     if model is not None and random_weights is None and recipe is None:
         loaded = load(model, device=place, dtype=number_type)
     else:

@@ -1,0 +1,69 @@
+"""EXAONE 4: norms after attention and feed-forward, norms of q and k, windows with rotation."""
+
+from quatom.errors import ModelError
+from quatom.families.decoder import Family, decoder, read_feed_forward
+from quatom.families.keys import Keys
+from quatom.families.rope import Rotary, one_rope
+from quatom.families.sizes import layer_types, read_sizes, windows
+from quatom.families.spec import ModelConfig, Norm
+
+
+def read(keys: Keys) -> ModelConfig:
+    """What an Exaone4ForCausalLM computes.
+
+    Raises:
+        ModelError: a key is missing or not supported.
+    """
+    sizes = read_sizes(keys, max_position=2048, kv_heads=32)
+    norm = Norm(eps=keys.positive("rms_norm_eps", default=1e-5))
+    window = keys.integer_or_none("sliding_window", default=4096)
+    types = _layer_types(keys, sizes.layers, window)
+    shared = one_rope(keys, sizes)
+    # In a model with windows, layers that see everything do not turn their heads.
+    ropes = tuple(
+        None if window is not None and kind == "full_attention" else rope
+        for rope, kind in zip(shared.ropes, types, strict=True)
+    )
+    return decoder(
+        keys,
+        sizes,
+        Rotary(ropes, shared.max_position),
+        family="exaone4",
+        norm=norm,
+        feed_forward=read_feed_forward(keys),
+        windows=windows(types, window),
+        qk_norm=norm,
+        norms={
+            "attention_output": "post_attention_layernorm",
+            "feed_forward_output": "post_feedforward_layernorm",
+        },
+    )
+
+
+def _layer_types(keys: Keys, layers: int, window: int | None) -> tuple[str, ...]:
+    """Of `layer_types`; where it is absent, every N-th layer sees everything."""
+    pattern = keys.value("sliding_window_pattern")
+    if keys.value("layer_types") is None and isinstance(pattern, str):
+        raise ModelError(
+            f"config key {keys.show('sliding_window_pattern')}: transformers reads a pattern of "
+            "letters only beside layer_types; write layer_types, one entry per layer"
+        )
+    if window is None:
+        return layer_types(keys, ("full_attention",) * layers)
+    every = 4 if pattern is None or isinstance(pattern, str) else pattern
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ModelError(
+            f"config key {keys.show('sliding_window_pattern')} must be a positive integer: every "
+            "how many layers one sees everything"
+        )
+    default = ["sliding_attention" if n % every else "full_attention" for n in range(1, layers + 1)]
+    return layer_types(keys, default)
+
+
+EXAONE4 = Family(
+    name="exaone4",
+    architectures=("Exaone4ForCausalLM",),
+    model_type="exaone4",
+    models="EXAONE 4.0 1.2B and 32B",
+    read=read,
+)
