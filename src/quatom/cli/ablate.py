@@ -31,8 +31,9 @@ def ablate(
         str,
         typer.Option(
             help="atom: the paper's seven rungs; quatom: what goes beyond them; keys: INT4 keys "
-            "alone, all else in floating point; activations: formats of W4A8; prior-work: "
-            "published methods beside these recipes."
+            "alone, all else in floating point; parts: what weights, activations and cache lose "
+            "each; activations: formats of W4A8; prior-work: published methods beside these "
+            "recipes."
         ),
     ] = "atom",
     rungs: Annotated[

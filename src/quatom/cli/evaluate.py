@@ -132,12 +132,14 @@ def _perplexity(
     )
     if (divergence := measured.divergence) is not None:
         top1, kl = divergence.same_top1_standard_error, divergence.kl_to_float_standard_error
+        loss = divergence.loss_increase_standard_error
         print_table(
             f"{title} against {reference.source if reference else None}, ± one standard error",
             ("", "mean"),
             [
                 ("same most probable token", _with_error(divergence.same_top1, top1)),
                 ("KL divergence (nats)", _with_error(divergence.kl_to_float, kl)),
+                ("increase of the loss (nats)", _with_error(divergence.loss_increase, loss)),
             ],
         )
 
