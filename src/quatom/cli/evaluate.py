@@ -39,6 +39,14 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Examples per task; default: all.")
     ] = None,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens of tasks in one forward pass, and of sequences that are generated at "
+            "once. More are faster on a GPU and take more memory.",
+        ),
+    ] = 4096,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -82,7 +90,7 @@ def evaluate(
     if corpus is not None:
         _perplexity(loaded, compared, title, corpus, sequence_length, max_windows, json)
     if tasks is not None:
-        _tasks(loaded, title, tasks.split(","), data_dir, limit, cache, json)
+        _tasks(loaded, title, tasks.split(","), data_dir, limit, batch_tokens, cache, json)
 
 
 def _perplexity(
@@ -154,6 +162,7 @@ def _tasks(
     names: list[str],
     data_dir: Path | None,
     limit: int | None,
+    batch_tokens: int,
     cache: Path | None,
     out: Path | None,
 ) -> None:
@@ -167,6 +176,7 @@ def _tasks(
         names,
         data_dir=data_dir,
         limit=limit,
+        batch_tokens=batch_tokens,
         cache=cache or default_cache_folder(),
         model_name=title,
     )
