@@ -41,6 +41,11 @@ def exists(name: str) -> bool:
     return (RESULTS / f"{name}.json").exists()
 
 
+def matching(pattern: str) -> list[str]:
+    """Names of the result files that a pattern with * fits, in order."""
+    return sorted(path.stem for path in RESULTS.glob(f"{pattern}.json"))
+
+
 def read(name: str) -> dict[str, Any]:
     """A result file by its name without .json."""
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

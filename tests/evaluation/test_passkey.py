@@ -34,7 +34,7 @@ def test_texts_are_a_tenth_shorter_than_they_are_called(task):
 
 
 class Reader:
-    """The part of a model that the harness asks, one that finds numbers in the first `seen` words."""
+    """What the harness asks of a model; it finds numbers in the first `seen` words."""
 
     rank, world_size, tokenizer_name = 0, 1, "words"
 

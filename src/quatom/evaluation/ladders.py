@@ -184,3 +184,9 @@ LADDERS: Mapping[str, Mapping[str, Recipe]] = {
 top of it, then of "key_scaling", then each beside "activation_clipping". Rungs of "parts",
 "activations" and "prior-work" are beside each other; "smoothquant_w4a4_60" migrates with strength
 0.60, and "qllm_untuned" splits and merges channels without the correction."""
+
+
+def formats_of(recipe: Recipe) -> str:
+    """Formats of weights, activations and KV cache, as tables of methods show them."""
+    parts = (recipe.weights.format, recipe.activations.format, recipe.kv_cache.format)
+    return " / ".join(part.replace("float16", "16") for part in parts)
