@@ -1,8 +1,8 @@
 """Rewrite the tables in README.md and docs/ from benchmarks/results and from the code.
 
 A table is between `<!-- table NAME -->` and `<!-- end -->`. NAME is a function below and the rest
-of a result file's name, or one of accuracy_tables.py, code_tables.py, kernel_tables.py or
-serving_tables.py. `times` takes the H200's results where there are any, else the H100's.
+of a result file's name, or one in a module *_tables.py beside this file. `times` takes the H200's
+results where there are any, else the H100's.
 Run with --check to fail instead of writing where a table is out of date.
 """
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also when a test runs this fil
 from accuracy_tables import ACCURACY_TABLES
 from code_tables import CODE_TABLES
 from kernel_tables import KERNEL_TABLES
+from ladder_tables import LADDER_TABLES
 from result_files import (
     GPUS,
     NOT_MEASURED,
@@ -260,6 +261,7 @@ TABLES: dict[str, Callable[..., str]] = {
     **ACCURACY_TABLES,
     **CODE_TABLES,
     **KERNEL_TABLES,
+    **LADDER_TABLES,
     **SERVING_TABLES,
 }
 
