@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quatom.checkpoint.reader import open_source
-from quatom.errors import BackendError, CheckpointError
+from quatom.errors import BackendError, CheckpointError, RecipeError
 from quatom.loading import load
 from quatom.modeling.linear import FloatLinear, QuantizedLinear
 from quatom.ops.backend import Backend
@@ -98,6 +98,14 @@ def test_a_number_format_goes_by_its_name_too(source_dir):
             load(source_dir, dtype=wrong)
 
 
+def test_what_is_no_model_or_no_backend_is_refused_before_anything_is_read(source_dir):
+    assert load(source_dir, backend="reference").dtype == torch.float32
+    with pytest.raises(BackendError, match=r"backend must be one of reference, .*got 'cutlass'"):
+        load(source_dir, backend="cutlass")
+    with pytest.raises(CheckpointError, match=r"a model is a folder, .*got None"):
+        load(None)
+
+
 def test_a_folder_without_tokenizer_runs_on_token_ids(source_dir, tmp_path):
     folder = shutil.copytree(source_dir, tmp_path / "m")
     for file in folder.glob("tokenizer*"):
@@ -130,3 +138,23 @@ def test_another_backend_is_refused_where_it_cannot_run(checkpoint_dir):
 def test_a_loaded_model_is_a_value(source_dir):
     loaded = load(source_dir)
     assert replace(loaded, source="x").model is loaded.model
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (
+            {"recipe": None},
+            RecipeError,
+            "recipe must be a Recipe or the name of a preset, got None",
+        ),
+        ({"dtype": "int4"}, BackendError, "dtype must be one of"),
+        ({"backend": "cutlass"}, BackendError, "backend must be one of"),
+    ],
+)
+def test_quantizing_refuses_the_same_before_anything_is_written(
+    wrong, error, message, source_dir, tmp_path
+):
+    with pytest.raises(error, match=message):
+        quantize_checkpoint(source_dir, tmp_path / "q", **{"recipe": "w8a8", **wrong})
+    assert not list(tmp_path.iterdir())

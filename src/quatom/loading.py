@@ -21,7 +21,7 @@ from quatom.modeling.linear import QuantizedLinear
 from quatom.modeling.weights import FloatLayer, FloatSite, LayerWeights, NormWeights
 from quatom.numerics.rotary import head_order
 from quatom.ops.backend import Backend
-from quatom.placement import default_dtype, usable_device, usable_dtype
+from quatom.placement import default_dtype, usable_backend, usable_device, usable_dtype
 from quatom.plan import LayerPlan, ModelPlan, plan
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
@@ -215,7 +215,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    backend: Backend | None = None,
+    backend: str | Backend | None = None,
 ) -> LoadedModel:
     """Load a Hugging Face folder, hub id, GGUF or Quatom checkpoint.
 
@@ -229,9 +229,11 @@ def load(
     Raises:
         CheckpointError: something is missing, damaged or of a wrong shape.
         ModelError: the architecture or a configuration key is not supported.
-        BackendError: the device is not available, or models do not compute in that dtype.
+        BackendError: the device is not available, or models do not compute in that dtype, or
+            there is no such backend.
     """
     device, asked = usable_device(device), usable_dtype(dtype)
+    backend = usable_backend(backend)
     opened = open_source(source)
     dtype = asked or default_dtype(opened, device)
     resolved = plan(opened.model_config, opened.recipe or PRESETS["fp16"])

@@ -6,6 +6,7 @@ import torch
 
 from quatom.checkpoint.reader import TensorSource
 from quatom.errors import BackendError
+from quatom.ops.backend import Backend
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -50,6 +51,19 @@ def usable_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         raise BackendError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     chosen: torch.dtype = found
     return chosen
+
+
+def usable_backend(backend: str | Backend | None) -> Backend | None:
+    """The implementation of operations, checked; None stays None: each operation picks by device.
+
+    Raises:
+        BackendError: there is no such one.
+    """
+    if backend is None:
+        return None
+    if backend not in list(Backend):
+        raise BackendError(f"backend must be one of {', '.join(Backend)}, got {backend!r}")
+    return Backend(backend)
 
 
 def default_dtype(source: TensorSource, device: torch.device) -> torch.dtype:

@@ -90,6 +90,10 @@ def find_model(path_or_id: str | Path) -> Path:
 
 def _local(path_or_id: str | Path) -> Path | None:
     """The path of a model on disk; None: it is a name of the hub."""
+    if not isinstance(path_or_id, str | Path):
+        raise CheckpointError(
+            f"a model is a folder, a .gguf file or a name of the hub, got {path_or_id!r:.60}"
+        )
     path = Path(path_or_id)
     if str(path_or_id):
         if exists(path):

@@ -7,6 +7,33 @@ import torch
 
 from quatom.errors import EngineError
 
+_LEAST = {
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "max_prefill_chunk": 1,
+    "max_model_len": 1,
+    "max_waiting": 1,
+    "block_size": 1,
+    "kv_cache_memory": 1,
+    "prefill_graph_tokens": 0,
+}
+"""Fields that are integers, and the least that they may be."""
+_SWITCHES = (
+    "forecast_admission",
+    "prefix_caching",
+    "overlap",
+    "cuda_graphs",
+    "keep_freed_memory",
+)
+_MAY_BE_NONE = (
+    "max_prefill_chunk",
+    "max_model_len",
+    "max_waiting",
+    "kv_cache_memory",
+    "overlap",
+    "prefill_graph_tokens",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -47,23 +74,26 @@ class EngineConfig:
     about a fifth of a decode step on a CPU, and changes the allocator of the whole process."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise EngineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_prefill_chunk", "max_model_len", "max_waiting", "kv_cache_memory"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise EngineError(f"{name} must be at least 1, got {value}")
-        if self.prefill_graph_tokens is not None and self.prefill_graph_tokens < 0:
-            raise EngineError(
-                f"prefill_graph_tokens must not be negative, got {self.prefill_graph_tokens}"
-            )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise EngineError(f"{name} must be an integer, got {value!r:.60}")
+            if value < least:
+                raise EngineError(f"{name} must be at least {least}, got {value}")
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name in _MAY_BE_NONE):
+                raise EngineError(f"{name} must be true or false, got {value!r:.60}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise EngineError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
                 f"{self.max_num_seqs}: a decode of every sequence would not fit into one step"
             )
-        if not 0.0 < self.memory_fraction <= 1.0:
-            raise EngineError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
+        share: object = self.memory_fraction
+        if not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+            raise EngineError(f"memory_fraction must be in (0, 1], got {share!r:.60}")
 
     def resolve(self, device: torch.device, max_position: int) -> Self:
         """The same limits with every None that a device and a model decide replaced.

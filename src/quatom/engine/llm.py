@@ -38,7 +38,7 @@ class LLM:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        backend: Backend | None = None,
+        backend: str | Backend | None = None,
         config: EngineConfig | None = None,
         max_num_seqs: int | None = None,
         max_model_len: int | None = None,

@@ -169,6 +169,9 @@ class SamplingParams:
 
     def _normalize(self) -> None:
         """Store immutable copies, so that a caller's list cannot change a running request."""
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(value := getattr(self, name), str | Sequence):
+                raise RequestError(f"{name} must be a list, got {value!r:.60}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stop) > MAX_STOP_STRINGS:
             raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings, got {len(stop)}")

@@ -21,7 +21,7 @@ from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CalibrationError, RecipeError, unknown
 from quatom.ops.backend import Backend
-from quatom.placement import default_dtype, usable_device, usable_dtype
+from quatom.placement import default_dtype, usable_backend, usable_device, usable_dtype
 from quatom.plan import ModelPlan, plan
 from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.quantize.block_log import BlockLog
@@ -57,7 +57,7 @@ def quantize_checkpoint(
     calibration: str | Path | Tensor | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    backend: Backend | None = None,
+    backend: str | Backend | None = None,
     resume: bool = False,
     on_start: Callable[[int, int], None] | None = None,
     on_block: Callable[[QuantizedBlock], None] | None = None,
@@ -88,13 +88,14 @@ def quantize_checkpoint(
     ranks = Ranks.current()
     writer: CheckpointWriter | None = None
     with ranks.together():
-        recipe = _named(recipe) if isinstance(recipe, str) else recipe
+        recipe = recipe if isinstance(recipe, Recipe) else _named(recipe)
         if not recipe.quantizes_weights:
             raise RecipeError(
                 f"recipe {recipe.name!r} leaves the weights as they are: there is no checkpoint to "
                 "make; load the source itself"
             )
         place, asked = usable_device(device), usable_dtype(dtype)
+        backend = usable_backend(backend)
         opened = source if isinstance(source, TensorSource) else open_source(source)
         resolved = plan(opened.model_config, recipe)
         check_tuning(resolved, ranks)
@@ -173,6 +174,8 @@ def _quantize_blocks(
 
 
 def _named(name: str) -> Recipe:
+    if not isinstance(name, str):
+        raise RecipeError(f"recipe must be a Recipe or the name of a preset, got {name!r:.60}")
     if name not in PRESETS:
         raise RecipeError(unknown("recipe", name, PRESETS))
     return PRESETS[name]

@@ -13,7 +13,7 @@ from torch import Tensor
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.errors import CalibrationError, CheckpointError, RecipeError, unknown
 from quatom.ops.backend import Backend
-from quatom.placement import default_dtype, usable_device, usable_dtype
+from quatom.placement import default_dtype, usable_backend, usable_device, usable_dtype
 from quatom.plan import ModelPlan, plan
 from quatom.presets import PRESETS
 from quatom.quantize.pipeline import read_tokens
@@ -73,7 +73,7 @@ def search_recipe(
     text: CalibrationSpec | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    backend: Backend | None = None,
+    backend: str | Backend | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Searched:
     """Find formats per layer and site under which the mean of bits stays within a budget.
@@ -100,6 +100,7 @@ def search_recipe(
     """
     started = time.perf_counter()
     place, asked = usable_device(device), usable_dtype(dtype)
+    backend = usable_backend(backend)
     opened = source if isinstance(source, TensorSource) else open_source(source)
     if opened.recipe is not None:
         raise CheckpointError(
