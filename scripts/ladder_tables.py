@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from result_files import label, machines, matching, read, table
+from result_files import exists, label, machines, matching, read, table
 
 from quatom.evaluation.ladders import LADDERS, formats_of
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
 
+ACCURACY_FILES = ("gemma-3-270m", "qwen2.5-coder-0.5b")
+"""Models whose checkpoints are columns of the table of methods where no ladder was measured."""
 _LOSS = ("loss_increase", "loss_increase_standard_error")
 
 PUBLISHED = {
@@ -37,14 +39,16 @@ PUBLISHED = {
 def search(name: str) -> str:
     """What searches under a budget expect of the recipes that they found."""
     data = read(name)
-    rows = []
+    rows: list[list[str]] = []
     for e in data["results"]:
         for recipe, bits, error in (
             ("base", "base_mean_bits", "base_divergence"),
             ("recipe", "mean_bits", "expected_divergence"),
         ):
             shown = [f"{e[bits]:.3f}", f"{e[error]:.3f}"]
-            rows.append([e["model"], ", ".join(e["raised"]), label(e[recipe]), *shown])
+            row = [e["model"], ", ".join(e["raised"]), label(e[recipe]), *shown]
+            if row not in rows:  # several searches begin with the same recipe
+                rows.append(row)
     text = data["results"][0]
     header = ["model", "raised", "recipe", "bits, mean of those", "expected divergence"]
     return (
@@ -120,6 +124,13 @@ def methods(name: str) -> str:
             )
     if not columns:
         raise FileNotFoundError(name)
+    for file in ACCURACY_FILES:
+        if exists(f"accuracy-{file}") and file not in columns:
+            own = [e for e in read(f"accuracy-{file}")["results"] if e["corpus"] == "wikitext2"]
+            values = {e["recipe"].replace("-", "_"): e["perplexity"] for e in own}
+            columns[file] = {"float": values.pop("fp16")} | values
+            which = "all" if own[0]["all_windows"] else "the first"
+            settings.append(f"{file} on {which} {own[0]['windows']} windows, as checkpoints")
     measured = list(columns)
     columns |= PUBLISHED
     rows = []

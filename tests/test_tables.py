@@ -119,6 +119,8 @@ def write(folder, name, entries):
 
 def test_methods_of_all_models_stand_beside_published_ones(tables, tmp_path):
     assert "Not measured yet." in shown(tables, "methods-h200")
+    for file in (tmp_path / "results").glob("accuracy-*"):
+        file.unlink()
     same = {"corpus": "t", "windows": 2, "sequence_length": 8, "calibration": "1 x 8, seed 0"}
     same |= {"ladder": "prior-work"}
     for model, rungs in (
@@ -138,6 +140,14 @@ def test_methods_of_all_models_stand_beside_published_ones(tables, tmp_path):
     assert cells["`awq-w4a16`"][:3] == ["int4 / 16 / 16", "21.00 (+1.00)", "32.00 (+2.00)"]
     assert cells["`qllm-w4a4kv4`, untuned"][1:3] == ["", "4000 (+3970)"]
     assert cells["`atom-w4a4kv4`"][1:] == ["", "", "6.16 (+0.48)", "6.03 (+0.56) |"]
+    checkpoints = [
+        {"model": "gemma-3-270m", "corpus": "wikitext2", "windows": 2, "all_windows": False}
+        | {"recipe": recipe, "perplexity": perplexity}
+        for recipe, perplexity in (("fp16", 25.0), ("atom-w4a4kv4", 50.0))
+    ]
+    write(tmp_path, "accuracy-gemma-3-270m", checkpoints)
+    (row,) = (r for r in shown(tables, "methods-h200").splitlines() if "`atom-w4a4kv4`" in r)
+    assert "|  |  | 50.00 (+25.00) | 6.16 (+0.48)" in row
     assert not any("90.0" in row for row in rows)  # strengths are rows of their model's own table
 
 
