@@ -95,9 +95,11 @@ def test_its_configuration_is_that_of_the_language_model(saved):
     assert any("passed over: no result depends on it" in note for note in opened.notes)
 
 
-def test_a_quantized_language_part_is_a_language_model(saved, tmp_path):
-    folder, _, _ = saved
+def test_a_quantized_language_part_is_a_language_model(saved, tmp_path, caplog):
+    folder, _, name = saved
+    caplog.set_level("INFO", "quatom")
     quantize_checkpoint(folder, tmp_path / "q", "w8a8", calibration=None)
+    assert f"{name}ForConditionalGeneration: its language part alone is read" in caplog.text
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["architectures"][0].endswith("ForCausalLM")
     assert load(tmp_path / "q").recipe.name == "w8a8"

@@ -78,12 +78,23 @@ def _register() -> None:
 _register()
 
 
-def _show_progress_of_compilers() -> None:
-    """Show on stderr when kernels are compiled. A server replaces this by its JSON logs."""
+class _OneLine(logging.Formatter):
+    """Messages hold names from files, which may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"quatom: {_on_one_line(record.getMessage())}"
+
+
+def _show_log() -> None:
+    """Show on stderr what a user should know: kernels being compiled, files passed over.
+
+    A server replaces this by its JSON logs.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("quatom: %(message)s"))
-    logging.getLogger("quatom").handlers = [handler]
-    logging.getLogger("quatom.ops").setLevel(logging.INFO)
+    handler.setFormatter(_OneLine())
+    logger = logging.getLogger("quatom")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
 
 
 def _on_one_line(text: str) -> str:
@@ -93,7 +104,7 @@ def _on_one_line(text: str) -> str:
 
 def main() -> None:
     """Run the command line: exit status 0 done, 1 failed with one line on stderr, 2 usage."""
-    _show_progress_of_compilers()
+    _show_log()
     try:
         app()
     except SystemExit as end:

@@ -8,6 +8,7 @@ share the calibration sequences, the first one writes, and the bytes are those o
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from quatom.quantize.tuning.tune import check_tuning
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import CalibrationSpec, Recipe
 
+_log = logging.getLogger(__name__)
 REPORT_FILE = "quatom_report.json"
 """File of a checkpoint that says what quantizing each block cost."""
 
@@ -102,6 +104,8 @@ def quantize_checkpoint(
         dtype = asked or default_dtype(opened, place)
         tokens = _calibration_tokens(opened, recipe, calibration)
         if ranks.leads:
+            for note in opened.notes:
+                _log.info("%s: %s", opened.folder, note)
             writer = CheckpointWriter(
                 target,
                 opened,
