@@ -165,6 +165,17 @@ def few_certificates(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_checks_without_effect():
+    """Triton's interpreter computes whether integers overflow; without `debug` nobody looks."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    assert not interpreter_builder.options.debug
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
 def pytest_configure(config) -> None:
     """Kernels run in Triton's interpreter where there is no GPU; must be set before import."""
     if not torch.cuda.is_available():
