@@ -1,5 +1,6 @@
 """Tiny random models and a byte tokenizer, made on the spot: no test needs a hub."""
 
+import gc
 import json
 import logging
 import os
@@ -174,6 +175,17 @@ def no_checks_without_effect():
 
     assert not interpreter_builder.options.debug
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end it goes like everything else; libraries report what is left."""
+    gc.unfreeze()
 
 
 def pytest_configure(config) -> None:
