@@ -68,8 +68,12 @@ def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
         "glm4",  # neighbouring channels turn
         "opt",  # learned positions, no gate
         "mixtral",  # experts
+        "qwen2_moe",  # experts in some layers, and one that all tokens run through
         "qwen3_moe",  # experts in some layers, dense layers in others
         "olmoe",  # experts whose weights are not normalized, norms over all heads
+        "granitemoe",  # experts, multipliers of the embedding, scores and residuals
+        "phimoe",  # two experts by sparsemixer
+        "glm4_moe",  # experts by sigmoid scores with a correction, in groups
     ],
 )
 def test_vllm_s_own_models_of_other_families(family, tmp_path, text_file):
@@ -139,10 +143,26 @@ def test_ranks_that_would_share_experts_are_refused(tmp_path):
     assert "--tensor-parallel" not in message  # the quantizer would refuse it
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("granitemoe", "rtn-w4a4"), ("mixtral", "fp16")])
+@pytest.mark.parametrize(("family", "recipe"), [("gpt_oss", "rtn-w4a4"), ("mixtral", "fp16")])
 def test_experts_that_nobody_ran_are_refused_by_name(family, recipe, tmp_path):
     message = refused(config_alone(tmp_path, family, recipe), **NO_WEIGHTS)
-    assert "runs routed experts of mixtral, qwen3_moe, olmoe with quantized weights" in message
+    assert "runs routed experts of mixtral, qwen2_moe, qwen3_moe, olmoe, " in message
+    assert "with quantized weights; use quatom serve" in message
+
+
+def test_experts_that_an_older_vllm_does_not_load_are_refused(tmp_path, monkeypatch):
+    from quatom.integrations.vllm import state
+
+    monkeypatch.setattr(state, "vllm_version", "0.26.0+cpu")
+    message = refused(config_alone(tmp_path, "granitemoe", "rtn-w4a4"), **NO_WEIGHTS)
+    assert "install a newer vLLM, or use quatom serve" in message
+
+
+def test_a_factor_that_vllm_gets_wrong_in_float16_is_refused(tmp_path):
+    folder = config_alone(tmp_path, "glm4_moe", "rtn-w4a4")
+    message = refused(folder, dtype="float16", **NO_WEIGHTS)
+    assert "multiplies what routed experts compute by 1.5" in message
+    assert "use dtype bfloat16" in message
 
 
 def test_a_recipe_that_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path):

@@ -82,7 +82,8 @@ class QuatomConfig(QuantizationConfig):
         names = {re.compile(r"\.self_attn\.k_offset$"): ".self_attn.attn.k_offset"}
         module = EXPERT_MODULES.get(self.state.plan.config.family, "mlp")
         if module != "mlp":
-            names[re.compile(r"\.mlp\.(experts|gate)\.")] = rf".{module}.\1."
+            names[re.compile(r"\.mlp\.experts\.")] = f".{module}.experts."
+            names[re.compile(r"\.mlp\.(gate|router)\.")] = f".{module}.gate."
         return WeightsMapper(orig_to_new_regex=names)
 
     @classmethod
