@@ -67,12 +67,26 @@ def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
         "phi3-partial",  # q, k and v in one tensor; part of a head turns; longrope
         "glm4",  # neighbouring channels turn
         "opt",  # learned positions, no gate
+        "gemma",
+        "gemma3",
+        "granite",
+        "stablelm",
+        "ernie4_5",
+        "exaone4",
+        # By transformers' model inside of vLLM, which knows no Helium and no Ministral.
+        "glm",
+        "helium",
+        "ministral",  # windows in every other layer
+        "olmo2",
+        "olmo3",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
         "mixtral",  # experts
         "qwen2_moe",  # experts in some layers, and one that all tokens run through
         "qwen3_moe",  # experts in some layers, dense layers in others
         "olmoe",  # experts whose weights are not normalized, norms over all heads
         "granitemoe",  # experts, multipliers of the embedding, scores and residuals
-        "phimoe",  # two experts by sparsemixer
         "glm4_moe",  # experts by sigmoid scores with a correction, in groups
     ],
 )
@@ -143,7 +157,7 @@ def test_ranks_that_would_share_experts_are_refused(tmp_path):
     assert "--tensor-parallel" not in message  # the quantizer would refuse it
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("gpt_oss", "rtn-w4a4"), ("mixtral", "fp16")])
+@pytest.mark.parametrize(("family", "recipe"), [("phimoe", "rtn-w4a4"), ("mixtral", "fp16")])
 def test_experts_that_nobody_ran_are_refused_by_name(family, recipe, tmp_path):
     message = refused(config_alone(tmp_path, family, recipe), **NO_WEIGHTS)
     assert "runs routed experts of mixtral, qwen2_moe, qwen3_moe, olmoe, " in message
@@ -185,6 +199,27 @@ def test_rotated_outputs_are_refused(checkpoint):
 def test_another_cache_format_is_refused(checkpoint):
     message = refused(checkpoint("llama", "quatom-w4a8kv4"), kv_cache_dtype="fp8")
     assert "has an int4 KV cache, kv_cache_dtype fp8 was asked for" in message
+
+
+def test_a_cache_that_vllm_leaves_in_floating_point_is_missed(checkpoint, monkeypatch):
+    """Where vLLM knows the model by a name that no setting of ours is hooked to."""
+    from quatom.integrations.vllm import settings
+
+    monkeypatch.setattr(settings, "update_settings", lambda _: None)
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"))
+    assert "a KV cache that vLLM calls int4_per_token_head, and model.layers.0" in message
+    assert "stores auto" in message
+
+
+def test_attention_with_another_window_is_refused(checkpoint, monkeypatch):
+    from quatom.integrations.vllm import config
+
+    before = config.CheckpointState.check_window
+    monkeypatch.setattr(
+        config.CheckpointState, "check_window", lambda self, prefix, _: before(self, prefix, 16)
+    )
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"))
+    assert "attends to all tokens, in vLLM's model to 16" in message
 
 
 def test_a_tensor_that_vllm_hands_to_nobody_is_missed(checkpoint, monkeypatch):

@@ -71,10 +71,11 @@ def _check_overrides(recipe: Recipe) -> None:
 
 
 def _check_experts(vllm_config: Any) -> None:
-    """Refuse ranks that would share the experts of a layer, each of which lies on one rank whole.
+    """Refuse what routed experts do not run with.
 
-    And float16 where routed experts have a factor: vLLM divides everything else by it then, which
-    its model of GLM-4.5 does not make up for.
+    Ranks that would share those of a layer: each lies on one rank whole. And float16 where they
+    have a factor: vLLM divides all else by it then, which its model of GLM-4.5 does not make up
+    for.
     """
     parallel, folder = vllm_config.parallel_config, vllm_config.model_config.model
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
@@ -123,14 +124,17 @@ def _choose_backend(attention_config: Any, cache: str) -> None:
 
 
 def hook_architectures() -> None:
-    """Let every architecture of `quatom.families` call `update_settings`; once per process."""
+    """Let every architecture of `quatom.families` call `update_settings`; once per process.
+
+    And those that vLLM takes for architectures it does not know.
+    """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    for family in FAMILIES:
-        for architecture in family.architectures:
-            before = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
-            if not getattr(before, "quatom", False):
-                MODELS_CONFIG_MAP[architecture] = _after(before)
+    known = [name for family in FAMILIES for name in family.architectures]
+    for architecture in (*known, "TransformersForCausalLM", "TransformersMoEForCausalLM"):
+        before = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+        if not getattr(before, "quatom", False):
+            MODELS_CONFIG_MAP[architecture] = _after(before)
 
 
 def _after(before: Any) -> type:

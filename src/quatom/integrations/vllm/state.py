@@ -21,10 +21,12 @@ EXPERT_MODULES = {
     "qwen3_moe": "mlp",
     "olmoe": "mlp",
     "granitemoe": "block_sparse_moe",
-    "phimoe": "block_sparse_moe",
     "glm4_moe": "mlp",
 }
-"""Families with routed experts that run, and what vLLM's model calls a layer of them."""
+"""Families with routed experts that run, and what vLLM's model calls a layer of them.
+
+Not phimoe: vLLM's model leaves out the bias of the head. Not gpt_oss: attention with sinks.
+"""
 _OWN_LOADERS = {("granitemoe", "0.26.0")}
 """Families whose model in a version of vLLM loads experts under no other names than its own."""
 
@@ -102,6 +104,23 @@ class CheckpointState:
             if prefix.startswith(layer.prefix):
                 return layer
         raise ModelError(f"vLLM's model has {prefix}, which is in no layer of the checkpoint")
+
+    def check_window(self, prefix: str, window: int | None) -> None:
+        """Refuse attention over another number of tokens than the checkpoint's.
+
+        Args:
+            prefix: The module's name.
+            window: The most tokens that vLLM's model attends to; None: all.
+
+        Raises:
+            ModelError: the numbers differ.
+        """
+        own, length = self.layer_of(prefix).spec.attention.window, self.plan.config.max_position
+        if min(own or length, length) != min(window or length, length):
+            raise ModelError(
+                f"{prefix} attends to {own or 'all'} tokens, in vLLM's model to {window or 'all'}: "
+                "use quatom serve"
+            )
 
     def is_router(self, prefix: str) -> bool:
         """Whether a linear computes the scores of experts."""
