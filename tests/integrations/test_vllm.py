@@ -40,6 +40,27 @@ def test_tokens_and_logprobs_are_those_of_our_engine(checkpoint, model, recipe):
     assert_agree(vllm_greedy(folder), own_greedy(folder), flips=1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "rtn-w4a4",
+        "atom-w4a8kv4",  # activations in E4M3
+        "atom-fp4",
+        "atom-w3a3",
+        "smoothquant-w8a8",
+        "smoothquant-w4a4",
+        "gptq-w4a16",
+        "awq-w4a16",
+        "omniquant-w4a4kv4",
+        "qllm-w4a4kv4",  # channels split and merged
+    ],
+)
+def test_every_other_format_of_a_preset_runs(recipe, tmp_path, text_file):
+    folder = family_checkpoint(tmp_path, "llama", recipe, text_file)
+    assert_agree(vllm_greedy(folder, PROMPTS[:3]), own_greedy(folder, PROMPTS[:3]), flips=1)
+
+
 @pytest.mark.parametrize(("recipe", "deferred"), [("quatom-w4a8kv4", True), ("w4a16", False)])
 def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
     checkpoint, recipe, deferred, monkeypatch
