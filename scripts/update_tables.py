@@ -223,11 +223,13 @@ def vllm(name: str) -> str:
     """Throughput of vLLM with the plugin and without, and of Quatom's engine.
 
     The engine's rows are those of serving-MACHINE.json where this file has none of its own.
+    Machines of several GPUs have that file alone.
     """
-    data, keys = read(name), ("model", "recipe", "gpu_memory_gb", "workload", "requests")
+    keys = ("model", "recipe", "gpu_memory_gb", "workload", "requests")
     serving = f"serving-{name.partition('-')[2]}"
+    data = read(name if exists(name) else serving)
     entries = list(data["results"])
-    if exists(serving) and all("engine" in entry for entry in entries):
+    if exists(name) and exists(serving) and all("engine" in entry for entry in entries):
         wanted = {tuple(entry[key] for key in keys) for entry in entries}
         entries += [e for e in read(serving)["results"] if tuple(e[key] for key in keys) in wanted]
     engines = {"vllm+quatom": "vLLM {} with the plugin", "vllm": "vLLM {}"}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
@@ -38,11 +39,18 @@ def two_block_model(folder: Path) -> Path:
     return make_model(folder / "two-blocks", TWO_BLOCKS)
 
 
+IN_VLLM: dict[str, dict[str, Any]] = {
+    "ernie4_5": {"use_bias": False},  # vLLM's model has no biases, nor have the released ones
+    "glm4_moe": {"use_qk_norm": False},  # as GLM-4.5-Air: the plugin refuses the norms of GLM-4.5
+}
+"""What differs from `tests.families.models` where vLLM runs it."""
+
+
 def family_checkpoint(folder: Path, family: str, name: str, text: Path) -> Path:
     """A checkpoint of one of `tests.families.models`."""
     source = folder / family
     if not source.exists():
-        save_tiny(source, family)
+        save_tiny(source, family, **IN_VLLM.get(family, {}))
     return tiny_checkpoint(folder, source, family_recipe(name), text)
 
 

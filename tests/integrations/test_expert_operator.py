@@ -14,10 +14,24 @@ from tests.integrations.checkpoints import family_recipe
 
 
 @pytest.mark.parametrize("recipe", ["quatom-w4a8kv4", "w4a16"])
-@pytest.mark.parametrize("family", ["mixtral", "olmoe"])  # weights normalized and not
-def test_the_operator_computes_what_a_block_does(family, recipe):
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mixtral",
+        "olmoe",  # weights not normalized
+        "phimoe",  # sparsemixer
+        "glm4_moe",  # sigmoid scores, a correction, groups of experts, a factor, a shared expert
+    ],
+)
+def test_the_operator_computes_what_a_block_does(family, recipe, monkeypatch):
     config = read_config(tiny_config(family).to_dict())
-    block = random_model(config, family_recipe(recipe), device="cpu").model.blocks[0]
+    blocks = random_model(config, family_recipe(recipe), device="cpu").model.blocks
+    block = next(block for block in blocks if block.router is not None)
+    # vLLM runs shared experts as linears of their own.
+    monkeypatch.setattr(block, "_feed", lambda _: torch.zeros(()))
+    if block.router.correction is not None:
+        count = len(block.router.correction)
+        block.router.correction.copy_(torch.linspace(0, 1, count).roll(3))
     sites = [block.linears[name].prepared for name in ("experts_gate_up", "experts_down")]
     inputs = [block.inputs[name] for name in ("experts_gate_up", "experts_down")]
     parts = [(given.spec, prepared) for given, prepared in zip(inputs, sites, strict=True)]
@@ -28,7 +42,7 @@ def test_the_operator_computes_what_a_block_does(family, recipe):
         x, _ = block.norms["feed_forward"](residual)
         logits = torch.nn.functional.linear(x, block.router.weight)
         weights = [[as_argument(tensor) for tensor in prepared.tensors] for prepared in sites]
-        arguments = (x, logits, inputs[0].order, *weights, scheme)
+        arguments = (x, logits, block.router.correction, inputs[0].order, *weights, scheme)
         assert torch.equal(torch.ops.quatom.routed_experts(*arguments), want)
     assert name_expert_scheme(block.spec.experts, *parts) == scheme
     torch.library.opcheck(
@@ -57,7 +71,7 @@ def test_weights_that_a_library_packs_are_told_by_number(monkeypatch):
     weights = [[as_argument(tensor) for tensor in prepared.tensors] for _, prepared in parts]
     scheme = name_expert_scheme(block.spec.experts, *parts)
     x, logits = torch.randn(3, rows), torch.randn(3, block.spec.experts.count)
-    y = torch.ops.quatom.routed_experts(x, logits, None, *weights, scheme)
+    y = torch.ops.quatom.routed_experts(x, logits, None, None, *weights, scheme)
     assert torch.equal(y, torch.zeros(3, rows))
 
 

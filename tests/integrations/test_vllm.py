@@ -40,6 +40,27 @@ def test_tokens_and_logprobs_are_those_of_our_engine(checkpoint, model, recipe):
     assert_agree(vllm_greedy(folder), own_greedy(folder), flips=1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "rtn-w4a4",
+        "atom-w4a8kv4",  # activations in E4M3
+        "atom-fp4",
+        "atom-w3a3",
+        "smoothquant-w8a8",
+        "smoothquant-w4a4",
+        "gptq-w4a16",
+        "awq-w4a16",
+        "omniquant-w4a4kv4",
+        "qllm-w4a4kv4",  # channels split and merged
+    ],
+)
+def test_every_other_format_of_a_preset_runs(recipe, tmp_path, text_file):
+    folder = family_checkpoint(tmp_path, "llama", recipe, text_file)
+    assert_agree(vllm_greedy(folder, PROMPTS[:3]), own_greedy(folder, PROMPTS[:3]), flips=1)
+
+
 @pytest.mark.parametrize(("recipe", "deferred"), [("quatom-w4a8kv4", True), ("w4a16", False)])
 def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
     checkpoint, recipe, deferred, monkeypatch
@@ -67,9 +88,27 @@ def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
         "phi3-partial",  # q, k and v in one tensor; part of a head turns; longrope
         "glm4",  # neighbouring channels turn
         "opt",  # learned positions, no gate
+        "gemma",
+        "gemma3",
+        "granite",
+        "stablelm",
+        "ernie4_5",
+        "exaone4",
+        # By transformers' model inside of vLLM, which knows no Helium and no Ministral.
+        "glm",
+        "helium",
+        "ministral",  # windows in every other layer
+        "olmo2",
+        "olmo3",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
         "mixtral",  # experts
+        "qwen2_moe",  # experts in some layers, and one that all tokens run through
         "qwen3_moe",  # experts in some layers, dense layers in others
         "olmoe",  # experts whose weights are not normalized, norms over all heads
+        "granitemoe",  # experts, multipliers of the embedding, scores and residuals
+        "glm4_moe",  # experts by sigmoid scores with a correction, in groups
     ],
 )
 def test_vllm_s_own_models_of_other_families(family, tmp_path, text_file):
@@ -139,10 +178,26 @@ def test_ranks_that_would_share_experts_are_refused(tmp_path):
     assert "--tensor-parallel" not in message  # the quantizer would refuse it
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("granitemoe", "rtn-w4a4"), ("mixtral", "fp16")])
+@pytest.mark.parametrize(("family", "recipe"), [("phimoe", "rtn-w4a4"), ("mixtral", "fp16")])
 def test_experts_that_nobody_ran_are_refused_by_name(family, recipe, tmp_path):
     message = refused(config_alone(tmp_path, family, recipe), **NO_WEIGHTS)
-    assert "runs routed experts of mixtral, qwen3_moe, olmoe with quantized weights" in message
+    assert "runs routed experts of mixtral, qwen2_moe, qwen3_moe, olmoe, " in message
+    assert "with quantized weights; use quatom serve" in message
+
+
+def test_experts_that_an_older_vllm_does_not_load_are_refused(tmp_path, monkeypatch):
+    from quatom.integrations.vllm import state
+
+    monkeypatch.setattr(state, "vllm_version", "0.26.0+cpu")
+    message = refused(config_alone(tmp_path, "granitemoe", "rtn-w4a4"), **NO_WEIGHTS)
+    assert "install a newer vLLM, or use quatom serve" in message
+
+
+def test_a_factor_that_vllm_gets_wrong_in_float16_is_refused(tmp_path):
+    folder = config_alone(tmp_path, "glm4_moe", "rtn-w4a4")
+    message = refused(folder, dtype="float16", **NO_WEIGHTS)
+    assert "multiplies what routed experts compute by 1.5" in message
+    assert "use dtype bfloat16" in message
 
 
 def test_a_recipe_that_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path):
@@ -165,6 +220,27 @@ def test_rotated_outputs_are_refused(checkpoint):
 def test_another_cache_format_is_refused(checkpoint):
     message = refused(checkpoint("llama", "quatom-w4a8kv4"), kv_cache_dtype="fp8")
     assert "has an int4 KV cache, kv_cache_dtype fp8 was asked for" in message
+
+
+def test_a_cache_that_vllm_leaves_in_floating_point_is_missed(checkpoint, monkeypatch):
+    """Where vLLM knows the model by a name that no setting of ours is hooked to."""
+    from quatom.integrations.vllm import settings
+
+    monkeypatch.setattr(settings, "update_settings", lambda _: None)
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"))
+    assert "a KV cache that vLLM calls int4_per_token_head, and model.layers.0" in message
+    assert "stores auto" in message
+
+
+def test_attention_with_another_window_is_refused(checkpoint, monkeypatch):
+    from quatom.integrations.vllm import config
+
+    before = config.CheckpointState.check_window
+    monkeypatch.setattr(
+        config.CheckpointState, "check_window", lambda self, prefix, _: before(self, prefix, 16)
+    )
+    message = refused(checkpoint("llama", "quatom-w4a8kv4"))
+    assert "attends to all tokens, in vLLM's model to 16" in message
 
 
 def test_a_tensor_that_vllm_hands_to_nobody_is_missed(checkpoint, monkeypatch):

@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from quatom.engine.config import EngineConfig
 from quatom.errors import BackendError, CheckpointError
 from quatom.integrations.vllm.metadata import QuatomMetadata, QuatomMetadataBuilder
+from quatom.integrations.vllm.settings import CACHE_DTYPES
 from quatom.integrations.vllm.state import CheckpointState
 from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.kv_pages import (
@@ -44,7 +45,17 @@ class QuatomCacheMethod(BaseKVCacheMethod):
         self.state, self.layer = state, layer
 
     def create_weights(self, layer: Any) -> None:
-        """Room for the mean of K of this rank's heads."""
+        """Room for the mean of K of this rank's heads.
+
+        Raises:
+            BackendError: vLLM stores this layer's cache in another format than the recipe's.
+        """
+        wanted = CACHE_DTYPES[self.layer.kv_cache.format]
+        if layer.kv_cache_dtype != wanted:
+            raise BackendError(
+                f"recipe {self.state.recipe.name} has a KV cache that vLLM calls {wanted}, and "
+                f"{layer.layer_name} stores {layer.kv_cache_dtype}: use quatom serve"
+            )
         super().create_weights(layer)
         layer.quatom = self.layer
         layer.k_offset = None

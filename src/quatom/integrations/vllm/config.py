@@ -60,10 +60,12 @@ class QuatomConfig(QuantizationConfig):
         """How one of vLLM's layers runs; None: as in any unquantized model.
 
         Raises:
-            ModelError: a linear of vLLM's model is none of the checkpoint's.
+            ModelError: a linear of vLLM's model is none of the checkpoint's, or attention has
+                another window.
         """
         recipe = self.state.recipe
         if isinstance(layer, Attention):
+            self.state.check_window(prefix, layer.sliding_window)
             if recipe.kv_cache.format == "float16":
                 return None
             return QuatomCacheMethod(self, self.state, self.state.layer_of(prefix))

@@ -55,6 +55,7 @@ def _bare(part: Part) -> Part:
 def routed_experts(
     x: Tensor,  # (T, hidden)
     logits: Tensor,  # (T, E)
+    correction: Tensor | None,  # (E,) float32, of the choice by sigmoid scores
     order: Tensor | None,  # (hidden,) int32
     gate_up: Sequence[Tensor],  # as `as_argument` makes them
     down: Sequence[Tensor],
@@ -66,7 +67,7 @@ def routed_experts(
     (spec, first), (made_spec, second) = known.gate_up, known.down
     first = replace(first, tensors=from_arguments(gate_up, known.opaque[0]))
     second = replace(second, tensors=from_arguments(down, known.opaque[1]))
-    routing = route(logits.float(), experts)
+    routing = route(logits.float(), experts, correction)
     groups = group_tokens(routing.expert_ids, experts.count)
     y = expert_linear(read_input(x, order, spec), first, groups, top_k=experts.top_k)
     made: Tensor | MixedTensor
@@ -81,6 +82,7 @@ def routed_experts(
 def _fake(
     x: Tensor,
     logits: Tensor,
+    correction: Tensor | None,
     order: Tensor | None,
     gate_up: Sequence[Tensor],
     down: Sequence[Tensor],
@@ -91,8 +93,8 @@ def _fake(
 
 _library = torch.library.Library("quatom", "FRAGMENT")
 _library.define(
-    "routed_experts(Tensor x, Tensor logits, Tensor? order, Tensor[] gate_up, Tensor[] down, "
-    "str scheme) -> Tensor"
+    "routed_experts(Tensor x, Tensor logits, Tensor? correction, Tensor? order, "
+    "Tensor[] gate_up, Tensor[] down, str scheme) -> Tensor"
 )
 _library.impl("routed_experts", routed_experts, "CPU")
 _library.impl("routed_experts", routed_experts, "CUDA")

@@ -6,6 +6,7 @@ them.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,8 +110,11 @@ class QuatomExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if order is not None:
                 layer.quatom_order = nn.Parameter(order.int(), requires_grad=False)
             layer.quatom_weights.append(hold(layer, f"quatom_{site.name}", prepared.tensors))
-        assert self.layer.spec.experts is not None
-        layer.quatom_scheme = name_expert_scheme(self.layer.spec.experts, *parts)
+        experts = self.layer.spec.experts
+        assert experts is not None
+        # vLLM multiplies the sum of shared and routed experts itself where its model says so.
+        router = replace(experts.router, scale=layer.routed_scaling_factor)
+        layer.quatom_scheme = name_expert_scheme(replace(experts, router=router), *parts)
         self.state.note_kernel(str(parts[0][1].backend))
         device = layer.quatom_experts_gate_up_0.device
         if device.type == "cuda":
@@ -121,7 +125,12 @@ class QuatomExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> Tensor:  # (T, hidden)
         """What each token's experts make of x (T, hidden), chosen by its scores (T, E)."""
         y: Tensor = torch.ops.quatom.routed_experts(
-            x, router_logits, layer.quatom_order, *_weights(layer), layer.quatom_scheme
+            x,
+            router_logits,
+            layer.e_score_correction_bias,
+            layer.quatom_order,
+            *_weights(layer),
+            layer.quatom_scheme,
         )
         return y
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from quatom.checkpoint.reader import read_model_config
 from quatom.errors import BackendError, ModelError, RecipeError
 from quatom.families.registry import FAMILIES
@@ -24,7 +26,8 @@ def update_settings(vllm_config: Any) -> None:
     Raises:
         RecipeError: the tensor-parallel degree does not divide the recipe's, or layers differ in
             what vLLM has one of.
-        ModelError: routed experts would be spread over ranks.
+        ModelError: routed experts would be spread over ranks, or computed in float16 by a model
+            of vLLM that is wrong then.
         BackendError: another KV cache or attention backend was asked for than the recipe's.
     """
     quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
@@ -68,7 +71,12 @@ def _check_overrides(recipe: Recipe) -> None:
 
 
 def _check_experts(vllm_config: Any) -> None:
-    """Refuse ranks that would share the experts of a layer: each lies on one rank whole."""
+    """Refuse what routed experts do not run with.
+
+    Ranks that would share those of a layer: each lies on one rank whole. And float16 where they
+    have a factor: vLLM divides all else by it then, which its model of GLM-4.5 does not make up
+    for.
+    """
     parallel, folder = vllm_config.parallel_config, vllm_config.model_config.model
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
     config, _recipe = read_model_config(folder)
@@ -78,6 +86,12 @@ def _check_experts(vllm_config: Any) -> None:
             f"tensor_parallel_size {parallel.tensor_parallel_size} and data_parallel_size "
             f"{parallel.data_parallel_size} were asked for; use 1 of each, and "
             "pipeline_parallel_size for more GPUs"
+        )
+    factors = {layer.experts.router.scale for layer in config.layers if layer.experts is not None}
+    if factors - {1.0} and vllm_config.model_config.dtype is torch.float16:
+        raise ModelError(
+            f"{folder} multiplies what routed experts compute by {max(factors):g}, which vLLM's "
+            "model gets wrong in float16: use dtype bfloat16"
         )
 
 
@@ -110,14 +124,17 @@ def _choose_backend(attention_config: Any, cache: str) -> None:
 
 
 def hook_architectures() -> None:
-    """Let every architecture of `quatom.families` call `update_settings`; once per process."""
+    """Let every architecture of `quatom.families` call `update_settings`; once per process.
+
+    And those that vLLM takes for architectures it does not know.
+    """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    for family in FAMILIES:
-        for architecture in family.architectures:
-            before = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
-            if not getattr(before, "quatom", False):
-                MODELS_CONFIG_MAP[architecture] = _after(before)
+    known = [name for family in FAMILIES for name in family.architectures]
+    for architecture in (*known, "TransformersForCausalLM", "TransformersMoEForCausalLM"):
+        before = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+        if not getattr(before, "quatom", False):
+            MODELS_CONFIG_MAP[architecture] = _after(before)
 
 
 def _after(before: Any) -> type:

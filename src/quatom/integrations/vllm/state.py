@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+from vllm import __version__ as vllm_version
 from vllm.logger import init_logger
 
 from quatom.checkpoint.reader import read_model_config
@@ -14,8 +15,20 @@ from quatom.recipe import Recipe
 
 logger = init_logger("vllm.quatom")
 
-EXPERT_MODULES = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp", "olmoe": "mlp"}
-"""Families with routed experts that run, and what vLLM's model calls a layer of them."""
+EXPERT_MODULES = {
+    "mixtral": "block_sparse_moe",
+    "qwen2_moe": "mlp",
+    "qwen3_moe": "mlp",
+    "olmoe": "mlp",
+    "granitemoe": "block_sparse_moe",
+    "glm4_moe": "mlp",
+}
+"""Families with routed experts that run, and what vLLM's model calls a layer of them.
+
+Not phimoe: vLLM's model leaves out the bias of the head. Not gpt_oss: attention with sinks.
+"""
+_OWN_LOADERS = {("granitemoe", "0.26.0")}
+"""Families whose model in a version of vLLM loads experts under no other names than its own."""
 
 
 @dataclass(slots=True)
@@ -47,12 +60,19 @@ class CheckpointState:
 
         Raises:
             ModelError: the model is not supported, has routed experts of another family than
-                `EXPERT_MODULES` or in floating point, or vLLM's model normalizes q and k whose
+                `EXPERT_MODULES` or in floating point, or of one that this vLLM does not load, or
+                vLLM's model normalizes q and k whose
                 channels the checkpoint holds in another order; or the recipe rotates outputs.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(folder)
         self.resolved = plan(config, self.recipe)
+        release = vllm_version.partition("+")[0]
+        if (config.family, release) in _OWN_LOADERS:
+            raise ModelError(
+                f"{folder} is a {config.family}, whose experts vLLM {release} reads from none but "
+                "its original files: install a newer vLLM, or use quatom serve"
+            )
         if self.recipe.incoherence is not None:
             raise ModelError(
                 f"{folder} has a recipe with incoherence, whose rotations of inputs and outputs "
@@ -84,6 +104,23 @@ class CheckpointState:
             if prefix.startswith(layer.prefix):
                 return layer
         raise ModelError(f"vLLM's model has {prefix}, which is in no layer of the checkpoint")
+
+    def check_window(self, prefix: str, window: int | None) -> None:
+        """Refuse attention over another number of tokens than the checkpoint's.
+
+        Args:
+            prefix: The module's name.
+            window: The most tokens that vLLM's model attends to; None: all.
+
+        Raises:
+            ModelError: the numbers differ.
+        """
+        own, length = self.layer_of(prefix).spec.attention.window, self.plan.config.max_position
+        if min(own or length, length) != min(window or length, length):
+            raise ModelError(
+                f"{prefix} attends to {own or 'all'} tokens, in vLLM's model to {window or 'all'}: "
+                "use quatom serve"
+            )
 
     def is_router(self, prefix: str) -> bool:
         """Whether a linear computes the scores of experts."""
