@@ -4,9 +4,9 @@
     python scripts/bench_vllm.py llama-3-8b --recipe fp8 --gpu-memory 72 --json FILE
     quatom bench throughput --random-weights llama-3-8b --recipe quatom-w4a8kv4 ... --json FILE
 
-The third measures Quatom's own engine; all three add to one file. Needs vLLM and a GPU. With
-`--prepare` the first two compile what they will run and stop, so that the run itself starts in less
-time; preparations may run beside each other.
+The third measures Quatom's own engine; all three add to one file. Needs vLLM and a GPU, or with
+`--tensor-parallel-size` several. With `--prepare` the first two compile what they will run and
+stop, so that the run itself starts in less time; preparations may run beside each other.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 # The engine runs in this process, which then can set its weights.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -31,6 +32,8 @@ from quatom.benchmark.workloads import fixed_lengths, random_prompts
 from quatom.presets import PRESETS
 
 GIB = 2**30
+ALL_REDUCES = ("all_reduce", "allreduce", "cross_device_reduce")
+"""Parts of the names of kernels that add up over ranks: vLLM's own, and NCCL's."""
 
 
 def parse() -> argparse.Namespace:
@@ -45,6 +48,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument(
+        "--disable-custom-all-reduce", action="store_true", help="NCCL adds up over ranks"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", type=int, help="fewer blocks, for trials")
     parser.add_argument("--enforce-eager", action="store_true")
@@ -100,6 +106,7 @@ def settings(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs": min(asked.max_num_seqs, asked.num_prompts),
         "max_num_batched_tokens": asked.max_num_batched_tokens,
         "tensor_parallel_size": asked.tensor_parallel_size,
+        "disable_custom_all_reduce": asked.disable_custom_all_reduce,
         "enable_prefix_caching": False,
         "enforce_eager": asked.enforce_eager,
         "disable_log_stats": True,
@@ -109,11 +116,22 @@ def settings(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def normalize(model: torch.nn.Module) -> None:
+def normalize(worker: Any) -> None:
     """Norms that keep the size of their input: dummy ones would make all activations tiny."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in worker.get_model().named_parameters():
         if "norm" in name and name.endswith("weight"):
             parameter.data.fill_(1.0)
+
+
+def all_reduce(worker: Any) -> str | None:
+    """What adds up over the ranks of this worker: vLLM's own kernel or NCCL."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return None
+    own = getattr(group.device_communicator, "ca_comm", None)
+    return "nccl" if own is None or own.disabled else "custom"
 
 
 def generate(engine: Any, prompts: list[list[int]], count: int) -> int:
@@ -126,17 +144,38 @@ def generate(engine: Any, prompts: list[list[int]], count: int) -> int:
     return sum(len(answer.outputs[0].token_ids) for answer in answers)
 
 
-def profile(engine: Any, asked: argparse.Namespace) -> str:
-    """Tables of the kernels that take longest: in prefills alone, in full decode batches alone."""
-    tables, vocabulary = [], int(SHAPES[asked.shape]["vocab_size"])
-    for requests, length, count in ((32, asked.input_len, 1), (asked.max_num_seqs, 16, 32)):
+def begin_profile(worker: Any) -> None:
+    """Record the kernels of this worker."""
+    worker.quatom_profile = torch.profiler.profile()
+    worker.quatom_profile.start()
+
+
+def end_profile(worker: Any) -> tuple[str, float]:
+    """A table of the kernels that took longest, and the share of time in all-reduces."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    worker.quatom_profile.stop()
+    found = worker.quatom_profile.key_averages()
+    times = {event.key: event.self_device_time_total for event in found}
+    shared = sum(us for key, us in times.items() if any(n in key.lower() for n in ALL_REDUCES))
+    return found.table("self_device_time_total", 30), shared / max(sum(times.values()), 1)
+
+
+def profile(engine: Any, asked: argparse.Namespace) -> dict[str, float]:
+    """Write the kernels of rank 0: in prefills alone, in full decode batches alone.
+
+    Returns the share of time in all-reduces of both.
+    """
+    tables, shares, vocabulary = [], {}, int(SHAPES[asked.shape]["vocab_size"])
+    workloads = {"prefill": (32, asked.input_len, 1), "decode": (asked.max_num_seqs, 16, 32)}
+    for phase, (requests, length, count) in workloads.items():
         prompts = random_prompts(fixed_lengths(requests, length, count), vocabulary, seed=2)
-        with torch.profiler.profile() as run:
-            generate(engine, prompts, count)
-            torch.cuda.synchronize()
-        tables.append(f"{requests} requests of {length} + {count}")
-        tables.append(run.key_averages().table("self_device_time_total", 30))
-    return "\n".join(tables)
+        engine.collective_rpc(begin_profile)
+        generate(engine, prompts, count)
+        text, shares[phase] = engine.collective_rpc(end_profile)[0]
+        tables.append(f"{phase}: {requests} requests of {length} + {count}\n{text}")
+    asked.profile.write_text("\n".join(tables))
+    return {phase: round(share, 4) for phase, share in shares.items()}
 
 
 def start(asked: argparse.Namespace) -> Any:
@@ -145,7 +184,7 @@ def start(asked: argparse.Namespace) -> Any:
 
     vocabulary = int(SHAPES[asked.shape]["vocab_size"])
     engine = vllm.LLM(**settings(write_model(asked), asked))
-    engine.apply_model(normalize)
+    engine.collective_rpc(normalize)
     warm_up = fixed_lengths(min(32, asked.num_prompts), asked.input_len, 1)
     generate(engine, random_prompts(warm_up, vocabulary, seed=1), 8)
     return engine
@@ -175,6 +214,7 @@ def measure(asked: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         engine="vllm" if asked.recipe == "fp8" else "vllm+quatom",
         vllm=vllm.__version__,
         tensor_parallel=asked.tensor_parallel_size,
+        all_reduce=engine.collective_rpc(all_reduce)[0],
         output_tokens_per_s=round(output / seconds, 1),
         total_tokens_per_s=round((output + workload.input_tokens) / seconds, 1),
         seconds=round(seconds, 3),
@@ -201,9 +241,11 @@ def main() -> None:
     entry, engine = measure(asked)
     print(f"{entry['engine']} {entry['model']} {entry['recipe']}: ", end="")
     print(f"{entry['output_tokens_per_s']:.0f} output tokens/s", flush=True)
-    add_entries(asked.json, [entry], None, program=("python", "scripts/bench_vllm.py"))
+    program = ("python", "scripts/bench_vllm.py")
+    add_entries(asked.json, [entry], None, program=program)
     if asked.profile is not None:
-        asked.profile.write_text(profile(engine, asked))
+        entry["all_reduce_share"] = profile(engine, asked)
+        add_entries(asked.json, [entry], None, program=program)
 
 
 if __name__ == "__main__":
