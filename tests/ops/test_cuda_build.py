@@ -177,15 +177,23 @@ def test_a_rotation_knows_its_block_where_all_groups_are_alike(layout, block):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "width", "kv"),
-    [(80, 8, "int4"), (96, 4, "float16"), (112, 8, "float16"), (192, 4, "int4")],
+    ("head_dim", "width", "kv", "norm"),
+    [
+        (80, 8, "int4", None),
+        (96, 4, "float16", Norm(eps=1e-6, weight_offset=1.0)),
+        (112, 8, "float16", None),
+        (128, 8, "int4", Norm(eps=1e-6)),
+        (192, 4, "int4", None),
+    ],
 )
-def test_the_append_kernel_rotates_heads_of_other_sizes(head_dim, width, kv, tmp_path):
+def test_the_append_kernel_keeps_heads_of_any_size_in_registers(
+    head_dim, width, kv, norm, tmp_path
+):
     from quatom.numerics.kv_pages import KVPages
     from quatom.ops.rope_append_kv.cuda import defines
 
     pages = KVPages.allocate(1, 16, 1, head_dim, kv, "cpu")
-    constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True)
+    constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True, norm=norm)
     source = cuda_build.read_source("quatom.ops.rope_append_kv", "append.cu")
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert f"LDG.E.{16 * width}" in sass

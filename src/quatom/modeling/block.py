@@ -30,13 +30,13 @@ from quatom.ops.activations import MixedTensor
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
 from quatom.ops.experts import combine, group_tokens
-from quatom.ops.head_norm import head_norm
+from quatom.ops.head_norm import HeadNorms, head_norm
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.plan import LayerPlan
 
 
 class Heads(nn.Module):
-    """The joined output of q, k and v, cut into heads; q and k normalized where the model does."""
+    """The joined output of q, k and v, cut into heads, and how q and k are normalized."""
 
     def __init__(
         self,
@@ -47,19 +47,29 @@ class Heads(nn.Module):
         super().__init__()
         self.spec = spec
         self.backend = backend
-        self.norms = None if norms is None else nn.ParameterList(norms).requires_grad_(False)
+        self.weights = None if norms is None else nn.ParameterList(norms).requires_grad_(False)
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, (H + 2 KV) * D) -> q (T, H, D), k (T, KV, D) and v (T, KV, D)."""
         spec = self.spec
         heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         q, k, v = qkv.unflatten(-1, (-1, spec.head_dim)).split(heads, dim=1)
-        if self.norms is not None:
-            assert spec.qk_norm is not None
-            q, k = head_norm(
-                q, k, *self.norms, norm=spec.qk_norm, axis=spec.qk_norm_axis, backend=self.backend
-            )
         return q, k, v
+
+    @property
+    def norms(self) -> HeadNorms | None:
+        """Norms of q and k, where the model has them."""
+        if self.weights is None:
+            return None
+        assert self.spec.qk_norm is not None
+        return HeadNorms(*self.weights, self.spec.qk_norm, self.spec.qk_norm_axis)
+
+    def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads (T, H, D) and (T, KV, D) as rotary embedding takes them."""
+        if (norms := self.norms) is None:
+            return q, k
+        weights = norms.q_weight, norms.k_weight
+        return head_norm(q, k, *weights, norm=norms.norm, axis=norms.axis, backend=self.backend)
 
 
 class DecoderBlock(nn.Module):
@@ -136,6 +146,7 @@ class DecoderBlock(nn.Module):
             context.positions,
             context.slot_mapping,
             kv,
+            norms=self.heads.norms,
             rotate_keys_in_cache=cache.post_rope,
             rotate_kv=cache.rotates_keys,
             clip_ratio=cache.clip_ratio,

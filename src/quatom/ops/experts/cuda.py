@@ -30,9 +30,14 @@ from quatom.ops.experts.routing import TokenGroups
 from quatom.ops.groups_layout import GROUP_BYTES, TOKEN_PADDING
 from quatom.ops.linear.configs import Config
 from quatom.ops.linear.cuda import LinearArguments, check_operands, hopper_kernel, unit_value
+from quatom.ops.linear.hopper_layout import UNIT_BYTES
 
 _THREADS = 256
 """Of a CTA of arrange.cu."""
+_AHEAD_BYTES = 24 << 20
+"""Weights that a launch asks the L2 cache for while tokens are arranged: half of what it holds."""
+_GUESS_FROM = 4
+"""Rows of an expert from which on nearly all experts have some: 98 % of them at random."""
 
 
 class _ArrangeArguments(KernelArguments):
@@ -63,6 +68,8 @@ class _ExpertArguments(KernelArguments):
         *LinearArguments._fields_,
         ("runs", ctypes.c_void_p),
         ("runs_known", ctypes.c_int),
+        ("experts", ctypes.c_int),
+        ("ahead", ctypes.c_int),
     )
 
 
@@ -119,10 +126,12 @@ def experts_cuda(
         codes, scales, runs = _arrange(
             x, groups, top_k, config.tokens, following_rows, overlap=overlap
         )
-    tiles = (runs.shape[0] - 1) * -(-packed.shape[1] // config.row_blocks)
+    row_blocks, units = packed.shape[1:3]
+    tiles = (runs.shape[0] - 1) * -(-row_blocks // config.row_blocks)
+    ctas = min(tiles, multiprocessors(device) * config.ctas_per_sm)
     layout = x.spec.layout
     hopper_kernel(config, x.dtype, device).launch(
-        min(tiles, multiprocessors(device) * config.ctas_per_sm),
+        ctas,
         _ExpertArguments(
             packed.data_ptr(),
             codes.data_ptr(),
@@ -138,10 +147,26 @@ def experts_cuda(
             unit_value(x),
             runs.data_ptr(),
             known is not None,
+            experts.num_experts,
+            _units_ahead(config, experts.num_experts, positions, units, ctas, known=known is not None),
         ),
         overlap=overlap,
     )
     return y
+
+
+def _units_ahead(
+    config: Config, experts: int, positions: int, units: int, ctas: int, *, known: bool
+) -> int:
+    """Units of each block of a CTA's tile that it asks the L2 cache for before it waits.
+
+    Only where weights are most of the work: an expert has few tokens. Where tiles are not known
+    yet, the guess is that each expert has one, as experts of some tokens on average have.
+    """
+    if not (known or _GUESS_FROM * experts <= positions) or positions > config.tokens * experts:
+        return 0
+    most = _AHEAD_BYTES // (ctas * config.row_blocks * UNIT_BYTES)
+    return min(most, 2 * units if known else units)
 
 
 def _choose_config(experts: PreparedExperts, positions: int, top_k: int | None) -> Config:

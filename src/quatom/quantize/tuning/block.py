@@ -53,6 +53,7 @@ class TunedBlock(DecoderBlock):
         """As that of the block."""
         x, residual = self._input("qkv", "attention", hidden, residual)
         q, k, v = self.heads(self.linears["qkv"](x))
+        q, k = self.heads.normalize(q, k)
         return self.after_attention(self._attend(q, k, v, context, rotary), residual)
 
     def _attend(
