@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from quatom.families.spec import ModelConfig
-from quatom.modeling.block import DecoderBlock
+from quatom.modeling.block import DecoderBlock, summed
 from quatom.modeling.context import ForwardContext, Stages
 from quatom.modeling.inputs import NormLayer
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import NormWeights
 from quatom.numerics.kv_pages import KVDtype, KVPages
 from quatom.ops.backend import Backend
+from quatom.ops.experts import ExpertSum
 from quatom.plan import LayerPlan
 
 FEW_ROWS = 64
@@ -101,16 +102,17 @@ class Decoder(nn.Module):
         What runs between two stops has shapes that T alone decides, and of the context it reads
         positions and slot_mapping: it can be captured in a CUDA graph for any batch of T tokens.
         """
-        hidden = self.embed(input_ids, context.positions)
+        hidden: Tensor | ExpertSum = self.embed(input_ids, context.positions)
         residual: Tensor | None = None
         for module, kv in zip(self.blocks, kv_cache, strict=True):
             self.blocks_run += 1
             block = cast("DecoderBlock", module)
             q, residual = block.before_attention(hidden, residual, context, kv, self.rotary)
+            del hidden  # what experts gave may be large
             attended = yield partial(block.attend, kv=kv, rotary=self.rotary), q
             assert attended is not None
             hidden, residual = block.after_attention(attended, residual)
-        final: Tensor = self.final_norm(hidden, residual)[0]
+        final: Tensor = self.final_norm(summed(hidden), residual)[0]
         return final
 
     def compute_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab) float32

@@ -1,5 +1,8 @@
 """Slots sorted by expert, and the sum of a token's results."""
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from quatom.errors import ShapeError
@@ -73,3 +76,37 @@ def combine(
     else:
         from quatom.ops.experts.reference import combine_reference as run
     return run(y, groups.positions, weights.float())
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSum:
+    """`combine` of these, which is still to be done: what reads it may add up as it reads."""
+
+    y: Tensor  # (T k, hidden) in grouped order
+    groups: TokenGroups
+    weights: Tensor  # (T, k) float32 contiguous
+    backend: Backend | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(T, hidden)."""
+        return torch.Size((self.weights.shape[0], self.y.shape[1]))
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sum."""
+        return self.y.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of all of it."""
+        return self.y.device
+
+    def combine(self) -> Tensor:
+        """The sum."""
+        return combine(self.y, self.groups, self.weights, backend=self.backend)

@@ -8,7 +8,7 @@ operation, which autograd follows.
 from torch import Tensor
 
 from quatom.families.spec import SiteName
-from quatom.modeling.block import DecoderBlock
+from quatom.modeling.block import DecoderBlock, summed
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
 from quatom.modeling.linear import FloatLinear, SiteLinear
@@ -54,7 +54,9 @@ class TunedBlock(DecoderBlock):
         x, residual = self._input("qkv", "attention", hidden, residual)
         q, k, v = self.heads(self.linears["qkv"](x))
         q, k = self.heads.normalize(q, k)
-        return self.after_attention(self._attend(q, k, v, context, rotary), residual)
+        attended = self._attend(q, k, v, context, rotary)
+        hidden_or_sum, residual = self.after_attention(attended, residual)
+        return summed(hidden_or_sum), residual
 
     def _attend(
         self,
