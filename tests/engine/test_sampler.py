@@ -227,10 +227,9 @@ def test_logits_of_16_bits_are_those_numbers_in_float32(options, dtype):
     inputs = build_inputs(sequences, 50, (7,), CPU)
     assert inputs.largest_alone == (options == {"temperature": 0.0})
     got, want = sample(logits.clone(), inputs), sample(logits.float(), inputs)
-    for ours, theirs in zip(
-        (got.token_ids, got.valid, got.logprobs), (want.token_ids, want.valid, want.logprobs)
-    ):
-        assert ours is theirs is None or torch.equal(ours, theirs)
+    assert torch.equal(got.token_ids, want.token_ids)
+    assert torch.equal(got.valid, want.valid)
+    assert got.logprobs is want.logprobs is None or torch.equal(got.logprobs, want.logprobs)
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,7 @@ def test_errors_name_the_numbers():
         pytest.param(700, 4, GroupLayout(2816, 128, 64), marks=pytest.mark.gpu),
     ],
 )
-def test_results_of_experts_are_added_up_as_combine_does(
-    tokens, k, layout, norm, backend, device
-):
+def test_results_of_experts_are_added_up_as_combine_does(tokens, k, layout, norm, backend, device):
     rng = torch.Generator().manual_seed(tokens)
     _, weight, order, residual = make_inputs(tokens, layout.channels)
     y = torch.randn(tokens * k, layout.channels, generator=rng).mul_(3).half()

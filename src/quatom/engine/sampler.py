@@ -111,17 +111,14 @@ def sample(logits: Tensor, inputs: SamplerInputs, mask: TokenMask | None = None)
     """Choose a token for each row.
 
     Args:
-        logits: (M, vocab) float32, which is changed in place, or 16 bits. Those become float32
-            where more than the largest is asked for.
+        logits: (M, vocab) float32, changed in place, or 16 bits, copied where more is asked for.
         inputs: what `build_inputs` made for these rows.
         mask: the tokens that constraints allow.
     """
-    if mask is not None or not inputs.largest_alone:
-        logits = logits.float()
-    raw = logits.clone() if inputs.num_logprobs is not None else logits
+    logits = logits if mask is None and inputs.largest_alone else logits.float()
+    raw = logits if inputs.num_logprobs is None else logits.clone()
     if inputs.bias is not None:
-        where, values = inputs.bias
-        logits.index_put_((where[0], where[1]), values, accumulate=True)
+        logits.index_put_(tuple(inputs.bias[0]), inputs.bias[1], accumulate=True)
     if inputs.banned is not None:
         logits[inputs.banned[0], inputs.banned[1]] = -torch.inf
     if mask is not None:

@@ -148,7 +148,9 @@ def experts_cuda(
             runs.data_ptr(),
             known is not None,
             experts.num_experts,
-            _units_ahead(config, experts.num_experts, positions, units, ctas, known=known is not None),
+            _units_ahead(
+                config, experts.num_experts, positions, units, ctas, known=known is not None
+            ),
         ),
         overlap=overlap,
     )

@@ -106,9 +106,7 @@ def group_triton(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
             launch_pdl=launch_pdl,
             num_warps=4,
         )
-        _scan_kernel[(1,)](
-            firsts, firsts.numel(), BLOCK=_SCAN, launch_pdl=launch_pdl, num_warps=16
-        )
+        _scan_kernel[(1,)](firsts, firsts.numel(), BLOCK=_SCAN, launch_pdl=launch_pdl, num_warps=16)
     _place_kernel[(num_experts, chunks)](
         expert_ids,
         firsts,

@@ -1,4 +1,4 @@
-"""Triton kernels that choose a token's experts: products with the router's weight, and the choice."""
+"""Triton kernels of the router: products of tokens with its weight, and the choice by them."""
 
 import torch
 import triton
@@ -206,7 +206,7 @@ def route_rows_triton(
 
 
 def _cut(tokens: int, blocks: int, block_e: int) -> tuple[int, int]:
-    """Tokens of a program, and how many programs share the `blocks` of channels of the same ones."""
+    """Tokens of a program, and how many programs share their `blocks` of channels."""
     rows = 16
     if block_e <= 128:
         rows = min(64, max(rows, triton.next_power_of_2(triton.cdiv(tokens, _WAVE))))
