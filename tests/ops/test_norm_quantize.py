@@ -227,7 +227,6 @@ def test_results_of_experts_are_added_up_as_combine_does(tokens, k, layout, norm
         t.to(device) for t in (y, ids, shares, weight, order, residual)
     )
     mixed = ExpertSum(y, group_tokens(ids, 16), shares)
-    assert (mixed.shape, mixed.dtype) == (residual.shape, y.dtype)
     spec = QuantizeSpec(
         layout=layout,
         normal="int8",

@@ -62,7 +62,8 @@ class Heads(nn.Module):
         if self.weights is None:
             return None
         assert self.spec.qk_norm is not None
-        return HeadNorms(*self.weights, self.spec.qk_norm, self.spec.qk_norm_axis)
+        q_weight, k_weight = self.weights
+        return HeadNorms(q_weight, k_weight, self.spec.qk_norm, self.spec.qk_norm_axis)
 
     def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Heads (T, H, D) and (T, KV, D) as rotary embedding takes them."""

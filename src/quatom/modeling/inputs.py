@@ -81,12 +81,11 @@ class InputQuantizer(nn.Module):
 
         The sum is the residual of what comes next.
         """
-        if isinstance(x, ExpertSum) and (layer is None or self.spec is None):
-            x = x.combine()
-        if layer is None:
-            total = x if residual is None else x + residual
-            return self.plain(total), total
-        if self.spec is None:
+        if layer is None or self.spec is None:
+            x = x.combine() if isinstance(x, ExpertSum) else x
+            if layer is None:
+                total = x if residual is None else x + residual
+                return self.plain(total), total
             normed, total = layer(x, residual)
             return self.arrange(normed), total
         return norm_quantize(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from quatom.errors import ShapeError
@@ -86,26 +85,6 @@ class ExpertSum:
     groups: TokenGroups
     weights: Tensor  # (T, k) float32 contiguous
     backend: Backend | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        """(T, hidden)."""
-        return torch.Size((self.weights.shape[0], self.y.shape[1]))
-
-    @property
-    def ndim(self) -> int:
-        """2."""
-        return 2
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the sum."""
-        return self.y.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of all of it."""
-        return self.y.device
 
     def combine(self) -> Tensor:
         """The sum."""

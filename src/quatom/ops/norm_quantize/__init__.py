@@ -59,11 +59,11 @@ def norm_quantize(
     """
     if isinstance(x, ExpertSum) and (residual is None or x.weights.shape[1] > _MOST_SUMMANDS):
         x = x.combine()
-    _check(x, weight, order, spec, norm, bias, residual)
-    rows = x.y if isinstance(x, ExpertSum) else x
-    able = BACKENDS if can_quantize(rows, spec, norm, weight, bias) else BACKENDS[:2]
+    like = x.y[: x.weights.shape[0]] if isinstance(x, ExpertSum) else x
+    _check(like, weight, order, spec, norm, bias, residual)
+    able = BACKENDS if can_quantize(like, spec, norm, weight, bias) else BACKENDS[:2]
     available = BACKENDS if backend else able  # a backend asked for says itself what it lacks
-    chosen = choose_backend("norm_quantize", available, x.device, backend)
+    chosen = choose_backend("norm_quantize", available, like.device, backend)
     if chosen is Backend.CUDA:
         from quatom.ops.norm_quantize.cuda import norm_quantize_cuda
 
@@ -119,7 +119,7 @@ def norm_and_quantize(
 
 
 def _check(
-    x: Tensor | ExpertSum,
+    x: Tensor,
     weight: Tensor,
     order: Tensor | None,
     spec: QuantizeSpec,

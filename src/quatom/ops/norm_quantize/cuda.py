@@ -20,7 +20,8 @@ def norm_quantize_cuda(
     """See `norm_quantize`."""
     sums = None
     if isinstance(x, ExpertSum):
-        x, sums = x.y, (x.groups.positions, x.weights)
+        sums = x.groups.positions, x.weights
+        x = x.y
     return quantize_cuda(
         "norm",
         x,
