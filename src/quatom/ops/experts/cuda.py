@@ -30,14 +30,11 @@ from quatom.ops.experts.routing import TokenGroups
 from quatom.ops.groups_layout import GROUP_BYTES, TOKEN_PADDING
 from quatom.ops.linear.configs import Config
 from quatom.ops.linear.cuda import LinearArguments, check_operands, hopper_kernel, unit_value
-from quatom.ops.linear.hopper_layout import UNIT_BYTES
 
 _THREADS = 256
 """Of a CTA of arrange.cu."""
-_AHEAD_BYTES = 24 << 20
-"""Weights that a launch asks the L2 cache for while tokens are arranged: half of what it holds."""
-_GUESS_FROM = 4
-"""Rows of an expert from which on nearly all experts have some: 98 % of them at random."""
+_ARRANGE_CTAS_PER_SM = 5
+"""CTAs of arrange.cu that an SM holds, as its source says."""
 
 
 class _ArrangeArguments(KernelArguments):
@@ -68,8 +65,6 @@ class _ExpertArguments(KernelArguments):
         *LinearArguments._fields_,
         ("runs", ctypes.c_void_p),
         ("runs_known", ctypes.c_int),
-        ("experts", ctypes.c_int),
-        ("ahead", ctypes.c_int),
     )
 
 
@@ -126,12 +121,10 @@ def experts_cuda(
         codes, scales, runs = _arrange(
             x, groups, top_k, config.tokens, following_rows, overlap=overlap
         )
-    row_blocks, units = packed.shape[1:3]
-    tiles = (runs.shape[0] - 1) * -(-row_blocks // config.row_blocks)
-    ctas = min(tiles, multiprocessors(device) * config.ctas_per_sm)
+    tiles = (runs.shape[0] - 1) * -(-packed.shape[1] // config.row_blocks)
     layout = x.spec.layout
     hopper_kernel(config, x.dtype, device).launch(
-        ctas,
+        min(tiles, multiprocessors(device) * config.ctas_per_sm),
         _ExpertArguments(
             packed.data_ptr(),
             codes.data_ptr(),
@@ -147,28 +140,10 @@ def experts_cuda(
             unit_value(x),
             runs.data_ptr(),
             known is not None,
-            experts.num_experts,
-            _units_ahead(
-                config, experts.num_experts, positions, units, ctas, known=known is not None
-            ),
         ),
         overlap=overlap,
     )
     return y
-
-
-def _units_ahead(
-    config: Config, experts: int, positions: int, units: int, ctas: int, *, known: bool
-) -> int:
-    """Units of each block of a CTA's tile that it asks the L2 cache for before it waits.
-
-    Only where weights are most of the work: an expert has few tokens. Where tiles are not known
-    yet, the guess is that each expert has one, as experts of some tokens on average have.
-    """
-    if not (known or _GUESS_FROM * experts <= positions) or positions > config.tokens * experts:
-        return 0
-    most = _AHEAD_BYTES // (ctas * config.row_blocks * UNIT_BYTES)
-    return min(most, 2 * units if known else units)
 
 
 def _choose_config(experts: PreparedExperts, positions: int, top_k: int | None) -> Config:
@@ -207,7 +182,10 @@ def _arrange(
         scales = scales.new_empty((num_groups, blocks, 2, TOKEN_PADDING))
         # Two CTAs an SM where groups suffice, of which a CTA takes two at a time.
         parts = max(1, min(2 * multiprocessors(x.device.index) // blocks, num_groups // 4))
-        ctas = blocks * parts
+        # More rows are taken in turns: what each CTA finds out first takes as long as a block.
+        ctas = min(
+            blocks * parts, _ARRANGE_CTAS_PER_SM * multiprocessors(x.device.index) // parts * parts
+        )
     _arrange_kernel(x.device.index, num_experts).launch(
         ctas,
         _ArrangeArguments(

@@ -298,7 +298,6 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
 #if EXPERTS
               , const int4* runs               // their number, then one of each tile of tokens
               , int runs_known                 // whether a launch made them that the one before this has waited for
-              , int experts, int ahead         // units of each block that come to the L2 cache before that wait
 #endif
               ) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -311,29 +310,9 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   const int units = int4_groups + 2 * int8_groups;
   const u32 block_stride = u32(units) * UNIT_BYTES;
 #if EXPERTS
-  // Device memory is idle while tokens are arranged: the first weights come to the L2 cache.
-  auto fetch_ahead = [&](int expert, int row_tile, int begin, int end) {
-    const int block = min(row_tile * BLOCKS, row_blocks - 1);
-    const u8* const from = weights + u64(expert * row_blocks + block) * block_stride;
-    if (warp == 4 * WARPGROUPS && elect_one())
-#pragma unroll 1
-      for (int unit = begin; unit < end; ++unit)
-#pragma unroll 1
-        for (int g = 0; g < min(BLOCKS, row_blocks - block); ++g)
-          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + g * block_stride + unit * UNIT_BYTES), "n"(UNIT_BYTES));
-  };
   int token_tiles;  // how tokens are routed, the kernel before says, or one before that: weights then come while it runs
-  if (runs_known) {
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  } else {
-    if (ahead > 0) {  // a guess: each expert has one tile
-      const Tiles guess{experts, (row_blocks + BLOCKS - 1) / BLOCKS};
-      int expert, row_tile;
-      guess.locate(blockIdx.x, expert, row_tile);
-      if (int(blockIdx.x) < guess.count()) fetch_ahead(expert, row_tile, 0, ahead);
-    }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-  }
+  if (runs_known) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  else asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(token_tiles) : "l"(runs));
   const Tiles tiles{__shfl_sync(~0u, token_tiles, 0), (row_blocks + BLOCKS - 1) / BLOCKS};
 #else
@@ -433,20 +412,6 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     begin_tile(first_tile);
 #pragma unroll 1
     for (int i = 0; i < started; ++i) load_weights(i);
-#if EXPERTS
-    if (runs_known && ahead > 0) {
-      // What the ring does not hold, and the tile after it.
-#pragma unroll 1
-      for (int tile = first_tile, begin = started, left = ahead; tile < tiles.count() && left > 0; tile += tile_step, begin = 0) {
-        int token_tile, row_tile;
-        tiles.locate(tile, token_tile, row_tile);
-        Run run;
-        run.load(runs + 1 + token_tile);
-        fetch_ahead(run.expert, row_tile, begin, min(begin + left, units));
-        left -= units - begin;
-      }
-    }
-#endif
   }
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   __syncwarp();
