@@ -150,14 +150,18 @@ def test_a_weight_is_a_sum_of_numbers_of_16_bits(dtype):
         (130, 4, dict(scores="sigmoid", normalized=True, scale=2.5), True),
     ],
 )
-@pytest.mark.parametrize("tokens", [0, 1, 37, 2100])
+@pytest.mark.parametrize("tokens", [0, 1, 19, 2100])
 def test_the_kernel_of_rows_multiplies_as_float32_does(
     count, top_k, router, corrected, tokens, dtype, parts, device
 ):
     if tokens > 100 and (count != 5 or parts != 2):
         pytest.skip("one wide batch is enough")
     rng = torch.Generator().manual_seed(count + tokens)
-    channels, bits = 200, 11 if dtype is torch.float16 else 8
+    # 1000 channels are shared by four programs.
+    channels, bits = (
+        1000 if count == 128 and parts < 3 else 200,
+        11 if dtype is torch.float16 else 8,
+    )
 
     def integers(most, *shape):
         return torch.randint(-most, most + 1, shape, generator=rng).float()
