@@ -1,5 +1,6 @@
 """Tables of kernel results: kernels-GPU.json and attention-GPU.json."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from result_files import NOT_MEASURED, origin, read, table
@@ -33,7 +34,32 @@ def attention(name: str) -> str:
     ]
     header = ["batch x length", "us", "share of copy bandwidth"]
     header += ["cuDNN BF16", "FlashAttention BF16"]
-    return f"{_where(data)}; {BESIDE}:\n\n" + table(header, rows)
+    return f"{_where(data, best.values())}; {BESIDE}:\n\n" + table(header, rows)
+
+
+def prefill(name: str) -> str:
+    """Prefill attention over the INT4 cache, beside cuDNN and FlashAttention in BF16."""
+    data = read(f"attention-{name.partition('-')[2]}")
+    shown = [
+        e
+        for e in data["results"]
+        if (e["op"], e["kv"], e["backend"]) == ("prefill", "int4", "cuda")
+        and e["ratio_cudnn_bf16"] is not None
+    ]
+    if not shown:
+        return NOT_MEASURED
+    rows = [
+        [
+            f"{e['new_tokens']} + {e['length'] - e['new_tokens']}, "
+            f"{e['num_heads']}/{e['num_kv_heads']} heads",
+            f"{e['microseconds']:.1f}",
+            _times(e["ratio_cudnn_bf16"]),
+            _times(e["ratio_flash_bf16"]),
+        ]
+        for e in shown
+    ]
+    header = ["new + cached tokens", "us", "cuDNN BF16", "FlashAttention BF16"]
+    return f"{_where(data, shown)}; {BESIDE}:\n\n" + table(header, rows)
 
 
 def kernels(name: str) -> str:
@@ -59,9 +85,9 @@ def kernels(name: str) -> str:
     for title in ("W4A4", "W4A8"):
         header += [f"{title}: us", "share of copy", "TOPS", "BF16", "humming"]
     return (
-        f"{_where(data)}; INT8 outliers and all scales included, W4A8 with INT8 and one scale per "
-        "token; ratios: time of cuBLAS BF16 and of humming's A8 over Quatom's, in one run:\n\n"
-        + table(header, rows)
+        f"{_where(data, own.values())}; INT8 outliers and all scales included, W4A8 with INT8 and "
+        "one scale per token; ratios: time of cuBLAS BF16 and of humming's A8 over Quatom's, in "
+        "one run:\n\n" + table(header, rows)
     )
 
 
@@ -78,6 +104,11 @@ def _linear_cells(e: dict[str, Any]) -> list[str]:
 def fused(name: str) -> str:
     """The kernels around the linear layers, and what reordering brings over gathering outliers."""
     data = read(f"kernels-{name.partition('-')[2]}")
+    shown = [
+        e
+        for e in data["results"]
+        if "quantize" in e["op"] and e["backend"] == "cuda" and e["m"] in (1, 16, 64, 256, 4096)
+    ]
     rows = [
         [
             f"{e['op'].replace('_', ' ')}, {e['scheme']}",
@@ -86,17 +117,22 @@ def fused(name: str) -> str:
             f"{e['microseconds']:.1f}",
             _percent(e["share_of_copy"]) if e["op"].endswith("_quantize") else "",
         ]
-        for e in data["results"]
-        if "quantize" in e["op"] and e["backend"] == "cuda" and e["m"] in (1, 16, 64, 256, 4096)
+        for e in shown
     ]
     if not rows:
         return NOT_MEASURED
-    return f"{_where(data)}:\n\n" + table(["operation", "K", "M", "us", "share of copy"], rows)
+    header = ["operation", "K", "M", "us", "share of copy"]
+    return f"{_where(data, shown)}:\n\n" + table(header, rows)
 
 
 def experts(name: str) -> str:
     """Products of routed experts beside the dense kernel at equal work and a grouped product."""
     data = read(f"kernels-{name.partition('-')[2]}")
+    shown = [
+        e
+        for e in data["results"]
+        if e["op"] == "experts" and e["backend"] == "cuda" and e.get("ratio_dense") is not None
+    ]
     rows = [
         [
             f"{e['model']}, {e['scheme']}",
@@ -106,19 +142,18 @@ def experts(name: str) -> str:
             _times(e["ratio_dense"]),
             _times(e["ratio_bf16"]),
         ]
-        for e in data["results"]
-        if e["op"] == "experts" and e["backend"] == "cuda" and e.get("ratio_dense") is not None
+        for e in shown
     ]
     if not rows:
         return NOT_MEASURED
     header = ["layer, scheme", "tokens", "us", "share of copy"]
     header += ["rate over the dense kernel's", "BF16 grouped"]
-    return f"{_where(data)}; {BESIDE}:\n\n" + table(header, rows)
+    return f"{_where(data, shown)}; {BESIDE}:\n\n" + table(header, rows)
 
 
-def _where(data: dict[str, Any]) -> str:
+def _where(data: dict[str, Any], entries: Iterable[dict[str, Any]]) -> str:
     copy = data["environment"]["copy_tb_s"]
-    return f"{origin(data, data['results'])}, copy {copy} TB/s"
+    return f"{origin(data, entries)}, copy {copy} TB/s"
 
 
 def _percent(share: float | None) -> str:
@@ -134,4 +169,5 @@ KERNEL_TABLES = {
     "experts": experts,
     "fused": fused,
     "kernels": kernels,
+    "prefill": prefill,
 }

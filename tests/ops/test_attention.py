@@ -275,6 +275,8 @@ def decode_cuda_error(dtype=torch.float16, options=None, truth=None, **shape):
     got = batch.run(Backend.CUDA, **(options or {}))
     assert_close(got, batch.truth(**(truth or {})), dtype)
     assert torch.equal(got, batch.run(Backend.CUDA, **(options or {})))
+    torch.cuda.synchronize()  # no kernel still writes what a settled call reads early
+    assert torch.equal(got, batch.run(Backend.CUDA, **(options or {}), settled=True))
 
 
 @pytest.mark.gpu

@@ -202,6 +202,14 @@ def test_the_append_kernel_keeps_heads_of_any_size_in_registers(
     assert "LDG" not in sass.partition("ACQBULK")[0]  # all it reads may be the last kernel's result
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
+    constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True, settled=True)
+    sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
+    early = re.findall(r"LDG\S*", sass.partition("ACQBULK")[0])
+    # Position and slot past the L1 cache, cosines and sines; q, k and v come later.
+    assert sum("STRONG.GPU" in load for load in early) == 2
+    assert len(early) == 2 + 2 * width // 4
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+
 
 @pytest.mark.parametrize(
     ("head_dim", "row_tiles", "capability", "warps"),
@@ -229,6 +237,17 @@ def test_the_decode_kernel_of_any_head_size_keeps_to_registers(
     before, waits, _ = sass.partition("ACQBULK")
     assert not waits or "LDG" not in before
     assert not re.search(r"\b(LDL|STL)\b", sass)
+    if not waits or not config.bulk:
+        return
+
+    cubin = compile_decode(arch, config, *shape, **options, settled=True, stream=True)
+    sass = disassemble(cubin, tmp_path)
+    decode = re.search(r"Function : decode\n(.*?)(Function :|\Z)", sass, re.DOTALL)
+    early, _, _ = decode[1].partition("ACQBULK")
+    # Lengths and block tables past the L1 cache, the first tiles; queries come later.
+    assert all("STRONG.GPU" in load for load in re.findall(r"LDG\S*", early))
+    assert early.count("UBLKCP") == config.stages
+    assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
 NORMS = [Norm(eps=1e-6), Norm(kind="layer", eps=1e-5, bias=True)]
@@ -253,7 +272,7 @@ NORMS = [Norm(eps=1e-6), Norm(kind="layer", eps=1e-5, bias=True)]
 def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
     operation, norm, keep, summands, layout, tokens, tmp_path
 ):
-    """The compiler moves loads that it takes for constant (LDG.CONSTANT) before ACQBULK."""
+    """The compiler moves loads that it takes for constant (LDG.CONSTANT) across ACQBULK."""
     spec = QuantizeSpec(layout=layout, byte_layout="groups")
     variant = choose_variant(operation, tokens, layout)
     constants = cuda_quantize.defines(
@@ -264,8 +283,9 @@ def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
     before, wait, after = sass.partition("ACQBULK")
     assert wait
     assert "LDG" in after
-    assert all("CONSTANT" in load for load in re.findall(r"LDG\S*", before))
-    # Parameters alone are constant: weight and bias of the norm, and the order of channels.
+    assert not re.search(r"LDG\S*CONSTANT", sass)
+    # Before it parameters alone are read, and all of them: weight and bias of the norm, the order
+    # of the first groups. Read later, they would queue after the weights of the next linear layer.
     parameters = 0 if norm is None else constants["VECTORS"] * (1 + norm.bias)
-    orders = 0 if operation == "gated" else 2 * constants["ROUNDS"]
-    assert len(re.findall(r"LDG\S*CONSTANT", sass)) <= parameters + orders
+    orders = 0 if operation == "gated" else 2
+    assert len(re.findall("LDG", before)) == parameters + orders

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quatom.benchmark.attention_peers import time_decode_peers, time_prefill_flash
+from quatom.benchmark.attention_peers import time_decode_peers, time_prefill_peers
 from quatom.benchmark.environment import describe_environment, measure_ceilings, write_results
 from quatom.benchmark.timing import Timing, copies_to_rotate, time_graph
 from quatom.numerics.kv_pages import KVDtype, KVPages, bytes_per_token_head
@@ -253,7 +253,8 @@ def _prefill(case: Case, copy_tb_s: float) -> list[dict[str, Any]]:
         error = _relative_error(case, q, call(), pages, table)
         rows.append(_row(case, "int4", backend, timing, relative_error=error))
     shape = (case.new_tokens, case.length, case.num_heads, case.num_kv_heads, case.head_dim)
-    return [*rows, _row(case, "bfloat16", "peer:flash", time_prefill_flash(*shape))]
+    peers = time_prefill_peers(*shape)
+    return [*rows, *(_row(case, "bfloat16", f"peer:{name}", time) for name, time in peers.items())]
 
 
 def _append(case: Case, copy_tb_s: float) -> list[dict[str, Any]]:

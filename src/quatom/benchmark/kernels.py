@@ -8,6 +8,7 @@ FP8 without groups (`torch._int_mm`, `torch._scaled_mm`), and humming's W4A8 ker
 alone.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -261,12 +262,27 @@ def _reorder_gain(copy_tb_s: float) -> Iterator[dict[str, Any]]:
             yield run.entry(tokens, (channels, k), timing, copy_tb_s) | {"op": "quantize+linear"}
 
 
+def _entries_of_others(path: Path, op: str) -> list[dict[str, Any]]:
+    """What a result file holds of operations that `op` does not measure, with its origin."""
+    if op == "all" or not path.exists():
+        return []
+    data = json.loads(path.read_text(encoding="utf-8"))
+    origin = {key: data["environment"][key] for key in ("commit", "date")}
+    return [origin | entry for entry in data["results"] if _group(entry["op"]) != op]
+
+
+def _group(op: str) -> str:
+    """The choice of `OPS` that measures an operation."""
+    return "linear" if "linear" in op else "quantize" if op.endswith("_quantize") else op
+
+
 def run_kernel_bench(
     op: str = "all", json_path: Path | None = None, plot_path: Path | None = None
 ) -> list[dict[str, Any]]:
     """Measure the kernels on the current GPU, and write a result file and a plot.
 
-    The result file is written after every problem: an interrupted run keeps what it has.
+    The result file is written after every problem: an interrupted run keeps what it has. What the
+    file holds of other operations stays.
 
     Args:
         op: all, linear, quantize or experts.
@@ -285,6 +301,8 @@ def run_kernel_bench(
         )
     ceilings = measure_ceilings()
     environment = describe_environment() | ceilings
+    origin = {"commit": environment["commit"], "date": environment["date"]}
+    kept = _entries_of_others(json_path, op) if json_path else []
     results: list[dict[str, Any]] = []
     parts: list[Iterator[dict[str, Any]]] = []
     copy = ceilings["copy_tb_s"]
@@ -299,13 +317,13 @@ def run_kernel_bench(
         parts += [problem.measure(m, copy) for m in TOKENS for problem in problems]
     experts = measure_experts(copy) if op in ("all", "experts") else iter(())
     for part in chain(parts, experts):
-        rows = [dict.fromkeys(_OPTIONAL_KEYS) | row for row in part]
+        rows = [dict.fromkeys(_OPTIONAL_KEYS) | row | origin for row in part]
         _add_ratios(rows)
         results += rows
         torch.cuda.empty_cache()
         if json_path:
             command = f"quatom bench kernels --op {op} --json {json_path.name}"
-            write_results(json_path, command, environment, results)
+            write_results(json_path, command, environment, kept + results)
     if plot_path:
         from quatom.benchmark.kernel_plot import plot_kernels
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quatom.engine.scheduler import ScheduledSequence
 from quatom.engine.sequence import Sequence
-from quatom.engine.transfer import to_device
+from quatom.engine.transfer import to_device_together
 from quatom.modeling.context import ForwardContext
 
 
@@ -66,26 +66,27 @@ def build_batch(items: list[ScheduledSequence], *, block_size: int, device: torc
 
     counts = [item.count for item in items]
     seq_lens = [item.start + item.count for item in items]
+    # Prefix sums of the prefills last: a batch of decodes has none.
+    arrays = [input_ids, positions, slots, tables, _prefix_sums(counts)]
+    arrays += [np.array(seq_lens, dtype=np.int32), _assign_sample_rows(items)]
+    if len(counts) > n:
+        arrays += [_prefix_sums(counts[n:]), _prefix_sums(seq_lens[n:])]
+    ids, at, to, blocks, starts, lengths, rows, *prefill = to_device_together(arrays, device)
     return Batch(
-        input_ids=to_device(input_ids, device),
+        input_ids=ids,
         context=ForwardContext(
-            positions=to_device(positions, device),
-            slot_mapping=to_device(slots, device),
-            block_tables=to_device(tables, device),
-            cu_seqlens_q=to_device(_prefix_sums(counts), device),
-            seq_lens=to_device(np.array(seq_lens, dtype=np.int32), device),
+            positions=at,
+            slot_mapping=to,
+            block_tables=blocks,
+            cu_seqlens_q=starts,
+            seq_lens=lengths,
             max_seqlen_q=max(counts),
             max_seq_len=max(seq_lens),
             num_decodes=n,
             total_kv_tokens=sum(seq_lens[n:]),
-            prefill_cu_seqlens=(
-                to_device(_prefix_sums(counts[n:]), device),
-                to_device(_prefix_sums(seq_lens[n:]), device),
-            )
-            if len(counts) > n
-            else None,
+            prefill_cu_seqlens=(prefill[0], prefill[1]) if prefill else None,
         ),
-        sample_rows=to_device(_assign_sample_rows(items), device),
+        sample_rows=rows,
         items=items,
         uses_last_tokens=bool((input_ids < 0).any()),
     )

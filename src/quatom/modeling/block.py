@@ -160,6 +160,7 @@ class DecoderBlock(nn.Module):
             clip_ratio=cache.clip_ratio,
             key_offset=self.key_offset,
             shared=context.shared,
+            settled=True,  # what the context holds was there before the step's first kernel
             backend=self.backend,
         )
         return q, residual
@@ -268,6 +269,7 @@ class DecoderBlock(nn.Module):
             total_kv_tokens=context.total_kv_tokens,
             prefill_cu_seqlens=context.prefill_cu_seqlens,
             shared=context.shared,
+            settled=True,  # what the context holds was there before the step's first kernel
             out=out,
             backend=self.backend,
         )

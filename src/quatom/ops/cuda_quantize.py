@@ -19,10 +19,14 @@ from quatom.ops.cuda_build import (
     compile_cubin,
     device_capability,
     load_kernel,
+    multiprocessors,
     read_source,
 )
 from quatom.ops.quantize_variants import Operation, Variant, choose_variant
+from quatom.ops.spread import crowd, padded_bytes
 
+_MOST_SPREAD = 2
+"""CTAs of a multiprocessor up to which a launch is spread over the GPU."""
 _OPERATIONS = {"reorder": 0, "norm": 1, "gated": 2}
 _ACTIVATIONS = {name: number for number, name in enumerate(get_args(Activation))}
 
@@ -126,17 +130,19 @@ def _plan(
     gated: bool,
     keep: bool,
     summands: int,
+    most: int,
 ) -> _Plan:
     source = read_source("quatom.ops", "quantize.cu")
     constants = defines(operation, variant, spec, dtype, norm, activation, gated, keep, summands)
     cubin = compile_cubin(source, "sm_90a", constants)
     layout = spec.layout
+    needed = _shared_bytes(operation, variant, layout.channels, norm)
     with torch.cuda.device(device):
         kernel = load_kernel(
             cubin,
             "quantize_groups",
             threads=variant.threads,
-            shared_bytes=_shared_bytes(operation, variant, layout.channels, norm),
+            shared_bytes=padded_bytes(needed, most),
             cluster=constants["CLUSTER"],
         )
     return _Plan(
@@ -241,11 +247,14 @@ def quantize_cuda(
     order = None if order is None else order.to(torch.int32).contiguous()
     variant = variant or choose_variant(operation, tokens, layout, spec.scale_mode != "group")
     keep = kept is not None
+    device, ctas = x.device.index, -(-tokens // variant.tokens) * variant.ctas
+    # A cluster waits for room for all its CTAs at once.
+    most = crowd(ctas, multiprocessors(device), _MOST_SPREAD) if variant.ctas == 1 else 0
     plan = _plan(
-        operation, variant, spec, x.dtype, x.device.index, norm, activation, gated, keep, summands
+        operation, variant, spec, x.dtype, device, norm, activation, gated, keep, summands, most
     )
     plan.kernel.launch(
-        -(-tokens // variant.tokens) * variant.ctas,
+        ctas,
         _Arguments(
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),

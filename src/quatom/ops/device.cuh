@@ -40,6 +40,15 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// The same with a policy of the L2 cache, as createpolicy makes them. Lines of what is read once are taken again first, so
+// that activations and parameters of other kernels stay.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_NORMAL = 0x1000000000000000;
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+
 // Loads of what the kernel before this one computes, for use after griddepcontrol.wait. An ordinary load through a
 // `const __restrict__` pointer may be moved before that wait by the compiler: it takes the memory for constant.
 __device__ __forceinline__ void load_result(const void* from, u32& to) {

@@ -136,6 +136,19 @@ __device__ __forceinline__ float lift(float up) {
 }
 #endif
 
+__device__ __forceinline__ void release_next_kernel() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Loads of what no kernel computes, before griddepcontrol.wait. The compiler may move an ordinary load of constant
+// memory to where its value is used, after that wait: it then queues after all weights of the next linear layer.
+__device__ __forceinline__ void load_parameter(const void* from, uint2& to) { load_result(from, to); }
+__device__ __forceinline__ void load_parameter(const void* from, int4& to) {
+  uint4 words;
+  load_result(from, words);
+  to = make_int4(words.x, words.y, words.z, words.w);
+}
+
 struct Layout {
   int normal, group_size, outlier_size, num_normal, num_scales;
   float clip_ratio;
@@ -428,7 +441,6 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
                 ) {
   const Layout layout{normal, group_size, outlier_size, num_normal, num_scales, clip_ratio, largest};
   const int half_warp = threadIdx.x / 16;
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #if WHOLE_TOKEN
   __shared__ TokenTops tops;
 #endif
@@ -438,6 +450,7 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
 
   // `bring`: the numbers of 8 channels of each token, in the layout's order, 0 outside the group.
 #if OPERATION == 2
+  release_next_kernel();
   const u64 token = blockIdx.x / ctas;
   const int first_group = blockIdx.x % ctas * (ROUNDS * THREADS / 16) + half_warp;
 #if GATED
@@ -490,8 +503,8 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
   auto load_order = [&](int round) {
     const Place place(layout, round * (THREADS / 16) + half_warp);
     if (order == nullptr || !place.inside) return;
-    next[0] = reinterpret_cast<const int4*>(order + place.channel())[0];
-    next[1] = reinterpret_cast<const int4*>(order + place.channel())[1];
+    load_parameter(order + place.channel(), next[0]);
+    load_parameter(order + place.channel() + 4, next[1]);
   };
   load_order(0);
 #if OPERATION == 1
@@ -503,21 +516,28 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
   float* const partial = reinterpret_cast<float*>(weights + (TOKENS == 2 ? channels : 0));
 #endif
   uint2 norm_weight[VECTORS];
-#if KEEP && BIAS
+#if BIAS
   uint2 norm_bias[VECTORS];
 #endif
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     const int k = (v * THREADS + threadIdx.x) * 4;
     if (k >= channels) continue;
-    norm_weight[v] = *reinterpret_cast<const uint2*>(weight + k);
-#if KEEP && BIAS
-    norm_bias[v] = *reinterpret_cast<const uint2*>(bias + k);
-#elif !KEEP
+    load_parameter(weight + k, norm_weight[v]);
+#if BIAS
+    load_parameter(bias + k, norm_bias[v]);
+#endif
+  }
+#endif
+  release_next_kernel();
+#if OPERATION == 1 && !KEEP && (TOKENS == 2 || BIAS)
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    const int k = (v * THREADS + threadIdx.x) * 4;
+    if (k >= channels) continue;
     if (TOKENS == 2) *reinterpret_cast<uint2*>(weights + k) = norm_weight[v];
 #if BIAS
-    *reinterpret_cast<uint2*>(biases + k) = *reinterpret_cast<const uint2*>(bias + k);
-#endif
+    *reinterpret_cast<uint2*>(biases + k) = norm_bias[v];
 #endif
   }
 #endif

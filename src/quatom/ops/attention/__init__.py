@@ -1,7 +1,7 @@
 """Causal attention of new tokens over the paged KV cache: decode, prefill and mixed batches."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class AttentionOptions:
     total_kv_tokens: int | None = None
     shared: Shared | None = None
     sinks: Tensor | None = None
+    settled: bool = False
 
 
 def seen_tokens(batch: Sequences, options: AttentionOptions) -> int:
@@ -70,6 +71,7 @@ def attention(
     prefill_cu_seqlens: tuple[Tensor, Tensor] | None = None,  # two (B - num_decodes + 1,) int32
     num_splits: int | None = None,
     shared: Shared | None = None,
+    settled: bool = False,
     out: Tensor | None = None,  # (T, H, D) contiguous, in q's dtype
     backend: Backend | None = None,
 ) -> Tensor:
@@ -101,6 +103,9 @@ def attention(
         num_splits: parts that a decode cuts every sequence into; None picks enough to fill the
             device.
         shared: what the layers of one batch share; only the reference uses it.
+        settled: the last kernel on the stream writes q and the new tokens' keys and values, and
+            nothing else that this call reads; all before it had ended when it let others start.
+            `rope_append_kv` is such a kernel. A decode then reads older tokens while that one runs.
         out: where the result is written; None: into memory of its own.
         backend: implementation to run; None picks the fastest one that supports the call.
 
@@ -133,6 +138,7 @@ def attention(
         total_kv_tokens,
         shared,
         sinks,
+        settled,
     )
     n = num_decodes
     cu_q, cu_k = prefill_cu_seqlens or (None, None)
@@ -158,6 +164,8 @@ def attention(
         cu_k,
     )
     _run(q[:n], out[:n], pages, decodes, options, backend)
+    if cu_q is None:
+        options = replace(options, settled=False)  # the difference above was computed just now
     _run(q[n:], out[n:], pages, rest, options, backend)
     return out
 

@@ -137,6 +137,8 @@ def decode_cuda(
         softcap is not None,
         options.sliding_window is not None,
         sinks is not None,
+        options.settled and config.bulk,
+        config.bulk and row_chunks == 1,
     )
     partial = stats = out
     if splits > 1:
@@ -213,6 +215,8 @@ def compile_decode(
     softcap: bool,
     window: bool,
     sinks: bool,
+    settled: bool = False,
+    stream: bool = False,
 ) -> bytes:
     """The cubin of one variant for `arch` ("sm_90"); needs NVRTC but no GPU."""
     defines = {
@@ -228,6 +232,8 @@ def compile_decode(
         "SOFTCAP": int(softcap),
         "WINDOW": int(window),
         "SINKS": int(sinks),
+        "SETTLED": int(settled),
+        "STREAM": int(stream),
     }
     source = read_source("quatom.ops.attention", "decode.cu")
     return compile_cubin(source, arch, defines)
@@ -244,6 +250,8 @@ def _kernels(
     softcap: bool,
     window: bool,
     sinks: bool,
+    settled: bool,
+    stream: bool,
 ) -> tuple[CudaKernel, CudaKernel]:
     """The decode and merge kernels of one variant, compiled and loaded on `device`."""
     major, minor = device_capability(device)
@@ -257,6 +265,8 @@ def _kernels(
         softcap=softcap,
         window=window,
         sinks=sinks,
+        settled=settled,
+        stream=stream,
     )
     with torch.cuda.device(device):
         shared_bytes = config.shared_bytes(head_dim, row_tiles)

@@ -17,7 +17,9 @@
 // makes channels that are not stored.
 //
 // Compile-time parameters: HEAD_DIM (a multiple of 16), BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
-// SOFTCAP, WINDOW, SINKS.
+// SOFTCAP, WINDOW, SINKS, SETTLED (with BULK: the last kernel writes q and the new tokens' K and V alone, so that the
+// first tiles of older tokens are copied while it runs), STREAM (with BULK: pages are read once, and leave the L2 cache
+// first).
 
 #define PITCH ((HEAD_DIM / 2 + 15) / 16 * 16)       // bytes of a row of codes in shared memory
 #define CHUNK_BYTES (HEAD_DIM % 32 ? 8 : 16)        // of a copy by cp.async
@@ -142,6 +144,26 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
   return halves_to_floats(x);
 }
 
+#if BULK
+// Wait for the kernel before this one, and let the merge kernel get ready.
+__device__ __forceinline__ void wait_for_last_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+#endif
+
+// Of a batch's lengths and block tables. Before the wait for the last kernel it goes past the L1 cache, which may hold
+// what an earlier kernel read there.
+__device__ __forceinline__ int load_number(const int* from) {
+#if SETTLED
+  int number;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(number) : "l"(from));
+  return number;
+#else
+  return *from;
+#endif
+}
+
 #if !BULK
 // Bytes past the end of the sequence are filled with zeros: their blocks may not exist.
 template <int BYTES>
@@ -185,10 +207,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int g = lane >> 2, tg = lane & 3;
 
-#if BULK
-  // Launched while the kernel before still ends; the merge kernel may likewise get ready early.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#if BULK && !SETTLED
+  wait_for_last_kernel();
 #endif
   int index = blockIdx.x;
   const int split = index % p.splits;
@@ -199,11 +219,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   const int batch = index / p.row_chunks;
   const int num_heads = p.num_kv_heads * p.group;
 
-  const int first_q = p.starts[batch];
-  const int new_tokens = p.starts[batch + 1] - first_q;
-  const int length = p.lengths[batch];
+  const int first_q = load_number(p.starts + batch);
+  const int new_tokens = load_number(p.starts + batch + 1) - first_q;
+  const int length = load_number(p.lengths + batch);
   const int rows = min(new_tokens * p.group - chunk * ROWS, ROWS);
-  if (rows <= 0) return;
+  if (rows <= 0) {
+#if SETTLED
+    wait_for_last_kernel();  // who waits for this kernel counts on all before it
+#endif
+    return;
+  }
   const int first_new = chunk * ROWS / p.group;
   const int last_new = (chunk * ROWS + rows - 1) / p.group;
 
@@ -224,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   const int my_run = (lane >> 2) * RUN;
   auto block_of = [&](int tile) {
     const int token = tile + my_run;
-    return lane < COPIES && token < end ? table[token / BLOCK_SIZE] : 0;
+    return lane < COPIES && token < end ? load_number(table + token / BLOCK_SIZE) : 0;
   };
 #if BULK
   __shared__ __align__(8) u64 barriers[WARPS * STAGES];
@@ -249,8 +274,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
       const u8* source = p.storage +
                          ((long long)block * p.num_kv_heads + kv_head) * RECORD + section_start +
                          (tile + my_run) % BLOCK_SIZE * row_bytes;
-      bulk_copy(stages + stage * STAGE + target + my_run * row_bytes, source, RUN * row_bytes,
-                barrier + stage * 8);
+      const u32 to = stages + stage * STAGE + target + my_run * row_bytes;
+#if STREAM
+      bulk_copy(to, source, RUN * row_bytes, barrier + stage * 8, EVICT_FIRST);
+#else
+      bulk_copy(to, source, RUN * row_bytes, barrier + stage * 8);
+#endif
     }
   };
 #else
@@ -285,11 +314,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   int next_block[STAGES];
 #pragma unroll
   for (int s = 0; s < STAGES; s++) next_block[s] = block_of(next + s * WARPS * TILE);
+#if SETTLED
+  auto is_old = [&](int s) { return next + s * WARPS * TILE + TILE <= before; };
+#pragma unroll
+  for (int s = 0; s < STAGES; s++)
+    if (is_old(s)) start_copy(next + s * WARPS * TILE, next_block[s], s);
+  wait_for_last_kernel();
+#pragma unroll
+  for (int s = 0; s < STAGES; s++)
+    if (!is_old(s)) start_copy(next + s * WARPS * TILE, next_block[s], s);
+  next += STAGES * WARPS * TILE;
+#else
 #pragma unroll
   for (int s = 0; s < STAGES; s++) {
     start_copy(next, next_block[s], s);
     next += WARPS * TILE;
   }
+#endif
   int block = block_of(next);
 
   // 2. Queries, scaled by a power of two to between 2**10 and 2**11 so that neither they nor a
@@ -602,8 +643,7 @@ extern "C" __global__ void __launch_bounds__(128) merge(const Parameters p) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const long long row = blockIdx.x;
 #if BULK
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_last_kernel();
 #endif
   const float2* stats = p.stats + row * p.splits;
   float top = -INF;

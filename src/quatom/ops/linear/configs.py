@@ -16,10 +16,13 @@ _SHARED_BYTES = 227 * 1024
 """Shared memory that one CTA may have on Hopper."""
 _RESERVED_BYTES = 1024
 """Shared memory of an SM that the system takes from each resident CTA."""
+_STREAMED_TOKENS = 64
+"""Tokens of a tile up to which a layer is bound by its weights."""
+_EARLY_STAGES = 8
 
 _log = logging.getLogger(__name__)
 
-TUNINGS = {"H100": "tuning-h100.json"}
+TUNINGS = {"H100": "tuning-h100.json", "H200": "tuning-h200.json"}
 """Tables of this package, by a word of the name of the GPU that they were measured on by
 `python -m quatom.benchmark.tune_linear`."""
 _OTHERS = "H100"
@@ -77,6 +80,19 @@ class Config:
         return min((room - self.receive_bytes) // self.stage_bytes, 32)
 
     @property
+    def early_stages(self) -> int:
+        """Stages whose weights are fetched before the input is there.
+
+        What more is on its way then delays the kernel that makes the input.
+        """
+        return min(self.num_stages, _EARLY_STAGES) if self.streams else self.num_stages
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights may leave the L2 cache first: few tokens are one tile of them."""
+        return self.tokens <= _STREAMED_TOKENS and not self.experts
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA."""
         return self.num_stages * self.stage_bytes + self.receive_bytes
@@ -109,6 +125,8 @@ class Config:
 
 _SPLITS = {1: (1, 2), 2: (1, 2, 3, 4), 3: (1, 2, 3, 5), 4: (1, 2, 4, 6, 8)}
 """Splits that are tried of integers, for each number of CTAs of an SM."""
+_PAIR_SPLITS = {1: (1, 2, 3, 4, 8), 2: (1, 2, 4, 8)}
+"""The same of CTAs with two warpgroups."""
 
 
 def _candidates() -> tuple[Config, ...]:
@@ -134,7 +152,16 @@ def _candidates() -> tuple[Config, ...]:
         for split in splits
         if bm < 64 or ctas < 4
     ]
-    integer += [Config(bm, 3) for bm in (8, 16, 32)]
+    # Warpgroups of a CTA share its tokens: half or a third of the bytes from the L2 cache.
+    integer += [Config(bm, 3, split=split) for bm in (8, 16, 32, 64) for split in (1, 2, 3, 4, 6)]
+    integer += [
+        Config(bm, 2, split=split, ctas_per_sm=ctas)
+        for bm in (8, 16, 32, 64)
+        for ctas, splits in _PAIR_SPLITS.items()
+        for split in splits
+        if bm < 64 or ctas == 1  # else registers spill
+    ]
+    integer += [Config(bm, 2, blocks=2, split=split) for bm in (32, 64) for split in (4, 8)]
     integer += [Config(64, 1, split=7, ctas_per_sm=3)]
     integer += [Config(32, 1, split=7, ctas_per_sm=4)]
     integer += [Config(128, 1, split=split, ctas_per_sm=2) for split in (1, 2, 3)]

@@ -61,6 +61,8 @@ def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
         "WARPGROUPS": config.warpgroups,
         "BLOCKS_PER_WARPGROUP": config.blocks,
         "STAGES": config.num_stages,
+        "STREAM": int(config.streams),
+        "EARLY_STAGES": config.early_stages,
         "SPLIT": config.split,
         "PRODUCER_THREADS": config.producer_threads,
         "CTAS_PER_SM": config.ctas_per_sm,

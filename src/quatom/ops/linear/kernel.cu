@@ -18,10 +18,12 @@
 // tiles of tokens; a tile may begin and end amid the 16 tokens that are copied together, and stores its own rows alone.
 //
 // Compiled by NVRTC with BM, PARTS, SIGNED, INTEGER, EXPERTS, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
-// PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM / PARTS columns prepended.
+// STREAM, EARLY_STAGES, PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM / PARTS columns prepended.
 //   PARTS      a step multiplies and promotes its tokens in this many parts, which need fewer registers
 //   SIGNED     convert weights to signed e4m3 instead of correcting sums for their offset: more
 //              instructions a weight, half the bytes of activation scales from shared memory
+//   STREAM     weights that one tile of tokens reads leave the L2 cache first
+//   EARLY_STAGES  stages whose weights are fetched before the input is there
 //   SPLIT      CTAs of a cluster that share one tile's k-range and add up through shared memory
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;     // threads
@@ -367,11 +369,17 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
   };
   auto load_weights = [&](u32 stage) {
     const u32 barrier = full + 8 * stage, to = base + W_OFFSET + stage * BLOCKS * UNIT_BYTES;
+    auto copy = [&](int block, const u8* from) {
+#if STREAM
+      bulk_copy(to + block * UNIT_BYTES, from, UNIT_BYTES, barrier, tiles.token_tiles == 1 ? EVICT_FIRST : EVICT_NORMAL);
+#else
+      bulk_copy(to + block * UNIT_BYTES, from, UNIT_BYTES, barrier);
+#endif
+    };
     if (elect_one()) {
-      bulk_copy(to, w_from, UNIT_BYTES, barrier);
+      copy(0, w_from);
 #pragma unroll
-      for (int g = 1; g < BLOCKS; ++g)
-        bulk_copy(to + g * UNIT_BYTES, w_from + min(g, last_block) * block_stride, UNIT_BYTES, barrier);
+      for (int g = 1; g < BLOCKS; ++g) copy(g, w_from + min(g, last_block) * block_stride);
     }
     w_from += UNIT_BYTES;
   };
@@ -391,7 +399,7 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
     }
   };
   // Weights do not depend on the kernel before this one: fetch the first ones before anything else.
-  const int started = min(steps, int(STAGES));
+  const int started = min(steps, int(EARLY_STAGES));
   if (warp == 4 * WARPGROUPS) {
     if (elect_one()) {
       for (int s = 0; s < STAGES; ++s) {

@@ -29,6 +29,7 @@ def rope_append_kv(
     clip_ratio: float = 1.0,
     key_offset: Tensor | None = None,  # (KV, D) float32, contiguous
     shared: Shared | None = None,
+    settled: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """Rotate q and k by their positions and store k and v in their cache slots.
@@ -55,6 +56,8 @@ def rope_append_kv(
         key_offset: subtracted from K after rotary embedding, before `rotate_kv`. It takes the same
             from every score of a query, which softmax does not see.
         shared: what the layers of one batch share; only the reference uses it.
+        settled: no kernel that may still run writes positions or slot_mapping, as where they are
+            inputs of a model's step: they are then read while the last kernel runs.
         backend: implementation to run; None picks the fastest one for q's device.
 
     Returns:
@@ -128,7 +131,7 @@ def rope_append_kv(
         case Backend.CUDA:
             from quatom.ops.rope_append_kv.cuda import rope_append_kv_cuda
 
-            rope_append_kv_cuda(*arguments, norms)
+            rope_append_kv_cuda(*arguments, settled, norms)
         case Backend.TRITON:
             from quatom.ops.rope_append_kv.triton import rope_append_kv_triton
 

@@ -5,9 +5,10 @@
 // rounding is the reference's: products and sums are not contracted, quotients correctly rounded.
 //
 // Compiled by NVRTC with N (4 or 8), HEAD_DIM, BLOCK_SIZE (tokens of a page), BITS (of a cached number: 4, 8 or 16),
-// INPUT_BF16, CACHE_BF16, ROTATE_KEYS (K is stored after rotary embedding) and HADAMARD (q and k of a
-// head are multiplied by a Hadamard matrix, or by its block form), NORMED (q and k of a head are normalized first) and
-// WEIGHT_OFFSET (0 or 1, added to the norm's weights) defined.
+// INPUT_BF16, CACHE_BF16, ROTATE_KEYS (K is stored after rotary embedding), HADAMARD (q and k of a
+// head are multiplied by a Hadamard matrix, or by its block form), NORMED (q and k of a head are normalized first),
+// WEIGHT_OFFSET (0 or 1, added to the norm's weights) and SETTLED (no kernel that may still run writes positions or slots:
+// they are read, and cosines with them, before the wait for the last kernel) defined.
 
 constexpr int HALF = HEAD_DIM / 2;
 constexpr int ACTIVE = HALF / N;  // lanes that hold channels
@@ -220,6 +221,15 @@ __device__ __forceinline__ void store_row(const float (&low)[N], const float (&h
 #endif
 }
 
+#if SETTLED
+// Past the L1 cache, which may hold what an earlier kernel read there.
+__device__ __forceinline__ long long load_settled(const long long* from) {
+  long long number;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(number) : "l"(from));
+  return number;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(const Parameters p) {
   // Heads of a token: H of q, then KV of k, then KV of v. Lanes past the last token repeat its work
   // without storing it, so that whole warps reach every shuffle.
@@ -235,11 +245,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(const Param
   const u16* from = is_q   ? p.q + token * p.q_token_stride + head * p.q_head_stride
                     : is_v ? p.v + token * p.v_token_stride + kv_head * p.v_head_stride
                            : p.k + token * p.k_token_stride + kv_head * p.k_head_stride;
+#define TURNED (active && (ROTATE_KEYS ? !is_v : is_q))
+#if SETTLED
+  float cosines[N], sines[N];
+  const long long position = load_settled(p.positions + token), slot = load_settled(p.slots + token);
+  if (TURNED) {
+    load_floats(p.cos + position * HALF + N * lane, cosines);
+    load_floats(p.sin + position * HALF + N * lane, sines);
+  }
+#endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
   // Not before: attention's CTAs would fill the SMs that the linear layer before leaves first.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   float low[N] = {}, high[N] = {};
+#if !SETTLED
   const long long position = p.positions[token], slot = p.slots[token];
+#endif
   if (active) {
     load_halves(from + N * lane, low);
     load_halves(from + HALF + N * lane, high);
@@ -257,10 +278,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(const Param
     scale_normed(high, inverse, weight + HALF);
   }
 #endif
-  if (active && (ROTATE_KEYS ? !is_v : is_q)) {
+  if (TURNED) {
+#if !SETTLED
     float cosines[N], sines[N];
     load_floats(p.cos + position * HALF + N * lane, cosines);
     load_floats(p.sin + position * HALF + N * lane, sines);
+#endif
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float a = low[i], b = high[i];
