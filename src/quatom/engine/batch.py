@@ -67,7 +67,7 @@ def build_batch(items: list[ScheduledSequence], *, block_size: int, device: torc
     counts = [item.count for item in items]
     seq_lens = [item.start + item.count for item in items]
     # Prefix sums of the prefills last: a batch of decodes has none.
-    arrays = [input_ids, positions, slots, tables, _prefix_sums(counts)]
+    arrays: list[np.ndarray] = [input_ids, positions, slots, tables, _prefix_sums(counts)]
     arrays += [np.array(seq_lens, dtype=np.int32), _assign_sample_rows(items)]
     if len(counts) > n:
         arrays += [_prefix_sums(counts[n:]), _prefix_sums(seq_lens[n:])]
