@@ -17,13 +17,18 @@ RECIPE_ORDER = (
     "w4a16",
     "gptq-w4a16",
     "awq-w4a16",
+    "omniquant-w4a16",
     "quip-w4a16",
     "rtn-w4a4",
     "smoothquant-w4a4",
+    "omniquant-w4a4kv4",
+    "qllm-w4a4kv4",
     "atom-w4a4kv4",
     "quatom-w4a4kv4",
+    "quatom-w4a4kv4-tuned",
     "atom-w4a8kv4",
     "quatom-w4a8kv4",
+    "quatom-w4a8kv4-tuned",
     "atom-fp4",
     "atom-w3a3",
 )
@@ -39,6 +44,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def exists(name: str) -> bool:
     """Whether a result file is there."""
     return (RESULTS / f"{name}.json").exists()
+
+
+def matching(pattern: str) -> list[str]:
+    """Names of the result files that a pattern with * fits, in order."""
+    return sorted(path.stem for path in RESULTS.glob(f"{pattern}.json"))
 
 
 def read(name: str) -> dict[str, Any]:

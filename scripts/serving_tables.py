@@ -1,11 +1,10 @@
-"""Tables of serving results: serving-GPU.json and steps-GPU.json, and the README's summary."""
+"""Tables of serving results: serving-GPU.json and steps-GPU.json."""
 
 from collections.abc import Callable
 from typing import Any
 
 from result_files import (
     NOT_MEASURED,
-    label,
     machine,
     origin,
     picture_file,
@@ -13,26 +12,6 @@ from result_files import (
     read,
     table,
 )
-
-SUMMARY = ("fp16", "atom-w4a4kv4", "quatom-w4a4kv4", "atom-w4a8kv4", "quatom-w4a8kv4")
-
-
-def summary(_name: str) -> str:
-    """What recipes cost in perplexity, for the README."""
-    accuracy = {
-        e["recipe"]: e
-        for e in read("accuracy-smollm2")["results"]
-        if e["corpus"] == "wikitext2" and e["all_windows"]
-    }
-    rows = []
-    for recipe in SUMMARY:
-        e = accuracy[recipe]
-        bits = " / ".join(
-            "16" if recipe == "fp16" else f"{e[f'bits_per_{part}']:.1f}"
-            for part in ("weight", "activation", "kv")
-        )
-        rows.append([label(recipe), bits, f"{e['perplexity']:.2f}"])
-    return table(["recipe", "bits: weight / activation / KV", "perplexity"], rows)
 
 
 def engines(name: str) -> str:
@@ -272,6 +251,5 @@ SERVING_TABLES = {
     "load": load,
     "picture": picture,
     "steps": steps,
-    "summary": summary,
     "throughput": throughput,
 }

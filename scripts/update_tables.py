@@ -1,8 +1,8 @@
 """Rewrite the tables in README.md and docs/ from benchmarks/results and from the code.
 
 A table is between `<!-- table NAME -->` and `<!-- end -->`. NAME is a function below and the rest
-of a result file's name, or one of code_tables.py, kernel_tables.py or serving_tables.py. `times`
-takes the H200's results where there are any, else the H100's.
+of a result file's name, or one in a module *_tables.py beside this file. `times` takes the H200's
+results where there are any, else the H100's.
 Run with --check to fail instead of writing where a table is out of date.
 """
 
@@ -12,16 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quatom.evaluation.ladders import LADDERS
-from quatom.evaluation.standard_error import of_accuracy, of_average
 from quatom.families.registry import FAMILIES
-from quatom.presets import PRESETS
-from quatom.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent))  # also when a test runs this file by its path
 
+from accuracy_tables import ACCURACY_TABLES
 from code_tables import CODE_TABLES
 from kernel_tables import KERNEL_TABLES
+from ladder_tables import LADDER_TABLES
 from result_files import (
     GPUS,
     NOT_MEASURED,
@@ -39,48 +37,6 @@ from result_files import (
 from serving_tables import SERVING_TABLES
 
 MARK = re.compile(r"(<!-- table ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def accuracy(name: str) -> str:
-    """Perplexity and bits of every recipe in an accuracy file, a table for each set of windows."""
-    data = read(name)
-    environment = data["environment"]
-    parts = []
-    settings = sorted(
-        {(e["corpus"], e["windows"], e["sequence_length"]) for e in data["results"]}, reverse=True
-    )
-    for corpus, windows, length in settings:
-        entries = [
-            e
-            for e in data["results"]
-            if (e["corpus"], e["windows"], e["sequence_length"]) == (corpus, windows, length)
-        ]
-        entries.sort(key=lambda e: rank(e["recipe"]))
-        rows = [
-            [
-                label(e["recipe"]),
-                f"{e['perplexity']:.2f}",
-                "" if not e["float_perplexity"] else _increase(e),
-                _of_atom(e, entries),
-                "" if e["recipe"] == "fp16" else f"{e['bits_per_weight']:.2f}",
-                "" if e["recipe"] == "fp16" else f"{e['bits_per_activation']:.2f}",
-                "" if e["recipe"] == "fp16" else f"{e['bits_per_kv']:.2f}",
-            ]
-            for e in entries
-        ]
-        header = ["recipe", "perplexity", "increase", "increase / Atom's increase"]
-        header += ["bits/weight", "bits/activation", "bits/KV"]
-        if any("same_top1" in e for e in entries):
-            header += ["same token, %", "KL, nats"]
-            for row, e in zip(rows, entries, strict=True):
-                row += _beside_float(e)
-        which = "all" if entries[0]["all_windows"] else "first"
-        parts.append(
-            f"{entries[0]['model']}, {corpus}, {which} {windows} windows of {length} tokens "
-            f"({machines(data, entries)}, torch {environment['torch']}):\n\n"
-            f"{table(header, rows)}"
-        )
-    return "\n".join(parts)
 
 
 def backends(name: str) -> str:
@@ -104,60 +60,6 @@ def backends(name: str) -> str:
         f"{first['model']}, {first['corpus']}, {first['windows']} windows of "
         f"{first['sequence_length']} tokens ({machine(data)}):\n\n"
     ) + table(["recipe", "backend", "perplexity", "from the reference"], rows)
-
-
-def _of_atom(entry: dict[str, Any], entries: list[dict[str, Any]]) -> str:
-    """The increase over float as a share of that of Atom's recipe of the same bits."""
-    bits = re.search(r"w\da\dkv\d", entry["recipe"])
-    twin = f"atom-{bits[0]}" if bits else None
-    atom = next((e for e in entries if e["recipe"] == twin), None)
-    if twin == entry["recipe"] or atom is None or not entry["float_perplexity"]:
-        return ""
-    increases = [e["perplexity"] - e["float_perplexity"] for e in (entry, atom)]
-    return f"{increases[0] / increases[1]:.2f}"
-
-
-def _increase(entry: dict[str, Any]) -> str:
-    if entry["recipe"] == "fp16":
-        return ""
-    return f"+{entry['perplexity'] - entry['float_perplexity']:.2f}"
-
-
-def _beside_float(entry: dict[str, Any]) -> list[str]:
-    """Agreement with the float model and divergence from it, each with one standard error."""
-    if "same_top1" not in entry:
-        return ["", ""]
-    shown = []
-    for key, scale, digits in (("same_top1", 100, 1), ("kl_to_float", 1, 3)):
-        error = entry[f"{key}_standard_error"]
-        text = f"{scale * entry[key]:.{digits}f}"
-        shown.append(text if error is None else f"{text} ± {scale * error:.{digits}f}")
-    return shown
-
-
-def zeroshot(name: str) -> str:
-    """Accuracy of every recipe on every task: normalized by length where the task has that."""
-    data = read(name)
-    tasks = list(dict.fromkeys(e["task"] for e in data["results"]))
-    values: dict[tuple[str, str], dict[str, Any]] = {}
-    for e in sorted(data["results"], key=lambda e: e["metric"] == "acc_norm"):
-        if e["metric"].startswith("acc"):
-            values[e["recipe"], e["task"]] = e
-    rows = []
-    for recipe in sorted({e["recipe"] for e in data["results"]}, key=rank):
-        own = [values[recipe, task] for task in tasks]
-        errors = [of_accuracy(e) or 0.0 for e in own]
-        means = [e["value"] for e in own]
-        means.append(sum(means) / len(means))
-        errors.append(of_average(errors))
-        shown = [f"{100 * m:.1f} ± {100 * e:.1f}" for m, e in zip(means, errors, strict=True)]
-        rows.append([label(recipe), *shown])
-    first = data["results"][0]
-    which = "all" if first["all_examples"] else f"first {first['examples']}"
-    return (
-        f"{first['model']}, percent right ± one standard error, {which} examples per task, "
-        f"lm-evaluation-harness {first['harness']} ({machine(data)}):\n\n"
-    ) + table(["recipe", *tasks, "mean"], rows)
 
 
 def quantize(name: str) -> str:
@@ -204,25 +106,6 @@ def times(name: str) -> str:
     return table(header, [row for _, row in rows])
 
 
-def search(name: str) -> str:
-    """What searches under a budget expect of the recipes that they found."""
-    data = read(name)
-    rows = []
-    for e in data["results"]:
-        for recipe, bits, error in (
-            ("base", "base_mean_bits", "base_divergence"),
-            ("recipe", "mean_bits", "expected_divergence"),
-        ):
-            shown = [f"{e[bits]:.3f}", f"{e[error]:.3f}"]
-            rows.append([e["model"], ", ".join(e["raised"]), label(e[recipe]), *shown])
-    text = data["results"][0]
-    header = ["model", "raised", "recipe", "bits, mean of those", "expected divergence"]
-    return (
-        f"Measured on {text['samples']} sequences of {text['sequence_length']} tokens "
-        f"({machines(data, data['results'])}, torch {data['environment']['torch']}):\n\n"
-    ) + table(header, rows)
-
-
 def engine(name: str) -> str:
     """The engine's own time per step."""
     rows = [
@@ -265,52 +148,6 @@ def decode(name: str) -> str:
         for e in read(name)["results"]
     ]
     return table(["SmolLM2-135M", "tokens/s", "transformers float32, tokens/s", "ratio"], rows)
-
-
-def ablation(name: str) -> str:
-    """Rungs of every ladder in an ablation file, each beside what it adds."""
-    data = read(name)
-    entries = data["results"]
-    parts = []
-    for ladder in dict.fromkeys(e["ladder"] for e in entries if e["rung"] != "float"):
-        floats = [e for e in entries if e["rung"] == "float"]
-        own = [e for e in entries if e["ladder"] == ladder and e not in floats]
-        own.sort(key=lambda e: list(LADDERS[ladder]).index(e["rung"]))
-        rungs = floats[:1] + own
-        first = rungs[-1]
-        shown = _methods(rungs) if ladder == "prior-work" else _rungs(rungs)
-        parts.append(
-            f"{first['model']}, {first['corpus']}, {first['windows']} windows of "
-            f"{first['sequence_length']} tokens, calibrated on {first['calibration']}, ladder "
-            f"`{ladder}`:\n\n{shown}"
-        )
-    return "\n".join(parts)
-
-
-def _rungs(entries: list[dict[str, Any]]) -> str:
-    rows = [[e["rung"].replace("_", " "), f"{e['perplexity']:.2f}"] for e in entries]
-    return table(["rung", "perplexity"], rows)
-
-
-def _methods(entries: list[dict[str, Any]]) -> str:
-    """Recipes beside each other, those of equal formats together."""
-    rows = []
-    for e in entries[1:]:
-        recipe = Recipe.from_dict(e["settings"])
-        parts = (recipe.weights.format, recipe.activations.format, recipe.kv_cache.format)
-        formats = " / ".join(part.replace("float16", "16") for part in parts)
-        name, scaling = f"`{recipe.name}`", recipe.channel_scaling
-        if scaling is not None and scaling.method == "smoothquant":
-            name += f", strength {scaling.strength:g}"
-        if recipe.tuning is None and PRESETS.get(recipe.name, recipe).tuning is not None:
-            name += ", untuned"
-        increase = e["perplexity"] - entries[0]["perplexity"]
-        rows.append((formats, increase, [name, formats, f"{e['perplexity']:.2f}"]))
-    order = list(dict.fromkeys(formats for formats, *_ in rows))
-    rows.sort(key=lambda row: (order.index(row[0]), -row[1]))
-    made = [[*row, f"+{increase:.2f}"] for _, increase, row in rows]
-    made.insert(0, ["float", "16 / 16 / 16", f"{entries[0]['perplexity']:.2f}", ""])
-    return table(["recipe", "weights / activations / KV", "perplexity", "increase"], made)
 
 
 def agreement(name: str) -> str:
@@ -413,20 +250,18 @@ def vllm(name: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "supported": supported,
-    "ablation": ablation,
-    "accuracy": accuracy,
     "agreement": agreement,
     "backends": backends,
     "decode": decode,
     "engine": engine,
     "overhead": overhead,
     "quantize": quantize,
-    "search": search,
-    "zeroshot": zeroshot,
     "times": times,
     "vllm": vllm,
+    **ACCURACY_TABLES,
     **CODE_TABLES,
     **KERNEL_TABLES,
+    **LADDER_TABLES,
     **SERVING_TABLES,
 }
 

@@ -1,5 +1,6 @@
 """Tiny random models and a byte tokenizer, made on the spot: no test needs a hub."""
 
+import gc
 import json
 import logging
 import os
@@ -163,6 +164,28 @@ def few_certificates(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(path))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_checks_without_effect():
+    """Triton's interpreter computes whether integers overflow; without `debug` nobody looks."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    assert not interpreter_builder.options.debug
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end it goes like everything else; libraries report what is left."""
+    gc.unfreeze()
 
 
 def pytest_configure(config) -> None:

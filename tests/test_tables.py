@@ -88,6 +88,7 @@ def test_accuracy_beside_atom_and_the_float_model(tables, tmp_path):
     bits = {"bits_per_weight": 4.5, "bits_per_activation": 4.5, "bits_per_kv": 4.5}
     compared = {"same_top1": 0.8, "same_top1_standard_error": 0.005}
     compared |= {"kl_to_float": 0.25, "kl_to_float_standard_error": None}
+    compared |= {"loss_increase": 0.1, "loss_increase_standard_error": 0.001}
     same = {"model": "m", "corpus": "t", "windows": 2, "sequence_length": 8, "all_windows": True}
     entries = [
         same | bits | {"recipe": recipe, "perplexity": perplexity, "float_perplexity": 20.0} | more
@@ -105,6 +106,78 @@ def test_accuracy_beside_atom_and_the_float_model(tables, tmp_path):
     rows = dict(re.findall(r"^\| `?([\w-]+)`? (.*) \|$", shown(tables, "accuracy-m"), re.MULTILINE))
     assert "| 0.40 |" in rows["quatom-w4a8kv4-tuned"]
     assert "| 2.00 |" in rows["omniquant-w4a4kv4"]
-    assert "| +1.00 |  |" in rows["awq-w4a16"]
+    assert "| +1.00 ± 0.02 |  |" in rows["awq-w4a16"]  # a thousandth of 21
+    assert "| +10.00 |" in rows["atom-w4a4kv4"]
     assert rows["awq-w4a16"].endswith("| 80.0 ± 0.5 | 0.250")
     assert rows["atom-w4a4kv4"].endswith("| 4.50 |  | ")
+
+
+def write(folder, name, entries):
+    content = {"format": 1, "environment": SERVING["environment"], "results": entries}
+    (folder / "results" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_methods_of_all_models_stand_beside_published_ones(tables, tmp_path):
+    assert "Not measured yet." in shown(tables, "methods-h200")
+    for file in (tmp_path / "results").glob("accuracy-*"):
+        file.unlink()
+    same = {"corpus": "t", "windows": 2, "sequence_length": 8, "calibration": "1 x 8, seed 0"}
+    same |= {"ladder": "prior-work"}
+    for model, rungs in (
+        ("a", {"float": 20.0, "awq_w4a16": 21.0, "smoothquant_w4a4_60": 90.0}),
+        ("b", {"float": 30.0, "awq_w4a16": 32.0, "qllm_untuned": 4000.0}),
+    ):
+        entries = [
+            same | {"model": model, "rung": rung, "perplexity": value}
+            for rung, value in rungs.items()
+        ]
+        entries.append(same | {"model": model, "rung": "atom", "perplexity": 9.0, "ladder": "x"})
+        write(tmp_path, f"ablation-{model}-h200", entries)
+    rows = shown(tables, "methods-h200").splitlines()
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows}
+    assert cells["recipe"][1:3] == ["a, measured", "b, measured"]
+    assert cells["float"][1:] == ["20.00", "30.00", "5.68", "5.47 |"]
+    assert cells["`awq-w4a16`"][:3] == ["int4 / 16 / 16", "21.00 (+1.00)", "32.00 (+2.00)"]
+    assert cells["`qllm-w4a4kv4`, untuned"][1:3] == ["", "4000 (+3970)"]
+    assert cells["`atom-w4a4kv4`"][1:] == ["", "", "6.16 (+0.48)", "6.03 (+0.56) |"]
+    checkpoints = [
+        {"model": "gemma-3-270m", "corpus": "wikitext2", "windows": 2, "all_windows": False}
+        | {"recipe": recipe, "perplexity": perplexity}
+        for recipe, perplexity in (("fp16", 25.0), ("atom-w4a4kv4", 50.0))
+    ]
+    write(tmp_path, "accuracy-gemma-3-270m", checkpoints)
+    (row,) = (r for r in shown(tables, "methods-h200").splitlines() if "`atom-w4a4kv4`" in r)
+    assert "|  |  | 50.00 (+25.00) | 6.16 (+0.48)" in row
+    assert not any("90.0" in row for row in rows)  # strengths are rows of their model's own table
+
+
+def test_tasks_show_one_metric_each_and_no_recipe_that_lacks_one(tables, tmp_path):
+    same = {"model": "m", "examples": 401, "all_examples": True, "harness": "1"}
+    entries = [
+        same | {"recipe": recipe, "task": task, "metric": metric, "value": value}
+        for recipe, task, metric, value in (
+            ("fp16", "gsm8k", "exact_match,strict-match", 0.1),
+            ("fp16", "gsm8k", "exact_match,flexible-extract", 0.2),
+            ("fp16", "piqa", "acc_norm", 0.5),
+            ("fp16", "piqa", "acc", 0.4),
+            ("w8a8", "piqa", "acc_norm", 0.5),
+        )
+    ]
+    write(tmp_path, "zeroshot-m", entries)
+    rows = shown(tables, "zeroshot-m").splitlines()
+    assert "| recipe | gsm8k, flexible match | piqa | mean |" in rows
+    # sqrt(0.2 * 0.8 / 400) = 0.02, sqrt(0.5 * 0.5 / 400) = 0.025; of the mean 0.016.
+    assert "| float | 20.0 ± 2.0 | 50.0 ± 2.5 | 35.0 ± 1.6 |" in rows
+    assert not any("w8a8" in row for row in rows)
+
+
+def test_parts_have_an_increase_each(tables, tmp_path):
+    same = {"model": "m", "recipe": "w4", "corpus": "t", "windows": 2, "sequence_length": 8}
+    same |= {"calibration": "1 x 8, seed 0"}
+    loss = ("loss_increase", "loss_increase_standard_error")
+    entries = [
+        same | {"rung": "float", "perplexity": 20.0} | dict.fromkeys(loss, 0.0),
+        same | {"rung": "all", "perplexity": 22.1} | dict(zip(loss, (0.1, 0.0012), strict=True)),
+    ]
+    write(tmp_path, "parts-m", entries)
+    assert "| all | 22.10 | 100.0 ± 1.2 |" in shown(tables, "parts-m")

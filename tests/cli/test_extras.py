@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from quatom.extras import EXTRAS, how_to_install
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,29 +47,43 @@ def test_the_list_is_that_of_pyproject():
         assert sorted(modules) == sorted(names.get(n, n.replace("-", "_")) for n in found)
 
 
-def test_a_plain_installation_quantizes_measures_and_generates(small_dir, text_file, tmp_path):
-    target, text = tmp_path / "q", ("--sequence-length", 24)
-    lines = (
+@pytest.fixture(scope="module")
+def ran(small_dir, text_file, tmp_path_factory):
+    """All lines below in one process, which imports what they need once."""
+    folder = tmp_path_factory.mktemp("extras")
+    plain, missing = plain_lines(small_dir, text_file, folder), missing_lines(small_dir, folder)
+    lines = [(line, OPTIONAL) for line in plain]
+    lines += [(line, {package}) for line, (_, package) in missing.items()]
+    out, errors = run(*lines)
+    return folder, out, errors[: len(plain)], errors[len(plain) :]
+
+
+def plain_lines(small_dir, text_file, folder):
+    target, text = folder / "q", ("--sequence-length", 24)
+    return (
         ("quantize", small_dir, target, "--calibration", text_file, "--num-samples", 2, *text),
         ("eval", target, "--perplexity", text_file, "--max-windows", 1, *text),
         ("generate", target, "--prompt", "Hello", "--max-tokens", 2),
         ("inspect", target),
-        ("report", target, "--gpu", "H200", "--html", tmp_path / "report.html"),
+        ("report", target, "--gpu", "H200", "--html", folder / "report.html"),
         ("plan", target, "--gpu", "H200"),
-        ("doctor", "--device", "cpu", "--json", tmp_path / "doctor.json"),
+        ("doctor", "--device", "cpu", "--json", folder / "doctor.json"),
     )
-    out, errors = run(*((line, OPTIONAL) for line in lines))
-    assert errors == ["status 0"] * len(lines)
-    found = {f["what"]: f for f in json.loads((tmp_path / "doctor.json").read_text())}
+
+
+def test_a_plain_installation_quantizes_measures_and_generates(ran):
+    folder, out, said, _ = ran
+    assert said == ["status 0"] * 7
+    found = {f["what"]: f for f in json.loads((folder / "doctor.json").read_text())}
     assert found["extra serve"]["remedy"] == "pip install 'quatom[serve]'"
     assert "'quatom[serve]'" in out
 
 
-def test_a_missing_package_is_one_line_before_the_work(small_dir, tmp_path):
-    source, target, config = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "serve.yaml"))
+def missing_lines(small_dir, folder):
+    source, target, config = (folder / name for name in ("in.jsonl", "out.jsonl", "serve.yaml"))
     source.write_text('{"custom_id": "a"}\n')
     config.write_text("port: 8000\n")
-    lines = {
+    return {
         ("serve", small_dir): ("serve", "fastapi"),
         ("serve", small_dir, "--port", 0): ("serve", "zmq"),
         ("run-batch", source, target, "--model", small_dir): ("serve", "fastapi"),
@@ -75,12 +91,16 @@ def test_a_missing_package_is_one_line_before_the_work(small_dir, tmp_path):
         ("eval", small_dir, "--tasks", "piqa"): ("eval", "lm_eval"),
         ("eval", small_dir, "--perplexity", "wikitext2"): ("eval", "datasets"),
     }
-    _, errors = run(*((line, {package}) for line, (_, package) in lines.items()))
+
+
+def test_a_missing_package_is_one_line_before_the_work(ran, small_dir):
+    folder, _, _, errors = ran
+    lines = missing_lines(small_dir, folder)
     assert errors[1::2] == ["status 1"] * len(lines)
     for said, (extra, _) in zip(errors[::2], lines.values(), strict=True):
         assert said.startswith("quatom: ")
         assert f"pip install 'quatom[{extra}]'" in said
-    assert not target.exists()
+    assert not (folder / "out.jsonl").exists()
 
 
 def test_a_package_of_no_extra_is_a_bug_that_is_shown():

@@ -17,9 +17,10 @@ MODES = ("--engine-process", "--no-engine-process")
 
 
 @contextmanager
-def serving(*arguments, listens=True):
-    """Yields (process, log lines, url) of `quatom serve`."""
-    command = [sys.executable, "-m", "quatom", "serve", *map(str, arguments), "--port", "0"]
+def serving(*arguments, listens=True, flags=()):
+    """Yields (process, log lines, url) of `quatom serve`, run with these flags of Python."""
+    command = [sys.executable, *flags, "-m", "quatom", "serve", *map(str, arguments)]
+    command += ["--port", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "QUATOM_API_KEY"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     lines = []
@@ -69,8 +70,10 @@ def test_it_answers_and_ends_with_its_engine(small_dir, tmp_path):
     ("mode", "number"), [(MODES[0], signal.SIGINT), (MODES[1], signal.SIGTERM)]
 )
 def test_a_signal_lets_running_requests_finish_and_ends_it(small_dir, mode, number):
+    """Meanwhile one that loads and serves a checkpoint shows what it imports."""
     body = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True, "n": 16, "stream": True}
-    with serving(small_dir, mode) as (process, lines, url):
+    flags = ("-X", "importtime") if mode == MODES[1] else ()
+    with serving(small_dir, mode, flags=flags) as (process, lines, url):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             events = response.iter_lines()
             next(events)
@@ -81,7 +84,11 @@ def test_a_signal_lets_running_requests_finish_and_ends_it(small_dir, mode, numb
         assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
         assert len(rest) > 10
         assert process.wait(timeout=30) == 0
-    logged = [json.loads(line) for line in lines]
+    imported = [line.split("|")[-1].strip() for line in lines if line.startswith("import time:")]
+    assert bool(imported) == bool(flags)
+    assert not flags or "quatom.engine.engine" in imported
+    assert not [module for module in imported if module.startswith("quatom.benchmark")]
+    logged = [json.loads(line) for line in lines if not line.startswith("import time:")]
     assert any(e["event"] == "request" and e["path"] == "/v1/completions" for e in logged)
 
 

@@ -1,7 +1,5 @@
 """What happens before the first request: a cache within the budget, every kind of step run once."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -97,22 +95,3 @@ def test_warm_up_runs_every_size(options, loaded, monkeypatch):
     assert (scheduler.prefix_queries, scheduler.prefix_hits, scheduler.num_preemptions) == (0, 0, 0)
     assert not engine.has_work
     engine.check_accounting()
-
-
-def test_serving_a_checkpoint_imports_no_benchmark(tiny_llama_dir):
-    code = f"""
-import sys
-import quatom.cli.main
-from quatom.serving.app import ServerOptions, create_app
-from quatom.serving.served_model import build_engine
-limits = dict(max_num_seqs=2, max_num_batched_tokens=32, max_model_len=32)
-engine = build_engine(
-    model={str(tiny_llama_dir)!r}, random_weights=None, recipe=None,
-    gpu_memory=0.5, device="cpu", dtype=None, limits=limits,
-)
-create_app(engine, ServerOptions(model_names=("tiny",)), on_engine_stop=lambda: None)
-print([module for module in sys.modules if module.startswith("quatom.benchmark")])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "[]\n"

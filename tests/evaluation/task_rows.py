@@ -78,13 +78,20 @@ ROWS = {
         {"text": "He opened the door and closed the door", "context": "unused", "target": "door"},
         {"text": '"No, Tom," she said. "Never again, Tom', "context": "unused"},
     ],
+    "gsm8k/test.jsonl": [
+        {"question": "Two and two apples?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+        {"question": "Half of ten?", "answer": "#### 5"},
+    ],
+    "gsm8k/train.jsonl": [
+        {"question": f"One and {n}?", "answer": f"#### {n + 1}"} for n in range(6)
+    ],
 }
 
 
 def write_task_rows(folder: Path) -> Path:
-    """A data folder with a few rows of all seven tasks."""
+    """A data folder with a few rows of all tasks."""
     for name, rows in ROWS.items():
         path = folder / name
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder

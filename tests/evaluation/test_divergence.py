@@ -49,6 +49,13 @@ def test_divergence_is_that_of_the_definition(tiny_llama_dir, other_dir, tokens,
     )
     assert got.same_top1 == pytest.approx(same.mean().item())
     assert got.same_top1_standard_error == pytest.approx((same.std() / WINDOWS**0.5).item())
+    came = tokens[: WINDOWS * LENGTH].view(WINDOWS, LENGTH)[:, 1:].unsqueeze(-1)
+    worse = (p - q).gather(2, came).squeeze(-1).mean(dim=1)
+    # The same error as above, of a mean that is near 0.
+    assert got.loss_increase == pytest.approx(worse.mean().item(), abs=1e-5)
+    assert got.loss_increase_standard_error == pytest.approx(
+        (worse.std() / WINDOWS**0.5).item(), rel=1e-3
+    )
     # What is measured without a reference stays the same.
     alone = measure_perplexity(own, tokens, sequence_length=LENGTH)
     assert alone.divergence is None
@@ -62,7 +69,9 @@ def test_a_model_agrees_with_itself(tiny_llama_dir, tokens):
     )
     got = measured.divergence
     assert (got.same_top1, got.kl_to_float) == (1.0, 0.0)
+    assert got.loss_increase == 0.0
     assert (got.same_top1_standard_error, got.kl_to_float_standard_error) == (None, None)
+    assert got.loss_increase_standard_error is None
 
 
 def test_another_vocabulary_is_refused(tiny_llama_dir, tmp_path, tokens):

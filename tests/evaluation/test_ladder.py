@@ -107,6 +107,9 @@ def test_some_rungs_now_and_the_rest_later(source_dir, tmp_path, text_file, monk
     assert done.status == 0, done.err
     before = {e["rung"]: e["perplexity"] for e in json.loads(out.read_text())["results"]}
     assert before.keys() == {"groups", "float"}
+    (row,) = (line for line in done.out.splitlines() if "groups" in line)
+    assert "int4 / int4 / 16" in row
+    assert f"{before['groups'] - before['float']:+.2f}" in row
     assert list(tmp_path.glob(".ablation-*.safetensors"))
     assert ablate().status == 0
     after = {e["rung"]: e["perplexity"] for e in json.loads(out.read_text())["results"]}

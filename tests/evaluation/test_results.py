@@ -167,7 +167,8 @@ def test_a_crash_while_writing_keeps_the_earlier_results(tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
-def _add(path, first):
+def _add(path, first, both):
+    both.wait(timeout=120)
     for number in range(first, first + 10):
         add_results(path, [entry(recipe=f"recipe-{number}")])
 
@@ -175,10 +176,10 @@ def _add(path, first):
 def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
     path = tmp_path / "accuracy.json"
     spawn = multiprocessing.get_context("spawn")
-    writers = [spawn.Process(target=_add, args=(path, 10 * i)) for i in range(2)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+    both = spawn.Barrier(2)
+    other = spawn.Process(target=_add, args=(path, 10, both))
+    other.start()
+    _add(path, 0, both)
+    other.join()
+    assert other.exitcode == 0
     assert {e["recipe"] for e in results(path)} == {f"recipe-{number}" for number in range(20)}

@@ -21,20 +21,21 @@ from tests.conftest import quick
 from tests.families.models import TINY, save_tiny
 
 CALIBRATION = CalibrationSpec(num_samples=4, sequence_length=48)
-# One preset with every part that a recipe can have, on every family; all others on the families
-# that differ most: experts, windows and soft-caps. Those that differ less (LayerNorm without gates,
-# two rotary tables, norms after, partial rotary, biases, head sizes) share them out.
+# One preset with every part that a recipe can have, on every family; all others on experts, the
+# family that differs most. Families that differ less (soft-caps, LayerNorm without gates, two
+# rotary tables, norms after, partial rotary, biases, head sizes) share them out; on llama
+# tests/quantize/test_one_path.py judges each. What they get besides runs among the slow tests.
 WHOLE = "quatom-w4a4kv4"
 OTHERS = [name for name in PRESETS if name not in ("fp16", WHOLE)]
-THOROUGH = ("mixtral", "gemma2")
-SHARING = ("opt", "gemma3", "olmo2", "glm4", "starcoder2", "seed_oss", "phi3-partial")
+SHARING = ("gemma2", "opt", "gemma3", "olmo2", "glm4", "starcoder2", "seed_oss", "phi3-partial")
 # A rotary table of another kind is another table: tests of logits and of tables tell them apart.
 OTHER_TABLES = ("llama-llama3", "llama-linear", "llama-dynamic", "llama-yarn", "qwen3-yarn")
 CASES = [(name, WHOLE) for name in TINY if name not in OTHER_TABLES]
-CASES += [(name, preset) for name in THOROUGH for preset in OTHERS]
-CASES += [(SHARING[i % len(SHARING)], preset) for i, preset in enumerate(OTHERS * 2)]
-EXPERTS = ("mixtral", "qwen2_moe", "gpt_oss")  # they are not tuned
-CASES = [(n, p) for n, p in CASES if n not in EXPERTS or PRESETS[p].tuning is None]
+CASES += [("mixtral", preset) for preset in OTHERS if PRESETS[preset].tuning is None]
+CASES += [(SHARING[i % len(SHARING)], preset) for i, preset in enumerate(OTHERS)]
+MORE = [(SHARING[i % len(SHARING)], preset) for i, preset in enumerate(OTHERS, start=3)]
+MORE += [("gemma2", preset) for preset in OTHERS]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in sorted(set(MORE) - set(CASES))]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("name", "preset"), CASES, ids=[f"{n}-{p}" for n, p in CASES])
+@pytest.mark.parametrize(("name", "preset"), [*CASES, *SLOW])
 def test_a_preset_quantizes_and_the_engine_decodes(name, preset, folders, text_file, tmp_path):
     recipe = quick(PRESETS[preset], CALIBRATION)
     streamed = []

@@ -1,5 +1,7 @@
 """Routers by hand; tests/families compares whole models with transformers."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from quatom.modeling.router import ExpertRouter, route
 from quatom.ops.backend import Backend
 from quatom.ops.experts.router_weight import RouterWeight
 from quatom.ops.experts.triton_routing import route_rows_triton
+from tests.covering import covering
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
 
@@ -81,7 +84,7 @@ def test_a_router_is_float32_whatever_its_input():
         (3, 3, dict(scores="sigmoid"), True),
     ],
 )
-@pytest.mark.parametrize("tokens", [0, 1, 133])
+@pytest.mark.parametrize("tokens", [0, 1, 37])
 def test_the_kernel_chooses_as_the_reference_does(count, top_k, router, corrected, tokens, device):
     rng = torch.Generator().manual_seed(count + tokens)
     logits = torch.randn(tokens, count, generator=rng).mul_(4).to(device)
@@ -132,36 +135,32 @@ def test_a_weight_is_a_sum_of_numbers_of_16_bits(dtype):
     assert RouterWeight.of(torch.full((2, 2), 1e5), torch.float16) is None
 
 
+ROUTERS = [
+    (5, 2, dict(normalized=True), True),
+    (128, 8, dict(normalized=True), False),
+    (130, 4, dict(scores="sigmoid", normalized=True, scale=2.5), True),
+]
+"""(experts, chosen ones, options, whether there is a bias or a correction)"""
+
+
+# How many numbers a weight is the sum of changes nothing in how experts are chosen.
 @pytest.mark.parametrize(
-    ("dtype", "parts"),
+    ("tokens", "router", "parts", "dtype"),
     [
-        (torch.float16, 1),
-        (torch.float16, 2),
-        (torch.float16, 3),
+        *((*point, torch.float16) for point in covering((0, 1, 37), ROUTERS, (1, 2, 3))),
+        (2100, ROUTERS[0], 2, torch.float16),
         # Triton's interpreter multiplies the bits of bfloat16 as integers.
-        pytest.param(torch.bfloat16, 3, marks=pytest.mark.gpu),
+        *(
+            pytest.param(*point, 3, torch.bfloat16, marks=pytest.mark.gpu)
+            for point in [*product((0, 1, 37), ROUTERS), (2100, ROUTERS[0])]
+        ),
     ],
 )
-@pytest.mark.parametrize(
-    ("count", "top_k", "router", "corrected"),
-    [
-        (5, 2, dict(normalized=True), True),
-        (128, 8, dict(normalized=True), False),
-        (130, 4, dict(scores="sigmoid", normalized=True, scale=2.5), True),
-    ],
-)
-@pytest.mark.parametrize("tokens", [0, 1, 19, 2100])
-def test_the_kernel_of_rows_multiplies_as_float32_does(
-    count, top_k, router, corrected, tokens, dtype, parts, device
-):
-    if tokens > 100 and (count != 5 or parts != 2):
-        pytest.skip("one wide batch is enough")
+def test_the_kernel_of_rows_multiplies_as_float32_does(tokens, router, parts, dtype, device):
+    count, top_k, router, corrected = router
     rng = torch.Generator().manual_seed(count + tokens)
-    # 1000 channels are shared by four programs.
-    channels, bits = (
-        1000 if count == 128 and parts < 3 else 200,
-        11 if dtype is torch.float16 else 8,
-    )
+    channels = 1000 if count == 128 else 200  # of 1000, four programs have a share each
+    bits = 11 if dtype is torch.float16 else 8
 
     def integers(most, *shape):
         return torch.randint(-most, most + 1, shape, generator=rng).float()

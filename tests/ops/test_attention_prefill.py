@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.covering import covering
 
 from quatom.ops.attention import AttentionOptions
 from quatom.ops.attention.triton_prefill import prefill_triton
@@ -27,9 +28,11 @@ def truth(q, k, v, options):
     return joined.softmax(-1)[:, :-1] @ v.double()
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize(("head_dim", "sinks"), [(64, False), (128, True), (80, False)])
+# The head size is a width of tiles; windows, soft-caps and sinks change scores one after another.
+@pytest.mark.parametrize(
+    ("head_dim", "sinks", "window", "softcap"),
+    covering((64, 128, 80), (False, True), (None, 9), (None, 3.0)),
+)
 def test_packed_sequences(head_dim, sinks, window, softcap, device):
     rng = torch.Generator().manual_seed(head_dim)
     heads, kv_heads = 4, 2

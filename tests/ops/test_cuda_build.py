@@ -29,18 +29,19 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def disassemble(cubin: bytes, folder: Path) -> str:
-    """SASS, by the cuobjdump of the CUDA toolkit or of Triton's wheel."""
-    tool = shutil.which("cuobjdump")
+    """SASS, by the nvdisasm of the CUDA toolkit or of Triton's wheel."""
+    tool = shutil.which("nvdisasm")
     if tool is None:
-        triton = pytest.importorskip("triton", reason="no cuobjdump, no Triton that ships one")
-        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        triton = pytest.importorskip("triton", reason="no nvdisasm, no Triton that ships one")
+        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
         if not bundled.exists():
-            pytest.skip(f"no cuobjdump on the path and none at {bundled}")
+            pytest.skip(f"no nvdisasm on the path and none at {bundled}")
         tool = str(bundled)
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    done = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True)
-    return done.stdout
+    # Code alone, and no analysis of how it flows, which takes as long as the rest.
+    command = [tool, "--print-code", "--no-dataflow", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_kernel_is_compiled_once_and_every_option_counts(tmp_path, monkeypatch):
@@ -59,33 +60,6 @@ def test_an_error_carries_the_compiler_log():
     with pytest.raises(BackendError, match=r"VALUE.* undefined") as info:
         compile_cubin(SOURCE, "sm_80")
     assert "sm_80" in str(info.value)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"tokens": 16, "warpgroups": 1, "split": 4, "ctas_per_sm": 3},
-        {"tokens": 128, "warpgroups": 3},
-        {"tokens": 64, "warpgroups": 2, "blocks": 2, "split": 2},
-    ],
-)
-def test_the_hopper_linear_kernel_uses_the_matrix_units_without_spills(fields, tmp_path):
-    from quatom.ops.linear.configs import Config
-    from quatom.ops.linear.cuda import defines, kernel_source
-
-    config = Config(**fields)
-    source = kernel_source(config.columns)
-    sass = disassemble(compile_cubin(source, "sm_90a", defines(config, torch.float16)), tmp_path)
-    assert f"QGMMA.64x{config.tokens}x32.F32.E4M3.E4M3" in sass
-    assert f"IGMMA.64x{config.tokens}x32.S8.S8" in sass
-    assert "UBLKCP" in sass  # bulk copies
-    # What it loads otherwise, it never writes: bias and row scales. The rest comes by bulk copies.
-    assert all("CONSTANT" in load for load in re.findall(r"LDG\S*", sass))
-    # A few registers may be saved around the loop; inside it a spill would cost every step.
-    matrix = [match.start() for match in re.finditer("QGMMA", sass)]
-    loop = sass[matrix[0] : matrix[-1]]
-    assert "CALL" not in loop
-    assert len(re.findall(r"\b(LDL|STL)\b", loop)) <= 4
 
 
 def test_candidates_fit_the_chip():
@@ -121,13 +95,10 @@ LAYER = {"LAYER": 1, "BIAS": 1}
     ("operation", "options"),
     [
         (0, {}),
-        (1, {}),
         (1, {"WEIGHT_OFFSET": 1}),
-        (1, LAYER),
         (1, LAYER | {"TOKENS": 1, "ROTATE": 1}),
         (1, {"SUMMANDS": 8}),
         (1, {"SUMMANDS": 2, "TOKENS": 1, "WEIGHT_OFFSET": 1}),
-        (2, {"GATED": 1}),
         (2, {"GATED": 0, "ACTIVATION": 1}),
         (2, {"GATED": 1, "ACTIVATION": 2}),
         (2, {"GATED": 0, "ACTIVATION": 3}),
@@ -262,17 +233,14 @@ NORMS = [Norm(eps=1e-6), Norm(kind="layer", eps=1e-5, bias=True)]
         ("norm", NORMS[0], False, 8),
     ],
 )
-@pytest.mark.parametrize(
-    ("layout", "tokens"),
-    [
-        (GroupLayout(normal=96, group_size=96, outliers=32), 4096),
-        (GroupLayout(normal=3968, group_size=128, outliers=128), 1),
-    ],
-)
 def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
-    operation, norm, keep, summands, layout, tokens, tmp_path
+    operation, norm, keep, summands, tmp_path
 ):
     """The compiler moves loads that it takes for constant (LDG.CONSTANT) across ACQBULK."""
+    # Few channels of many tokens where a sum is kept beside, many of one token where none is.
+    layout, tokens = GroupLayout(normal=3968, group_size=128, outliers=128), 1
+    if keep or operation == "gated":
+        layout, tokens = GroupLayout(normal=96, group_size=96, outliers=32), 4096
     spec = QuantizeSpec(layout=layout, byte_layout="groups")
     variant = choose_variant(operation, tokens, layout)
     constants = cuda_quantize.defines(
@@ -289,3 +257,4 @@ def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
     parameters = 0 if norm is None else constants["VECTORS"] * (1 + norm.bias)
     orders = 0 if operation == "gated" else 2
     assert len(re.findall("LDG", before)) == parameters + orders
+    assert not re.search(r"\b(LDL|STL)\b", sass)

@@ -1,7 +1,10 @@
 """gated_quantize: kernels against the reference, the reference against float64."""
 
+from itertools import product
+
 import pytest
 import torch
+from tests.covering import covering
 
 from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout
@@ -12,11 +15,6 @@ from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
 
 BACKENDS = [Backend.REFERENCE, Backend.TRITON]
-KERNELS = [
-    (Backend.TRITON, "rows"),
-    (Backend.TRITON, "groups"),
-    pytest.param(Backend.CUDA, "groups", marks=pytest.mark.gpu),
-]
 # The last activation needs gates.
 FORMS = [(a, has_gate) for a in ACTIVATIONS for has_gate in (True, False)][:-1]
 
@@ -28,22 +26,26 @@ def make_gate_up(tokens, channels, seed=0):
     return x.half()
 
 
-@pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
+SCHEMES = [("int4", "group"), ("int4", "multiples"), ("e4m3", "row"), ("int8", "row")]
+INPUTS = [
+    (1, GroupLayout(256, 128, 128)),
+    (5, GroupLayout(512 + 96, 128, 64)),  # a short last group
+    (2, GroupLayout(2688, 128, 128)),  # more groups than one program takes
+]
+
+
 @pytest.mark.parametrize(
-    ("normal", "scale_mode"),
-    [("int4", "group"), ("int4", "multiples"), ("e4m3", "row"), ("int8", "row")],
-)
-@pytest.mark.parametrize(
-    ("tokens", "layout"),
+    ("backend", "byte_layout", "scheme", "inputs"),
     [
-        (1, GroupLayout(256, 128, 128)),
-        (5, GroupLayout(512 + 96, 128, 64)),  # a short last group
-        (2, GroupLayout(2688, 128, 128)),  # more groups than one program takes
+        *((Backend.TRITON, *point) for point in covering(("rows", "groups"), SCHEMES, INPUTS)),
+        *(
+            pytest.param(Backend.CUDA, "groups", *point, marks=pytest.mark.gpu)
+            for point in product(SCHEMES, INPUTS)
+        ),
     ],
 )
-def test_kernels_match_the_reference(
-    backend, byte_layout, normal, scale_mode, tokens, layout, device
-):
+def test_kernels_match_the_reference(backend, byte_layout, scheme, inputs, device):
+    (normal, scale_mode), (tokens, layout) = scheme, inputs
     gate_up = make_gate_up(tokens, layout.channels)
     spec = QuantizeSpec(
         layout=layout,
@@ -67,12 +69,23 @@ def test_kernels_match_the_reference(
     assert (difference <= step).all()
 
 
-@pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
-@pytest.mark.parametrize(("activation", "has_gate"), FORMS)
-@pytest.mark.parametrize("scale_mode", ["group", "multiples"])
+SCALE_MODES = ("group", "multiples")
+
+
+@pytest.mark.parametrize(
+    ("backend", "byte_layout", "form", "scale_mode"),
+    [
+        *((Backend.TRITON, *point) for point in covering(("rows", "groups"), FORMS, SCALE_MODES)),
+        *(
+            pytest.param(Backend.CUDA, "groups", *point, marks=pytest.mark.gpu)
+            for point in product(FORMS, SCALE_MODES)
+        ),
+    ],
+)
 def test_kernels_match_the_reference_for_every_activation(
-    backend, byte_layout, has_gate, activation, scale_mode, device
+    backend, byte_layout, form, scale_mode, device
 ):
+    activation, has_gate = form
     layout = GroupLayout(512 + 96, 128, 64)
     x = make_gate_up(3, layout.channels)
     x = x if has_gate else x[:, : layout.channels]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.covering import covering
 
 from quatom.errors import ShapeError
 from quatom.families.spec import Norm
@@ -57,14 +58,17 @@ def test_it_rounds_as_transformers_does(dtype):
             assert torch.equal(out, module(x))
 
 
-@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-@pytest.mark.parametrize("axis", ["head", "all"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+SHAPES = [(1, 1, 64), (9, 3, 100), (16, 2, 128), (4, 1, 256)]
+"""(heads, KV heads, channels of a head)"""
+
+
+# The axis and the shape decide what a program reads, the norm what it makes of a row.
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(1, 1, 64), (9, 3, 100), (16, 2, 128), (4, 1, 256)]
+    ("axis", "shape", "norm", "dtype"),
+    covering(("head", "all"), SHAPES, list(NORMS), (torch.float16, torch.float32)),
 )
-def test_the_kernel_matches_the_reference(heads, kv_heads, head_dim, dtype, axis, norm, device):
-    arguments = make(5, heads, kv_heads, head_dim, dtype, axis, device)
+def test_the_kernel_matches_the_reference(axis, shape, norm, dtype, device):
+    norm, arguments = NORMS[norm], make(5, *shape, dtype, axis, device)
     got = head_norm(*arguments, norm=norm, axis=axis, backend=Backend.TRITON)
     want = head_norm(*arguments, norm=norm, axis=axis, backend=Backend.REFERENCE)
     # Sums add up in another order: some ulps of float32, which may move the rounding of a float16

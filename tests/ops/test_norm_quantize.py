@@ -1,9 +1,12 @@
 """norm_quantize: kernels against the reference, the reference against its properties."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.covering import covering
 
 from quatom.errors import ShapeError
 from quatom.families.spec import Norm
@@ -16,10 +19,11 @@ from quatom.ops.norm_quantize import norm_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
 
 BACKENDS = [Backend.REFERENCE, Backend.TRITON]
+CUDA_KERNEL = (Backend.CUDA, "groups")
 KERNELS = [
     (Backend.TRITON, "rows"),
     (Backend.TRITON, "groups"),
-    pytest.param(Backend.CUDA, "groups", marks=pytest.mark.gpu),
+    pytest.param(*CUDA_KERNEL, marks=pytest.mark.gpu),
 ]
 
 
@@ -34,26 +38,40 @@ def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
     return x.to(dtype), weight.to(dtype), order, residual.to(dtype)
 
 
-@pytest.mark.parametrize(("backend", "byte_layout"), KERNELS)
+INPUTS = [
+    (1, GroupLayout(256, 128, 128), torch.float16),  # single-token decode
+    (3, GroupLayout(512, 128, 64), torch.float16),  # SmolLM2: 576 channels, no power of two
+    (9, GroupLayout(864, 128, 32), torch.float16),  # Qwen2.5: 896 channels, a short last group
+]
+GPU_INPUTS = [
+    *INPUTS,
+    # Triton's interpreter truncates to bfloat16, the GPU rounds.
+    (2, GroupLayout(256, 128), torch.bfloat16),
+    (70, GroupLayout(3968, 128, 128), torch.bfloat16),
+    (3, GroupLayout(8064, 128, 128), torch.float16),
+]
+SCHEMES = [("int4", "group"), ("int4", "multiples"), ("e4m3", "row"), ("int8", "row")]
+# Which channels there are, and whether something is added to them.
+READS = [("all", True), ("some", True), ("in place", False)]
+
+
+# What a program reads and what it writes are apart in the kernel.
 @pytest.mark.parametrize(
-    ("normal", "scale_mode"),
-    [("int4", "group"), ("int4", "multiples"), ("e4m3", "row"), ("int8", "row")],
-)
-@pytest.mark.parametrize(
-    ("tokens", "layout", "dtype"),
+    ("backend", "byte_layout", "scheme", "inputs", "reads"),
     [
-        (1, GroupLayout(256, 128, 128), torch.float16),  # single-token decode
-        (3, GroupLayout(512, 128, 64), torch.float16),  # SmolLM2: 576 channels, no power of two
-        (9, GroupLayout(864, 128, 32), torch.float16),  # Qwen2.5: 896 channels, a short last group
-        # Triton's interpreter truncates to bfloat16, the GPU rounds.
-        pytest.param(2, GroupLayout(256, 128), torch.bfloat16, marks=pytest.mark.gpu),
-        pytest.param(70, GroupLayout(3968, 128, 128), torch.bfloat16, marks=pytest.mark.gpu),
-        pytest.param(3, GroupLayout(8064, 128, 128), torch.float16, marks=pytest.mark.gpu),
+        *(
+            (Backend.TRITON, *point)
+            for point in covering(("rows", "groups"), SCHEMES, INPUTS, READS)
+        ),
+        *(
+            pytest.param(*kernel, *point, marks=pytest.mark.gpu)
+            for kernel in [(Backend.TRITON, "rows"), (Backend.TRITON, "groups"), CUDA_KERNEL]
+            for point in product(SCHEMES, GPU_INPUTS, READS)
+        ),
     ],
 )
-def test_kernels_match_the_reference(
-    backend, byte_layout, normal, scale_mode, tokens, layout, dtype, device
-):
+def test_kernels_match_the_reference(backend, byte_layout, scheme, inputs, reads, device):
+    (normal, scale_mode), (tokens, layout, dtype), (channels, has_residual) = scheme, inputs, reads
     x, weight, order, residual = make_inputs(tokens, layout.channels, dtype=dtype)
     spec = QuantizeSpec(
         layout=layout,
@@ -62,28 +80,27 @@ def test_kernels_match_the_reference(
         scale_mode=scale_mode,
         byte_layout=byte_layout,
     )
-    repeated = order[torch.arange(len(order)) // 3 * 2]  # some channels several times, others never
-    for reorder, add in ((order, residual), (repeated, residual), (None, None)):
-        on = [None if t is None else t.to(device) for t in (x, weight, reorder, add)]
-        got, total = norm_quantize(
-            *on[:3], spec, norm=Norm(eps=1e-5), residual=on[3], backend=backend
-        )
-        want, want_total = norm_quantize(
-            x, weight, reorder, spec, norm=Norm(eps=1e-5), residual=add, backend=Backend.REFERENCE
-        )
-        assert torch.equal(total.cpu(), want_total)
-        (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
-        # Squares are summed in another order, so values differ by ulps of float32: a scale by one
-        # float16 step, and codes next to a tie by one.
-        torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
-        difference = (codes.cpu() - want_codes).abs()
-        assert (difference != 0).float().mean() <= 1e-3
-        step = 1.0
-        if normal == "e4m3":
-            step = want_codes.abs().clamp(min=8) / 8
-        elif scale_mode == "multiples" and byte_layout == "groups":
-            step = 16.0  # a code of the largest multiple, or a multiple of the largest code
-        assert (difference <= step).all()
+    if channels == "some":  # several times, others never
+        order = order[torch.arange(len(order)) // 3 * 2]
+    reorder, add = None if channels == "in place" else order, residual if has_residual else None
+    on = [None if t is None else t.to(device) for t in (x, weight, reorder, add)]
+    got, total = norm_quantize(*on[:3], spec, norm=Norm(eps=1e-5), residual=on[3], backend=backend)
+    want, want_total = norm_quantize(
+        x, weight, reorder, spec, norm=Norm(eps=1e-5), residual=add, backend=Backend.REFERENCE
+    )
+    assert torch.equal(total.cpu(), want_total)
+    (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
+    # Squares are summed in another order, so values differ by ulps of float32: a scale by one
+    # float16 step, and codes next to a tie by one.
+    torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
+    difference = (codes.cpu() - want_codes).abs()
+    assert (difference != 0).float().mean() <= 1e-3
+    step = 1.0
+    if normal == "e4m3":
+        step = want_codes.abs().clamp(min=8) / 8
+    elif scale_mode == "multiples" and byte_layout == "groups":
+        step = 16.0  # a code of the largest multiple, or a multiple of the largest code
+    assert (difference <= step).all()
 
 
 NORMS = {

@@ -1,11 +1,13 @@
 """reorder_quantize: all backends and byte layouts give the same codes, as worked out by hand."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.covering import covering
 
 from quatom.errors import BackendError, ShapeError
 from quatom.numerics.groups import GroupLayout
@@ -33,34 +35,36 @@ def make_inputs(tokens, channels, *, seed=0, dtype=torch.float16):
     return x.to(dtype), torch.randperm(channels, generator=rng).int()
 
 
-@pytest.mark.parametrize("backend", [Backend.TRITON])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+SCHEMES = [
+    *((normal, "group") for normal in ("int4", "int3", "int8", "e4m3", "float16")),
+    ("int4", "row"),
+    ("e4m3", "row"),
+    ("int4", "multiples"),
+    ("int3", "multiples"),
+]
+
+
+# How channels are fetched does not depend on how their codes are rounded.
 @pytest.mark.parametrize(
-    ("normal", "scale_mode"),
-    [
-        *((normal, "group") for normal in ("int4", "int3", "int8", "e4m3", "float16")),
-        ("int4", "row"),
-        ("e4m3", "row"),
-        ("int4", "multiples"),
-        ("int3", "multiples"),
-    ],
+    ("layout", "scheme", "channels"),
+    covering(list(LAYOUTS), SCHEMES, ("all", "some", "in place")),
 )
-def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, scale_mode, device):
+def test_the_kernel_equals_the_reference_bit_for_bit(layout, scheme, channels, device):
+    layout, (normal, scale_mode) = LAYOUTS[layout], scheme
     x, order = make_inputs(3, layout.channels)
     spec = QuantizeSpec(layout=layout, normal=normal, clip_ratio=0.9, scale_mode=scale_mode)
-    repeated = order[torch.arange(len(order)) // 3 * 2]  # some channels several times, others never
-    for used in (order, repeated, None):
-        on_device = None if used is None else used.to(device)
-        got = reorder_quantize(x.to(device), on_device, spec, backend=backend)
-        # The reference runs on the CPU: on a GPU torch multiplies by reciprocals of constants.
-        want = reorder_quantize(x, used, spec, backend=Backend.REFERENCE)
-        assert torch.equal(got.scales.cpu(), want.scales)
-        assert torch.equal(got.codes.cpu(), want.codes)
+    if channels == "some":  # several times, others never
+        order = order[torch.arange(len(order)) // 3 * 2]
+    used = None if channels == "in place" else order
+    on_device = None if used is None else used.to(device)
+    got = reorder_quantize(x.to(device), on_device, spec, backend=Backend.TRITON)
+    # The reference runs on the CPU: on a GPU torch multiplies by reciprocals of constants.
+    want = reorder_quantize(x, used, spec, backend=Backend.REFERENCE)
+    assert torch.equal(got.scales.cpu(), want.scales)
+    assert torch.equal(got.codes.cpu(), want.codes)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
-@pytest.mark.parametrize(
-    ("normal", "scale_mode"),
+BYTE_LAYOUT_AXES = (
     [
         ("int4", "group"),
         ("int2", "group"),
@@ -69,10 +73,20 @@ def test_kernels_equal_the_reference_bit_for_bit(backend, layout, normal, scale_
         ("int4", "multiples"),
         ("int2", "multiples"),
     ],
+    [1, 11],
+    ["random", "ties"],
 )
-@pytest.mark.parametrize("tokens", [1, 11])
-@pytest.mark.parametrize("halves", [False, True], ids=["random", "ties"])
-def test_both_byte_layouts_mean_the_same(backend, normal, scale_mode, tokens, halves, device):
+
+
+@pytest.mark.parametrize(
+    ("backend", "scheme", "tokens", "values"),
+    [
+        *covering(BACKENDS, *BYTE_LAYOUT_AXES, strength=3),
+        *(pytest.param(*p, marks=CUDA.marks) for p in product(CUDA.values, *BYTE_LAYOUT_AXES)),
+    ],
+)
+def test_both_byte_layouts_mean_the_same(backend, scheme, tokens, values, device):
+    (normal, scale_mode), halves = scheme, values == "ties"
     layout = GroupLayout(224, 96, 64, 2)
     x, order = make_inputs(tokens, layout.channels, seed=tokens)
     if halves:  # steps of 1 in every group: half of all codes are ties

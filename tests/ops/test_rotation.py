@@ -1,7 +1,10 @@
 """Quantize operations that rotate their groups: every kernel against the reference."""
 
+from itertools import product
+
 import pytest
 import torch
+from tests.covering import covering
 
 from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout
@@ -28,21 +31,26 @@ def quantize(op, x, order, spec, backend):
     return norm_quantize(x, weight, order, spec, norm=Norm(eps=1e-5), backend=backend)[0]
 
 
+OPERATIONS = ("reorder", "norm", "gated")
+SCHEMES = [("int4", "group"), ("int4", "multiples"), ("e4m3", "row"), ("int8", "row")]
+
+
+# Values are rotated in one piece of code, in float32, before any is rounded.
 @pytest.mark.parametrize(
-    ("backend", "byte_layout"),
+    ("backend", "byte_layout", "op", "layout", "scheme"),
     [
-        (Backend.TRITON, "rows"),
-        (Backend.TRITON, "groups"),
-        pytest.param(Backend.CUDA, "groups", marks=pytest.mark.gpu),
+        *(
+            (Backend.TRITON, *point)
+            for point in covering(("rows", "groups"), OPERATIONS, LAYOUTS, SCHEMES)
+        ),
+        *(
+            pytest.param(Backend.CUDA, "groups", *point, marks=pytest.mark.gpu)
+            for point in product(OPERATIONS, LAYOUTS, SCHEMES)
+        ),
     ],
 )
-@pytest.mark.parametrize(
-    ("normal", "scale_mode"),
-    [("int4", "group"), ("int4", "multiples"), ("e4m3", "row"), ("int8", "row")],
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", ["reorder", "norm", "gated"])
-def test_kernel_matches_reference(op, layout, normal, scale_mode, backend, byte_layout, device):
+def test_kernel_matches_reference(backend, byte_layout, op, layout, scheme, device):
+    normal, scale_mode = scheme
     rng = torch.Generator().manual_seed(3)
     gain = torch.rand(layout.channels, generator=rng).exp() ** 2
     x = (torch.randn(3, layout.channels, generator=rng) * gain).to(device)

@@ -12,13 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-def build(kernel, types, **constants):
+def build(kernel, types, *, arch=90, **constants):
     types = {name: kind for kind, names in types.items() for name in names.split()}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"launch_pdl": constants.get("launch_pdl", False)}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
     if options["launch_pdl"]:  # before the wait nothing is read
         before, wait, after = ptx.partition("griddepcontrol.wait")
         assert wait and "griddepcontrol.launch_dependents" in before
@@ -170,6 +170,20 @@ build(
      "i32": "y_row_stride"},
     K=8, CHANNELS=2880, TILE=1024, launch_pdl=True,
 )
+""",
+    "linear": """
+from quatom.ops.linear.triton import _linear_kernel as kernel
+for codes, packed in ((True, True), (True, False), (False, True)):
+    for arch in (80, 90):
+        build(
+            kernel,
+            {"*i8": codes * "x_ptr " + "w_ptr outlier_ptr", "*bf16": (not codes) * "x_ptr",
+             "*fp32": "xs_ptr ws_ptr bias_ptr", "*fp16": "y_ptr",
+             "i32": "T N x_row_stride w_row_stride"},
+            arch=arch, NORMAL=224, GROUP_SIZE=128, OUTLIERS=64, OUTLIER_SIZE=64, NUM_SCALES=3,
+            PACKED=packed, FLOATS=not codes, HAS_XS=True, HAS_BIAS=True, BM=16, BN=64, BK=128,
+            SPLIT=3,
+        )
 """,
     "experts": """
 from quatom.ops.experts.triton import _experts_kernel as kernel

@@ -8,6 +8,7 @@ linears. Weights stand in their original channel order, so orders are judged as 
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ def unpack(packed: torch.Tensor, name: str) -> torch.Tensor:
     return 2 * codes + 1 if name == "odd4" else codes
 
 
+@cache
 def hadamard(size: int) -> torch.Tensor:
     """Orthonormal, by its definition: the sign is the parity of the bits that i and j share."""
     signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
@@ -71,6 +73,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     return (x.unflatten(-1, (-1, size)) @ hadamard(size)).flatten(-2)
 
 
+@cache
 def incoherent(seed: int, name: str, size: int) -> torch.Tensor:
     """The matrix of `quip-w4a16` for an input or for the rows of a linear: (size, size) float64."""
     bits = hashlib.shake_256(f"{seed} {name}".encode()).digest((size + 7) // 8)

@@ -1,16 +1,21 @@
-"""Run by torchrun: quantize tiny models, alone or with other processes, and fail together.
+"""Quantize tiny models, alone or with other processes, and fail together.
 
-Arguments: folder of the models, folder to write, text, names of cases.
+As a program it starts the processes as torchrun does, but by forking: what they import takes longer
+than what they do. Arguments: how many, folder of the models, folder to write, text, names of cases.
 """
 
+import io
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from quatom.cli.main import main
 from quatom.errors import OtherProcessError, QuantizationError
 from quatom.presets import PRESETS
 from quatom.quantize import statistics, walk
@@ -90,10 +95,39 @@ def fail_in_one(models: Path, target: Path, text: Path) -> str:
     return "nothing"
 
 
-if __name__ == "__main__":
-    places = [Path(argument) for argument in sys.argv[1:4]]
+def command(models: Path, target: Path, text: Path, *_: str) -> None:
+    """`quatom quantize` into a folder that is there: its status, and what it says of it."""
+    found = target / f"command-{os.environ['RANK']}"
+    words = ("quantize", models / "mixtral", target, "--device", "cpu", "--calibration", text)
+    words += ("--num-samples", 4, "--sequence-length", 32)
+    sys.argv = ["quatom", *map(str, words)]
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as stop:
+            found.write_text(f"{stop.code} {said.getvalue()}")
+
+
+def one_of_several(models: Path, target: Path, text: Path, *names: str) -> None:
+    """Quantize and fail; what became of the fault is in a file with the process's rank."""
     with process_group("cpu"):
-        run(*places, *sys.argv[4:])
+        rank = Ranks.current().rank
+        run(models, target, text, *names)
         with alike():
-            said = fail_in_one(*places)
-        (places[1] / f"rank-{Ranks.current().rank}").write_text(said)
+            said = fail_in_one(models, target, text)
+    (target / f"rank-{rank}").write_text(said)
+
+
+if __name__ == "__main__":
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=int(sys.argv[1]),
+        run_id="together",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    for work in (one_of_several, command):
+        elastic_launch(config, work)(*map(Path, sys.argv[2:5]), *sys.argv[5:])

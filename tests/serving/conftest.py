@@ -48,11 +48,11 @@ def running_server(engine, *, uvicorn_options=None, **options):
     assert not thread.is_alive()
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=10.0, pause=0.005):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 def process_engine(*, restart=False, **options):

@@ -31,8 +31,9 @@ def ablate(
         str,
         typer.Option(
             help="atom: the paper's seven rungs; quatom: what goes beyond them; keys: INT4 keys "
-            "alone, all else in floating point; activations: formats of W4A8; prior-work: "
-            "published methods beside these recipes."
+            "alone, all else in floating point; parts: what weights, activations and cache lose "
+            "each; activations: formats of W4A8; prior-work: published methods beside these "
+            "recipes."
         ),
     ] = "atom",
     rungs: Annotated[
@@ -129,11 +130,23 @@ def ablate(
             file.unlink()
     print_table(
         f"{model}, {corpus.name}, {len(windows)} windows of {sequence_length} tokens",
-        ("rung", "perplexity"),
-        [(rung, f"{done[rung]['perplexity']:.2f}") for rung in chosen],
+        ("rung", "weights / activations / KV", "perplexity", "over float"),
+        [_row(rung, steps[rung], done) for rung in chosen],
     )
     if plot is not None:
         _plot([done[rung] for rung in chosen], plot)
+
+
+def _row(
+    rung: str, recipe: "Recipe | None", done: dict[str, dict[str, Any]]
+) -> tuple[str, str, str, str]:
+    """A rung as it is printed; the increase where the float model was measured, too."""
+    from quatom.evaluation.ladders import formats_of
+
+    value, base = done[rung]["perplexity"], done.get("float", {}).get("perplexity")
+    formats = "" if recipe is None else formats_of(recipe)
+    over = "" if recipe is None or base is None else f"{value - base:+.2f}"
+    return rung, formats, f"{value:.2f}", over
 
 
 def _hash(*tokens: "Tensor") -> str:

@@ -39,6 +39,14 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Examples per task; default: all.")
     ] = None,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens of tasks in one forward pass, and of sequences that are generated at "
+            "once. More are faster on a GPU and take more memory.",
+        ),
+    ] = 4096,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -82,7 +90,7 @@ def evaluate(
     if corpus is not None:
         _perplexity(loaded, compared, title, corpus, sequence_length, max_windows, json)
     if tasks is not None:
-        _tasks(loaded, title, tasks.split(","), data_dir, limit, cache, json)
+        _tasks(loaded, title, tasks.split(","), data_dir, limit, batch_tokens, cache, json)
 
 
 def _perplexity(
@@ -132,12 +140,14 @@ def _perplexity(
     )
     if (divergence := measured.divergence) is not None:
         top1, kl = divergence.same_top1_standard_error, divergence.kl_to_float_standard_error
+        loss = divergence.loss_increase_standard_error
         print_table(
             f"{title} against {reference.source if reference else None}, ± one standard error",
             ("", "mean"),
             [
                 ("same most probable token", _with_error(divergence.same_top1, top1)),
                 ("KL divergence (nats)", _with_error(divergence.kl_to_float, kl)),
+                ("increase of the loss (nats)", _with_error(divergence.loss_increase, loss)),
             ],
         )
 
@@ -152,6 +162,7 @@ def _tasks(
     names: list[str],
     data_dir: Path | None,
     limit: int | None,
+    batch_tokens: int,
     cache: Path | None,
     out: Path | None,
 ) -> None:
@@ -165,6 +176,7 @@ def _tasks(
         names,
         data_dir=data_dir,
         limit=limit,
+        batch_tokens=batch_tokens,
         cache=cache or default_cache_folder(),
         model_name=title,
     )

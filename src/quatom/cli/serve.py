@@ -120,7 +120,6 @@ def serve(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Serve a model over OpenAI's HTTP API, with a chat page at /."""
-    from quatom.benchmark.model_shapes import find_shape
     from quatom.cli.common import default_name
     from quatom.errors import ServerError
     from quatom.serving.connections import check_origins, open_listener, read_api_keys, read_tls
@@ -138,6 +137,8 @@ def serve(
         if recipe is not None:
             raise ServerError(f"--recipe is for --random-weights: {model} has its own")
     elif model is None and random_weights is not None:
+        from quatom.benchmark.model_shapes import find_shape
+
         name = random_weights
         find_shape(name)
     else:

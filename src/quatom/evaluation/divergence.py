@@ -27,6 +27,10 @@ class Divergence:
     kl_to_float: float
     """KL(reference || model) in nats."""
     kl_to_float_standard_error: float | None
+    loss_increase: float
+    """Mean loss of the model's own less that of the reference, in nats."""
+    loss_increase_standard_error: float | None
+    """Both models read the same windows: a text that is hard for both adds nothing to it."""
 
 
 def check_same_vocabulary(loaded: LoadedModel, reference: LoadedModel) -> None:
@@ -49,23 +53,27 @@ class DivergenceMeter:
 
     agreement: list[float] = field(default_factory=list)
     divergence: list[float] = field(default_factory=list)
+    increase: list[float] = field(default_factory=list)
 
-    def add(self, logits: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Count one window, from pieces (tokens, vocabulary) of both models' logits.
+    def add(self, logits: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Count one window, from pieces of both models' logits.
 
         Args:
-            logits: of the model and of the reference, float32, token by token.
+            logits: of the model and of the reference, (tokens, vocabulary) float32, and the tokens
+                that came, (tokens,) int64.
         """
-        same = torch.zeros((), dtype=torch.float64)
-        total = torch.zeros((), dtype=torch.float64)
+        same, total, increase = torch.zeros(3, dtype=torch.float64).unbind()
         tokens = 0
-        for own, other in logits:
+        for own, other, came in logits:
             same += (own.argmax(dim=-1) == other.argmax(dim=-1)).sum().cpu()
             own, other = own.log_softmax(dim=-1), other.log_softmax(dim=-1)
             total += (other.exp() * (other - own)).sum(dim=-1).double().sum().cpu()
+            worse = (other - own).gather(1, came.unsqueeze(1))
+            increase += worse.double().sum().cpu()
             tokens += own.shape[0]
         self.agreement.append(float(same) / tokens)
         self.divergence.append(float(total) / tokens)
+        self.increase.append(float(increase) / tokens)
 
     def result(self) -> Divergence:
         """What all windows gave."""
@@ -74,4 +82,6 @@ class DivergenceMeter:
             same_top1_standard_error=of_mean(self.agreement),
             kl_to_float=math.fsum(self.divergence) / len(self.divergence),
             kl_to_float_standard_error=of_mean(self.divergence),
+            loss_increase=math.fsum(self.increase) / len(self.increase),
+            loss_increase_standard_error=of_mean(self.increase),
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quatom.errors import CalibrationError
+from quatom.evaluation.passkey import LENGTHS, passkey_rows, passkey_task
 
 Row = dict[str, Any]
 
@@ -32,6 +33,8 @@ class LocalTask:
     """Names of the JSON-lines file, inside a folder called like the task."""
     convert: Callable[[Row], Row]
     """One row in the form of the definition; raises KeyError on a missing field."""
+    shots: tuple[str, ...] = ()
+    """The same of the rows that solved examples in front of each question are drawn from."""
 
 
 def _fields(*names: str) -> Callable[[Row], Row]:
@@ -71,29 +74,43 @@ TASKS: dict[str, LocalTask] = {
         _fields("sentence", "option1", "option2", "answer"),
     ),
     "lambada_openai": LocalTask("lambada", "test", ("test.jsonl",), _fields("text")),
+    "gsm8k": LocalTask(
+        "gsm8k",
+        "test",
+        ("test.jsonl",),
+        _fields("question", "answer"),
+        ("train.jsonl", "train_first1000.jsonl"),
+    ),
 }
 """Tasks that run from local files, under the harness's names."""
 
+_SHOTS = "train"
+"""Split of solved examples."""
 
-def find_data(task: str, data_dir: Path) -> Path:
-    """The file with a task's rows.
+
+def find_data(task: str, data_dir: Path) -> dict[str, Path]:
+    """The files with a task's rows, by split.
 
     Raises:
-        CalibrationError: the task has no local form, or the file is not there.
+        CalibrationError: the task has no local form, or a file is not there.
     """
     if task not in TASKS:
         raise CalibrationError(
             f"task {task!r} cannot run from local files; those that can are {', '.join(TASKS)}: "
             "leave --data-dir out to download its data"
         )
-    for name in TASKS[task].files:
-        if (path := data_dir / task / name).is_file():
-            return path
-    raise CalibrationError(
-        f"{data_dir / task / TASKS[task].files[0]} does not exist: put the rows of {task}'s "
-        f"{TASKS[task].split} split there, one JSON object a line, or leave --data-dir out to "
-        "download them"
-    )
+    local = TASKS[task]
+    wanted = {local.split: local.files} | ({_SHOTS: local.shots} if local.shots else {})
+    found = {}
+    for split, names in wanted.items():
+        paths = [path for name in names if (path := data_dir / task / name).is_file()]
+        if not paths:
+            raise CalibrationError(
+                f"{data_dir / task / names[0]} does not exist: put the rows of {task}'s {split} "
+                "split there, one JSON object a line, or leave --data-dir out to download them"
+            )
+        found[split] = paths[0]
+    return found
 
 
 def read_rows(task: str, path: Path) -> list[Row]:
@@ -134,28 +151,39 @@ def load_tasks(names: Sequence[str], data_dir: Path | None = None) -> dict[str, 
     from lm_eval import tasks as harness
 
     if not names:
-        raise CalibrationError(f"no task was named; local data exists for {', '.join(TASKS)}")
+        raise CalibrationError(
+            f"no task was named; local data exists for {', '.join(TASKS)}, and none is needed for "
+            f"{', '.join(LENGTHS)}"
+        )
+    named = [name for name in names if name not in LENGTHS]
+    rows = {}
     if data_dir is not None:
-        files = {name: find_data(name, data_dir) for name in names}
-        rows = {name: read_rows(name, path) for name, path in files.items()}
+        for name in named:
+            found = find_data(name, data_dir)
+            rows[name] = {split: read_rows(name, path) for split, path in found.items()}
     # Reading all 14,000 definitions takes 10 s, so look only where they are known to be.
     root = Path(harness.__file__).parent
-    known = all(name in TASKS for name in names)
+    known = all(name in TASKS for name in named)
     manager = harness.TaskManager(
         include_defaults=not known,
-        include_path=[root / folder for folder in sorted({TASKS[n].definition for n in names})]
+        include_path=[root / folder for folder in sorted({TASKS[n].definition for n in named})]
         if known
         else None,
     )
-    if unknown := [name for name in names if name not in manager.all_tasks]:
+    if unknown := [name for name in named if name not in manager.all_tasks]:
         raise CalibrationError(
             f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}: "
             "`lm-eval ls tasks` lists its own"
         )
-    specs = list(names) if data_dir is None else [_local_group(rows)]
+    specs = named if data_dir is None else [_local_group(rows)] if rows else []
+    made = [
+        passkey_task(name, _source({"test": passkey_rows(name)}))
+        for name in names
+        if name in LENGTHS
+    ]
     try:
-        with quiet() if data_dir is not None else nullcontext():
-            tasks = manager.load(specs)["tasks"]
+        with quiet() if data_dir is not None or not named else nullcontext():
+            tasks = manager.load([*specs, *made])["tasks"]
     except Exception as error:  # the hub's errors have no common base
         first = (str(error).splitlines() or [""])[0]
         raise CalibrationError(
@@ -170,21 +198,21 @@ def load_tasks(names: Sequence[str], data_dir: Path | None = None) -> dict[str, 
     return tasks
 
 
-def _local_group(rows: dict[str, list[Row]]) -> dict[str, Any]:
-    """A group whose members are registered tasks with another source of rows."""
-    import datasets
-
-    def source(name: str) -> Callable[..., dict[str, Any]]:
-        return lambda **_: {TASKS[name].split: datasets.Dataset.from_list(rows[name])}
-
-    splits = ("training_split", "validation_split", "test_split")
+def _local_group(rows: dict[str, dict[str, list[Row]]]) -> dict[str, Any]:
+    """A group whose members are registered tasks with another source of rows, given by split."""
+    splits = {"training_split": _SHOTS, "validation_split": "validation", "test_split": "test"}
     members = [
-        {"task": name, "custom_dataset": source(name)}
-        | dict.fromkeys(splits)
-        | {f"{TASKS[name].split}_split": TASKS[name].split}
-        for name in rows
+        {"task": name, "custom_dataset": _source(parts)}
+        | {field: split if split in parts else None for field, split in splits.items()}
+        for name, parts in rows.items()
     ]
     return {"group": "local", "task": members}
+
+
+def _source(parts: dict[str, list[Row]]) -> Callable[..., dict[str, Any]]:
+    import datasets
+
+    return lambda **_: {split: datasets.Dataset.from_list(rows) for split, rows in parts.items()}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 "atom" is the ablation of the paper and its poster; "quatom" goes on from the whole Atom recipe;
 "keys" leaves all but the KV cache in floating point and shows what INT4 keys alone cost;
+"parts" quantizes some operands of the Quatom recipe and leaves the others in floating point;
 "activations" compares formats and scales of W4A8; "prior-work" holds published methods beside
 Atom's and Quatom's recipes.
 
@@ -119,6 +120,21 @@ def _keys_ladder() -> dict[str, Recipe]:
     }
 
 
+def _parts_ladder() -> dict[str, Recipe]:
+    whole = PRESETS["quatom-w4a4kv4"]
+    float_inputs = replace(whole, activations=ActivationSpec(format="float16"))
+    float_cache = replace(whole, kv_cache=KVSpec(format="float16"))
+    return {
+        "cache_alone": replace(PRESETS["fp16"], kv_cache=whole.kv_cache),
+        "weights_alone": replace(float_inputs, kv_cache=float_cache.kv_cache),
+        "weights_and_cache": float_inputs,
+        "weights_and_activations": float_cache,
+        "int8_activations": PRESETS["quatom-w4a8kv4"],
+        "int8_cache": _changed(whole, kv_cache={"format": "int8"}),
+        "all_parts": whole,
+    }
+
+
 def _activations_ladder() -> dict[str, Recipe]:
     def rung(form: ActivationFormat, group_size: int, *, rotated: bool = True) -> Recipe:
         activations = ActivationSpec(
@@ -160,10 +176,17 @@ LADDERS: Mapping[str, Mapping[str, Recipe]] = {
     "atom": _atom_ladder(),
     "quatom": _quatom_ladder(),
     "keys": _keys_ladder(),
+    "parts": _parts_ladder(),
     "activations": _activations_ladder(),
     "prior-work": _prior_work_ladder(),
 }
 """Rungs by name, in order. "coordinate_descent" is the quatom recipe; what follows it are tries: on
-top of it, then of "key_scaling", then each beside "activation_clipping". Rungs of "activations" and
-"prior-work" are beside each other; "smoothquant_w4a4_60" migrates with strength 0.60, and
-"qllm_untuned" splits and merges channels without the correction."""
+top of it, then of "key_scaling", then each beside "activation_clipping". Rungs of "parts",
+"activations" and "prior-work" are beside each other; "smoothquant_w4a4_60" migrates with strength
+0.60, and "qllm_untuned" splits and merges channels without the correction."""
+
+
+def formats_of(recipe: Recipe) -> str:
+    """Formats of weights, activations and KV cache, as tables of methods show them."""
+    parts = (recipe.weights.format, recipe.activations.format, recipe.kv_cache.format)
+    return " / ".join(part.replace("float16", "16") for part in parts)

@@ -82,12 +82,16 @@ def _hidden(loaded: LoadedModel, window: Tensor) -> Tensor:  # (length,) -> (len
 @torch.no_grad()
 def _both_logits(
     loaded: LoadedModel, reference: LoadedModel, window: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of every token of a window but the last, in pieces, of both models on one device."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of every token of a window but the last, in pieces, of both models on one device.
+
+    With each piece come the tokens that it predicts.
+    """
     window = window.to(loaded.device)
     own, other = _hidden(loaded, window), _hidden(reference, window)
     for rows in _pieces(window.numel() - 1):
-        yield loaded.model.compute_logits(own[rows]), reference.model.compute_logits(other[rows])
+        logits = loaded.model.compute_logits(own[rows])
+        yield logits, reference.model.compute_logits(other[rows]), window[1:][rows]
 
 
 def _pieces(tokens: int) -> Iterator[slice]:
