@@ -59,7 +59,10 @@ def test_every_preset_runs_and_generates(name):
     with torch.inference_mode():
         hidden = model(ids, context, model.allocate_kv_cache(4, 32))
         logits = model.compute_logits(hidden)
+        scores = model.head_logits(hidden)
     assert logits.shape == (80, 512)
+    assert logits.dtype is torch.float32
+    assert torch.equal(scores.float(), logits)
     assert torch.isfinite(logits).all()
     # Hidden states leave the final norm with unit root mean square: 16 = sqrt(hidden) of STD each.
     assert 0.5 < logits.std() / (16 * STD) < 2.0

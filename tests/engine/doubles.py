@@ -158,6 +158,9 @@ class HashModel:
         logits.scatter_(1, next_token(states, self.vocab_size), 6.0)
         return logits + hidden[:, 1:].float()
 
+    def head_logits(self, hidden):
+        return self.compute_logits(hidden)
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte (ids 0 to 255), then special tokens; every byte sequence round-trips."""

@@ -207,6 +207,31 @@ def test_rows_without_numbers_are_reported():
     assert ((drawn.token_ids >= 0) & (drawn.token_ids < 4)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logprobs": 2},
+        {"temperature": 0.0, "logit_bias": {3: 0.001}},  # less than a step of 16 bits
+        {"temperature": 0.0, "repetition_penalty": 1.001},
+        {"temperature": 0.0, "min_tokens": 1},
+        {"top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_logits_of_16_bits_are_those_numbers_in_float32(options, dtype):
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(3)).mul_(4).to(dtype)
+    logits[:, 3] = logits.amax(1)  # twice the largest: the lower id, or the one with more
+    sequences = [make_sequence(SamplingParams(**options), prompt=(3,), seed=i) for i in range(4)]
+    inputs = build_inputs(sequences, 50, (7,), CPU)
+    assert inputs.largest_alone == (options == {"temperature": 0.0})
+    got, want = sample(logits.clone(), inputs), sample(logits.float(), inputs)
+    assert torch.equal(got.token_ids, want.token_ids)
+    assert torch.equal(got.valid, want.valid)
+    assert got.logprobs is want.logprobs is None or torch.equal(got.logprobs, want.logprobs)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,6 +9,7 @@ from quatom.benchmark.random_weights import random_model
 from quatom.families.registry import read_config
 from quatom.integrations.vllm.expert_operator import name_expert_scheme
 from quatom.integrations.vllm.opaque import as_argument
+from quatom.modeling.block import summed
 from tests.families.models import tiny_config
 from tests.integrations.checkpoints import family_recipe
 
@@ -38,7 +39,8 @@ def test_the_operator_computes_what_a_block_does(family, recipe, monkeypatch):
     scheme = name_expert_scheme(block.spec.experts, *parts)
     hidden = torch.randn(9, block.plan.hidden_size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        want, residual = block._mix(hidden, torch.zeros_like(hidden))
+        mixed, residual = block._mix(hidden, torch.zeros_like(hidden))
+        want = summed(mixed)
         x, _ = block.norms["feed_forward"](residual)
         logits = torch.nn.functional.linear(x, block.router.weight)
         weights = [[as_argument(tensor) for tensor in prepared.tensors] for prepared in sites]

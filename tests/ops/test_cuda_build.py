@@ -97,6 +97,8 @@ LAYER = {"LAYER": 1, "BIAS": 1}
         (0, {}),
         (1, {"WEIGHT_OFFSET": 1}),
         (1, LAYER | {"TOKENS": 1, "ROTATE": 1}),
+        (1, {"SUMMANDS": 8}),
+        (1, {"SUMMANDS": 2, "TOKENS": 1, "WEIGHT_OFFSET": 1}),
         (2, {"GATED": 0, "ACTIVATION": 1}),
         (2, {"GATED": 1, "ACTIVATION": 2}),
         (2, {"GATED": 0, "ACTIVATION": 3}),
@@ -107,7 +109,7 @@ def test_the_quantize_kernel_moves_wide_words(operation, options, tmp_path):
     source = cuda_build.read_source("quatom.ops", "quantize.cu")
     constants = {"OPERATION": operation, "THREADS": 256, "TOKENS": 1 if operation == 2 else 2}
     constants |= {"VECTORS": 4, "ROUNDS": 2, "INPUT_BF16": 0, "E4M3": 0, "INT8": 0}
-    constants |= {"ROTATE": 0, "BLOCK": 0, "KEEP": 0}
+    constants |= {"ROTATE": 0, "BLOCK": 0, "KEEP": 0, "SUMMANDS": 0}
     constants |= {"WHOLE_TOKEN": 0, "MULTIPLES": 0, "CLUSTER": 1} | options
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert ("LDG.E.128" if operation == 2 else "LDG.E.64") in sass
@@ -148,15 +150,23 @@ def test_a_rotation_knows_its_block_where_all_groups_are_alike(layout, block):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "width", "kv"),
-    [(80, 8, "int4"), (96, 4, "float16"), (112, 8, "float16"), (192, 4, "int4")],
+    ("head_dim", "width", "kv", "norm"),
+    [
+        (80, 8, "int4", None),
+        (96, 4, "float16", Norm(eps=1e-6, weight_offset=1.0)),
+        (112, 8, "float16", None),
+        (128, 8, "int4", Norm(eps=1e-6)),
+        (192, 4, "int4", None),
+    ],
 )
-def test_the_append_kernel_rotates_heads_of_other_sizes(head_dim, width, kv, tmp_path):
+def test_the_append_kernel_keeps_heads_of_any_size_in_registers(
+    head_dim, width, kv, norm, tmp_path
+):
     from quatom.numerics.kv_pages import KVPages
     from quatom.ops.rope_append_kv.cuda import defines
 
     pages = KVPages.allocate(1, 16, 1, head_dim, kv, "cpu")
-    constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True)
+    constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True, norm=norm)
     source = cuda_build.read_source("quatom.ops.rope_append_kv", "append.cu")
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert f"LDG.E.{16 * width}" in sass
@@ -215,15 +225,16 @@ NORMS = [Norm(eps=1e-6), Norm(kind="layer", eps=1e-5, bias=True)]
 
 
 @pytest.mark.parametrize(
-    ("operation", "norm", "keep"),
+    ("operation", "norm", "keep", "summands"),
     [
-        ("reorder", None, False),
-        ("gated", None, False),
-        *(("norm", norm, keep) for norm in NORMS for keep in (False, True)),
+        ("reorder", None, False, 0),
+        ("gated", None, False, 0),
+        *(("norm", norm, keep, 0) for norm in NORMS for keep in (False, True)),
+        ("norm", NORMS[0], False, 8),
     ],
 )
 def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
-    operation, norm, keep, tmp_path
+    operation, norm, keep, summands, tmp_path
 ):
     """The compiler moves loads that it takes for constant (LDG.CONSTANT) across ACQBULK."""
     # Few channels of many tokens where a sum is kept beside, many of one token where none is.
@@ -232,7 +243,9 @@ def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
         layout, tokens = GroupLayout(normal=96, group_size=96, outliers=32), 4096
     spec = QuantizeSpec(layout=layout, byte_layout="groups")
     variant = choose_variant(operation, tokens, layout)
-    constants = cuda_quantize.defines(operation, variant, spec, torch.bfloat16, norm, keep=keep)
+    constants = cuda_quantize.defines(
+        operation, variant, spec, torch.bfloat16, norm, keep=keep, summands=summands
+    )
     source = cuda_build.read_source("quatom.ops", "quantize.cu")
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     before, wait, after = sass.partition("ACQBULK")

@@ -13,6 +13,7 @@ from quatom.families.spec import Norm
 from quatom.numerics.groups import GroupLayout
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.backend import Backend
+from quatom.ops.experts import ExpertSum, group_tokens
 from quatom.ops.norm import norm as plain_norm
 from quatom.ops.norm_quantize import norm_quantize
 from quatom.ops.reorder_quantize import reorder_quantize
@@ -217,3 +218,42 @@ def test_errors_name_the_numbers():
         norm_quantize(x, weight, order, spec, norm=Norm(eps=1e-6), residual=residual.float())
     with pytest.raises(ShapeError, match="the norm has a bias, the call none"):
         norm_quantize(x, weight, order, spec, norm=NORMS["layer with a bias"])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param(None, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("norm", [Norm(eps=1e-5), Norm(eps=1e-5, weight_offset=1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "k", "layout"),
+    [
+        (1, 1, GroupLayout(512, 128, 64)),
+        (5, 2, GroupLayout(864, 128, 32)),
+        (3, 9, GroupLayout(256, 128)),  # more than a kernel adds up
+        pytest.param(64, 8, GroupLayout(1920, 128, 128), marks=pytest.mark.gpu),
+        pytest.param(1025, 8, GroupLayout(1920, 128, 128), marks=pytest.mark.gpu),
+        pytest.param(700, 2, GroupLayout(3968, 128, 128), marks=pytest.mark.gpu),
+        pytest.param(700, 4, GroupLayout(2816, 128, 64), marks=pytest.mark.gpu),
+    ],
+)
+def test_results_of_experts_are_added_up_as_combine_does(tokens, k, layout, norm, backend, device):
+    rng = torch.Generator().manual_seed(tokens)
+    _, weight, order, residual = make_inputs(tokens, layout.channels)
+    y = torch.randn(tokens * k, layout.channels, generator=rng).mul_(3).half()
+    ids = torch.rand(tokens, 16, generator=rng).topk(k).indices.int()
+    shares = torch.rand(tokens, k, generator=rng)
+    y, ids, shares, weight, order, residual = (
+        t.to(device) for t in (y, ids, shares, weight, order, residual)
+    )
+    mixed = ExpertSum(y, group_tokens(ids, 16), shares)
+    spec = QuantizeSpec(
+        layout=layout,
+        normal="int8",
+        scale_mode="row",
+        byte_layout="rows" if backend is Backend.REFERENCE else "groups",
+    )
+    for add in (residual, None):
+        options = dict(norm=norm, residual=add, backend=backend)
+        got, total = norm_quantize(mixed, weight, order, spec, **options)
+        want, want_total = norm_quantize(mixed.combine(), weight, order, spec, **options)
+        assert torch.equal(total, want_total)
+        for ours, theirs in zip(got.canonical(), want.canonical(), strict=True):
+            assert torch.equal(ours, theirs)

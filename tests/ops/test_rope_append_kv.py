@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from quatom.errors import BackendError, ShapeError
+from quatom.families.spec import Norm
 from quatom.numerics.kv_codes import unpack_halves
 from quatom.numerics.kv_pages import HEAD_DIMS, KVPages
 from quatom.ops.backend import Backend
+from quatom.ops.head_norm import HeadNorms, head_norm
 from quatom.ops.rope_append_kv import rope_append_kv
 
 KERNELS = [Backend.TRITON]
@@ -136,6 +138,63 @@ def test_cuda_equals_the_reference_bit_for_bit(heads, kv_heads, head_dim, block_
         (want_q, want), (got_q, got) = results
         assert torch.equal(got_q, want_q), option.keys()
         assert torch.equal(got, want), option.keys()
+
+
+NORMS = {
+    "rms": (Norm(eps=1e-5), "head"),
+    "rms of 1 + w": (Norm(eps=1e-5, weight_offset=1.0), "head"),
+    "layer": (Norm(eps=1e-5, kind="layer"), "head"),
+    "all heads": (Norm(eps=1e-5), "all"),
+}
+
+
+def make_norms(q, k, norm, axis):
+    rng = torch.Generator().manual_seed(7)
+    sizes = [x.shape[2] * (1 if axis == "head" else x.shape[1]) for x in (q, k)]
+    weights = [1 + 0.3 * torch.randn(size, generator=rng) for size in sizes]
+    return HeadNorms(*(weight.to(q) for weight in weights), norm, axis)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter cuts float32 to bfloat16 instead of rounding it.
+    [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize("kv", ["int4", "float16"])
+@pytest.mark.parametrize(("norm", "axis"), NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"), [(3, 64), (3, 96), pytest.param(70, 128, marks=pytest.mark.gpu)]
+)
+def test_heads_are_normalized_before_they_turn(tokens, head_dim, norm, axis, kv, dtype, backend):
+    q, k, *rest = make_inputs(tokens, 5, 3, head_dim, dtype=dtype)
+    norms = make_norms(q, k, norm, axis)
+    pages, expected = (make_pages(kv, 3, head_dim) for _ in range(2))
+    got = rope_append_kv(q, k, *rest, pages, norms=norms, rotate_kv=True, backend=backend)
+    normed = head_norm(
+        q, k, norms.q_weight, norms.k_weight, norm=norm, axis=axis, backend="reference"
+    )
+    want = rope_append_kv(*normed, *rest, expected, rotate_kv=True, backend="reference")
+    # An ulp of the sum of squares moves a few normalized numbers by one or two steps of their
+    # dtype; a channel of the Hadamard matrix's result is the sum of a share of all, up to 8.
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(got, want, rtol=2 * step, atol=4 * step)
+    assert (got != want).float().mean() <= 0.05
+    if kv == "float16":
+        for ours, theirs in ((pages.keys, expected.keys), (pages.values, expected.values)):
+            torch.testing.assert_close(ours, theirs, rtol=2 * step, atol=4 * step, equal_nan=True)
+        return
+    for ours, theirs in ((pages.keys, expected.keys), (pages.values, expected.values)):
+        difference = (unpack_halves(ours).int() - unpack_halves(theirs).int()).abs()
+        assert difference.max() <= 1
+        assert (difference != 0).float().mean() <= 1e-2
+
+
+def test_weights_that_do_not_fit_the_heads_are_refused():
+    q, k, *rest = make_inputs(2)
+    norms = make_norms(q, k[..., :32], *NORMS["rms"])
+    with pytest.raises(ShapeError, match=r"a weight \(64,\) for k \(2, 2, 64\), got \(32,\)"):
+        rope_append_kv(q, k, *rest, make_pages("int4"), norms=norms)
 
 
 def test_layers_of_two_rotary_tables_and_two_caches_take_turns():

@@ -17,7 +17,13 @@ def build(kernel, types, *, arch=90, **constants):
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    options = {"launch_pdl": constants.get("launch_pdl", False)}
+    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+    if options["launch_pdl"]:  # before the wait nothing is read
+        before, wait, after = ptx.partition("griddepcontrol.wait")
+        assert wait and "griddepcontrol.launch_dependents" in before
+        assert not any(load in before for load in ("ld.global", "cp.async"))
+        assert "griddepcontrol" not in after
 """
 QUANTIZE = """
 from quatom.numerics.groups import GroupLayout
@@ -124,12 +130,14 @@ build(
 )
 """,
     "group_tokens": """
-from quatom.ops.experts.triton_groups import _count_kernel, _place_kernel
-build(_count_kernel, {"*i32": "ids_ptr counts_ptr", "i32": "COUNT"}, BLOCK=1024)
+from quatom.ops.experts.triton_groups import _count_kernel, _place_kernel, _scan_kernel
+count = {"*i32": "ids_ptr counts_ptr", "i32": "COUNT"}
+build(_count_kernel, count, E=5, BINS=8, BLOCK=1024, launch_pdl=True)
+build(_scan_kernel, {"*i32": "counts_ptr", "i32": "COUNT"}, BLOCK=4096, launch_pdl=True)
 build(
     _place_kernel,
-    {"*i32": "ids_ptr counts_ptr slots_ptr offsets_ptr positions_ptr", "i32": "COUNT"},
-    ONE_CHUNK=False, BLOCK=1024,
+    {"*i32": "ids_ptr firsts_ptr slots_ptr offsets_ptr positions_ptr", "i32": "COUNT"},
+    ONE_CHUNK=False, BLOCK=1024, launch_pdl=True,
 )
 """,
     "route": """
@@ -137,21 +145,21 @@ from quatom.ops.experts.triton_routing import _route_kernel as kernel
 for sigmoid, normalized in ((True, True), (False, True), (False, False)):
     build(
         kernel,
-        {"*fp32": "logits_ptr correction_ptr weights_ptr", "*i32": "ids_ptr", "i32": "T",
+        {"*fp32": "logits_ptr bias_ptr correction_ptr weights_ptr", "*i32": "ids_ptr", "i32": "T",
          "fp32": "SCALE"},
-        E=60, K=6, SIGMOID=sigmoid, NORMALIZED=normalized, CORRECTED=sigmoid, TOKENS=8,
-        BLOCK_E=64, BLOCK_K=8,
+        SHARES=4 if sigmoid else 1, HAS_BIAS=sigmoid, E=60, K=6, SIGMOID=sigmoid,
+        NORMALIZED=normalized, CORRECTED=sigmoid, TOKENS=8, BLOCK_E=64, BLOCK_K=8, launch_pdl=True,
     )
 """,
-    "route rows": """
-from quatom.ops.experts.triton_routing import _route_rows_kernel as kernel
-for sigmoid, parts in ((True, 1), (False, 3)):
+    "products of the router": """
+from quatom.ops.experts.triton_routing import _product_kernel as kernel
+for parts in (1, 3):
     build(
         kernel,
-        {"*bf16": "x_ptr weight_ptr", "*fp32": "bias_ptr correction_ptr weights_ptr",
-         "*i32": "ids_ptr", "i32": "T x_row_stride", "fp32": "SCALE STEP"},
-        CHANNELS=200, PARTS=parts, HAS_BIAS=sigmoid, E=60, K=6, SIGMOID=sigmoid, NORMALIZED=True,
-        CORRECTED=sigmoid, TOKENS=16, BLOCK_C=128, BLOCK_E=64, BLOCK_K=8,
+        {"*bf16": "x_ptr weight_ptr", "*fp32": "logits_ptr", "i32": "T x_row_stride",
+         "fp32": "STEP"},
+        CHANNELS=1000, SHARE=256, PARTS=parts, E=60, TOKENS=16, BLOCK_C=128, BLOCK_E=64,
+        launch_pdl=True,
     )
 """,
     "combine": """
@@ -160,7 +168,7 @@ build(
     kernel,
     {"*bf16": "y_ptr out_ptr", "*i32": "positions_ptr", "*fp32": "weights_ptr",
      "i32": "y_row_stride"},
-    K=8, CHANNELS=2880, TILE=1024,
+    K=8, CHANNELS=2880, TILE=1024, launch_pdl=True,
 )
 """,
     "linear": """

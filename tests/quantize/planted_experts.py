@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.loading import load_float_layer
+from quatom.modeling.block import summed
 from quatom.modeling.build import build_block
 from quatom.modeling.rotary import RotaryTables
 from quatom.plan import plan
@@ -105,7 +106,7 @@ def quantization_error(
         routing = reference.router(normed)
         tokens = tokens[(routing.expert_ids == of_expert).any(dim=1)]
         nothing = torch.zeros_like(tokens)
-    want, got = (block._mix(tokens, nothing)[0] for block in (reference, module))
+    want, got = (summed(block._mix(tokens, nothing)[0]) for block in (reference, module))
     return ((got - want).norm() / want.norm()).item()
 
 

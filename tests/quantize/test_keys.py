@@ -7,8 +7,10 @@ import torch
 
 from quatom.checkpoint.reader import open_source
 from quatom.errors import ShapeError
+from quatom.families.spec import Norm
 from quatom.loading import load, load_float_layer
 from quatom.modeling.build import build_block
+from quatom.modeling.context import full_sequences_context
 from quatom.modeling.rotary import RotaryTables
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.rope_append_kv import rope_append_kv
@@ -18,6 +20,7 @@ from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.quantize.statistics import KeyStatistics, observe, run_block
 from quatom.quantize.transforms import transforms_of
+from quatom.quantize.tuning.block import build_tuned_block
 from quatom.quantize.walk import embed
 from quatom.recipe import CalibrationSpec, KVSpec, PostRopeKeys
 from tests.checkpoint.models import CONFIG, write_model
@@ -92,6 +95,29 @@ def test_statistics_are_the_means_over_all_tokens(measured):
     queries = q.square().mean(dim=(0, 1)).unflatten(-1, (2, -1)).sum(dim=1)
     shared = queries.unflatten(0, (2, 2)).sum(dim=1)
     torch.testing.assert_close(statistics["query_squares"], shared, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_are_seen_and_tuned_as_their_norms_leave_them(measured):
+    source, weights, hidden, rotary, *_ = measured
+    layer = layer_of(source)
+    attention = replace(layer.spec.attention, qk_norm=Norm(eps=1e-6))
+    layer = replace(layer, spec=replace(layer.spec, attention=attention))
+    size = attention.head_dim
+    weights = replace(weights, qk_norm=(torch.full((size,), 2.0), torch.full((size,), 3.0)))
+    seen = []
+    module = build_block(layer, weights)
+    with observe(module, see_heads=lambda *heads: seen.append(heads)):
+        want = run_block(module, hidden, rotary)
+    for q, k, _ in seen:  # rows of mean square 1, times the weights
+        for x, square in ((q, 4.0), (k, 9.0)):
+            torch.testing.assert_close(
+                x.square().mean(-1), torch.full(x.shape[:2], square), rtol=1e-4, atol=0
+            )
+    context = full_sequences_context(*hidden.shape[:2], 64, CPU)
+    tuned = build_tuned_block(layer, weights)
+    got = sum(tuned(hidden.flatten(0, 1), None, context, None, rotary))
+    # Sums of float32 in another order, of numbers around 1.
+    torch.testing.assert_close(got.view_as(want), want, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("key_offset", ["none", "mean"])

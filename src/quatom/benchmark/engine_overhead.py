@@ -82,6 +82,10 @@ class StubModel:
         """(M, vocab); sampling may change them, so a copy would be part of the model's time."""
         return self._logits[: hidden.shape[0]]
 
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """The same."""
+        return self.compute_logits(hidden)
+
 
 @dataclass(frozen=True, slots=True)
 class StubLimits:

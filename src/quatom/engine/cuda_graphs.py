@@ -104,7 +104,7 @@ class DecodeGraphs:
 
         def run() -> Tensor:
             hidden = model.forward(self._input_ids[:size], context, kv_cache)
-            return model.compute_logits(hidden)
+            return model.head_logits(hidden)
 
         with pool.stream():  # compile and autotune outside of the capture
             run()

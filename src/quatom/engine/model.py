@@ -44,6 +44,9 @@ class Model(Protocol):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(M, hidden) -> (M, vocab) float32."""
 
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """The same, in 16 bits where that loses nothing of them."""
+
     def limit_length(self, max_length: int) -> None:
         """Say how many tokens the longest sequence will have, before anything runs."""
 

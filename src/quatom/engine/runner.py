@@ -109,7 +109,7 @@ class ModelRunner:
                 hidden = self.model.forward(input_ids, batch.context, self.kv_cache)
             self._record_prompt_logprobs(hidden, batch)
             rows = hidden[batch.sample_rows]
-            logits = self.model.compute_logits(rows)
+            logits = self.model.head_logits(rows)
         return self._sample(logits, rows, batch)
 
     def _sample(self, logits: Tensor, rows: Tensor | None, batch: Batch) -> LaunchedStep:

@@ -29,14 +29,14 @@ from quatom.numerics.kv_pages import KVPages
 from quatom.ops.activations import MixedTensor
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
-from quatom.ops.experts import combine, group_tokens
-from quatom.ops.head_norm import head_norm
+from quatom.ops.experts import ExpertSum, group_tokens
+from quatom.ops.head_norm import HeadNorms, head_norm
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.plan import LayerPlan
 
 
 class Heads(nn.Module):
-    """The joined output of q, k and v, cut into heads; q and k normalized where the model does."""
+    """The joined output of q, k and v, cut into heads, and how q and k are normalized."""
 
     def __init__(
         self,
@@ -47,19 +47,35 @@ class Heads(nn.Module):
         super().__init__()
         self.spec = spec
         self.backend = backend
-        self.norms = None if norms is None else nn.ParameterList(norms).requires_grad_(False)
+        self.weights = None if norms is None else nn.ParameterList(norms).requires_grad_(False)
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, (H + 2 KV) * D) -> q (T, H, D), k (T, KV, D) and v (T, KV, D)."""
         spec = self.spec
         heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         q, k, v = qkv.unflatten(-1, (-1, spec.head_dim)).split(heads, dim=1)
-        if self.norms is not None:
-            assert spec.qk_norm is not None
-            q, k = head_norm(
-                q, k, *self.norms, norm=spec.qk_norm, axis=spec.qk_norm_axis, backend=self.backend
-            )
         return q, k, v
+
+    @property
+    def norms(self) -> HeadNorms | None:
+        """Norms of q and k, where the model has them."""
+        if self.weights is None:
+            return None
+        assert self.spec.qk_norm is not None
+        q_weight, k_weight = self.weights
+        return HeadNorms(q_weight, k_weight, self.spec.qk_norm, self.spec.qk_norm_axis)
+
+    def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads (T, H, D) and (T, KV, D) as rotary embedding takes them."""
+        if (norms := self.norms) is None:
+            return q, k
+        weights = norms.q_weight, norms.k_weight
+        return head_norm(q, k, *weights, norm=norms.norm, axis=norms.axis, backend=self.backend)
+
+
+def summed(hidden: Tensor | ExpertSum) -> Tensor:
+    """What a block gives, as numbers."""
+    return hidden.combine() if isinstance(hidden, ExpertSum) else hidden
 
 
 class DecoderBlock(nn.Module):
@@ -113,11 +129,13 @@ class DecoderBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns the block's last output, not yet added, and the residual to add it to."""
         q, residual = self.before_attention(hidden, residual, context, kv, rotary)
-        return self.after_attention(self.attend(q, context, kv=kv, rotary=rotary), residual)
+        attended = self.attend(q, context, kv=kv, rotary=rotary)
+        hidden_or_sum, residual = self.after_attention(attended, residual)
+        return summed(hidden_or_sum), residual
 
     def before_attention(
         self,
-        hidden: Tensor,  # (T, hidden)
+        hidden: Tensor | ExpertSum,  # (T, hidden)
         residual: Tensor | None,  # (T, hidden); None in the first block
         context: ForwardContext,
         kv: KVPages,
@@ -136,6 +154,7 @@ class DecoderBlock(nn.Module):
             context.positions,
             context.slot_mapping,
             kv,
+            norms=self.heads.norms,
             rotate_keys_in_cache=cache.post_rope,
             rotate_kv=cache.rotates_keys,
             clip_ratio=cache.clip_ratio,
@@ -150,15 +169,21 @@ class DecoderBlock(nn.Module):
         self,
         attended: Tensor,  # (T, H, D)
         residual: Tensor,  # (T, hidden)
-    ) -> tuple[Tensor, Tensor]:
-        """The block's last output, not yet added, and the residual to add it to."""
+    ) -> tuple[Tensor | ExpertSum, Tensor]:
+        """The block's last output, not yet added, and the residual to add it to.
+
+        What experts alone give is not added up yet: `before_attention` does.
+        """
         hidden = self.linears["o"](self._input_of("o").plain(attended.flatten(1)))
         hidden = self._output("attention_output", hidden)
         if self.spec.experts is None:
             x, residual = self._input("gate_up", "feed_forward", hidden, residual)
             hidden = self._feed(x)
         else:
-            hidden, residual = self._mix(hidden, residual)
+            mixed, residual = self._mix(hidden, residual)
+            if not self._changes("feed_forward_output"):
+                return mixed, residual
+            hidden = summed(mixed)
         return self._output("feed_forward_output", hidden), residual
 
     def _feed(self, x: Tensor | MixedTensor) -> Tensor:
@@ -168,7 +193,7 @@ class DecoderBlock(nn.Module):
         x = self._input_of("down").activate(self.linears["gate_up"](x), spec)
         return cast("Tensor", self.linears["down"](x))
 
-    def _mix(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor | ExpertSum, Tensor]:
         """What a token's experts give, and the residual: the router reads what no format rounds."""
         experts = self.spec.experts
         assert experts is not None
@@ -184,22 +209,18 @@ class DecoderBlock(nn.Module):
         groups = group_tokens(routing.expert_ids, experts.count, backend=self.routing_backend)
         x = self.linears["experts_gate_up"](x, groups, experts.top_k)
         x = self._input_of("experts_down").activate(x, experts.feed_forward)
-        mixed = combine(
-            self.linears["experts_down"](x, groups, None),
-            groups,
-            routing.weights,
-            backend=self.routing_backend,
-        )
+        y = self.linears["experts_down"](x, groups, None)
+        mixed = ExpertSum(y, groups, routing.weights, self.routing_backend)
         if self.spec.feed_forward is None:
             return mixed, residual
         shared = self._feed(self._input_of("gate_up").plain(normed))
         if self.shared_gate is not None:
             gate = nn.functional.linear(normed.float(), self.shared_gate).sigmoid()
             shared = shared * gate.to(shared.dtype)
-        return mixed + shared, residual
+        return mixed.combine() + shared, residual
 
     def _input(
-        self, site: SiteName, norm: NormName, hidden: Tensor, residual: Tensor | None
+        self, site: SiteName, norm: NormName, hidden: Tensor | ExpertSum, residual: Tensor | None
     ) -> tuple[Tensor | MixedTensor, Tensor]:
         """The input of a site's linears, and the residual of what comes next."""
         layer = cast("NormLayer", self.norms[norm]) if norm in self.spec.norms else None
@@ -207,6 +228,10 @@ class DecoderBlock(nn.Module):
 
     def _input_of(self, site: SiteName) -> InputQuantizer:
         return cast("InputQuantizer", self.inputs[site])
+
+    def _changes(self, norm: NormName) -> bool:
+        """Whether `_output` does anything."""
+        return norm in self.spec.norms or self.spec.residual_multiplier != 1.0
 
     def _output(self, norm: NormName, hidden: Tensor) -> Tensor:
         """What is added to the residual: normalized and scaled where the model does."""

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from quatom.families.spec import ModelConfig
-from quatom.modeling.block import DecoderBlock
+from quatom.modeling.block import DecoderBlock, summed
 from quatom.modeling.context import ForwardContext, Stages
 from quatom.modeling.inputs import NormLayer
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import NormWeights
 from quatom.numerics.kv_pages import KVDtype, KVPages
 from quatom.ops.backend import Backend
+from quatom.ops.experts import ExpertSum
 from quatom.plan import LayerPlan
 
 FEW_ROWS = 64
@@ -101,29 +102,33 @@ class Decoder(nn.Module):
         What runs between two stops has shapes that T alone decides, and of the context it reads
         positions and slot_mapping: it can be captured in a CUDA graph for any batch of T tokens.
         """
-        hidden = self.embed(input_ids, context.positions)
+        hidden: Tensor | ExpertSum = self.embed(input_ids, context.positions)
         residual: Tensor | None = None
         for module, kv in zip(self.blocks, kv_cache, strict=True):
             self.blocks_run += 1
             block = cast("DecoderBlock", module)
             q, residual = block.before_attention(hidden, residual, context, kv, self.rotary)
+            del hidden  # what experts gave may be large
             attended = yield partial(block.attend, kv=kv, rotary=self.rotary), q
             assert attended is not None
             hidden, residual = block.after_attention(attended, residual)
-        final: Tensor = self.final_norm(hidden, residual)[0]
+        final: Tensor = self.final_norm(summed(hidden), residual)[0]
         return final
 
     def compute_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab) float32
         """Scores of the next token."""
+        return self.head_logits(hidden).float()
+
+    def head_logits(self, hidden: Tensor) -> Tensor:  # (M, hidden) -> (M, vocab)
+        """`compute_logits`, in 16 bits where they are the head's products as those were rounded."""
         head = self.embedding if self.head is None else self.head
         if hidden.device.type == "cpu" and hidden.shape[0] <= FEW_ROWS:
             # As the left operand a head of many rows is read once, at the speed of memory.
             logits = (head @ hidden.t()).t().contiguous()
         else:
             logits = nn.functional.linear(hidden, head)
-        logits = logits.float()
         if self.head_bias is not None:
-            logits = logits + self.head_bias
+            logits = logits.float() + self.head_bias
         return scale_logits(self.config, logits)
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KVPages]:
@@ -172,12 +177,15 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=dtype).item()
 
 
-def scale_logits(config: ModelConfig, logits: Tensor) -> Tensor:  # (M, vocab) float32
-    """Logits divided and soft-capped as the model says; may reuse the memory of `logits`."""
+def scale_logits(config: ModelConfig, logits: Tensor) -> Tensor:  # (M, vocab)
+    """Logits divided and soft-capped in float32, as the model says; else they are as they were.
+
+    May reuse the memory of `logits`.
+    """
     if config.logits_divisor != 1.0:
-        logits = logits.div_(config.logits_divisor)
+        logits = logits.float().div_(config.logits_divisor)
     if config.logit_softcap is not None:
-        logits = logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
+        logits = logits.float().div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
     return logits
 
 

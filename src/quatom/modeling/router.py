@@ -78,7 +78,7 @@ def route(
     if runs_fused(spec, logits.device, backend):
         from quatom.ops.experts.triton_routing import route_triton
 
-        return Routing(*route_triton(logits, spec.top_k, router, correction))
+        return Routing(*route_triton(logits, spec.top_k, router, correction=correction))
     match router.scores:
         case "sparsemixer":
             chosen, weights = _sparsemixer(logits, router.jitter)

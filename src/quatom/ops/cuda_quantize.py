@@ -57,6 +57,8 @@ class _Arguments(KernelArguments):
         ("largest", ctypes.c_int),
         ("bias", ctypes.c_void_p),  # the driver takes these where the kernel was compiled with them
         ("kept", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("shares", ctypes.c_void_p),
     )
 
 
@@ -78,6 +80,7 @@ def defines(
     activation: Activation = "silu",
     gated: bool = True,
     keep: bool = False,
+    summands: int = 0,
 ) -> dict[str, int]:
     """The constants that quantize.cu is compiled with."""
     return {
@@ -98,6 +101,7 @@ def defines(
         "WEIGHT_OFFSET": int(norm.weight_offset) if norm is not None else 0,
         "BIAS": int(norm is not None and norm.bias),
         "KEEP": int(keep),
+        "SUMMANDS": summands,
         "ACTIVATION": _ACTIVATIONS[activation],
         "GATED": int(gated),
     }
@@ -125,10 +129,11 @@ def _plan(
     activation: Activation,
     gated: bool,
     keep: bool,
+    summands: int,
     most: int,
 ) -> _Plan:
     source = read_source("quatom.ops", "quantize.cu")
-    constants = defines(operation, variant, spec, dtype, norm, activation, gated, keep)
+    constants = defines(operation, variant, spec, dtype, norm, activation, gated, keep, summands)
     cubin = compile_cubin(source, "sm_90a", constants)
     layout = spec.layout
     needed = _shared_bytes(operation, variant, layout.channels, norm)
@@ -210,12 +215,14 @@ def quantize_cuda(
     activation: Activation = "silu",
     gated: bool = True,
     kept: Tensor | None = None,
+    sums: tuple[Tensor, Tensor] | None = None,
     variant: Variant | None = None,
 ) -> tuple[MixedTensor, Tensor]:
     """Run one operation; the second result is the sum of x and residual, or x without one.
 
     Normalized rows are written to `kept`, (T, K) contiguous in x's dtype, where it is given; then
-    those are what is quantized.
+    those are what is quantized. With `sums`, of a norm with a residual, a token is a weighted sum
+    of k rows of x, as `combine` gives it: positions (T k,) int32 and shares (T, k) float32.
 
     Raises:
         BackendError: the input is none that `can_quantize`.
@@ -226,7 +233,8 @@ def quantize_cuda(
             "'reference'"
         )
     layout = spec.layout
-    tokens, channels = x.shape[0], layout.channels
+    tokens, channels = x.shape[0] if sums is None else sums[1].shape[0], layout.channels
+    summands = 0 if sums is None else sums[1].shape[1]
     out = allocate_groups(x, tokens, spec)
     total = x if residual is None else x.new_empty((tokens, channels))
     x = _aligned(x)
@@ -242,7 +250,9 @@ def quantize_cuda(
     device, ctas = x.device.index, -(-tokens // variant.tokens) * variant.ctas
     # A cluster waits for room for all its CTAs at once.
     most = crowd(ctas, multiprocessors(device), _MOST_SPREAD) if variant.ctas == 1 else 0
-    plan = _plan(operation, variant, spec, x.dtype, device, norm, activation, gated, keep, most)
+    plan = _plan(
+        operation, variant, spec, x.dtype, device, norm, activation, gated, keep, summands, most
+    )
     plan.kernel.launch(
         ctas,
         _Arguments(
@@ -264,6 +274,7 @@ def quantize_cuda(
             *plan.layout,
             None if bias is None else bias.data_ptr(),
             None if kept is None else kept.data_ptr(),
+            *(None, None) if sums is None else (part.data_ptr() for part in sums),
         ),
         # The kernel reads weight, bias and order while the kernel before it still runs: they must
         # not be that one's results.

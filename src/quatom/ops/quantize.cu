@@ -19,6 +19,7 @@
 //   MULTIPLES    multiples of one, and codes times multiples are INT8 bytes
 //   CLUSTER      CTAs of a token that tell each other their maxima; 1 where one CTA has it or none asks
 //   LAYER, WEIGHT_OFFSET, BIAS  of operation 1: the mean is subtracted, 1 is added to the weight, a bias at the end
+//   SUMMANDS                    of operation 1: a token is the weighted sum of so many rows of x, rounded once; or 0
 //   KEEP                        of operation 1: the normalized rows are kept too, in 16 bits, and what is quantized is them
 //   ACTIVATION, GATED           of operation 2: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu, 4 clamped_swiglu; x holds
 //                               gates before ups
@@ -427,11 +428,15 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
                 float mean_factor /* 1 / channels */, float eps,
                 int normal, int group_size, int outlier_size, int num_normal, int num_scales, float clip_ratio,
                 int largest
-#if BIAS || KEEP
+#if BIAS || KEEP || SUMMANDS
                 , const u16* __restrict__ bias  // [channels]
 #endif
-#if KEEP
+#if KEEP || SUMMANDS
                 , u16* __restrict__ kept        // [tokens][channels]
+#endif
+#if SUMMANDS
+                , const u32* positions          // [tokens][SUMMANDS] rows of x
+                , const u32* shares             // [tokens][SUMMANDS] floats
 #endif
                 ) {
   const Layout layout{normal, group_size, outlier_size, num_normal, num_scales, clip_ratio, largest};
@@ -539,6 +544,44 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
   asm volatile("griddepcontrol.wait;" ::: "memory");
 
   uint2 loaded[TOKENS][VECTORS] = {};
+#if SUMMANDS
+  // As `combine` of quatom.ops.experts does: products and sums in float32, each rounded by itself.
+  u32 rows[TOKENS][SUMMANDS], shares_of[TOKENS][SUMMANDS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+    for (int j = 0; j < SUMMANDS; ++j) {
+      const u64 slot = (token + (whole ? t : 0)) * SUMMANDS + j;
+      load_result(positions + slot, rows[t][j]);
+      load_result(shares + slot, shares_of[t][j]);
+    }
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    uint2 pieces[VECTORS][SUMMANDS] = {};
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+#pragma unroll
+      for (int j = 0; j < SUMMANDS; ++j) {
+        const int k = (v * THREADS + threadIdx.x) * 4;
+        if (holds(t, k)) load_result(x + u64(rows[t][j]) * x_stride + k, pieces[v][j]);
+      }
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      float sums[4] = {};
+#pragma unroll
+      for (int j = 0; j < SUMMANDS; ++j) {
+        const float share = __uint_as_float(shares_of[t][j]);
+        const u32 pairs[2] = {pieces[v][j].x, pieces[v][j].y};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          sums[2 * i] = __fadd_rn(sums[2 * i], __fmul_rn(low_half(pairs[i]), share));
+          sums[2 * i + 1] = __fadd_rn(sums[2 * i + 1], __fmul_rn(high_half(pairs[i]), share));
+        }
+      }
+      loaded[t][v] = make_uint2(pack_halves(sums[0], sums[1]), pack_halves(sums[2], sums[3]));
+    }
+  }
+#else
 #pragma unroll
   for (int t = 0; t < TOKENS; ++t)
 #pragma unroll
@@ -547,6 +590,7 @@ quantize_groups(const u16* x,                      // [tokens][channels], or [to
       if (holds(t, k))
         load_result(x + (token + t) * x_stride + k, loaded[t][v]);
     }
+#endif
 #if OPERATION == 1
   if (residual != nullptr) {
     uint2 others[TOKENS][VECTORS] = {};

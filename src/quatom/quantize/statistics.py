@@ -185,7 +185,8 @@ def observe(
 
     def heads(_: torch.nn.Module, __: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
         assert see_heads is not None
-        see_heads(*output)
+        q, k, v = output
+        see_heads(*block.heads.normalize(q, k), v)
 
     handles = []
     for site in block.plan.sites:

@@ -29,7 +29,7 @@ from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import MixedTensor
 from quatom.ops.backend import Backend
-from quatom.ops.experts.groups import combine, group_tokens
+from quatom.ops.experts.groups import ExpertSum, combine, group_tokens
 from quatom.ops.experts.prepared import PreparedExperts
 from quatom.ops.experts.routing import Routing, TokenGroups
 from quatom.ops.linear import prepare_weights
@@ -37,6 +37,7 @@ from quatom.ops.linear.choice import choose_linear_backend
 
 __all__ = [
     "BACKENDS",
+    "ExpertSum",
     "PreparedExperts",
     "Routing",
     "TokenGroups",

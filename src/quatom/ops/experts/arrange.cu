@@ -7,6 +7,7 @@
 // tiles of output channels.
 
 constexpr int THREADS = 256;
+constexpr int CTAS_PER_SM = 5;
 constexpr int AT_ONCE = 4;  // loads of a thread in flight
 
 __device__ __forceinline__ int load_int(const int* from) {
@@ -14,18 +15,21 @@ __device__ __forceinline__ int load_int(const int* from) {
   load_result(from, to);
   return int(to);
 }
-// Copies pieces `first`, `first` + `step` and so on of `count`, whose distances in bytes are given.
+// Copies pieces `first`, `first` + `step` and so on of `count`, whose distances in bytes are given. Few registers: what
+// hides the latency is many CTAs of an SM.
 template <typename T>
 __device__ __forceinline__ void copy_pieces(const u8* from, u8* to, int first, int count, int step, u64 from_bytes, u64 to_bytes) {
   from += first * from_bytes, to += first * to_bytes;
-  for (; first < count; first += AT_ONCE * step, from += AT_ONCE * step * from_bytes, to += AT_ONCE * step * to_bytes) {
+  from_bytes *= step, to_bytes *= step;
+#pragma unroll 1
+  for (; first < count; first += AT_ONCE * step) {
     T pieces[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i)
-      if (first + i * step < count) load_result(from + i * step * from_bytes, pieces[i]);
+    for (int i = 0; i < AT_ONCE; ++i, from += from_bytes)
+      if (first + i * step < count) load_result(from, pieces[i]);
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i)
-      if (first + i * step < count) *reinterpret_cast<T*>(to + i * step * to_bytes) = pieces[i];
+    for (int i = 0; i < AT_ONCE; ++i, to += to_bytes)
+      if (first + i * step < count) *reinterpret_cast<T*>(to) = pieces[i];
   }
 }
 
@@ -49,7 +53,7 @@ __device__ __forceinline__ int count_tiles(int before, int count, int rows) {
   return count == 0 ? 0 : (before + count + rows - 1) / rows;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM)
 arrange_experts(const u8* x,                      // [groups][tokens_padded][128], swizzled
                 const u8* xs,                     // [groups][tokens_padded / 16][2][16] floats
                 const int* slots,                 // [positions]
@@ -125,16 +129,18 @@ arrange_experts(const u8* x,                      // [groups][tokens_padded][128
     const int e = find(first_row, experts, 16 * block);
     const int first = bounds[e] + 16 * block - first_row[e], last = bounds[e + 1];  // positions
     const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;
+    const int place = threadIdx.x % 16, kind = threadIdx.x / 16 % 2, position = first + token_at(place);
+    const int slot = first + row < last ? load_int(slots + first + row) : 0;
+    const int slot_of_scales = position < last ? load_int(slots + position) : 0;
     if (first + row < last) {
-      const int token = load_int(slots + first + row) / top_k;
+      const int token = slot / top_k;
       constexpr int AT_A_TIME = THREADS / 128;  // groups
       copy_pieces<uint4>(x + u64(token) * 128 + (piece ^ row % 8 ^ token % 8) * 16, to + u64(16 * block + row) * 128 + piece * 16,
                          part * AT_A_TIME + threadIdx.x / 128, groups, parts * AT_A_TIME, u64(tokens_padded) * 128,
                          u64(rows_padded) * 128);
     }
-    const int place = threadIdx.x % 16, kind = threadIdx.x / 16 % 2, position = first + token_at(place);
     if (position < last) {
-      const int token = load_int(slots + position) / top_k;
+      const int token = slot_of_scales / top_k;
       constexpr int AT_A_TIME = THREADS / 32;
       copy_pieces<u32>(xs + (u64(token / 16) * 32 + kind * 16 + place_of(token)) * 4,
                        to_scales + (u64(block) * 32 + kind * 16 + place) * 4, part * AT_A_TIME + threadIdx.x / 32, groups,

@@ -19,7 +19,7 @@ _INTEGER = (
     (0.330, Config(32, 1, ctas_per_sm=3)),
     (0.259, Config(64, 1, ctas_per_sm=2)),
     (0.406, Config(64, 1, ctas_per_sm=3)),
-    (0.314, Config(80, 1, ctas_per_sm=2)),
+    (0.330, Config(80, 1, ctas_per_sm=2)),
     (0.370, Config(96, 1, ctas_per_sm=2)),
     (0.459, Config(80, 3)),
     (0.496, Config(96, 3)),

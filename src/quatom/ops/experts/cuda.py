@@ -33,6 +33,8 @@ from quatom.ops.linear.cuda import LinearArguments, check_operands, hopper_kerne
 
 _THREADS = 256
 """Of a CTA of arrange.cu."""
+_ARRANGE_CTAS_PER_SM = 5
+"""CTAs of arrange.cu that an SM holds, as its source says."""
 
 
 class _ArrangeArguments(KernelArguments):
@@ -180,7 +182,10 @@ def _arrange(
         scales = scales.new_empty((num_groups, blocks, 2, TOKEN_PADDING))
         # Two CTAs an SM where groups suffice, of which a CTA takes two at a time.
         parts = max(1, min(2 * multiprocessors(x.device.index) // blocks, num_groups // 4))
-        ctas = blocks * parts
+        # More rows are taken in turns: what each CTA finds out first takes as long as a block.
+        ctas = min(
+            blocks * parts, _ARRANGE_CTAS_PER_SM * multiprocessors(x.device.index) // parts * parts
+        )
     _arrange_kernel(x.device.index, num_experts).launch(
         ctas,
         _ArrangeArguments(

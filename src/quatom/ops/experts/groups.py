@@ -1,5 +1,7 @@
 """Slots sorted by expert, and the sum of a token's results."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from quatom.errors import ShapeError
@@ -73,3 +75,17 @@ def combine(
     else:
         from quatom.ops.experts.reference import combine_reference as run
     return run(y, groups.positions, weights.float())
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSum:
+    """`combine` of these, which is still to be done: what reads it may add up as it reads."""
+
+    y: Tensor  # (T k, hidden) in grouped order
+    groups: TokenGroups
+    weights: Tensor  # (T, k) float32 contiguous
+    backend: Backend | None = None
+
+    def combine(self) -> Tensor:
+        """The sum."""
+        return combine(self.y, self.groups, self.weights, backend=self.backend)

@@ -5,10 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 1024
-"""Slots of a program of `group_tokens`, where there are more than of one."""
+from quatom.ops.triton_launch import overlaps, wait_for_the_kernel_before
+
 _ONE_CHUNK = 4096
-"""So many slots are one program's: one launch less, which is faster up to here."""
+"""Slots up to which a program of `group_tokens` sees all of them."""
+_CHUNK = 1024
+"""Slots of a program where there are more; kernels that count come first."""
+_SCAN = 4096
+"""Counts that are added up at once."""
 _TILE = 1024
 """Channels of a program of `combine`."""
 
@@ -18,27 +22,50 @@ def _count_kernel(
     ids_ptr,  # (COUNT,)
     counts_ptr,  # (E, chunks) int32
     COUNT,
+    E: tl.constexpr,
+    BINS: tl.constexpr,  # a power of two above E
     BLOCK: tl.constexpr,
+    launch_pdl: tl.constexpr,
 ):
-    """A program counts the slots of one expert in one chunk."""
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ids = tl.load(ids_ptr + slot, mask=slot < COUNT, other=-1)
-    own = tl.sum((ids == tl.program_id(0)).to(tl.int32), 0)
-    tl.store(counts_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), own)
+    """A program counts the slots of each expert in one chunk."""
+    wait_for_the_kernel_before(launch_pdl)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    counts = tl.histogram(tl.load(ids_ptr + slot, mask=slot < COUNT, other=E), BINS)
+    expert = tl.arange(0, BINS)
+    at = counts_ptr + expert * tl.num_programs(0) + tl.program_id(0)
+    tl.store(at, counts, mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+def _scan_kernel(
+    counts_ptr,  # (COUNT,) int32: replaced by the sum of those before each
+    COUNT,
+    BLOCK: tl.constexpr,
+    launch_pdl: tl.constexpr,
+):
+    wait_for_the_kernel_before(launch_pdl)
+    total = 0
+    for start in range(0, COUNT, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        counts = tl.load(counts_ptr + at, mask=at < COUNT, other=0)
+        tl.store(counts_ptr + at, total + tl.cumsum(counts, 0) - counts, mask=at < COUNT)
+        total += tl.sum(counts, 0)
 
 
 @triton.jit(do_not_specialize=["COUNT"])
 def _place_kernel(
     ids_ptr,  # (COUNT,)
-    counts_ptr,  # (E, chunks) int32; not read where there is one chunk
+    firsts_ptr,  # (E, chunks) int32; not read where there is one chunk
     slots_ptr,  # (COUNT,) int32
     offsets_ptr,  # (E + 1,) int32
     positions_ptr,  # (COUNT,) int32
     COUNT,
     ONE_CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    launch_pdl: tl.constexpr,
 ):
     """A program places the slots of one expert in one chunk after all that come before them."""
+    wait_for_the_kernel_before(launch_pdl)
     expert = tl.program_id(0)
     chunk = tl.program_id(1)
     slot = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -46,12 +73,7 @@ def _place_kernel(
     if ONE_CHUNK:
         first = tl.sum((ids < expert).to(tl.int32), 0)
     else:
-        before = tl.zeros((BLOCK,), dtype=tl.int32)
-        end = expert * tl.num_programs(1) + chunk
-        for start in range(0, end, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            before += tl.load(counts_ptr + at, mask=at < end, other=0)
-        first = tl.sum(before, 0)
+        first = tl.load(firsts_ptr + expert * tl.num_programs(1) + chunk)
     if chunk == 0:
         tl.store(offsets_ptr + expert, first)
         if expert == tl.num_programs(0) - 1:
@@ -67,21 +89,34 @@ def group_triton(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     count = expert_ids.numel()
     slots, positions = (expert_ids.new_empty(count, dtype=torch.int32) for _ in range(2))
     offsets = expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
-    chunk = _ONE_CHUNK if _CHUNK < count <= _ONE_CHUNK else _CHUNK
-    grid = num_experts, max(1, triton.cdiv(count, chunk))
-    counts = offsets
-    if grid[1] > 1:
-        counts = expert_ids.new_empty(grid, dtype=torch.int32)
-        _count_kernel[grid](expert_ids, counts, count, BLOCK=chunk, num_warps=4)
-    _place_kernel[grid](
+    one_chunk = count <= _ONE_CHUNK
+    chunk = _CHUNK if count <= _CHUNK or not one_chunk else _ONE_CHUNK
+    chunks = max(1, triton.cdiv(count, chunk))
+    firsts, launch_pdl = offsets, overlaps(expert_ids)
+    if not one_chunk:
+        firsts = expert_ids.new_empty((num_experts, chunks), dtype=torch.int32)
+        bins = triton.next_power_of_2(num_experts + 1)
+        _count_kernel[(chunks,)](
+            expert_ids,
+            firsts,
+            count,
+            E=num_experts,
+            BINS=bins,
+            BLOCK=chunk,
+            launch_pdl=launch_pdl,
+            num_warps=4,
+        )
+        _scan_kernel[(1,)](firsts, firsts.numel(), BLOCK=_SCAN, launch_pdl=launch_pdl, num_warps=16)
+    _place_kernel[(num_experts, chunks)](
         expert_ids,
-        counts,
+        firsts,
         slots,
         offsets,
         positions,
         count,
-        ONE_CHUNK=grid[1] == 1,
+        ONE_CHUNK=one_chunk,
         BLOCK=chunk,
+        launch_pdl=launch_pdl,
         num_warps=chunk // 256,
     )
     return slots, offsets, positions
@@ -97,7 +132,9 @@ def _combine_kernel(
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
+    launch_pdl: tl.constexpr,
 ):
+    wait_for_the_kernel_before(launch_pdl)
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = channel < CHANNELS
@@ -126,6 +163,7 @@ def combine_triton(y: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
             K=k,
             CHANNELS=channels,
             TILE=_TILE,
+            launch_pdl=overlaps(y),
             num_warps=4,
             enable_fp_fusion=False,  # products are rounded before they are added
         )

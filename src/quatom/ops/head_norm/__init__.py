@@ -1,5 +1,6 @@
 """Norm of q and k before rotary embedding, both in one launch."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -10,6 +11,16 @@ from quatom.ops.backend import Backend, choose_backend
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON)
 Axis = Literal["head", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """How q and k are normalized: arguments of `head_norm`."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    norm: Norm
+    axis: Axis
 
 
 def head_norm(
@@ -39,22 +50,31 @@ def head_norm(
 
     Source: Dehghani et al., ICML 2023, for norms of queries and keys.
     """
-    if q.ndim != 3 or k.ndim != 3 or k.shape[::2] != q.shape[::2] or k.dtype != q.dtype:
-        raise ShapeError(
-            f"expected q (T, H, D) and k (T, KV, D) of one dtype, got {tuple(q.shape)} {q.dtype} "
-            f"and {tuple(k.shape)} {k.dtype}"
-        )
-    if norm.bias:
-        raise ShapeError("the norm of q and k has a bias, which head_norm does not add")
-    for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
-        expected = x.shape[2] if axis == "head" else x.shape[1] * x.shape[2]
-        if weight.shape != (expected,):
-            raise ShapeError(
-                f"axis {axis!r} needs a weight ({expected},) for {name} {tuple(x.shape)}, got "
-                f"{tuple(weight.shape)}"
-            )
+    check_head_norm(q, k, HeadNorms(q_weight, k_weight, norm, axis))
     if choose_backend("head_norm", BACKENDS, q.device, backend) is Backend.TRITON:
         from quatom.ops.head_norm.triton import head_norm_triton as run
     else:
         from quatom.ops.head_norm.reference import head_norm_reference as run
     return run(q, k, q_weight, k_weight, norm, axis)
+
+
+def check_head_norm(q: Tensor, k: Tensor, norms: HeadNorms) -> None:
+    """What `head_norm` asks of its arguments.
+
+    Raises:
+        ShapeError: shapes or dtypes disagree, or the norm has a bias.
+    """
+    if q.ndim != 3 or k.ndim != 3 or k.shape[::2] != q.shape[::2] or k.dtype != q.dtype:
+        raise ShapeError(
+            f"expected q (T, H, D) and k (T, KV, D) of one dtype, got {tuple(q.shape)} {q.dtype} "
+            f"and {tuple(k.shape)} {k.dtype}"
+        )
+    if norms.norm.bias:
+        raise ShapeError("the norm of q and k has a bias, which head_norm does not add")
+    for name, x, weight in (("q", q, norms.q_weight), ("k", k, norms.k_weight)):
+        expected = x.shape[2] if norms.axis == "head" else x.shape[1] * x.shape[2]
+        if weight.shape != (expected,):
+            raise ShapeError(
+                f"axis {norms.axis!r} needs a weight ({expected},) for {name} {tuple(x.shape)}, "
+                f"got {tuple(weight.shape)}"
+            )

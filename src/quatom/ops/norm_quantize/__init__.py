@@ -7,16 +7,19 @@ from quatom.families.spec import Norm
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.cuda_quantize import can_quantize
+from quatom.ops.experts.groups import ExpertSum
 from quatom.ops.norm import check_norm
 from quatom.ops.norm import norm as normalize
 from quatom.ops.norm_quantize.reference import norm_quantize_reference
 from quatom.ops.reorder_quantize import reorder_quantize
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
+_MOST_SUMMANDS = 8
+"""Results of experts that quantize.cu adds up in registers."""
 
 
 def norm_quantize(
-    x: Tensor,  # (T, K) float16, bfloat16 or float32, last axis contiguous
+    x: Tensor | ExpertSum,  # (T, K) float16, bfloat16 or float32, last axis contiguous
     weight: Tensor,  # (K,)
     order: Tensor | None,  # (K,) int32 channel at each position; None: they are in order already
     spec: QuantizeSpec,
@@ -37,6 +40,8 @@ def norm_quantize(
     one step on at most one element in a thousand.
 
     Args:
+        x: tokens, or sums of experts' results: the same as their `combine`, which CUDA adds up as
+            it reads them.
         spec: groups, formats and clip ratio; `spec.byte_layout` is what the linear op reads.
         norm: kind, eps and offset; whether there is a bias.
         backend: implementation to run; None picks the fastest one for x's device.
@@ -52,16 +57,22 @@ def norm_quantize(
 
     Source: Atom (Zhao et al., MLSys 2024), fused reorder and quantization of the norm's output.
     """
-    _check(x, weight, order, spec, norm, bias, residual)
-    able = BACKENDS if can_quantize(x, spec, norm, weight, bias) else BACKENDS[:2]
+    if isinstance(x, ExpertSum) and (residual is None or x.weights.shape[1] > _MOST_SUMMANDS):
+        x = x.combine()
+    like = x.y[: x.weights.shape[0]] if isinstance(x, ExpertSum) else x
+    _check(like, weight, order, spec, norm, bias, residual)
+    able = BACKENDS if can_quantize(like, spec, norm, weight, bias) else BACKENDS[:2]
     available = BACKENDS if backend else able  # a backend asked for says itself what it lacks
-    match choose_backend("norm_quantize", available, x.device, backend):
-        case Backend.CUDA:
-            from quatom.ops.norm_quantize.cuda import norm_quantize_cuda as run
-        case Backend.TRITON:
-            from quatom.ops.norm_quantize.triton import norm_quantize_triton as run
-        case _:
-            run = norm_quantize_reference
+    chosen = choose_backend("norm_quantize", available, like.device, backend)
+    if chosen is Backend.CUDA:
+        from quatom.ops.norm_quantize.cuda import norm_quantize_cuda
+
+        return norm_quantize_cuda(x, weight, order, spec, norm, bias, residual)
+    if chosen is Backend.TRITON:
+        from quatom.ops.norm_quantize.triton import norm_quantize_triton as run
+    else:
+        run = norm_quantize_reference
+    x = x.combine() if isinstance(x, ExpertSum) else x
     return run(x, weight, order, spec, norm, bias, residual)
 
 

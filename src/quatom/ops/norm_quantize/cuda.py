@@ -5,10 +5,11 @@ from torch import Tensor
 from quatom.families.spec import Norm
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.cuda_quantize import quantize_cuda
+from quatom.ops.experts.groups import ExpertSum
 
 
 def norm_quantize_cuda(
-    x: Tensor,
+    x: Tensor | ExpertSum,
     weight: Tensor,
     order: Tensor | None,
     spec: QuantizeSpec,
@@ -17,6 +18,18 @@ def norm_quantize_cuda(
     residual: Tensor | None,
 ) -> tuple[MixedTensor, Tensor]:
     """See `norm_quantize`."""
+    sums = None
+    if isinstance(x, ExpertSum):
+        sums = x.groups.positions, x.weights
+        x = x.y
     return quantize_cuda(
-        "norm", x, spec, order=order, weight=weight, norm=norm, bias=bias, residual=residual
+        "norm",
+        x,
+        spec,
+        order=order,
+        weight=weight,
+        norm=norm,
+        bias=bias,
+        residual=residual,
+        sums=sums,
     )

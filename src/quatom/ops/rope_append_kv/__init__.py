@@ -1,4 +1,4 @@
-"""Fused rotary embedding -> KV quantization -> append to the paged cache."""
+"""Fused norm of heads -> rotary embedding -> KV quantization -> append to the paged cache."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,8 @@ from torch import Tensor
 from quatom.errors import BackendError, ShapeError
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.backend import Backend, choose_backend
-from quatom.ops.rope_append_kv.cuda import cuda_obstacle
+from quatom.ops.head_norm import HeadNorms, check_head_norm, head_norm
+from quatom.ops.rope_append_kv.cuda import cuda_obstacle, normalizes
 from quatom.ops.shared import Shared
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON, Backend.CUDA)
@@ -22,6 +23,7 @@ def rope_append_kv(
     slot_mapping: Tensor,  # (T,) int64: block * S + offset in pages, or -1: not stored
     pages: KVPages,  # written in place
     *,
+    norms: HeadNorms | None = None,
     rotate_keys_in_cache: bool = True,
     rotate_kv: bool = False,
     clip_ratio: float = 1.0,
@@ -32,6 +34,7 @@ def rope_append_kv(
 ) -> Tensor:
     """Rotate q and k by their positions and store k and v in their cache slots.
 
+    Where there are norms, q and k are normalized first, as `head_norm` does.
     Channels j and j + D / 2 of a head form a pair that turns by the angle of its position (the
     neox convention of Hugging Face models):
 
@@ -39,9 +42,11 @@ def rope_append_kv(
 
     in float32; K is quantized from those float32 values, q is rounded to its own dtype. Triton
     agrees with the reference to one code on at most one value in a thousand: multiply-add
-    contraction may move a value across a rounding boundary. CUDA rounds as the reference does.
+    contraction may move a value across a rounding boundary. CUDA rounds as the reference does, but
+    for the sum of squares of a norm, which it adds up in another order.
 
     Args:
+        norms: of q and k before rotary embedding.
         rotate_keys_in_cache: True stores K after rotary embedding, which `attention` reads fastest.
             False stores K as it comes, as the original Atom does: pass `rotary` to `attention`.
         rotate_kv: multiply q and k of each head, after rotary embedding, by the Hadamard matrix
@@ -98,6 +103,14 @@ def rope_append_kv(
         raise BackendError(
             f"rope_append_kv cannot run on backend cuda: {obstacle}; use backend triton"
         )
+    chosen = choose_backend("rope_append_kv", available, q.device, backend)
+    if norms is not None:
+        check_head_norm(q, k, norms)
+        if chosen is not Backend.CUDA or not normalizes(norms, q):
+            weights = norms.q_weight, norms.k_weight
+            own = None if chosen is Backend.CUDA else chosen
+            q, k = head_norm(q, k, *weights, norm=norms.norm, axis=norms.axis, backend=own)
+            norms = None
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arguments = (
         q,
@@ -114,11 +127,11 @@ def rope_append_kv(
         clip_ratio,
         key_offset,
     )
-    match choose_backend("rope_append_kv", available, q.device, backend):
+    match chosen:
         case Backend.CUDA:
             from quatom.ops.rope_append_kv.cuda import rope_append_kv_cuda
 
-            rope_append_kv_cuda(*arguments, settled)
+            rope_append_kv_cuda(*arguments, settled, norms)
         case Backend.TRITON:
             from quatom.ops.rope_append_kv.triton import rope_append_kv_triton
 

@@ -6,8 +6,9 @@
 //
 // Compiled by NVRTC with N (4 or 8), HEAD_DIM, BLOCK_SIZE (tokens of a page), BITS (of a cached number: 4, 8 or 16),
 // INPUT_BF16, CACHE_BF16, ROTATE_KEYS (K is stored after rotary embedding), HADAMARD (q and k of a
-// head are multiplied by a Hadamard matrix, or by its block form) and SETTLED (no kernel that may still run writes
-// positions or slots: they are read, and cosines with them, before the wait for the last kernel) defined.
+// head are multiplied by a Hadamard matrix, or by its block form), NORMED (q and k of a head are normalized first),
+// WEIGHT_OFFSET (0 or 1, added to the norm's weights) and SETTLED (no kernel that may still run writes positions or slots:
+// they are read, and cosines with them, before the wait for the last kernel) defined.
 
 constexpr int HALF = HEAD_DIM / 2;
 constexpr int ACTIVE = HALF / N;  // lanes that hold channels
@@ -29,11 +30,14 @@ struct Parameters {
   u16* rotated;                // (T, H, D)
   u8* storage;                 // (P, KV, RECORD)
   const float* key_offset;     // (KV, D), taken from K once it is rotated; or null
+  const u16* q_weight;         // (D,) each, of the norms
+  const u16* k_weight;
   long long q_token_stride, k_token_stride, v_token_stride;
   int q_head_stride, k_head_stride, v_head_stride;
   int tokens, heads, kv_heads;
   float margin;  // half of what clipping takes from a row's range
   float norm;    // 1 / sqrt of the channels that HADAMARD mixes
+  float eps;     // of NORMED
 };
 
 template <bool BF16>
@@ -94,6 +98,30 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[N]) {
     x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
   }
 }
+
+#if NORMED
+// Numbers as they are in the input's format.
+__device__ __forceinline__ void round_halves(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    const u32 word = pack<INPUT_BF16>(x[i], x[i + 1]);
+    x[i] = low_half<INPUT_BF16>(word);
+    x[i + 1] = high_half<INPUT_BF16>(word);
+  }
+}
+
+// Normalized channels times their weights; without an offset of the weight they are rounded before that too.
+__device__ __forceinline__ void scale_normed(float (&x)[N], float inverse, const u16* weight) {
+  float factors[N];
+  load_halves(weight, factors);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] *= inverse;
+  if (!WEIGHT_OFFSET) round_halves(x);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] *= factors[i] + float(WEIGHT_OFFSET);
+  round_halves(x);
+}
+#endif
 
 // A Hadamard matrix times each block of a head: `mixed` neighbouring channels, the largest power of two in HALF, and
 // their partners. Channels whose numbers differ in one bit meet, bit after bit.
@@ -237,6 +265,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(const Param
     load_halves(from + N * lane, low);
     load_halves(from + HALF + N * lane, high);
   }
+#if NORMED
+  float squares = 0.0f;  // lanes without channels hold zeros
+#pragma unroll
+  for (int i = 0; i < N; ++i) squares = fmaf(low[i], low[i], fmaf(high[i], high[i], squares));
+#pragma unroll
+  for (int d = 1; d < LANES; d *= 2) squares += __shfl_xor_sync(ALL, squares, d);
+  if (active && !is_v) {
+    const float inverse = __frcp_rn(__fsqrt_rn(fmaf(squares, 1.0f / HEAD_DIM, p.eps)));
+    const u16* weight = (is_q ? p.q_weight : p.k_weight) + N * lane;
+    scale_normed(low, inverse, weight);
+    scale_normed(high, inverse, weight + HALF);
+  }
+#endif
   if (TURNED) {
 #if !SETTLED
     float cosines[N], sines[N];

@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quatom.families.spec import Norm
 from quatom.numerics.hadamard import hadamard_block
 from quatom.numerics.kv_pages import KVPages
 from quatom.ops.cuda_build import (
@@ -15,6 +16,7 @@ from quatom.ops.cuda_build import (
     load_kernel,
     read_source,
 )
+from quatom.ops.head_norm import HeadNorms
 
 _THREADS = 128
 _WIDE_FROM = 64
@@ -33,6 +35,8 @@ class _Parameters(ctypes.Structure):
         ("rotated", ctypes.c_void_p),
         ("storage", ctypes.c_void_p),
         ("key_offset", ctypes.c_void_p),
+        ("q_weight", ctypes.c_void_p),
+        ("k_weight", ctypes.c_void_p),
         ("q_token_stride", ctypes.c_int64),
         ("k_token_stride", ctypes.c_int64),
         ("v_token_stride", ctypes.c_int64),
@@ -44,6 +48,7 @@ class _Parameters(ctypes.Structure):
         ("kv_heads", ctypes.c_int32),
         ("margin", ctypes.c_float),
         ("norm", ctypes.c_float),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -82,6 +87,18 @@ def cuda_obstacle(
     return None
 
 
+def normalizes(norms: HeadNorms, q: Tensor) -> bool:
+    """Whether append.cu normalizes q and k as asked, each head by the lanes that hold it."""
+    norm, weights = norms.norm, (norms.q_weight, norms.k_weight)
+    return (
+        norms.axis == "head"
+        and norm.kind == "rms"
+        and norm.weight_offset in (0.0, 1.0)
+        and all(w.dtype is q.dtype and w.is_contiguous() for w in weights)
+        and not any(w.data_ptr() % 16 for w in weights)
+    )
+
+
 @cache
 def _kernel(constants: tuple[tuple[str, int], ...], device: int) -> CudaKernel:
     source = read_source("quatom.ops.rope_append_kv", "append.cu")
@@ -97,6 +114,7 @@ def defines(
     *,
     rotate_keys: bool,
     hadamard: bool,
+    norm: Norm | None = None,
     settled: bool = False,
 ) -> dict[str, int]:
     """The constants that append.cu is compiled with."""
@@ -109,6 +127,8 @@ def defines(
         "CACHE_BF16": int(pages.dtype == "bfloat16"),
         "ROTATE_KEYS": int(rotate_keys),
         "HADAMARD": int(hadamard),
+        "NORMED": int(norm is not None),
+        "WEIGHT_OFFSET": 0 if norm is None else int(norm.weight_offset),
         "SETTLED": int(settled),
     }
 
@@ -128,6 +148,7 @@ def rope_append_kv_cuda(
     clip_ratio: float,
     key_offset: Tensor | None,
     settled: bool,
+    norms: HeadNorms | None,
 ) -> None:
     """See `rope_append_kv`; writes q into `rotated`. A call that has no `cuda_obstacle`."""
     tokens, heads, head_dim = q.shape
@@ -140,6 +161,7 @@ def rope_append_kv_cuda(
         width,
         rotate_keys=rotate_keys_in_cache,
         hadamard=rotate_kv,
+        norm=None if norms is None else norms.norm,
         settled=settled,
     )
     kernel = _kernel(tuple(constants.items()), q.device.index)
@@ -155,6 +177,8 @@ def rope_append_kv_cuda(
         rotated=rotated.data_ptr(),
         storage=pages.storage.data_ptr(),
         key_offset=None if key_offset is None else key_offset.data_ptr(),
+        q_weight=None if norms is None else norms.q_weight.data_ptr(),
+        k_weight=None if norms is None else norms.k_weight.data_ptr(),
         q_token_stride=q.stride(0),
         k_token_stride=k.stride(0),
         v_token_stride=v.stride(0),
@@ -166,6 +190,7 @@ def rope_append_kv_cuda(
         kv_heads=kv_heads,
         margin=0.5 * (1.0 - clip_ratio),
         norm=hadamard_block(head_dim) ** -0.5,
+        eps=0.0 if norms is None else norms.norm.eps,
     )
     lanes = 1 << (head_dim // (2 * width) - 1).bit_length()
     ctas = -(-tokens * (heads + 2 * kv_heads) * lanes // _THREADS)

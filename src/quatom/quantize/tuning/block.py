@@ -8,7 +8,7 @@ operation, which autograd follows.
 from torch import Tensor
 
 from quatom.families.spec import SiteName
-from quatom.modeling.block import DecoderBlock
+from quatom.modeling.block import DecoderBlock, summed
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
 from quatom.modeling.linear import FloatLinear, SiteLinear
@@ -53,7 +53,10 @@ class TunedBlock(DecoderBlock):
         """As that of the block."""
         x, residual = self._input("qkv", "attention", hidden, residual)
         q, k, v = self.heads(self.linears["qkv"](x))
-        return self.after_attention(self._attend(q, k, v, context, rotary), residual)
+        q, k = self.heads.normalize(q, k)
+        attended = self._attend(q, k, v, context, rotary)
+        hidden_or_sum, residual = self.after_attention(attended, residual)
+        return summed(hidden_or_sum), residual
 
     def _attend(
         self,
