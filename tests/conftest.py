@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import gpu_share
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 LLAMA = {
@@ -175,6 +177,13 @@ def no_checks_without_effect():
 
     assert not interpreter_builder.options.debug
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+@pytest.fixture
+def whole_gpu() -> None:
+    """For tests that compare the memory of the whole GPU: they are exact where nobody shares it."""
+    if reason := gpu_share.why_shared():
+        pytest.skip(f"this test measures the memory of the whole GPU, which is shared: {reason}")
 
 
 def pytest_collection_finish() -> None:

@@ -105,6 +105,7 @@ def test_preemptions_are_counted(loaded, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 def test_a_run_on_a_gpu_stays_within_its_budget():
     model = random_model("tiny", PRESETS["atom-w4a4kv4"], device="cuda")
     gpu_memory = (bytes_in_use(model) + 4 * GIB) / GIB

@@ -1,9 +1,15 @@
 """Which devices and backends decode through CUDA graphs."""
 
+import gc
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from quatom.benchmark import timing
 from quatom.engine.cuda_graphs import can_capture, size_classes
+from quatom.engine.graph_pool import GraphPool
 from quatom.engine.prefill_graphs import PrefillGraphs, prefill_sizes
 from quatom.errors import BackendError
 
@@ -67,3 +73,72 @@ def test_large_steps_are_hardly_padded():
         2048,
         None,
     ]
+
+
+class Garbage:
+    """What only the garbage collector can free."""
+
+    def __init__(self):
+        self.itself = self
+
+
+class Stream:
+    """A stream on a machine without a GPU."""
+
+    def __init__(self, *_):
+        pass
+
+    def wait_stream(self, _):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class Graph:
+    """A graph that captures nothing."""
+
+    def capture_begin(self, **_):
+        pass
+
+    def capture_end(self):
+        pass
+
+
+def capture_of_the_engine(inside):
+    with GraphPool("cuda").capture():
+        inside()
+
+
+def capture_of_a_measurement(inside):
+    timing._capture([inside], 1, None)
+
+
+@pytest.mark.parametrize("capture", [capture_of_the_engine, capture_of_a_measurement])
+@pytest.mark.parametrize("collects", [True, False])
+def test_nothing_is_collected_while_a_graph_is_captured(capture, collects, monkeypatch):
+    """Freeing an older graph, or a Triton kernel, that garbage holds would end the capture."""
+    for name, value in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "current_stream": Stream,
+        "graph_pool_handle": lambda: None,
+        "stream": lambda _: nullcontext(),
+        "graph": lambda *_, **__: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    seen = []
+
+    def inside():
+        garbage = weakref.ref(Garbage())
+        kept = [[] for _ in range(10 * gc.get_threshold()[0])]  # enough for several collections
+        seen.append(garbage() is not None and len(kept) > 0)
+
+    was = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        capture(inside)
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if was else gc.disable)()
+    assert seen[-1]

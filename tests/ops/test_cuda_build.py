@@ -16,6 +16,8 @@ from quatom.ops.activations import QuantizeSpec
 from quatom.ops.cuda_build import compile_cubin
 from quatom.ops.quantize_variants import choose_variant
 
+GLOBAL_WRITE = r"\b(STG|RED|ATOMG?)\b"
+GLOBAL_ACCESS = r"\b(LDG|STG|RED|ATOMG?|UBLKCP)\b"
 SOURCE = 'extern "C" __global__ void fill(int* out) { out[threadIdx.x] = VALUE; }'
 
 
@@ -170,7 +172,8 @@ def test_the_append_kernel_keeps_heads_of_any_size_in_registers(
     source = cuda_build.read_source("quatom.ops.rope_append_kv", "append.cu")
     sass = disassemble(compile_cubin(source, "sm_90a", constants), tmp_path)
     assert f"LDG.E.{16 * width}" in sass
-    assert "LDG" not in sass.partition("ACQBULK")[0]  # all it reads may be the last kernel's result
+    # All that it reads may be the last kernel's result, all that it writes may be read by that one.
+    assert not re.search(GLOBAL_ACCESS, sass.partition("ACQBULK")[0])
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
     constants = defines(pages, torch.bfloat16, width, rotate_keys=True, hadamard=True, settled=True)
@@ -205,10 +208,14 @@ def test_the_decode_kernel_of_any_head_size_keeps_to_registers(
     cubin = compile_decode(arch, config, *shape, **options)
     sass = disassemble(cubin, tmp_path)
     assert ("UBLKCP" in sass) == (capability == (9, 0) and head_dim % 32 == 0)
-    before, waits, _ = sass.partition("ACQBULK")
-    assert not waits or "LDG" not in before
+    kernels = re.split(r"\.section\s+\.text\.", sass)[1:]
+    assert len(kernels) == 2  # decode and merge
+    for kernel in kernels:
+        before, waits, _ = kernel.partition("ACQBULK")
+        assert bool(waits) == config.bulk
+        assert not waits or not re.search(GLOBAL_ACCESS, before)
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    if not waits or not config.bulk:
+    if not config.bulk:
         return
 
     cubin = compile_decode(arch, config, *shape, **options, settled=True, stream=True)
@@ -251,6 +258,7 @@ def test_results_of_the_kernel_before_are_read_after_the_wait_for_it(
     before, wait, after = sass.partition("ACQBULK")
     assert wait
     assert "LDG" in after
+    assert not re.search(GLOBAL_WRITE, before)
     assert not re.search(r"LDG\S*CONSTANT", sass)
     # Before it parameters alone are read, and all of them: weight and bias of the norm, the order
     # of the first groups. Read later, they would queue after the weights of the next linear layer.

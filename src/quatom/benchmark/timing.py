@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from quatom.engine.host_memory import no_garbage_collection
+
 L2_BYTES_TO_ROTATE = 128 * 2**20
 """Copies of an operand that rotate hold at least this much together: 2.5 times an H100's L2."""
 
@@ -88,7 +90,7 @@ def _capture(
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    with no_garbage_collection(), torch.cuda.graph(graph, pool=pool, stream=stream):
         for call in sequence:
             call()
     return graph, len(sequence)

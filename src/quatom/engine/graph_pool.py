@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quatom.engine.host_memory import no_garbage_collection
+
 _INTEGERS = {1: ("|u1", torch.uint8), 2: ("<i2", torch.int16), 4: ("<i4", torch.int32)}
 """Of an element's size: the type that every array library knows."""
 
@@ -40,7 +42,7 @@ class GraphPool:
         hundreds of captures.
         """
         graph = torch.cuda.CUDAGraph()
-        with self.stream():
+        with self.stream(), no_garbage_collection():
             graph.capture_begin(pool=self._pool)
             try:
                 yield graph

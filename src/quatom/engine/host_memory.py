@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 KEPT_BYTES = 256 * 2**20
@@ -33,3 +35,19 @@ def forget_startup() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect no garbage inside; afterwards collection is as it was before.
+
+    Garbage may hold a CUDA graph or a loaded kernel. CUDA forbids destroying either while a stream
+    captures, and ends the capture with an error.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
