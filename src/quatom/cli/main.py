@@ -92,9 +92,9 @@ def _show_log() -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
-    logger = logging.getLogger("quatom")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logging.getLogger("quatom").handlers = [handler]
+    for part in ("quatom.ops", "quatom.quantize"):
+        logging.getLogger(part).setLevel(logging.INFO)
 
 
 def _on_one_line(text: str) -> str:
