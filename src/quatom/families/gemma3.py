@@ -44,6 +44,6 @@ GEMMA3 = Family(
     name="gemma3",
     architectures=("Gemma3ForCausalLM",),
     model_type="gemma3_text",
-    models="Gemma 3 270M and 1B, text models of the larger ones",
+    models="Gemma 3 270M and 1B, the language part of 4B, 12B and 27B",
     read=read,
 )
