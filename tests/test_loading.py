@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quatom.checkpoint.reader import open_source
-from quatom.errors import BackendError, CheckpointError, RecipeError
+from quatom.errors import BackendError, CheckpointError, RecipeError, ShapeError
 from quatom.loading import load
 from quatom.modeling.linear import FloatLinear, QuantizedLinear
 from quatom.ops.backend import Backend
@@ -16,6 +16,7 @@ from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from tests.checkpoint.models import CONFIG, write_model
 from tests.conftest import write_byte_tokenizer
+from tests.families.models import save_tiny
 
 SMALL = CONFIG | {"vocab_size": 260, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -158,3 +159,10 @@ def test_quantizing_refuses_the_same_before_anything_is_written(
     with pytest.raises(error, match=message):
         quantize_checkpoint(source_dir, tmp_path / "q", **{"recipe": "w8a8", **wrong})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_could_not_run_is_not_quantized(tmp_path):
+    folder = save_tiny(tmp_path / "m", "qwen3", head_dim=32)
+    with pytest.raises(ShapeError, match="head_dim 32 is not supported; the paged cache has 64"):
+        quantize_checkpoint(folder, tmp_path / "q", "w8a8")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

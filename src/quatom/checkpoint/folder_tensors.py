@@ -23,6 +23,7 @@ _LANGUAGE_PARTS = {"model.language_model.": "model.", "language_model.": ""}
 # Parts of a larger model that read no token of text.
 _OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|embed_vision|audio_tower)\."
+    r"|(model\.)?image_newline$"
 )
 _ADAPTER = re.compile(r"\.lora_[ABE]|\.lora_embedding_|\.lora_magnitude_vector|\.modules_to_save\.")
 # Buffers that older releases of transformers saved, which are computed from config.json.

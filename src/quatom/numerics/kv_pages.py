@@ -42,6 +42,15 @@ BLOCK_MULTIPLE = 16
 """Tokens per block must be a multiple of this: the rows of a tensor-core tile."""
 
 
+def check_head_dim(head_dim: int) -> None:
+    """Raise ShapeError if the paged cache has no heads of this size."""
+    if head_dim not in HEAD_DIMS:
+        raise ShapeError(
+            f"head_dim {head_dim} is not supported; the paged cache has "
+            f"{', '.join(map(str, HEAD_DIMS))}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class KVPages:
     """K and V of one layer in P blocks of S tokens, quantized or not."""
@@ -75,11 +84,7 @@ class KVPages:
             raise ShapeError(
                 f"KV dtype must be one of {', '.join(get_args(KVDtype))}, got {dtype!r}"
             )
-        if head_dim not in HEAD_DIMS:
-            raise ShapeError(
-                f"head_dim {head_dim} is not supported; the paged cache has "
-                f"{', '.join(map(str, HEAD_DIMS))}"
-            )
+        check_head_dim(head_dim)
         if block_size < BLOCK_MULTIPLE or block_size % BLOCK_MULTIPLE:
             raise ShapeError(
                 f"block_size {block_size} is not a positive multiple of {BLOCK_MULTIPLE} tokens"

@@ -21,6 +21,7 @@ from quatom.checkpoint.schema import bits_per_weight
 from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
 from quatom.checkpoint.writer import CheckpointWriter
 from quatom.errors import CalibrationError, RecipeError, unknown
+from quatom.numerics.kv_pages import check_head_dim
 from quatom.ops.backend import Backend
 from quatom.placement import default_dtype, usable_backend, usable_device, usable_dtype
 from quatom.plan import ModelPlan, plan
@@ -85,6 +86,7 @@ def quantize_checkpoint(
         CheckpointError: the source is damaged, the target exists or cannot be written.
         CalibrationError: the text is missing or too short.
         RecipeError: the recipe is unknown, does not quantize, or does not fit the model's sizes.
+        ShapeError: no cache holds heads of that size, so that the checkpoint could not run.
         QuantizationError: a layer cannot be quantized.
     """
     ranks = Ranks.current()
@@ -100,6 +102,8 @@ def quantize_checkpoint(
         backend = usable_backend(backend)
         opened = source if isinstance(source, TensorSource) else open_source(source)
         resolved = plan(opened.model_config, recipe)
+        for layer in resolved.layers:
+            check_head_dim(layer.spec.attention.head_dim)
         check_tuning(resolved, ranks)
         dtype = asked or default_dtype(opened, place)
         tokens = _calibration_tokens(opened, recipe, calibration)
