@@ -30,10 +30,12 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
         raise BackendError(f"unknown device {device!r}: use cpu or cuda") from error
     if place.type not in ("cpu", "cuda"):
         raise BackendError(f"device {device!r} is not supported: use cpu or cuda")
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if place.type == "cpu":
+        return place
+    if not torch.cuda.is_available():
         raise BackendError("device 'cuda' was asked for but torch sees no GPU: use cpu")
-    count = torch.cuda.device_count() if place.type == "cuda" else 0
-    if place.type == "cuda" and place.index is not None and place.index >= count:
+    count = torch.cuda.device_count()
+    if place.index is not None and place.index >= count:
         raise BackendError(f"device {device!r} was asked for but torch sees {count} GPU(s)")
     return place
 

@@ -143,7 +143,7 @@ ROUTERS = [
 """(experts, chosen ones, options, whether there is a bias or a correction)"""
 
 
-# How many numbers a weight is the sum of changes nothing in how experts are chosen.
+# Into how many parts the weight is cut changes nothing in how experts are chosen.
 @pytest.mark.parametrize(
     ("tokens", "router", "parts", "dtype"),
     [

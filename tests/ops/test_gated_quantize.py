@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from tests.covering import covering
+from tests.ops.codes import assert_near
 
 from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout
@@ -56,17 +57,7 @@ def test_kernels_match_the_reference(backend, byte_layout, scheme, inputs, devic
     )
     got = gated_quantize(gate_up.to(device), spec, "silu", True, backend=backend)
     want = gated_quantize(gate_up, spec, "silu", True, backend=Backend.REFERENCE)
-    (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
-    # exp differs by ulps of float32: a scale by one float16 step, and codes next to a tie by one.
-    torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
-    difference = (codes.cpu() - want_codes).abs()
-    assert (difference != 0).float().mean() <= 1e-3
-    step = 1.0
-    if normal == "e4m3":
-        step = want_codes.abs().clamp(min=8) / 8
-    elif scale_mode == "multiples" and byte_layout == "groups":
-        step = 16.0  # a code of the largest multiple, or a multiple of the largest code
-    assert (difference <= step).all()
+    assert_near(got, want, spec)  # exp differs by ulps of float32
 
 
 SCALE_MODES = ("group", "multiples")
@@ -92,13 +83,7 @@ def test_kernels_match_the_reference_for_every_activation(
     spec = QuantizeSpec(layout=layout, scale_mode=scale_mode, byte_layout=byte_layout)
     got = gated_quantize(x.to(device), spec, activation, has_gate, backend=backend)
     want = gated_quantize(x, spec, activation, has_gate, backend=Backend.REFERENCE)
-    (codes, scales), (want_codes, want_scales) = got.canonical(), want.canonical()
-    # Functions differ by ulps of float32: see above.
-    torch.testing.assert_close(scales.cpu(), want_scales, rtol=2**-10, atol=0)
-    difference = (codes.cpu() - want_codes).abs()
-    assert (difference != 0).float().mean() <= 1e-3
-    multiplied = scale_mode == "multiples" and byte_layout == "groups"
-    assert difference.max() <= (16 if multiplied else 1)
+    assert_near(got, want, spec)  # functions differ by ulps of float32
 
 
 @pytest.mark.parametrize(("activation", "has_gate"), FORMS)

@@ -1,5 +1,7 @@
 """head_norm: the reference against transformers and float64, the kernel against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.covering import covering
@@ -7,7 +9,7 @@ from tests.covering import covering
 from quatom.errors import ShapeError
 from quatom.families.spec import Norm
 from quatom.ops.backend import Backend
-from quatom.ops.head_norm import head_norm
+from quatom.ops.head_norm import HeadNorms, head_norm
 
 NORMS = {
     "rms": Norm(eps=1e-5),
@@ -33,7 +35,7 @@ def make(tokens, heads, kv_heads, head_dim, dtype=torch.float32, axis="head", de
 @pytest.mark.parametrize("axis", ["head", "all"])
 def test_the_reference_is_the_formula_in_float64(axis, norm):
     q, k, *weights = make(3, 4, 2, 96, axis=axis)
-    got = head_norm(q, k, *weights, norm=norm, axis=axis)
+    got = head_norm(q, k, HeadNorms(*weights, norm, axis))
     for x, weight, out in zip((q, k), weights, got, strict=True):
         rows = (x if axis == "head" else x.flatten(1)).double()
         if norm.kind == "layer":
@@ -52,7 +54,7 @@ def test_it_rounds_as_transformers_does(dtype):
     q, k, q_weight, k_weight = make(5, 4, 2, 64, dtype)
     for theirs, norm in ((Qwen3RMSNorm, NORMS["rms"]), (Gemma3RMSNorm, NORMS["rms of 1 + w"])):
         module = theirs(64, eps=1e-5)
-        got = head_norm(q, k, q_weight, k_weight, norm=norm, axis="head")
+        got = head_norm(q, k, HeadNorms(q_weight, k_weight, norm, "head"))
         for x, weight, out in zip((q, k), (q_weight, k_weight), got, strict=True):
             module.weight.data = weight
             assert torch.equal(out, module(x))
@@ -68,9 +70,10 @@ SHAPES = [(1, 1, 64), (9, 3, 100), (16, 2, 128), (4, 1, 256)]
     covering(("head", "all"), SHAPES, list(NORMS), (torch.float16, torch.float32)),
 )
 def test_the_kernel_matches_the_reference(axis, shape, norm, dtype, device):
-    norm, arguments = NORMS[norm], make(5, *shape, dtype, axis, device)
-    got = head_norm(*arguments, norm=norm, axis=axis, backend=Backend.TRITON)
-    want = head_norm(*arguments, norm=norm, axis=axis, backend=Backend.REFERENCE)
+    norm, (q, k, *weights) = NORMS[norm], make(5, *shape, dtype, axis, device)
+    norms = HeadNorms(*weights, norm, axis)
+    got = head_norm(q, k, norms, backend=Backend.TRITON)
+    want = head_norm(q, k, norms, backend=Backend.REFERENCE)
     # Sums add up in another order: some ulps of float32, which may move the rounding of a float16
     # value and, through it, that of the product, by one step each. A difference from the mean may
     # cancel, so its ulps are those of numbers around 8.
@@ -82,20 +85,19 @@ def test_the_kernel_matches_the_reference(axis, shape, norm, dtype, device):
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
 def test_no_tokens_are_no_work(backend, device):
-    q, k = head_norm(
-        *make(0, 4, 2, 64, device=device), norm=NORMS["rms"], axis="head", backend=backend
-    )
+    q, k, *weights = make(0, 4, 2, 64, device=device)
+    q, k = head_norm(q, k, HeadNorms(*weights, NORMS["rms"], "head"), backend=backend)
     assert q.shape == (0, 4, 64)
     assert k.shape == (0, 2, 64)
 
 
 def test_errors_name_the_shapes():
     q, k, q_weight, k_weight = make(2, 4, 2, 64)
-    norm = NORMS["rms"]
+    norms = HeadNorms(q_weight, k_weight, NORMS["rms"], "head")
     with pytest.raises(ShapeError, match=r"k \(T, KV, D\) of one dtype, got .*\(2, 2, 32\)"):
-        head_norm(q, k[..., :32], q_weight, k_weight, norm=norm, axis="head")
+        head_norm(q, k[..., :32], norms)
     with pytest.raises(ShapeError, match=r"a weight \(256,\) for q \(2, 4, 64\), got \(64,\)"):
-        head_norm(q, k, q_weight, k_weight, norm=norm, axis="all")
+        head_norm(q, k, replace(norms, axis="all"))
     biased = Norm(eps=1e-5, kind="layer", bias=True)
     with pytest.raises(ShapeError, match="has a bias"):
-        head_norm(q, k, q_weight, k_weight, norm=biased, axis="head")
+        head_norm(q, k, replace(norms, norm=biased))

@@ -171,9 +171,7 @@ def test_heads_are_normalized_before_they_turn(tokens, head_dim, norm, axis, kv,
     norms = make_norms(q, k, norm, axis)
     pages, expected = (make_pages(kv, 3, head_dim) for _ in range(2))
     got = rope_append_kv(q, k, *rest, pages, norms=norms, rotate_kv=True, backend=backend)
-    normed = head_norm(
-        q, k, norms.q_weight, norms.k_weight, norm=norm, axis=axis, backend="reference"
-    )
+    normed = head_norm(q, k, norms, backend="reference")
     want = rope_append_kv(*normed, *rest, expected, rotate_kv=True, backend="reference")
     # An ulp of the sum of squares moves a few normalized numbers by one or two steps of their
     # dtype; a channel of the Hadamard matrix's result is the sum of a share of all, up to 8.

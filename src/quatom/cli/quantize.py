@@ -125,7 +125,6 @@ def _quantize(
         print_table,
         read_recipe,
     )
-    from quatom.placement import usable_dtype
     from quatom.presets import PRESETS
     from quatom.quantize.pipeline import REPORT_FILE, quantize_checkpoint
     from quatom.quantize.ranks import Ranks
@@ -148,7 +147,6 @@ def _quantize(
                 raise typer.BadParameter("random weights read random tokens, no --calibration")
             opened = random_source(source.removeprefix("random:"), device=device)
             tokens = random_tokens(opened.model_config, chosen.calibration)
-        number_format = usable_dtype(dtype)
     started = time.perf_counter()
     text = chosen.calibration
     processes = f", {ranks.count} processes" if ranks.count > 1 else ""
@@ -180,7 +178,7 @@ def _quantize(
             chosen,
             calibration=tokens,
             device=device,
-            dtype=number_format,
+            dtype=dtype,
             resume=resume,
             on_start=begun,
             on_block=finished,

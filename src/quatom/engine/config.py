@@ -1,6 +1,6 @@
 """EngineConfig: how much runs at once, and where its KV cache comes from."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -24,14 +24,6 @@ _SWITCHES = (
     "overlap",
     "cuda_graphs",
     "keep_freed_memory",
-)
-_MAY_BE_NONE = (
-    "max_prefill_chunk",
-    "max_model_len",
-    "max_waiting",
-    "kv_cache_memory",
-    "overlap",
-    "prefill_graph_tokens",
 )
 
 
@@ -74,9 +66,10 @@ class EngineConfig:
     about a fifth of a decode step on a CPU, and changes the allocator of the whole process."""
 
     def __post_init__(self) -> None:
+        optional = {field.name for field in fields(self) if field.default is None}
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise EngineError(f"{name} must be an integer, got {value!r:.60}")
@@ -84,7 +77,7 @@ class EngineConfig:
                 raise EngineError(f"{name} must be at least {least}, got {value}")
         for name in _SWITCHES:
             value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name in _MAY_BE_NONE):
+            if not isinstance(value, bool) and not (value is None and name in optional):
                 raise EngineError(f"{name} must be true or false, got {value!r:.60}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise EngineError(

@@ -107,7 +107,7 @@ def find_data(task: str, data_dir: Path) -> dict[str, Path]:
         if not paths:
             raise CalibrationError(
                 f"{data_dir / task / names[0]} does not exist: put the rows of {task}'s {split} "
-                "split there, one JSON object a line, or leave --data-dir out to download them"
+                "split there, one JSON object per line, or leave --data-dir out to download them"
             )
         found[split] = paths[0]
     return found

@@ -4,7 +4,7 @@ from quatom.errors import ModelError
 from quatom.families.decoder import Family, decoder, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary, one_rope
-from quatom.families.sizes import layer_types, read_sizes, windows
+from quatom.families.sizes import layer_types, periodic_layer_types, read_sizes, windows
 from quatom.families.spec import ModelConfig, Norm
 
 
@@ -50,14 +50,8 @@ def _layer_types(keys: Keys, layers: int, window: int | None) -> tuple[str, ...]
         )
     if window is None:
         return layer_types(keys, ("full_attention",) * layers)
-    every = 4 if pattern is None or isinstance(pattern, str) else pattern
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ModelError(
-            f"config key {keys.show('sliding_window_pattern')} must be a positive integer: every "
-            "how many layers one sees everything"
-        )
-    default = ["sliding_attention" if n % every else "full_attention" for n in range(1, layers + 1)]
-    return layer_types(keys, default)
+    every = 4 if isinstance(pattern, str) else keys.integer("sliding_window_pattern", default=4)
+    return periodic_layer_types(keys, layers, every=every)
 
 
 EXAONE4 = Family(

@@ -7,7 +7,7 @@ from quatom.families.decoder import Family, decoder, read_feed_forward
 from quatom.families.gemma import gemma_norm
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary, one_rope
-from quatom.families.sizes import Sizes, layer_types, read_sizes, windows
+from quatom.families.sizes import Sizes, periodic_layer_types, read_sizes, windows
 from quatom.families.spec import ModelConfig
 
 
@@ -22,7 +22,7 @@ def read(keys: Keys) -> ModelConfig:
         keys,
         sizes,
         one_rope(keys, sizes),
-        gemma_layer_types(keys, sizes.layers, every=2),
+        periodic_layer_types(keys, sizes.layers, every=2),
         family="gemma2",
         score_softcap=keys.number_or_none("attn_logit_softcapping", default=50.0),
         logit_softcap=keys.number_or_none("final_logit_softcapping", default=30.0),
@@ -57,14 +57,6 @@ def gemma(
         embedding_multiplier=sqrt(sizes.hidden),
         **own,
     )
-
-
-def gemma_layer_types(keys: Keys, layers: int, *, every: int) -> tuple[str, ...]:
-    """Full attention in every `every`-th layer, unless config.json lists the types."""
-    default = [
-        "sliding_attention" if layer % every else "full_attention" for layer in range(1, layers + 1)
-    ]
-    return layer_types(keys, default)
 
 
 GEMMA2 = Family(

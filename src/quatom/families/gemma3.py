@@ -2,10 +2,10 @@
 
 from quatom.families.decoder import Family
 from quatom.families.gemma import gemma_norm
-from quatom.families.gemma2 import gemma, gemma_layer_types
+from quatom.families.gemma2 import gemma
 from quatom.families.keys import Keys
 from quatom.families.rope import ropes_by_layer_type
-from quatom.families.sizes import read_sizes
+from quatom.families.sizes import periodic_layer_types, read_sizes
 from quatom.families.spec import ModelConfig
 
 
@@ -18,7 +18,7 @@ def read(keys: Keys) -> ModelConfig:
     keys.only("attn_logit_softcapping")  # transformers has the key and does not apply it
     sizes = read_sizes(keys, max_position=131_072, kv_heads=4, head_dim=256)
     every = keys.integer("sliding_window_pattern", default=6)
-    types = gemma_layer_types(keys, sizes.layers, every=every)
+    types = periodic_layer_types(keys, sizes.layers, every=every)
     rotary = ropes_by_layer_type(
         keys,
         sizes,

@@ -4,7 +4,7 @@ from quatom.errors import ModelError
 from quatom.families.decoder import Family, decoder, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary, one_rope, ropes_by_layer_type
-from quatom.families.sizes import Sizes, layer_types, read_sizes, windows
+from quatom.families.sizes import Sizes, periodic_layer_types, read_sizes, windows
 from quatom.families.spec import ModelConfig, Norm
 
 _THETA = 500_000.0
@@ -33,11 +33,7 @@ def read_olmo3(keys: Keys) -> ModelConfig:
             "for full_attention and one for sliding_attention"
         )
     sizes = read_sizes(keys, max_position=2048)
-    default = [
-        "sliding_attention" if layer % 4 else "full_attention"
-        for layer in range(1, sizes.layers + 1)
-    ]
-    types = layer_types(keys, default)
+    types = periodic_layer_types(keys, sizes.layers, every=4)
     rotary = ropes_by_layer_type(
         keys,
         sizes,

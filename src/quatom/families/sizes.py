@@ -67,6 +67,15 @@ def layer_types(keys: Keys, default: Sequence[str]) -> tuple[str, ...]:
     return tuple(_FULL if kind == "attention" else kind for kind in found or default)
 
 
+def periodic_layer_types(keys: Keys, layers: int, *, every: int) -> tuple[str, ...]:
+    """Full attention in every `every`-th layer, unless config.json lists the types.
+
+    Raises:
+        ModelError: as `layer_types`.
+    """
+    return layer_types(keys, [_SLIDING if n % every else _FULL for n in range(1, layers + 1)])
+
+
 def windows(types: Sequence[str], window: int | None) -> tuple[int | None, ...]:
     """Window of each layer, of its type.
 

@@ -29,7 +29,7 @@ from quatom.numerics.kv_pages import KVPages
 from quatom.ops.activations import MixedTensor
 from quatom.ops.attention import attention
 from quatom.ops.backend import Backend
-from quatom.ops.experts import ExpertSum, group_tokens
+from quatom.ops.experts import ExpertSum, group_tokens, summed
 from quatom.ops.head_norm import HeadNorms, head_norm
 from quatom.ops.rope_append_kv import rope_append_kv
 from quatom.plan import LayerPlan
@@ -69,13 +69,7 @@ class Heads(nn.Module):
         """Heads (T, H, D) and (T, KV, D) as rotary embedding takes them."""
         if (norms := self.norms) is None:
             return q, k
-        weights = norms.q_weight, norms.k_weight
-        return head_norm(q, k, *weights, norm=norms.norm, axis=norms.axis, backend=self.backend)
-
-
-def summed(hidden: Tensor | ExpertSum) -> Tensor:
-    """What a block gives, as numbers."""
-    return hidden.combine() if isinstance(hidden, ExpertSum) else hidden
+        return head_norm(q, k, norms, backend=self.backend)
 
 
 class DecoderBlock(nn.Module):

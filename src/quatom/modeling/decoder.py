@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from quatom.families.spec import ModelConfig
-from quatom.modeling.block import DecoderBlock, summed
+from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import ForwardContext, Stages
 from quatom.modeling.inputs import NormLayer
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import NormWeights
 from quatom.numerics.kv_pages import KVDtype, KVPages
 from quatom.ops.backend import Backend
-from quatom.ops.experts import ExpertSum
+from quatom.ops.experts import ExpertSum, summed
 from quatom.plan import LayerPlan
 
 FEW_ROWS = 64

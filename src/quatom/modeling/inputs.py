@@ -7,7 +7,7 @@ from quatom.modeling.weights import NormWeights
 from quatom.numerics.incoherence import Rotation
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend
-from quatom.ops.experts.groups import ExpertSum
+from quatom.ops.experts.groups import ExpertSum, summed
 from quatom.ops.gated import gated
 from quatom.ops.gated_quantize import gated_quantize
 from quatom.ops.norm import norm
@@ -81,12 +81,12 @@ class InputQuantizer(nn.Module):
 
         The sum is the residual of what comes next.
         """
-        if layer is None or self.spec is None:
-            x = x.combine() if isinstance(x, ExpertSum) else x
-            if layer is None:
-                total = x if residual is None else x + residual
-                return self.plain(total), total
-            normed, total = layer(x, residual)
+        if layer is None:
+            x = summed(x)
+            total = x if residual is None else x + residual
+            return self.plain(total), total
+        if self.spec is None:
+            normed, total = layer(summed(x), residual)
             return self.arrange(normed), total
         return norm_quantize(
             x,

@@ -29,7 +29,7 @@ from quatom.errors import ShapeError
 from quatom.numerics.groups import GroupLayout, ScaleMode
 from quatom.ops.activations import MixedTensor
 from quatom.ops.backend import Backend
-from quatom.ops.experts.groups import ExpertSum, combine, group_tokens
+from quatom.ops.experts.groups import ExpertSum, combine, group_tokens, summed
 from quatom.ops.experts.prepared import PreparedExperts
 from quatom.ops.experts.routing import Routing, TokenGroups
 from quatom.ops.linear import prepare_weights
@@ -45,6 +45,7 @@ __all__ = [
     "expert_linear",
     "group_tokens",
     "prepare_experts",
+    "summed",
 ]
 
 BACKENDS = (Backend.REFERENCE, Backend.CPU, Backend.TRITON, Backend.CUDA)

@@ -15,22 +15,20 @@ Axis = Literal["head", "all"]
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """How q and k are normalized: arguments of `head_norm`."""
+    """How q and k are normalized."""
 
-    q_weight: Tensor
-    k_weight: Tensor
+    q_weight: Tensor  # (D,), or (H * D,) for the axis "all"
+    k_weight: Tensor  # (D,), or (KV * D,)
     norm: Norm
     axis: Axis
+    """"head": each head by itself, all with one weight; "all": a token's heads together."""
 
 
 def head_norm(
     q: Tensor,  # (T, H, D) last axis contiguous; usually a view of the fused qkv output
     k: Tensor,  # (T, KV, D) same dtype as q, last axis contiguous
-    q_weight: Tensor,  # (D,) for axis "head", (H * D,) for axis "all"
-    k_weight: Tensor,  # (D,) for axis "head", (KV * D,) for axis "all"
+    norms: HeadNorms,
     *,
-    norm: Norm,
-    axis: Axis,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalize q and k, over the channels of each head or over those of all heads of a token.
@@ -38,8 +36,7 @@ def head_norm(
     The arithmetic and its rounding are those of `quatom.ops.norm`, without a bias.
 
     Args:
-        norm: kind, eps and offset.
-        axis: "head": each head by itself, all with one weight; "all": a token's heads together.
+        norms: weights, kind, eps and offset.
         backend: implementation to run; None picks the fastest one for q's device.
 
     Returns:
@@ -50,12 +47,12 @@ def head_norm(
 
     Source: Dehghani et al., ICML 2023, for norms of queries and keys.
     """
-    check_head_norm(q, k, HeadNorms(q_weight, k_weight, norm, axis))
+    check_head_norm(q, k, norms)
     if choose_backend("head_norm", BACKENDS, q.device, backend) is Backend.TRITON:
         from quatom.ops.head_norm.triton import head_norm_triton as run
     else:
         from quatom.ops.head_norm.reference import head_norm_reference as run
-    return run(q, k, q_weight, k_weight, norm, axis)
+    return run(q, k, norms.q_weight, norms.k_weight, norms.norm, norms.axis)
 
 
 def check_head_norm(q: Tensor, k: Tensor, norms: HeadNorms) -> None:

@@ -7,7 +7,7 @@ from quatom.families.spec import Norm
 from quatom.ops.activations import MixedTensor, QuantizeSpec
 from quatom.ops.backend import Backend, choose_backend
 from quatom.ops.cuda_quantize import can_quantize
-from quatom.ops.experts.groups import ExpertSum
+from quatom.ops.experts.groups import ExpertSum, summed
 from quatom.ops.norm import check_norm
 from quatom.ops.norm import norm as normalize
 from quatom.ops.norm_quantize.reference import norm_quantize_reference
@@ -72,8 +72,7 @@ def norm_quantize(
         from quatom.ops.norm_quantize.triton import norm_quantize_triton as run
     else:
         run = norm_quantize_reference
-    x = x.combine() if isinstance(x, ExpertSum) else x
-    return run(x, weight, order, spec, norm, bias, residual)
+    return run(summed(x), weight, order, spec, norm, bias, residual)
 
 
 def norm_and_quantize(

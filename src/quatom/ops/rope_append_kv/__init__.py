@@ -107,9 +107,7 @@ def rope_append_kv(
     if norms is not None:
         check_head_norm(q, k, norms)
         if chosen is not Backend.CUDA or not normalizes(norms, q):
-            weights = norms.q_weight, norms.k_weight
-            own = None if chosen is Backend.CUDA else chosen
-            q, k = head_norm(q, k, *weights, norm=norms.norm, axis=norms.axis, backend=own)
+            q, k = head_norm(q, k, norms, backend=None if chosen is Backend.CUDA else chosen)
             norms = None
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arguments = (

@@ -8,7 +8,7 @@ operation, which autograd follows.
 from torch import Tensor
 
 from quatom.families.spec import SiteName
-from quatom.modeling.block import DecoderBlock, summed
+from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
 from quatom.modeling.linear import FloatLinear, SiteLinear
@@ -20,6 +20,7 @@ from quatom.ops.activations import QuantizeSpec
 from quatom.ops.attention import AttentionOptions
 from quatom.ops.attention.reference import causal_attention
 from quatom.ops.backend import Backend
+from quatom.ops.experts import summed
 from quatom.ops.rope_append_kv.reference import rotate_halves
 from quatom.plan import LayerPlan
 from quatom.quantize.tuning.straight_through import quantize_head, quantize_input
