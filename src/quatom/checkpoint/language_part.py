@@ -18,9 +18,9 @@ WRAPPERS = (
 )
 """Architectures whose language part reads text as the model of its model_type does.
 
-Others do not: PaliGemma's sees a whole prompt at once, Qwen2-VL's has positions of its own. What the
-language model does to logits (a soft-cap, a divisor) is done here; transformers' classes of these
-architectures leave it out.
+Others do not: PaliGemma's sees a whole prompt at once, Qwen2-VL's has positions of its own. What
+the language model does to logits (a soft-cap, a divisor) is done here; transformers' classes of
+these architectures leave it out.
 """
 # Keys of the larger model that hold for its language part.
 _SHARED = (
