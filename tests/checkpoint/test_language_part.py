@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from quatom.checkpoint.language_part import language_part
+from quatom.checkpoint.language_part import WRAPPERS, language_part
 from quatom.checkpoint.reader import open_source, read_model_config
 from quatom.errors import ModelError
 from quatom.families.registry import read_config
@@ -34,21 +34,100 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-# model: (kind of its language part, keys of its own, kind of its vision part)
+SIGLIP = {"vision_config": {"model_type": "siglip_vision_model", **VISION}}
+CLIP = {"vision_config": {"model_type": "clip_vision_model", **VISION}}
+PIXTRAL = {"vision_config": {"model_type": "pixtral", **VISION}}
+OF_QWEN = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "embed_dim": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "mlp_ratio": 1,
+        "fullatt_block_indexes": [0],
+        "deepstack_visual_indexes": [0],
+    }
+}
+AUDIO = {
+    "audio_config": {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+}
+SAM = {
+    "vision_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "mlp_dim": 32,
+        "output_channels": 32,
+    }
+}
+INTERNVL = {"vision_config": {**VISION, "image_size": [28, 28], "patch_size": [14, 14]}}
+
+
+def of_images(section, **rope):
+    """Rotary parameters of a model whose image tokens have three positions."""
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "mrope_section": section,
+            **rope,
+        }
+    }
+
+
+WIDE = {"hidden_size": 128, **of_images([16, 8, 8])}
+GLM_MOE = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    **of_images([4, 6, 6], partial_rotary_factor=0.5),
+}
+# model: (kind of its language part, keys of that part, keys of the model)
 MODELS = {
-    "Gemma3": ("gemma3_text", {"mm_tokens_per_image": 4}, "siglip_vision_model"),
-    "Mistral3": ("mistral", {}, "pixtral"),
-    "Llava": ("llama", {"vision_feature_layer": -1}, "clip_vision_model"),
+    "Gemma3": ("gemma3_text", {}, {"mm_tokens_per_image": 4, **SIGLIP}),
+    "Mistral3": ("mistral", {}, PIXTRAL),
+    "Llava": ("llama", {}, {"vision_feature_layer": -1, **CLIP}),
+    "LlavaNext": ("llama", {}, {"vision_feature_layer": -1, **CLIP}),
+    "LlavaNextVideo": ("llama", {}, {"vision_feature_layer": -1, **CLIP}),
+    "LlavaOnevision": ("qwen2", {}, {"vision_feature_layer": -1, **SIGLIP}),
+    "VipLlava": ("llama", {}, {"vision_feature_layers": [-1], **CLIP}),
+    "VideoLlava": ("llama", {}, CLIP),
+    "InternVL": ("qwen2", {}, INTERNVL),
+    "Qwen2VL": ("qwen2_vl_text", WIDE, OF_QWEN),
+    "Qwen2_5_VL": ("qwen2_5_vl_text", WIDE, OF_QWEN),
+    "Qwen3VL": ("qwen3_vl_text", of_images([16, 8, 8], mrope_interleaved=True), OF_QWEN),
+    "Glm4vMoe": ("glm4v_moe_text", GLM_MOE, OF_QWEN),
+    "Idefics2": ("mistral", {}, {"vision_config": VISION}),
+    "Idefics3": ("llama", {}, {"vision_config": VISION}),
+    "SmolVLM": ("llama", {}, {"vision_config": VISION}),
+    "LightOnOcr": ("qwen3", {}, PIXTRAL),
+    "GotOcr2": ("qwen2", {}, SAM),
+    "DeepseekVL": ("llama", {}, SIGLIP),
+    "Qwen2Audio": ("qwen2", {}, AUDIO),
+    "Qwen3ASR": ("qwen3", {}, AUDIO),
+    "Voxtral": ("llama", {}, AUDIO),
+    "GlmAsr": ("llama", {}, AUDIO),
 }
 LENGTH = 40
 
 
 def save(name, folder):
     """A tiny model of the class, in the names that transformers saves it under."""
-    text, own, vision = MODELS[name]
+    kind, keys, own = MODELS[name]
     config = getattr(transformers, f"{name}Config")(
-        text_config={"model_type": text, **TEXT},
-        vision_config={"model_type": vision, **VISION},
+        text_config={"model_type": kind, **TEXT, **keys},
         eos_token_id=257,
         tie_word_embeddings=name == "Gemma3",
         **own,
@@ -58,6 +137,10 @@ def save(name, folder):
     model.save_pretrained(folder)
     write_byte_tokenizer(folder)
     return model
+
+
+def test_every_architecture_is_tried():
+    assert sorted(f"{name}ForConditionalGeneration" for name in MODELS) == sorted(WRAPPERS)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -78,7 +161,7 @@ def test_text_gives_the_logits_of_transformers(saved):
         loaded.model(tokens, context, loaded.model.allocate_kv_cache(-(-LENGTH // 16), 16))
     )
     # As in tests/families/test_logits.py: float32 sums in another order.
-    assert (got - want).abs().max() < 1e-3
+    assert (got - want).abs().max() < 1e-3 * want.std()
 
 
 def test_its_configuration_is_that_of_the_language_model(saved):
@@ -140,9 +223,50 @@ def test_other_models_with_images_are_refused_by_name(tmp_path):
     }
     with pytest.raises(ModelError, match=r"language part of Llava.*'falcon', which is not"):
         language_part(tmp_path, llava)
-    broken = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "text_config": {"model_type": "llama", "hidden_size": "wide"},
-    }
-    with pytest.raises(ModelError, match=r"text_config is not valid|hidden_size must be"):
-        read_config(language_part(tmp_path, broken)[0])
+    unknown = llava | {"text_config": {"model_type": "nothing"}}
+    with pytest.raises(ModelError, match=r"model type .* nothing|'nothing'"):
+        language_part(tmp_path, unknown)
+
+
+@pytest.mark.parametrize(
+    "text", [{"model_type": "llama", "hidden_size": "wide"}, {"hidden_size": [5]}, 7, ["llama"], ""]
+)
+def test_a_wrong_text_config_is_one_line(text, tmp_path):
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": text}
+    with pytest.raises(ModelError, match=r"transformers does not read|must be") as caught:
+        read_config(language_part(tmp_path, config)[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_config_without_model_type_is_of_the_class_that_transformers_takes(tmp_path):
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {**TEXT}}
+    text, _ = language_part(tmp_path, config)
+    assert (text["model_type"], text["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert read_config(text).hidden_size == TEXT["hidden_size"]
+
+
+OLD = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 8, 8]},
+    "rope_theta": 1e6,
+    "vision_config": {"depth": 1, "hidden_size": 32},
+    "image_token_id": 5,
+    "eos_token_id": 7,
+    "tie_word_embeddings": True,
+    **TEXT,
+}
+
+
+def test_a_file_without_text_config_has_its_keys_beside_the_others(tmp_path):
+    """The released Qwen2.5-VL files."""
+    read = read_config(language_part(tmp_path, OLD)[0])
+    assert (read.hidden_size, read.num_layers, read.eos_token_ids) == (64, 2, (7,))
+    assert read.tie_word_embeddings
+    rope = read.layers[0].attention.rope
+    assert (rope.theta, rope.scaling) == (1e6, None)
+
+
+def test_an_unknown_key_beside_the_others_is_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match=r"logit_squares"):
+        read_config(language_part(tmp_path, OLD | {"logit_squares": 2})[0])

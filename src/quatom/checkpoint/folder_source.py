@@ -74,7 +74,9 @@ def open_safetensors(
     resolved = plan(model_config, recipe or PRESETS["fp16"])
     expected = checkpoint_tensors(resolved)
     headers, renamed = plain_names(folder, headers, expected)
-    headers, passed = pass_over(headers, expected, model_config.unused_prefixes)
+    headers, passed = pass_over(
+        headers, expected, model_config.unused_prefixes, of_larger=bool(part)
+    )
     if model_config.tie_word_embeddings:
         head, embedding = model_config.head_name, model_config.embedding_name
         headers, moved = embedding_from_head(headers, head, embedding)

@@ -19,7 +19,11 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_m
 
 # Prefixes that wrappers put before the names of a model, and what transformers has there.
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
-_LANGUAGE_PARTS = {"model.language_model.": "model.", "language_model.": ""}
+_LANGUAGE_PARTS = {
+    "model.language_model.": "model.",
+    "model.text_model.": "model.",
+    "language_model.": "",
+}
 # Parts of a larger model that read no token of text.
 _OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|embed_vision|audio_tower)\."
@@ -169,7 +173,11 @@ _RENAMINGS: dict[str, Callable[[str], str]] = {
 
 
 def pass_over(
-    stored: Mapping[str, StoredTensor], expected: Iterable[str], unused: tuple[str, ...] = ()
+    stored: Mapping[str, StoredTensor],
+    expected: Iterable[str],
+    unused: tuple[str, ...] = (),
+    *,
+    of_larger: bool = False,
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """Tensors without those that no result depends on, and a note of these.
 
@@ -177,18 +185,29 @@ def pass_over(
         stored: tensors by name.
         expected: names of the model's own.
         unused: prefixes of tensors that this model does not run.
+        of_larger: they are the tensors of a larger model: what lies in none of the modules that the
+            expected names have is another part of it.
     """
     wanted = set(expected)
+    modules = {_module(name) for name in wanted}
     harmless = {
         n: t
         for n, t in stored.items()
-        if n not in wanted and (n.startswith(unused) or _is_harmless(n, t))
+        if n not in wanted
+        and (
+            n.startswith(unused) or _is_harmless(n, t) or (of_larger and _module(n) not in modules)
+        )
     }
     kept = {name: tensor for name, tensor in stored.items() if name not in harmless}
     if not harmless:
         return kept, []
     more = f" and {len(harmless) - 1} more" if len(harmless) > 1 else ""
     return kept, [f"{next(iter(harmless))}{more} passed over: no result depends on it"]
+
+
+def _module(name: str) -> str:
+    """Its first two parts: "model.layers"."""
+    return ".".join(name.split(".")[:2])
 
 
 def _is_harmless(name: str, tensor: StoredTensor) -> bool:

@@ -1,4 +1,4 @@
-"""The config.json of the language part of a model that reads images, too."""
+"""The config.json of the language part of a model that reads images or sound, too."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,20 +8,45 @@ from quatom.errors import ModelError
 from quatom.families.registry import FAMILIES
 
 WRAPPERS = (
+    "DeepseekVLForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
+    "GlmAsrForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration",
+    "GotOcr2ForConditionalGeneration",
+    "Idefics2ForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "LightOnOcrForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3ASRForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+    "VideoLlavaForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
+    "VoxtralForConditionalGeneration",
 )
 """Architectures whose language part reads text as the model of its model_type does.
 
-Others do not: PaliGemma's sees a whole prompt at once, Qwen2-VL's has positions of its own. What
-the language model does to logits (a soft-cap, a divisor) is done here; transformers' classes of
-these architectures leave it out.
+Others do not: PaliGemma's sees a whole prompt at once. What the language model does to logits (a
+soft-cap, a divisor) is done here; transformers' classes of these architectures leave it out.
 """
+_MODEL_TYPES = {
+    "glm4v_moe_text": "glm4_moe",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+"""Language parts -> the model_type that they are without images. An image's tokens have three
+positions there. Those of text are equal, so that rotary embedding is the usual one."""
+_MODEL = "ForConditionalGeneration"
+_POSITIONS_OF_IMAGES = ("mrope_interleaved", "mrope_section")
 # Keys of the larger model that hold for its language part.
 _SHARED = (
     "bos_token_id",
@@ -44,30 +69,43 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
     Raises:
         ModelError: the language part is of a family that is not supported, or its keys are wrong.
     """
-    part = config.get("text_config")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in WRAPPERS or not isinstance(part, Mapping):
+    if name not in WRAPPERS:
         return config, []
-    family = next((f for f in FAMILIES if f.model_type == part.get("model_type")), None)
+    text = _text_config(file, name, config)
+    kind = str(text.get("model_type"))
+    family = next((f for f in FAMILIES if f.model_type == _MODEL_TYPES.get(kind, kind)), None)
     if family is None:
         raise ModelError(
-            f"{file}: the language part of {name} is of model_type {part.get('model_type')!r}, "
-            f"which is not supported; supported: {', '.join(f.model_type for f in FAMILIES)}"
+            f"{file}: the language part of {name} is of model_type {kind!r}, which is not "
+            f"supported; supported: {', '.join(f.model_type for f in FAMILIES)}"
         )
-    shared = {key: config[key] for key in _SHARED if config.get(key) is not None}
-    text = _with_defaults(file, dict(part)) | shared
-    text["architectures"] = [family.architectures[0]]
-    return text, [f"{name}: its language part alone is read, images are not"]
+    text |= {key: config[key] for key in _SHARED if config.get(key) is not None}
+    text |= {"architectures": [family.architectures[0]], "model_type": family.model_type}
+    if kind in _MODEL_TYPES and isinstance(rope := text.get("rope_parameters"), Mapping):
+        text["rope_parameters"] = {
+            k: v for k, v in rope.items() if k not in _POSITIONS_OF_IMAGES and v != "mrope"
+        }
+    return text, [f"{name}: its language part alone is read, it takes text and nothing else"]
 
 
-def _with_defaults(file: Path, part: dict[str, Any]) -> dict[str, Any]:
-    """Every key: such files leave out what is the default of transformers' class."""
-    from transformers import AutoConfig
+def _text_config(file: Path, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Every key of the language part: files leave out what is the default of transformers' class.
+
+    Older files have no text_config, and its keys beside those of the larger model.
+    """
+    import transformers
 
     try:
-        text = AutoConfig.for_model(**part)
+        kind = getattr(transformers, architecture.removesuffix(_MODEL) + "Config")
+        whole = kind(**config)
+        text: dict[str, Any] = whole.get_text_config(decoder=True).to_dict()
     except Exception as error:  # whatever a configuration class raises
-        raise ModelError(f"{file}: text_config is not valid: {error}") from error
-    described: dict[str, Any] = text.to_dict()
-    return described
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{file}: transformers does not read it: {reason:.200}") from error
+    if config.get("text_config") is None:
+        # A key that no class knows is the language part's, so that it is refused where it counts.
+        known = {*kind().to_dict(), *text, "rope_scaling"}  # its entries are rope_parameters
+        text |= {key: value for key, value in config.items() if key not in known}
+    return text
