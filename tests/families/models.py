@@ -77,6 +77,22 @@ TINY: dict[str, tuple[str, dict]] = {
             "layer_types": ALTERNATING,
         },
     ),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+            # Texts of tests are longer: queries of their last positions grow.
+            "rope_parameters": YARN
+            | {
+                "original_max_position_embeddings": 16,
+                "factor": 32.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
     "qwen2": ("Qwen2", {"hidden_size": 192, "num_attention_heads": 3, "tie_word_embeddings": True}),
     "qwen2-windows": (
         "Qwen2",

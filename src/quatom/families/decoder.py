@@ -22,6 +22,7 @@ from quatom.families.spec import (
     ModelConfig,
     Norm,
     NormName,
+    QueryGrowth,
     SiteName,
 )
 
@@ -121,6 +122,7 @@ def decoder(
     feed_forward: FeedForward | Sequence[Feed],
     windows: Sequence[int | None] | None = None,
     scale: float | None = None,
+    query_growth: QueryGrowth | None = None,
     score_softcap: float | None = None,
     sinks: bool = False,
     qk_norm: Norm | None = None,
@@ -145,6 +147,7 @@ def decoder(
         feed_forward: of every layer, or what each has (`quatom.families.experts`).
         windows: Window of each layer; None: none has one.
         scale: Factor of scores; None: head_dim ** -0.5.
+        query_growth: As in `Attention`.
         score_softcap: Soft-cap of attention scores.
         sinks: As in `Attention`.
         qk_norm: Norm of q and k.
@@ -166,6 +169,7 @@ def decoder(
         num_kv_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
         scale=sizes.head_dim**-0.5 if scale is None else scale,
+        query_growth=query_growth,
         logit_softcap=score_softcap,
         sinks=sinks,
         qk_norm=qk_norm,

@@ -16,6 +16,7 @@ from quatom.families.gpt_oss import GPT_OSS
 from quatom.families.granite import GRANITE, GRANITE_MOE
 from quatom.families.keys import Keys
 from quatom.families.llama import LLAMA
+from quatom.families.ministral3 import MINISTRAL3
 from quatom.families.mistral import MINISTRAL, MISTRAL
 from quatom.families.mixtral import MIXTRAL
 from quatom.families.olmo import OLMO2, OLMO3
@@ -36,6 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     MINISTRAL,
+    MINISTRAL3,
     QWEN2,
     QWEN3,
     GEMMA,

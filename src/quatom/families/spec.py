@@ -105,6 +105,23 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueryGrowth:
+    """Queries that grow with their position, beyond the pre-training length.
+
+    A turned query of position p is multiplied by 1 + beta * ln(1 + floor(p / length)), its keys
+    are not.
+    """
+
+    beta: float
+    length: int
+    """Positions below it have the factor 1."""
+
+    def __post_init__(self) -> None:
+        _positive("growth of queries with their position", self.beta)
+        _positive_integers(self, "length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Causal attention of one layer."""
 
@@ -118,6 +135,7 @@ class Attention:
     """None: no rotary embedding in this layer."""
     window: int | None = None
     """Tokens that a query sees, itself included; None: all before it."""
+    query_growth: QueryGrowth | None = None
     logit_softcap: float | None = None
     """c in c * tanh(score / c); None: scores as they are."""
     qk_norm: Norm | None = None

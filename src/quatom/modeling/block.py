@@ -157,6 +157,8 @@ class DecoderBlock(nn.Module):
             settled=True,  # what the context holds was there before the step's first kernel
             backend=self.backend,
         )
+        if (scales := rotary.query_scales(self.plan.index)) is not None:
+            q.mul_(scales[context.positions].view(-1, 1, 1))  # in float32, rounded once
         return q, residual
 
     def after_attention(

@@ -56,9 +56,10 @@ class Decoder(nn.Module):
         return self.embed.table
 
     def limit_length(self, max_length: int) -> None:
-        """Say how many tokens the longest sequence will have: longrope's frequencies depend on it.
+        """Say how many tokens the longest sequence will have: tables depend on it.
 
-        Shorter than the pre-training length they are other ones than beyond it, for all tokens.
+        longrope has other frequencies beyond the pre-training length, for all tokens. Queries that
+        grow with their position do so beyond a length; below it nothing is multiplied.
         """
         beyond = self._beyond_training(max_length)
         if beyond != self._goes_beyond:
@@ -67,13 +68,16 @@ class Decoder(nn.Module):
             self.rotary = RotaryTables(config, config.max_position, device, max_length=max_length)
 
     def _beyond_training(self, length: int) -> list[bool]:
-        """Whether `length` exceeds the pre-training length of each longrope embedding."""
+        """Whether `length` exceeds each length at which tables become other ones."""
         scalings = [rope.scaling for rope in self.config.ropes()]
-        return [
-            length > (scaling.original_max_position or 0)
+        lengths = [
+            scaling.original_max_position or 0
             for scaling in scalings
             if scaling is not None and scaling.kind == "longrope"
         ]
+        growths = [layer.attention.query_growth for layer in self.config.layers]
+        lengths += [growth.length for growth in dict.fromkeys(growths) if growth is not None]
+        return [length > end for end in lengths]
 
     def forward(
         self,

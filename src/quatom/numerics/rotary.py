@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quatom.errors import ModelError
-from quatom.families.spec import Rope, RopeScaling
+from quatom.families.spec import QueryGrowth, Rope, RopeScaling
 
 
 def inverse_frequencies(rope: Rope, length: int) -> Tensor:
@@ -76,6 +76,23 @@ def rotary_table(
         cos[:, : rope.dim // 2] = angles.cos() * factor
         sin[:, : rope.dim // 2] = angles.sin() * factor
     return cos.to(device), sin.to(device)
+
+
+def query_scales(
+    growth: QueryGrowth | None,
+    num_positions: int,
+    *,
+    max_length: int,
+    device: torch.device | str = "cpu",
+) -> Tensor | None:
+    """Factor of the query of each position, (num_positions,) float32.
+
+    None: it is 1 for all positions of sequences of up to `max_length` tokens.
+    """
+    if growth is None or max_length <= growth.length:
+        return None
+    lengths = torch.arange(num_positions) // growth.length
+    return (1 + growth.beta * lengths.float().log1p()).to(device)
 
 
 def head_order(rope: Rope | None, head_dim: int) -> Tensor | None:

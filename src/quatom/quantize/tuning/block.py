@@ -72,6 +72,8 @@ class TunedBlock(DecoderBlock):
         count = len(q) // length
         cos, sin = (t[:length].repeat(count, 1) for t in rotary.of(self.plan.index))
         q, v = rotate_halves(q, cos, sin), v.float()
+        if (scales := rotary.query_scales(self.plan.index)) is not None:
+            q = q * scales[:length].repeat(count).view(-1, 1, 1)
         k = rotate_halves(k, cos, sin) if cache.post_rope else k.float()
         if self.key_offset is not None:
             k = k - self.key_offset
