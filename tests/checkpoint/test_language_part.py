@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from quatom.checkpoint.language_part import WRAPPERS, language_part
 from quatom.checkpoint.reader import open_source, read_model_config
@@ -94,10 +95,20 @@ GLM_MOE = {
     "first_k_dense_replace": 1,
     **of_images([4, 6, 6], partial_rotary_factor=0.5),
 }
+GROWING = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 # model: (kind of its language part, keys of that part, keys of the model)
 MODELS = {
     "Gemma3": ("gemma3_text", {}, {"mm_tokens_per_image": 4, **SIGLIP}),
     "Mistral3": ("mistral", {}, PIXTRAL),
+    "Mistral3 of December 2025": ("ministral3", GROWING, PIXTRAL),
     "Llava": ("llama", {}, {"vision_feature_layer": -1, **CLIP}),
     "LlavaNext": ("llama", {}, {"vision_feature_layer": -1, **CLIP}),
     "LlavaNextVideo": ("llama", {}, {"vision_feature_layer": -1, **CLIP}),
@@ -123,30 +134,35 @@ MODELS = {
 LENGTH = 40
 
 
+def class_of(name):
+    """What transformers' names begin with."""
+    return name.partition(" ")[0]
+
+
 def save(name, folder):
     """A tiny model of the class, in the names that transformers saves it under."""
     kind, keys, own = MODELS[name]
-    config = getattr(transformers, f"{name}Config")(
+    config = getattr(transformers, f"{class_of(name)}Config")(
         text_config={"model_type": kind, **TEXT, **keys},
         eos_token_id=257,
         tie_word_embeddings=name == "Gemma3",
         **own,
     )
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).float().eval()
+    model = getattr(transformers, f"{class_of(name)}ForConditionalGeneration")(config).float().eval()
     model.save_pretrained(folder)
     write_byte_tokenizer(folder)
     return model
 
 
 def test_every_architecture_is_tried():
-    assert sorted(f"{name}ForConditionalGeneration" for name in MODELS) == sorted(WRAPPERS)
+    assert {f"{class_of(name)}ForConditionalGeneration" for name in MODELS} == set(WRAPPERS)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrapped") / request.param
-    return folder, save(request.param, folder), request.param
+    return folder, save(request.param, folder), class_of(request.param)
 
 
 @torch.inference_mode()
@@ -186,6 +202,43 @@ def test_a_quantized_language_part_is_a_language_model(saved, tmp_path, caplog):
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["architectures"][0].endswith("ForCausalLM")
     assert load(tmp_path / "q").recipe.name == "w8a8"
+
+
+def test_ministral_3_in_fp8_as_released(tmp_path):
+    """One scale per weight and one of its input, named in the file of the larger model."""
+    save("Mistral3 of December 2025", tmp_path)
+    file = tmp_path / "model.safetensors"
+    name = "model.layers.1.mlp.down_proj.weight"
+    want = (source := open_source(tmp_path)).load(name, source.shape(name))
+    tensors, scale = {}, torch.tensor(2.0**-9)
+    for stored, tensor in load_file(file).items():
+        if "language_model" not in stored or not stored.endswith("proj.weight"):
+            tensors[stored] = tensor.bfloat16()
+            continue
+        tensors[stored] = (tensor / scale).to(torch.float8_e4m3fn)
+        tensors[f"{stored}_scale_inv"] = scale.bfloat16()
+        tensors[stored.replace("weight", "activation_scale")] = torch.tensor(0.5).bfloat16()
+    save_file(tensors, file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "activation_scheme": "static",
+        "dequantize": False,
+        "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        "quant_method": "fp8",
+        "weight_block_size": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = open_source(tmp_path)
+    assert source.model_config.layers[0].attention.query_growth.length == 16
+    assert any("14 weights are in FP8" in note for note in source.notes)
+    assert any("14 scales of activations" in note for note in source.notes)
+    got = source.load(name, source.shape(name))
+    # e4m3 has 3 bits after the first, and a step of 2**-9 scales at least.
+    torch.testing.assert_close(got, want, rtol=2**-4, atol=2.0**-19)
+    quantize_checkpoint(tmp_path, tmp_path / "q", "w8a8", calibration=None)
+    written = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert written["quantization_config"]["quant_method"] == "quatom"
+    assert written["architectures"] == ["Ministral3ForCausalLM"]
 
 
 def test_keys_that_a_file_leaves_out_are_those_of_transformers(tmp_path):

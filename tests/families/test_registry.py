@@ -130,6 +130,20 @@ def test_no_family_is_found(reason):
     assert "\n" not in str(caught.value)
 
 
+GROWING = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 16.0,
+    "llama_4_scaling_beta": 0.1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 16384,
+    "rope_theta": 1000000.0,
+    "rope_type": "yarn",
+    "type": "yarn",
+}
+"""Rotary parameters of the released Ministral 3."""
+
 # Keys of released files that a reader may stumble over, beside the sizes that every file has.
 RELEASED = {
     "Llama 1": ("LlamaForCausalLM", {"max_sequence_length": 2048, "pad_token_id": 0}),
@@ -149,6 +163,11 @@ RELEASED = {
     ),
     "fine-tune with noise": ("MistralForCausalLM", {"neftune_noise_alpha": 5}),
     "Mistral 7B v0.2": ("MistralForCausalLM", {"sliding_window": None, "rope_theta": 1e6}),
+    "Ministral 3": ("Ministral3ForCausalLM", {"sliding_window": None, "rope_parameters": GROWING}),
+    "Ministral 3 without growth": (
+        "Ministral3ForCausalLM",
+        {"rope_parameters": GROWING | {"llama_4_scaling_beta": 0}},
+    ),
     "Qwen2.5": (
         "Qwen2ForCausalLM",
         {
@@ -353,6 +372,22 @@ REFUSED = {
     "Gemma's window, twice": ("Gemma2", {"sliding_window_size": 99}, "sliding_window_size = 99"),
     "Phi-4 variant": ("Phi3", {"full_attn_mod": 2}, "full_attn_mod = 2.*only 1 is"),
     "head bias": ("Phi3", {"lm_head_bias": True}, "lm_head_bias = True"),
+    "growth of queries unsaid": (
+        "Ministral3",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        "llama_4_scaling_beta must be a number, got None",
+    ),
+    "growth of queries, no length": (
+        "Ministral3",
+        {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+        "llama_4_scaling_beta 0.1 lets queries grow beyond .* yarn alone",
+    ),
+    "growth of queries below 0": (
+        "Ministral3",
+        {"rope_parameters": GROWING | {"llama_4_scaling_beta": -0.1}},
+        "growth of queries with their position must be positive",
+    ),
+    "theta beside no rotary parameters": ("Ministral3", {"rope_theta": 5e5}, "rope_theta = 5"),
     "theta of OLMo-3": ("Olmo3", {"rope_theta": 1e4}, "rope_theta = 10000.0: releases of transf"),
     "rotary layers": ("SmolLM3", {"no_rope_layers": [1]}, "a list of 2 entries"),
     "parallel": ("StableLm", {"use_parallel_residual": True}, "use_parallel_residual = True"),
@@ -428,6 +463,21 @@ def test_gpt_oss_20b_under_recipes():
     layers = plan(config, offset).layers
     assert not any(layer.offsets_keys for layer in layers)
     assert "model.layers.0.self_attn.sinks" in checkpoint_tensors(plan(config, offset))
+
+
+def test_ministral_3_as_released():
+    config = read_config(named("Ministral3ForCausalLM") | {"rope_parameters": GROWING})
+    attention = config.layers[0].attention
+    assert (attention.query_growth.beta, attention.query_growth.length) == (0.1, 16384)
+    assert (attention.rope.scaling.factor, attention.rope.scaling.attention_factor) == (16.0, 1.0)
+    assert (config.max_position, attention.head_dim) == (262_144, 128)
+    # Nothing said of rotary embedding means the same.
+    assert read_config(named("Ministral3ForCausalLM")).layers == config.layers
+    still = GROWING | {"llama_4_scaling_beta": 0.0}
+    (rope,) = {id(r): r for r in config.ropes()}.values()
+    config = read_config(named("Ministral3ForCausalLM") | {"rope_parameters": still})
+    assert config.layers[0].attention.query_growth is None
+    assert config.layers[0].attention.rope == rope
 
 
 MOE_REFUSALS = [
