@@ -222,6 +222,11 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "starcoder2": ("Starcoder2", {"hidden_size": 192, "sliding_window": 36}),
     "stablelm": ("StableLm", {"hidden_size": 160, "num_key_value_heads": 2, "use_qkv_bias": True}),
+    "nemotron": (
+        "Nemotron",
+        {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "mlp_bias": True},
+    ),
+    "arcee": ("Arcee", {"num_key_value_heads": 2, "rope_parameters": YARN}),
     "opt": ("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
     "mixtral": (
         "Mixtral",
@@ -344,7 +349,7 @@ def tiny_model(name: str, seed: int = 0, **sizes):
     config._attn_implementation = "eager"  # the others leave out soft-caps in some releases
     config._experts_implementation = "eager"
     model = model_class(TINY[name][0])(config).eval()
-    offset = name.startswith("gemma")  # it stores norm weights less 1
+    offset = name.startswith(("gemma", "nemotron"))  # they store norm weights less 1
     with torch.no_grad():
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):

@@ -185,6 +185,17 @@ def test_the_first_gemma_means_the_tanh_approximation(name):
         read_config(config | {"hidden_activation": "gelu"})
 
 
+@pytest.mark.parametrize("name", ["nemotron", "arcee"])
+def test_squared_relu_without_a_gate(name):
+    feed_forward = read_config(tiny_config(name).to_dict()).layers[0].feed_forward
+    assert (feed_forward.activation, feed_forward.gated) == ("relu2", False)
+
+
+def test_nemotron_stores_norm_weights_less_one():
+    norm = read_config(tiny_config("nemotron").to_dict()).final_norm
+    assert (norm.kind, norm.weight_offset, norm.bias) == ("layer", 1.0, True)
+
+
 def test_families_without_a_gate():
     opt = read_config(tiny_config("opt").to_dict())
     coder = read_config(tiny_config("starcoder2").to_dict())
@@ -200,6 +211,7 @@ def test_partial_and_interleaved_rotary_embedding():
         ("glm", 32, True),
         ("glm4", 64, True),
         ("stablelm", 20, False),
+        ("nemotron", 32, False),
         ("phi3-partial", 96, False),
     ]:
         rope = read_config(tiny_config(name).to_dict()).layers[0].attention.rope

@@ -273,6 +273,35 @@ RELEASED = {
         "StableLmForCausalLM",
         {"num_key_value_heads": 4, "rope_pct": 0.25, "norm_eps": 1e-5, "use_qkv_bias": False},
     ),
+    "Minitron 8B": (
+        "NemotronForCausalLM",
+        {
+            "hidden_act": "relu2",
+            "head_dim": 16,
+            "norm_eps": 1e-05,
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 10000,
+        },
+    ),
+    "AFM-4.5B": (
+        "ArceeForCausalLM",
+        {
+            "attention_bias": False,
+            "head_dim": 16,
+            "hidden_act": "relu2",
+            "mlp_bias": False,
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 20.0,
+                "mscale": 1.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "type": "yarn",
+            },
+            "rope_theta": 10000,
+        },
+    ),
     "OPT": (
         "OPTForCausalLM",
         {
@@ -311,6 +340,7 @@ def test_harmless_keys_change_nothing():
         (("gelu", "gelu_python"), "gelu"),
         (("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
         (("relu",), "relu"),
+        (("relu2",), "relu2"),
     ],
 )
 def test_activations_compute_what_transformers_does(names, activation):
@@ -322,6 +352,7 @@ def test_activations_compute_what_transformers_does(names, activation):
         "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
         "relu": torch.relu,
+        "relu2": lambda x: torch.relu(x) ** 2,
     }
     x = torch.linspace(-6, 6, 1001)
     for name in names:
@@ -332,7 +363,7 @@ def test_activations_compute_what_transformers_does(names, activation):
 
 
 REFUSED = {
-    "another activation": ("Llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2'.*supported: s"),
+    "another activation": ("Llama", {"hidden_act": "mish"}, "hidden_act = 'mish'.*supported: s"),
     "unknown key": ("Llama", {"attn_temperature": 2.0}, "attn_temperature = 2.0 is unknown"),
     "unknown false flag": ("Llama", {"use_rope": False}, "use_rope = False is unknown"),
     "soft-cap of Llama": ("Llama", {"attn_logit_softcapping": 30.0}, "softcapping = 30.0"),

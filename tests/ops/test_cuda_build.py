@@ -105,6 +105,7 @@ LAYER = {"LAYER": 1, "BIAS": 1}
         (2, {"GATED": 1, "ACTIVATION": 2}),
         (2, {"GATED": 0, "ACTIVATION": 3}),
         (2, {"GATED": 1, "ACTIVATION": 4}),
+        (2, {"GATED": 0, "ACTIVATION": 5}),
     ],
 )
 def test_the_quantize_kernel_moves_wide_words(operation, options, tmp_path):

@@ -131,6 +131,7 @@ NORMS = {
     "rms of 1 + w": Norm(eps=1e-5, weight_offset=1.0),
     "layer": Norm(eps=1e-5, kind="layer"),
     "layer with a bias": Norm(eps=1e-5, kind="layer", bias=True),
+    "layer of 1 + w with a bias": Norm(eps=1e-5, kind="layer", weight_offset=1.0, bias=True),
 }
 
 

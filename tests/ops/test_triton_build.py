@@ -38,7 +38,7 @@ PAGES = "S=16, ROW=50, RECORD=16 * 108, ELEMENT_BYTES=1, BITS=4"  # int4 heads o
 KERNELS = {
     "gated": """
 from quatom.ops.gated.triton import _gated_kernel as kernel
-for activation in range(5):
+for activation in range(6):
     build(
         kernel,
         {"*bf16": "gate_up_ptr out_ptr", "i32": "row_stride"},

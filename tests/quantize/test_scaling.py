@@ -99,6 +99,9 @@ def test_what_cannot_divide_is_left_alone(sources):
     clamped = replace(layer.spec.feed_forward, activation="clamped_swiglu")
     layer = replace(layer, spec=replace(layer.spec, feed_forward=clamped))
     assert not can_fold(layer, "down")  # 1 is added to up, which is clamped before
+    squared = replace(layer.spec.feed_forward, activation="relu2", gated=False)
+    layer = replace(layer, spec=replace(layer.spec, feed_forward=squared))
+    assert not can_fold(layer, "down")  # it squares factors
 
 
 def test_orders_are_those_of_the_divided_inputs(sources):

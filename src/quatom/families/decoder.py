@@ -51,6 +51,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 

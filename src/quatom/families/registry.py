@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quatom.errors import ModelError
+from quatom.families.arcee import ARCEE
 from quatom.families.decoder import Family
 from quatom.families.ernie import ERNIE4_5, HELIUM
 from quatom.families.exaone4 import EXAONE4
@@ -19,6 +20,7 @@ from quatom.families.llama import LLAMA
 from quatom.families.ministral3 import MINISTRAL3
 from quatom.families.mistral import MINISTRAL, MISTRAL
 from quatom.families.mixtral import MIXTRAL
+from quatom.families.nemotron import NEMOTRON
 from quatom.families.olmo import OLMO2, OLMO3
 from quatom.families.olmoe import OLMOE
 from quatom.families.opt import OPT
@@ -56,6 +58,8 @@ FAMILIES: tuple[Family, ...] = (
     EXAONE4,
     STARCODER2,
     STABLELM,
+    NEMOTRON,
+    ARCEE,
     OPT,
     MIXTRAL,
     QWEN2_MOE,

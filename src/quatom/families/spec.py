@@ -12,9 +12,9 @@ from typing import Literal, Self, get_args
 
 from quatom.errors import ModelError
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu", "relu2"]
 """Of a feed-forward layer. gelu is exact (erf), gelu_tanh its tanh approximation; clamped_swiglu is
-gpt-oss's, (clamp(up, -7, 7) + 1) * g * sigmoid(1.702 g) with g = min(gate, 7)."""
+gpt-oss's, (clamp(up, -7, 7) + 1) * g * sigmoid(1.702 g) with g = min(gate, 7); relu2 is relu**2."""
 SiteName = Literal["qkv", "o", "gate_up", "down", "experts_gate_up", "experts_down"]
 """A place in a layer where one activation is made and read by one or several linears. The last two
 are those of routed experts: their weights have a leading dimension, one matrix per expert."""

@@ -21,8 +21,8 @@
 //   LAYER, WEIGHT_OFFSET, BIAS  of operation 1: the mean is subtracted, 1 is added to the weight, a bias at the end
 //   SUMMANDS                    of operation 1: a token is the weighted sum of so many rows of x, rounded once; or 0
 //   KEEP                        of operation 1: the normalized rows are kept too, in 16 bits, and what is quantized is them
-//   ACTIVATION, GATED           of operation 2: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu, 4 clamped_swiglu; x holds
-//                               gates before ups
+//   ACTIVATION, GATED           of operation 2: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu, 4 clamped_swiglu,
+//                               5 relu2; x holds gates before ups
 
 constexpr u32 ALL = ~0u;                       // every lane takes part in a shuffle
 constexpr float MIN_SCALE = 6.103515625e-05f;  // 2**-14, see quatom.numerics.groups
@@ -120,6 +120,9 @@ __device__ __forceinline__ float activate(float x) {
   return __fdividef(x, 1.0f + exp_beside_one(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
 #elif ACTIVATION == 3
   return x < 0.0f ? 0.0f : x;  // NaN stays NaN
+#elif ACTIVATION == 5
+  x = x < 0.0f ? 0.0f : x;
+  return x * x;
 #else
   x = x > 7.0f ? 7.0f : x;
   return __fdividef(x, 1.0f + exp_beside_one(-1.702f * x));

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "clamped_swiglu": 4}
+KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "clamped_swiglu": 4, "relu2": 5}
 """ACTIVATION of the kernels."""
 
 
@@ -21,6 +21,9 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == 4:
         x = tl.where(x > 7.0, 7.0, x)  # NaN stays NaN, here and below
         return x / (1.0 + tl.exp(-1.702 * x))
+    if ACTIVATION == 5:
+        x = tl.where(x < 0.0, 0.0, x)
+        return x * x
     return tl.where(x < 0.0, 0.0, x)
 
 

@@ -16,6 +16,7 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
     "clamped_swiglu": lambda gate: (g := gate.clamp(max=CLAMP)) * (ALPHA * g).sigmoid(),
+    "relu2": lambda x: functional.relu(x).square(),
 }
 
 
