@@ -99,7 +99,8 @@ def test_what_cannot_divide_is_left_alone(sources):
     clamped = replace(layer.spec.feed_forward, activation="clamped_swiglu")
     layer = replace(layer, spec=replace(layer.spec, feed_forward=clamped))
     assert not can_fold(layer, "down")  # 1 is added to up, which is clamped before
-    squared = replace(layer.spec.feed_forward, activation="relu2", gated=False)
+    layer = plan(sources["opt"].model_config, PRESETS["w4a16"]).layers[0]
+    squared = replace(layer.spec.feed_forward, activation="relu2")
     layer = replace(layer, spec=replace(layer.spec, feed_forward=squared))
     assert not can_fold(layer, "down")  # it squares factors
 

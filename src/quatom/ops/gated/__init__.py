@@ -22,8 +22,9 @@ def gated(
     """activation(gate) * up where `gated`, else activation(up); float32 inside, rounded once.
 
     silu(x) = x / (1 + exp(-x)), gelu(x) = x (1 + erf(x / sqrt(2))) / 2, relu(x) = max(x, 0),
-    relu2(x) = relu(x)**2, and gelu_tanh(x) = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x**3))) / 2. clamped_swiglu, which needs
-    gates, is (clamp(up, -7, 7) + 1) * g / (1 + exp(-1.702 g)) with g = min(gate, 7).
+    relu2(x) = relu(x)**2, and gelu_tanh(x) = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x**3))) / 2.
+    clamped_swiglu, which needs gates, is (clamp(up, -7, 7) + 1) * g / (1 + exp(-1.702 g)) with
+    g = min(gate, 7).
 
     Args:
         gate_up: float16, bfloat16 or float32.
