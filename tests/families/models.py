@@ -136,6 +136,18 @@ TINY: dict[str, tuple[str, dict]] = {
             },
         },
     ),
+    "vaultgemma": (
+        "VaultGemma",
+        {
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "head_dim": 128,
+            "query_pre_attn_scalar": 100,
+            "sliding_window": 26,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "phi3": (
         "Phi3",
         {
@@ -227,6 +239,33 @@ TINY: dict[str, tuple[str, dict]] = {
         {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "mlp_bias": True},
     ),
     "arcee": ("Arcee", {"num_key_value_heads": 2, "rope_parameters": YARN}),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {
+            "embedding_multiplier": 10.0,
+            "attention_multiplier": 0.05,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.125,
+        },
+    ),
+    "internlm3": (
+        "InternLM3",
+        {
+            "head_dim": 96,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 6.0, "rope_theta": 1e5},
+        },
+    ),
+    "cwm": (
+        "Cwm",
+        {
+            "head_dim": 64,
+            "num_hidden_layers": 5,
+            "sliding_window": 20,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "iquestcoder": ("IQuestCoder", {"head_dim": 128}),
+    "jais2": ("Jais2", {"hidden_size": 192, "num_key_value_heads": 2}),
     "opt": ("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
     "mixtral": (
         "Mixtral",
@@ -331,15 +370,18 @@ def tiny_config(name: str, **sizes):
     prefix, own = TINY[name]
     options = {k: v for k, v in COMMON.items() if k not in ALONE.get(name, ())} | own
     options |= sizes
-    options["architectures"] = [model_class(prefix).__name__]
+    options["architectures"] = [f"{prefix.removesuffix('Text')}ForCausalLM"]
     return getattr(transformers, f"{prefix}Config")(**options)
 
 
 def model_class(prefix: str) -> type:
     """The class of transformers that has a language head."""
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
+    # Some share Llama's.
+    kind = getattr(transformers, f"{prefix}Config").model_type
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
 
 
 def tiny_model(name: str, seed: int = 0, **sizes):
@@ -349,7 +391,7 @@ def tiny_model(name: str, seed: int = 0, **sizes):
     config._attn_implementation = "eager"  # the others leave out soft-caps in some releases
     config._experts_implementation = "eager"
     model = model_class(TINY[name][0])(config).eval()
-    offset = name.startswith(("gemma", "nemotron"))  # they store norm weights less 1
+    offset = name.startswith(("gemma", "vaultgemma", "nemotron"))  # they store norm weights less 1
     with torch.no_grad():
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):

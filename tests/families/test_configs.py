@@ -118,6 +118,8 @@ WINDOWS = {
     "qwen2-windows": [None, 16, 16],
     "gemma2": [32, None, 32, None],
     "exaone4": [22, None, 22, None],
+    "vaultgemma": [26, None, 26],
+    "cwm": [None, 20, 20, 20, None],
     "gemma3": [24, 24, 24, None],
     "phi3": [28, 28],
     "olmo3": [12, 12, 12, None],
@@ -159,6 +161,14 @@ def test_granite_has_four_multipliers():
     assert (config.embedding_multiplier, config.logits_divisor) == (12.0, 8.0)
     assert config.layers[1].residual_multiplier == 0.22
     assert config.layers[1].attention.scale == 0.03
+
+
+def test_hyperclovax_multiplies_logits():
+    config = read_config(tiny_config("hyperclovax").to_dict())
+    assert (config.embedding_multiplier, config.logits_divisor) == (10.0, 8.0)
+    assert config.layers[0].norm_names["attention_output"] == "post_norm1"
+    plain = read_config(tiny_config("hyperclovax", use_post_norm=False).to_dict())
+    assert list(plain.layers[0].norms) == ["attention", "feed_forward"]
 
 
 def test_smollm3_turns_no_heads_in_some_layers():

@@ -99,6 +99,13 @@ def test_every_name_is_of_one_family():
     assert len({family.model_type for family in FAMILIES}) == len(FAMILIES)
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.saved_as], ids=lambda f: f.name)
+def test_a_family_that_transformers_saves_under_the_class_of_another(family):
+    saved = LLAMA | {"architectures": [family.saved_as], "model_type": family.model_type}
+    assert find_family(saved) is family
+    assert find_family(saved | {"model_type": "llama"}).name == "llama"
+
+
 NO_FAMILY = {
     "another architecture": ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supp"),
     "no language model": ({"architectures": ["LlamaModel"]}, "LlamaModel.*supported: LlamaForCau"),
@@ -300,6 +307,29 @@ RELEASED = {
                 "type": "yarn",
             },
             "rope_theta": 10000,
+        },
+    ),
+    "HyperCLOVA X SEED Think": (
+        "HyperCLOVAXForCausalLM",
+        {
+            "attention_bias": False,
+            "attention_multiplier": 0.0078125,
+            "embedding_multiplier": 10.0,
+            "head_dim": 16,
+            "logits_scaling": 0.125,
+            "mlp_bias": False,
+            "residual_multiplier": 1.0,
+            "use_post_norm": True,
+        },
+    ),
+    "InternLM3": (
+        "InternLM3ForCausalLM",
+        {
+            "bias": False,
+            "head_dim": 16,
+            "qkv_bias": False,
+            "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"},
+            "rope_theta": 50000000,
         },
     ),
     "OPT": (
@@ -509,6 +539,12 @@ def test_ministral_3_as_released():
     config = read_config(named("Ministral3ForCausalLM") | {"rope_parameters": still})
     assert config.layers[0].attention.query_growth is None
     assert config.layers[0].attention.rope == rope
+
+
+def test_internlm3_has_biases_by_two_keys():
+    layer = read_config(named("InternLM3ForCausalLM") | {"qkv_bias": True, "bias": False}).layers[0]
+    biases = {site: linears[0].bias for site, linears in layer.linears.items()}
+    assert biases == {"qkv": True, "o": False, "gate_up": False, "down": False}
 
 
 MOE_REFUSALS = [

@@ -10,7 +10,7 @@ from quatom.errors import ModelError
 from quatom.families.registry import read_config
 from quatom.families.spec import Rope, RopeScaling
 from quatom.numerics.rotary import head_order, inverse_frequencies, rotary_table
-from tests.families.models import LLAMA3, TINY, YARN, longrope, tiny_config
+from tests.families.models import LLAMA3, TINY, YARN, longrope, model_class, tiny_config
 
 TURNING = [name for name in TINY if name != "opt"]
 SCALINGS = {
@@ -63,8 +63,9 @@ def test_frequencies_and_attention_factors_of_every_kind(name, length):
 def rotary_modules(name: str):
     """transformers' module of each layer type, the layer index it serves, and its arguments."""
     written = tiny_config(name)
-    family = importlib.import_module(type(written).__module__.replace("configuration", "modeling"))
-    prefix = TINY[name][0].removesuffix("Text")
+    language_model = model_class(TINY[name][0])
+    family = importlib.import_module(language_model.__module__)
+    prefix = language_model.__name__.removesuffix("ForCausalLM")
     module = getattr(family, f"{prefix}RotaryEmbedding")(written)
     per_type = isinstance(module.rope_type, dict)
     types = written.layer_types if per_type else [None]

@@ -1,10 +1,11 @@
 """Arcee: Llama with a feed-forward layer of squared ReLU without a gate."""
 
-from quatom.families.decoder import LINEARS, Family, decoder, read_feed_forward
+from quatom.families.decoder import LINEARS, Family, read_feed_forward
 from quatom.families.keys import Keys
+from quatom.families.llama import llama
 from quatom.families.rope import one_rope
 from quatom.families.sizes import read_sizes
-from quatom.families.spec import ModelConfig, Norm
+from quatom.families.spec import ModelConfig
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -14,17 +15,13 @@ def read(keys: Keys) -> ModelConfig:
         ModelError: a key is missing or not supported.
     """
     sizes = read_sizes(keys, max_position=4096)
-    bias = keys.flag("attention_bias")
-    return decoder(
+    return llama(
         keys,
         sizes,
         one_rope(keys, sizes),
         family="arcee",
-        norm=Norm(eps=keys.positive("rms_norm_eps", default=1e-5)),
+        eps=1e-5,
         feed_forward=read_feed_forward(keys, default="relu2", gated=False),
-        attention_bias=bias,
-        output_bias=bias,
-        mlp_bias=keys.flag("mlp_bias"),
         linears={**LINEARS, "gate_up": ("mlp.up_proj",)},
     )
 

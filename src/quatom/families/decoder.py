@@ -63,6 +63,8 @@ class Family:
     architectures: tuple[str, ...]
     """Names in `architectures` of config.json."""
     model_type: str
+    saved_as: str | None = None
+    """What transformers writes in `architectures` where it runs the class of another family."""
     models: str
     """Released models, for the table in the docs."""
     read: Callable[[Keys], ModelConfig]

@@ -1,5 +1,6 @@
 """Gemma 2: norms of 1 + w before and after, soft-caps, a window in every second layer."""
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
@@ -8,7 +9,14 @@ from quatom.families.gemma import gemma_norm
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary, one_rope
 from quatom.families.sizes import Sizes, periodic_layer_types, read_sizes, windows
-from quatom.families.spec import ModelConfig
+from quatom.families.spec import ModelConfig, NormName
+
+_NORMS: Mapping[NormName, str] = {
+    "attention": "input_layernorm",
+    "attention_output": "post_attention_layernorm",
+    "feed_forward": "pre_feedforward_layernorm",
+    "feed_forward_output": "post_feedforward_layernorm",
+}
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -30,9 +38,15 @@ def read(keys: Keys) -> ModelConfig:
 
 
 def gemma(
-    keys: Keys, sizes: Sizes, rotary: Rotary, types: tuple[str, ...], **own: Any
+    keys: Keys,
+    sizes: Sizes,
+    rotary: Rotary,
+    types: tuple[str, ...],
+    *,
+    norms: Mapping[NormName, str] = _NORMS,
+    **own: Any,
 ) -> ModelConfig:
-    """What Gemma 2 and 3 share; `own` are arguments of `decoder`."""
+    """What Gemma 2 and its successors share; `own` are arguments of `decoder`."""
     window = keys.integer_or_none("sliding_window", default=4096)
     keys.only("sliding_window_size", window)
     keys.only("hidden_act", "gelu", "gelu_pytorch_tanh")  # only hidden_activation counts
@@ -47,12 +61,7 @@ def gemma(
         scale=keys.positive("query_pre_attn_scalar", default=256.0) ** -0.5,
         attention_bias=bias,
         output_bias=bias,
-        norms={
-            "attention": "input_layernorm",
-            "attention_output": "post_attention_layernorm",
-            "feed_forward": "pre_feedforward_layernorm",
-            "feed_forward_output": "post_feedforward_layernorm",
-        },
+        norms=norms,
         tied=True,
         embedding_multiplier=sqrt(sizes.hidden),
         **own,

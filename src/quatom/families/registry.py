@@ -5,6 +5,7 @@ from typing import Any
 
 from quatom.errors import ModelError
 from quatom.families.arcee import ARCEE
+from quatom.families.cwm import CWM
 from quatom.families.decoder import Family
 from quatom.families.ernie import ERNIE4_5, HELIUM
 from quatom.families.exaone4 import EXAONE4
@@ -15,6 +16,10 @@ from quatom.families.glm import GLM, GLM4
 from quatom.families.glm_moe import GLM4_MOE
 from quatom.families.gpt_oss import GPT_OSS
 from quatom.families.granite import GRANITE, GRANITE_MOE
+from quatom.families.hyperclovax import HYPERCLOVAX
+from quatom.families.internlm3 import INTERNLM3
+from quatom.families.iquestcoder import IQUESTCODER
+from quatom.families.jais2 import JAIS2
 from quatom.families.keys import Keys
 from quatom.families.llama import LLAMA
 from quatom.families.ministral3 import MINISTRAL3
@@ -34,6 +39,7 @@ from quatom.families.smollm3 import SMOLLM3
 from quatom.families.spec import ModelConfig
 from quatom.families.stablelm import STABLELM
 from quatom.families.starcoder2 import STARCODER2
+from quatom.families.vaultgemma import VAULTGEMMA
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -45,6 +51,7 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    VAULTGEMMA,
     PHI3,
     OLMO2,
     OLMO3,
@@ -60,6 +67,11 @@ FAMILIES: tuple[Family, ...] = (
     STABLELM,
     NEMOTRON,
     ARCEE,
+    HYPERCLOVAX,
+    INTERNLM3,
+    CWM,
+    IQUESTCODER,
+    JAIS2,
     OPT,
     MIXTRAL,
     QWEN2_MOE,
@@ -108,8 +120,11 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise ModelError("config.json has neither architectures nor model_type; add architectures")
     if model_type is not None and not isinstance(model_type, str):
         raise ModelError(f"config key model_type must be a string, got {model_type!r}")
+    of_type = _BY_MODEL_TYPE.get(model_type or "")
     found = {}
     for name in names:
+        if of_type is not None and name == of_type.saved_as:
+            continue
         if name not in _BY_ARCHITECTURE:
             raise ModelError(f"architecture {name} is not supported; supported: {_supported()}")
         found[name] = _BY_ARCHITECTURE[name]
