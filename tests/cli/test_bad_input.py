@@ -49,8 +49,12 @@ def holding(value):
 
 SOURCES = {
     "unknown architecture": (
+        lambda f: change_config(f, architectures=["OtherForCausalLM"], model_type="other"),
+        ["OtherForCausalLM", "LlamaForCausalLM"],
+    ),
+    "an architecture that is known not to run": (
         lambda f: change_config(f, architectures=["MambaForCausalLM"], model_type="mamba"),
-        ["MambaForCausalLM", "LlamaForCausalLM"],
+        ["MambaForCausalLM", "state-space layers", "families.md"],
     ),
     "a key that changes the mathematics": (
         lambda f: change_config(f, final_logit_softcapping=30.0),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quatom.errors import ModelError
+from quatom.families.refused import check_not_refused
 from quatom.families.registry import FAMILIES
 
 WRAPPERS = (
@@ -77,6 +78,7 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
     kind = str(text.get("model_type"))
     family = next((f for f in FAMILIES if f.model_type == _MODEL_TYPES.get(kind, kind)), None)
     if family is None:
+        check_not_refused(part)
         raise ModelError(
             f"{file}: the language part of {name} is of model_type {kind!r}, which is not "
             f"supported; supported: {', '.join(f.model_type for f in FAMILIES)}"

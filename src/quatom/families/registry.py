@@ -34,6 +34,7 @@ from quatom.families.phi_moe import PHI_MOE
 from quatom.families.qwen import QWEN2, QWEN3
 from quatom.families.qwen2_moe import QWEN2_MOE
 from quatom.families.qwen3_moe import QWEN3_MOE
+from quatom.families.refused import check_not_refused
 from quatom.families.seed_oss import SEED_OSS
 from quatom.families.smollm3 import SMOLLM3
 from quatom.families.spec import ModelConfig
@@ -106,8 +107,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """The family that `architectures` and `model_type` agree on.
 
     Raises:
-        ModelError: one of them is not supported, or they name different families.
+        ModelError: one of them is not supported, with the reason where it is a known model; or they
+            name different families.
     """
+    check_not_refused(config)
     if config.get("text_config") is not None:
         raise ModelError(
             f"config.json of {_names(config) or config.get('model_type')} describes in "
