@@ -9,6 +9,7 @@ from safetensors.torch import load as parse
 from quatom.checkpoint.reader import open_source
 from quatom.errors import CheckpointError, ModelError
 from tests.checkpoint.models import CONFIG, write_file, write_model
+from tests.families.models import save_tiny
 
 
 def rewrite(folder, rename, extra=()):
@@ -50,6 +51,28 @@ def test_a_model_saved_without_its_head(tmp_path):
     tied = CONFIG | {"tie_word_embeddings": True}
     expected = rewrite(write_model(tmp_path, tied), lambda n: n.removeprefix("model."))
     assert "model saved without its head" in check(tmp_path, expected).notes[0]
+
+
+def test_gpt2_as_the_hub_has_it(tmp_path):
+    """Without its head, with causal masks, and weights (input channels, rows)."""
+    save_tiny(tmp_path, "gpt2")
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 512, 512) for i in range(2)}
+    stored = rewrite(tmp_path, lambda name: name.removeprefix("transformer."), masks)
+    source = open_source(tmp_path)
+    notes = " ".join(source.notes)
+    assert "GPT saved without its head: h.0.attn.bias is read as transformer.h.0.attn.bias" in notes
+    assert "transformer.h.0.attn.bias and 1 more passed over" in notes
+    for own, theirs in [("attn.c_attn", "attn.c_attn"), ("mlp.c_proj", "mlp.c_proj")]:
+        for end in ("weight", "bias"):
+            name = f"transformer.h.1.{own}.linear.{end}"
+            got = source.load(name, source.shape(name))
+            assert torch.equal(got, stored[f"transformer.h.1.{theirs}.{end}"].t())
+            assert got.is_contiguous()
+    # A tensor of the wrong shape is named with the sizes that are wanted.
+    file = tmp_path / "model.safetensors"
+    write_file(file, parse(file.read_bytes()) | {"h.1.mlp.c_fc.weight": torch.ones(192, 128)})
+    with pytest.raises(CheckpointError, match=r"mlp.c_fc.linear.weight .*\(128, 192\)"):
+        open_source(tmp_path)
 
 
 def test_the_language_part_of_a_larger_model(tmp_path):

@@ -199,8 +199,8 @@ DAMAGES = {
     ),
     "no config": (lambda f: (f / "config.json").unlink(), r"has no config.json; copy the model's"),
     "another architecture": (
-        lambda f: edit_json(f / "config.json", architectures=["GPT2LMHeadModel"]),
-        r"config.json: architecture GPT2LMHeadModel is not supported",
+        lambda f: edit_json(f / "config.json", architectures=["OtherLMHeadModel"]),
+        r"config.json: architecture OtherLMHeadModel is not supported",
     ),
     "a key that changes the mathematics": (
         lambda f: edit_json(f / "config.json", hidden_act="mish"),

@@ -223,6 +223,7 @@ TINY: dict[str, tuple[str, dict]] = {
     "glm4": ("Glm4", {"head_dim": 128, "attention_bias": False}),
     "ernie4_5": ("Ernie4_5", {"head_dim": 96, "use_bias": True}),
     "helium": ("Helium", {"head_dim": 64}),
+    "exaone": ("Exaone", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "exaone4": (
         "Exaone4",
         {
@@ -267,6 +268,8 @@ TINY: dict[str, tuple[str, dict]] = {
     "iquestcoder": ("IQuestCoder", {"head_dim": 128}),
     "jais2": ("Jais2", {"hidden_size": 192, "num_key_value_heads": 2}),
     "opt": ("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
+    "gpt2": ("GPT2", {"n_inner": 192}),
+    "gpt_bigcode": ("GPTBigCode", {"num_attention_heads": 4, "hidden_size": 256}),
     "mixtral": (
         "Mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "head_dim": 64},
@@ -359,7 +362,7 @@ TINY: dict[str, tuple[str, dict]] = {
         },
     ),
 }
-ALONE = {"opt": ("intermediate_size", "num_key_value_heads")}
+ALONE = dict.fromkeys(("opt", "gpt2", "gpt_bigcode"), ("intermediate_size", "num_key_value_heads"))
 """Keys of COMMON that a family does not have."""
 
 
@@ -370,7 +373,8 @@ def tiny_config(name: str, **sizes):
     prefix, own = TINY[name]
     options = {k: v for k, v in COMMON.items() if k not in ALONE.get(name, ())} | own
     options |= sizes
-    options["architectures"] = [f"{prefix.removesuffix('Text')}ForCausalLM"]
+    head = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
+    options["architectures"] = [prefix.removesuffix("Text") + head]
     return getattr(transformers, f"{prefix}Config")(**options)
 
 

@@ -1,8 +1,10 @@
 """Every family: what transformers 4 and 5 write is read into what the model computes."""
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from quatom.errors import ModelError
+from quatom.families.decoder import NORMS_BEFORE
 from quatom.families.registry import read_config
 from tests.families.models import COMMON, TINY, tiny_config, tiny_model
 
@@ -13,6 +15,9 @@ REQUIRED = {
     "ffn_dim",
     "num_hidden_layers",
     "num_attention_heads",
+    "n_embd",
+    "n_layer",
+    "n_head",
 }
 # Quatom takes no token to end a text from a default: config.json or generation_config.json says it.
 TOKENS = {"bos_token_id", "eos_token_id"}
@@ -97,17 +102,21 @@ def test_every_default_of_the_class(name):
 def test_constants_are_those_of_the_modules(name):
     model = tiny_model(name)
     config = read_config(model.config.to_dict())
-    decoder = getattr(model.model, "decoder", model.model)
-    for layer, theirs in zip(config.layers, decoder.layers, strict=True):
+    base = model.base_model
+    decoder = getattr(base, "decoder", base)
+    layers = decoder.h if hasattr(decoder, "h") else decoder.layers
+    for layer, theirs in zip(config.layers, layers, strict=True):
         attention = layer.attention
-        assert attention.scale == pytest.approx(theirs.self_attn.scaling, rel=1e-15)
-        assert attention.head_dim == theirs.self_attn.head_dim
-        norms = {place: theirs.get_submodule(layer.norm_names[place]) for place in layer.norms}
+        module = theirs.attn if hasattr(theirs, "attn") else theirs.self_attn
+        assert attention.scale == pytest.approx(module.scaling, rel=1e-15)
+        assert attention.head_dim == module.head_dim
+        names = NORMS_BEFORE if isinstance(model, LlamaForCausalLM) else layer.norm_names
+        norms = {place: theirs.get_submodule(names[place]) for place in layer.norms}
         eps = {getattr(n, "variance_epsilon", getattr(n, "eps", None)) for n in norms.values()}
         assert eps == {norm.eps for norm in layer.norms.values()}
         kinds = {"layer" if hasattr(n, "bias") else "rms" for n in norms.values()}
         assert kinds == {norm.kind for norm in layer.norms.values()}
-    assert config.num_layers == len(decoder.layers)
+    assert config.num_layers == len(layers)
     assert config.max_position >= model.config.max_position_embeddings
     assert (config.bos_token_id, config.eos_token_ids) == (256, (257,))
 

@@ -13,7 +13,7 @@ from quatom.families.registry import FAMILIES, find_family, read_config
 from quatom.plan import plan
 from quatom.presets import PRESETS
 from quatom.recipe import KVSpec, PostRopeKeys
-from tests.families.models import TINY, tiny_config
+from tests.families.models import LLAMA3, TINY, tiny_config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -107,7 +107,10 @@ def test_a_family_that_transformers_saves_under_the_class_of_another(family):
 
 
 NO_FAMILY = {
-    "another architecture": ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supp"),
+    "another architecture": (
+        {"architectures": ["OtherLMHeadModel"]},
+        "OtherLMHeadModel is not",
+    ),
     "no language model": ({"architectures": ["LlamaModel"]}, "LlamaModel.*supported: LlamaForCau"),
     "one of two": ({"architectures": ["LlamaForCausalLM", "FooLM"]}, "FooLM is not supported"),
     "two families": (
@@ -118,7 +121,7 @@ NO_FAMILY = {
         {"model_type": "qwen2"},
         "contradicts itself: LlamaForCausalLM, model_type qwen2",
     ),
-    "unknown type": ({"architectures": None, "model_type": "gpt2"}, "'gpt2' is not supported"),
+    "unknown type": ({"architectures": None, "model_type": "other"}, "'other' is not supported"),
     "nothing": ({"architectures": None, "model_type": None}, "neither architectures nor model_ty"),
     "type as list": ({"model_type": ["llama"]}, "model_type must be a string"),
     "names as number": ({"architectures": 3}, "architectures must be a list of names, got 3"),
@@ -245,6 +248,20 @@ RELEASED = {
             "sliding_window": 262144,
         },
     ),
+    "EXAONE 3.5": (
+        "ExaoneForCausalLM",
+        {
+            "activation_function": "silu",
+            "auto_map": {"AutoConfig": "configuration_exaone.ExaoneConfig"},
+            "embed_dropout": 0.0,
+            "head_dim": 16,
+            "layer_norm_epsilon": 1e-05,
+            "num_hidden_layers": None,
+            "num_layers": 2,
+            "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+            "rope_theta": 1000000,
+        },
+    ),
     "OLMo-3": (
         "Olmo3ForCausalLM",
         {
@@ -332,6 +349,40 @@ RELEASED = {
             "rope_theta": 50000000,
         },
     ),
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        {
+            "intermediate_size": None,
+            "num_key_value_heads": None,
+            "activation_function": "gelu_new",
+            "attn_pdrop": 0.1,
+            "n_ctx": 1024,
+            "n_positions": 1024,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "task_specific_params": {"text-generation": {"do_sample": True}},
+        },
+    ),
+    "StarCoder": (
+        "GPTBigCodeForCausalLM",
+        {
+            "activation_function": "gelu",
+            "attention_softmax_in_fp32": True,
+            "inference_runner": 0,
+            "max_batch_size": None,
+            "max_sequence_length": None,
+            "multi_query": True,
+            "n_inner": 256,
+            "pad_key_length": True,
+            "pre_allocate_kv_cache": False,
+            "scale_attention_softmax_in_fp32": True,
+            "summary_type": "cls_index",
+            "validate_runner_input": True,
+        },
+    ),
     "OPT": (
         "OPTForCausalLM",
         {
@@ -353,7 +404,7 @@ RELEASED = {
 @pytest.mark.parametrize("model", RELEASED)
 def test_keys_of_released_files(model):
     name, keys = RELEASED[model]
-    read_config(named(name) | keys)
+    read_config(named(name) | OWN.get(name.removesuffix("ForCausalLM"), {}) | keys)
 
 
 def test_harmless_keys_change_nothing():
@@ -456,11 +507,14 @@ REFUSED = {
     "norm after": ("OPT", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
     "projected embeddings": ("OPT", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
     "no final norm": ("OPT", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+    "one head of K and V alone": ("GPTBigCode", {"multi_query": False}, "multi_query = False"),
+    "cross-attention": ("GPTBigCode", {"add_cross_attention": True}, "add_cross_attention = True"),
     "norm type": ("Starcoder2", {"norm_type": "rms_norm"}, "norm_type = 'rms_norm'"),
 }
 OWN = {
     "OPT": {"intermediate_size": None, "num_key_value_heads": None, "ffn_dim": 96},
     "StableLm": {"num_key_value_heads": 4},
+    "GPTBigCode": {"intermediate_size": None, "num_key_value_heads": None},
 }
 
 
@@ -539,6 +593,17 @@ def test_ministral_3_as_released():
     config = read_config(named("Ministral3ForCausalLM") | {"rope_parameters": still})
     assert config.layers[0].attention.query_growth is None
     assert config.layers[0].attention.rope == rope
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"scale_attn_by_inverse_layer_idx": True}, {"n_ctx": 1024}, {"num_key_value_heads": 1}],
+)
+def test_what_gpt2_does_not_compute(change):
+    config = tiny_config("gpt2").to_dict()
+    read_config(config)
+    with pytest.raises(ModelError, match=f"{next(iter(change))} = .* is not supported"):
+        read_config(config | change)
 
 
 def test_internlm3_has_biases_by_two_keys():

@@ -1,7 +1,8 @@
-"""Routed experts of a floating-point model, by one name whatever form its files have.
+"""Linears of a floating-point model, by one name whatever form its files have.
 
 Files hold one tensor per expert and projection, or all experts in one tensor, whose rows and
-columns may be in another order; a family lists the spellings (`quatom.families.spec.Spelling`).
+columns may be in another order; those of GPT-2 hold transposed weights. A family lists the
+spellings (`quatom.families.spec.Spelling`).
 What is joined here is read from its parts one after the other, into memory of the whole. What is
 one tensor already is put in order in its own memory, one expert after another.
 """
@@ -46,10 +47,12 @@ class JoinedTensor:
         return whole
 
     def _in_order(self, stored: Tensor) -> Tensor:
-        """A tensor of all experts with its rows in order, moved within its memory."""
+        """A tensor with its rows in order; one of all experts is moved within its memory."""
         spelling = self.spelling
         if not (spelling.transposed or spelling.interleaved):
             return stored
+        if spelling.transposed and stored.ndim == 2:
+            return stored.t().contiguous()
         whole = stored.view(self.spec.shape)
         for own, into in zip(stored, whole, strict=True):
             rows = own.t() if spelling.transposed else own
@@ -98,9 +101,9 @@ def join_experts(
                         "are missing); download the model again"
                     )
                 spec = _joined_spec(where, parts, stored)
-                if spelling.transposed and len(spec.shape) == 3:
-                    count, columns, rows = spec.shape
-                    spec = replace(spec, shape=(count, rows, columns))
+                if spelling.transposed and len(spec.shape) >= 2:
+                    *count, columns, rows = spec.shape
+                    spec = replace(spec, shape=(*count, rows, columns))
                 joined[own] = JoinedTensor(parts, spec, spelling)
                 used.update(names)
                 break

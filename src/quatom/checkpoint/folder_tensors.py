@@ -165,10 +165,15 @@ def _with_head(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
+def _with_gpt_head(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"transformer.{name}"
+
+
 _RENAMINGS: dict[str, Callable[[str], str]] = {
     "prefix of a wrapper taken off": _without_wrappers,
     "language part of a larger model": _language_part,
     "model saved without its head": _with_head,
+    "GPT saved without its head": _with_gpt_head,
 }
 
 

@@ -13,7 +13,7 @@ _ORIGIN = """
 # Training, initialization and dropout.
 _TRAINING = """
     activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop
-    classifier_dropout dropout embd_pdrop embedding_dropout gradient_checkpointing
+    classifier_dropout dropout embd_pdrop embed_dropout embedding_dropout gradient_checkpointing
     hidden_dropout hidden_dropout_prob init_device init_std initializer_range layerdrop
     loss_type neftune_noise_alpha output_router_logits pretraining_tp resid_pdrop
     residual_dropout tf_legacy_loss

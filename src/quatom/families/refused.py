@@ -14,8 +14,9 @@ _BY_REASON: Mapping[str, str] = {
     _MLA: """
         DeepseekV2ForCausalLM deepseek_v2 DeepseekV3ForCausalLM deepseek_v3 DeepseekV32ForCausalLM
         deepseek_v32 kimi_k2 KimiK25ForConditionalGeneration Kimi_K25ForConditionalGeneration
-        kimi_k25 Glm4MoeLiteForCausalLM glm4_moe_lite GlmMoeDsaForCausalLM glm_moe_dsa LongcatFlashForCausalLM longcat_flash
-        MiniCPM3ForCausalLM minicpm3 Mistral4ForCausalLM mistral4 YoutuForCausalLM youtu
+        kimi_k25 Glm4MoeLiteForCausalLM glm4_moe_lite GlmMoeDsaForCausalLM glm_moe_dsa
+        LongcatFlashForCausalLM longcat_flash MiniCPM3ForCausalLM minicpm3 Mistral4ForCausalLM
+        mistral4 YoutuForCausalLM youtu
     """,
     _LINEAR: """
         Qwen3NextForCausalLM qwen3_next Qwen3_5ForCausalLM Qwen3_5ForConditionalGeneration qwen3_5
@@ -34,8 +35,9 @@ _BY_REASON: Mapping[str, str] = {
     "recurrent layers": "RecurrentGemmaForCausalLM recurrent_gemma xLSTMForCausalLM xlstm",
     _ALIBI: "BloomForCausalLM bloom MptForCausalLM MPTForCausalLM mpt",
     _ENCODER: """
-        T5ForConditionalGeneration t5 MT5ForConditionalGeneration mt5 T5GemmaForConditionalGeneration
-        t5gemma BartForConditionalGeneration bart WhisperForConditionalGeneration whisper
+        T5ForConditionalGeneration t5 MT5ForConditionalGeneration mt5
+        T5GemmaForConditionalGeneration t5gemma BartForConditionalGeneration bart
+        WhisperForConditionalGeneration whisper
     """,
     "attention within chunks, and norms of q and k after rotary embedding": """
         Llama4ForCausalLM Llama4ForConditionalGeneration llama4 llama4_text

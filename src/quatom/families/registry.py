@@ -8,12 +8,15 @@ from quatom.families.arcee import ARCEE
 from quatom.families.cwm import CWM
 from quatom.families.decoder import Family
 from quatom.families.ernie import ERNIE4_5, HELIUM
+from quatom.families.exaone import EXAONE
 from quatom.families.exaone4 import EXAONE4
 from quatom.families.gemma import GEMMA
 from quatom.families.gemma2 import GEMMA2
 from quatom.families.gemma3 import GEMMA3
 from quatom.families.glm import GLM, GLM4
 from quatom.families.glm_moe import GLM4_MOE
+from quatom.families.gpt2 import GPT2
+from quatom.families.gpt_bigcode import GPT_BIGCODE
 from quatom.families.gpt_oss import GPT_OSS
 from quatom.families.granite import GRANITE, GRANITE_MOE
 from quatom.families.hyperclovax import HYPERCLOVAX
@@ -63,6 +66,7 @@ FAMILIES: tuple[Family, ...] = (
     GLM4,
     ERNIE4_5,
     HELIUM,
+    EXAONE,
     EXAONE4,
     STARCODER2,
     STABLELM,
@@ -74,6 +78,8 @@ FAMILIES: tuple[Family, ...] = (
     IQUESTCODER,
     JAIS2,
     OPT,
+    GPT2,
+    GPT_BIGCODE,
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,

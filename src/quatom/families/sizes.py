@@ -1,6 +1,6 @@
 """Sizes of a decoder, and which of its layers have a sliding window."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quatom.errors import ModelError
@@ -22,8 +22,22 @@ class Sizes:
     """max_position_embeddings: tokens, before any rotary scaling."""
 
 
+GPT: Mapping[str, str] = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+"""What files of GPT-2 and its relatives call sizes."""
+
+
 def read_sizes(
-    keys: Keys, *, max_position: int, kv_heads: int | None = None, head_dim: int | None = None
+    keys: Keys,
+    *,
+    max_position: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    spellings: Mapping[str, str] | None = None,
 ) -> Sizes:
     """Sizes of a decoder, with a family's defaults.
 
@@ -32,12 +46,18 @@ def read_sizes(
         max_position: Default of max_position_embeddings.
         kv_heads: Default of num_key_value_heads; None: as many as query heads.
         head_dim: Default of head_dim; None: hidden_size / num_attention_heads.
+        spellings: Key -> another name of it in this family's files.
 
     Raises:
         ModelError: one is missing or wrong.
     """
-    hidden = keys.integer("hidden_size")
-    heads = keys.integer("num_attention_heads")
+
+    def size(name: str, default: int | None = None) -> int:
+        other = (spellings or {}).get(name)
+        return keys.integer(*((other, name) if other else (name,)), default=default)
+
+    hidden = size("hidden_size")
+    heads = size("num_attention_heads")
     head_dim = keys.integer_or_none("head_dim", default=head_dim)
     if head_dim is None:
         if hidden % heads:
@@ -48,11 +68,11 @@ def read_sizes(
         head_dim = hidden // heads
     return Sizes(
         hidden=hidden,
-        layers=keys.integer("num_hidden_layers"),
+        layers=size("num_hidden_layers"),
         heads=heads,
         kv_heads=keys.integer_or_none("num_key_value_heads", default=kv_heads) or heads,
         head_dim=head_dim,
-        max_position=keys.integer("max_position_embeddings", default=max_position),
+        max_position=size("max_position_embeddings", max_position),
     )
 
 

@@ -272,12 +272,12 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """How files hold a weight, or a bias, of routed experts under other names."""
+    """How files hold a weight, or a bias, under other names."""
 
     names: tuple[str, ...]
     """Tensors whose rows are joined; {} stands for the number of an expert."""
     transposed: bool = False
-    """One tensor of all experts, (E, input channels, rows)."""
+    """One tensor (input channels, rows), or of all experts (E, input channels, rows)."""
     interleaved: bool = False
     """One tensor of all experts, in which rows of gate and of up take turns."""
 

@@ -1,0 +1,89 @@
+"""GPT-2: learned positions, LayerNorm, biases, GELU, no gate; transposed weights in files."""
+
+from dataclasses import replace
+
+from quatom.families.decoder import Family, activation, decoder
+from quatom.families.keys import Keys
+from quatom.families.rope import Rotary
+from quatom.families.sizes import GPT, read_sizes
+from quatom.families.spec import FeedForward, Layer, Linear, ModelConfig, Norm, Positions, Spelling
+
+
+def read(keys: Keys) -> ModelConfig:
+    """What a GPT2LMHeadModel computes.
+
+    Raises:
+        ModelError: a key is missing or not supported.
+    """
+    keys.only("scale_attn_by_inverse_layer_idx", False)
+    keys.ignore("reorder_and_upcast_attn")  # another order of the same
+    config = gpt(keys, family="gpt2", kv_heads=None, default="gelu_new")
+    return replace(config, layers=tuple(_transposed(layer) for layer in config.layers))
+
+
+def gpt(keys: Keys, *, family: str, kv_heads: int | None, default: str) -> ModelConfig:
+    """What GPT-2 and GPT-BigCode share.
+
+    Args:
+        keys: of config.json.
+        family: Name in the registry.
+        kv_heads: Heads of K and V; None: as many as query heads.
+        default: of activation_function.
+
+    Raises:
+        ModelError: a key is missing or not supported.
+    """
+    keys.ignore(*keys.under("summary_"))
+    sizes = read_sizes(keys, max_position=1024, kv_heads=kv_heads, spellings=GPT)
+    keys.only("num_key_value_heads", kv_heads or sizes.heads)
+    keys.only("head_dim", sizes.hidden // sizes.heads)
+    keys.only("n_ctx", sizes.max_position)
+    return decoder(
+        keys,
+        sizes,
+        Rotary((None,) * sizes.layers, sizes.max_position),
+        family=family,
+        norm=Norm(kind="layer", eps=keys.positive("layer_norm_epsilon", default=1e-5), bias=True),
+        feed_forward=FeedForward(
+            size=keys.integer("n_inner", default=4 * sizes.hidden),
+            activation=activation(keys, "activation_function", default=default),
+            gated=False,
+        ),
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        linears={
+            "qkv": ("attn.c_attn",),
+            "o": ("attn.c_proj",),
+            "gate_up": ("mlp.c_fc",),
+            "down": ("mlp.c_proj",),
+        },
+        norms={"attention": "ln_1", "feed_forward": "ln_2"},
+        tied=True,
+        positions=Positions(name="transformer.wpe.weight", rows=sizes.max_position),
+        layer_prefix="transformer.h.",
+        embedding_name="transformer.wte.weight",
+        final_norm_name="transformer.ln_f",
+    )
+
+
+def _transposed(layer: Layer) -> Layer:
+    """The layer whose linears have names of their own, and transposed weights in files."""
+
+    def own(linear: Linear) -> Linear:
+        weight = Spelling((f"{linear.name}.weight",), transposed=True)
+        bias = Spelling((f"{linear.name}.bias",))
+        name = f"{linear.name}.linear"
+        return replace(linear, name=name, spellings=(weight,), bias_spellings=(bias,))
+
+    linears = {site: tuple(own(one) for one in layer.linears[site]) for site in layer.linears}
+    return replace(layer, linears=linears)
+
+
+GPT2 = Family(
+    name="gpt2",
+    architectures=("GPT2LMHeadModel",),
+    model_type="gpt2",
+    models="GPT-2, DistilGPT2, Cerebras-GPT",
+    read=read,
+)
