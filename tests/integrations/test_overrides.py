@@ -12,6 +12,7 @@ from quatom.integrations.vllm.shares import share_of
 from quatom.plan import plan
 from quatom.presets import PRESETS
 from quatom.recipe_file import changed
+from tests.families.models import tiny_config
 from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe
 from tests.integrations.test_shares import MODEL, rank_rows
 
@@ -19,9 +20,28 @@ from tests.integrations.test_shares import MODEL, rank_rows
 def settings(recipe):
     quantization = {"quant_method": "quatom", "recipe": recipe.to_dict()}
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(quantization_config=quantization)),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        model_config=SimpleNamespace(
+            model="folder", hf_config=SimpleNamespace(quantization_config=quantization)
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
     )
+
+
+def reads(monkeypatch, family):
+    """A folder that holds the tiny model of a family."""
+    config = read_config(tiny_config(family).to_dict())
+    place = "quatom.integrations.vllm.settings.read_model_config"
+    monkeypatch.setattr(place, lambda _: (config, None))
+
+
+@pytest.mark.parametrize("family", ["ministral3", "mistral"])
+def test_vllm_is_told_how_queries_grow(family, monkeypatch):
+    reads(monkeypatch, family)
+    ours = settings(PRESETS["w8a8"])
+    update_settings(ours)
+    found = getattr(ours.model_config.hf_config, "llama_4_scaling", None)
+    grows = {"beta": 0.5, "original_max_position_embeddings": 16}
+    assert found == (grows if family == "ministral3" else None)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +57,7 @@ def settings(recipe):
     ],
 )
 def test_vllm_has_one_of_some_things(base, override, message, monkeypatch):
-    monkeypatch.setattr("quatom.integrations.vllm.settings._check_experts", lambda _: None)
+    reads(monkeypatch, "llama")
     recipe = changed(PRESETS[base], {"overrides": [{"layers": "1"} | override]})
     with pytest.raises(RecipeError, match=message):
         update_settings(settings(recipe))

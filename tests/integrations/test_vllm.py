@@ -103,6 +103,18 @@ def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
         "seed_oss",
         "smollm3",
         "starcoder2",
+        "ministral3",  # queries that grow with their position
+        "nemotron",
+        "arcee",
+        "exaone",
+        "hyperclovax",
+        "internlm3",
+        "cwm",
+        "iquestcoder",
+        "jais2",
+        "vaultgemma",
+        "gpt2",
+        "gpt_bigcode",
         "mixtral",  # experts
         "qwen2_moe",  # experts in some layers, and one that all tokens run through
         "qwen3_moe",  # experts in some layers, dense layers in others

@@ -13,6 +13,7 @@ import torch
 from quatom.checkpoint.reader import read_model_config
 from quatom.errors import BackendError, ModelError, RecipeError
 from quatom.families.registry import FAMILIES
+from quatom.families.spec import ModelConfig
 from quatom.integrations.vllm.shares import check_degree
 from quatom.recipe import Recipe
 
@@ -34,7 +35,9 @@ def update_settings(vllm_config: Any) -> None:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "quatom":
         return
     recipe = Recipe.from_dict(quantization["recipe"])
-    _check_experts(vllm_config)
+    config, _recipe = read_model_config(vllm_config.model_config.model)
+    _check_experts(vllm_config, config)
+    _tell_growth(vllm_config.model_config.hf_config, config)
     check_degree(recipe, vllm_config.parallel_config.tensor_parallel_size)
     _check_overrides(recipe)
     cache = recipe.kv_cache.format
@@ -70,7 +73,15 @@ def _check_overrides(recipe: Recipe) -> None:
         )
 
 
-def _check_experts(vllm_config: Any) -> None:
+def _tell_growth(hf_config: Any, config: ModelConfig) -> None:
+    """Write how queries grow where vLLM's Mistral looks for it: a key of Mistral's own files."""
+    for layer in config.layers:
+        if (growth := layer.attention.query_growth) is not None:
+            scaling = {"beta": growth.beta, "original_max_position_embeddings": growth.length}
+            hf_config.llama_4_scaling = scaling
+
+
+def _check_experts(vllm_config: Any, config: ModelConfig) -> None:
     """Refuse what routed experts do not run with.
 
     Ranks that would share those of a layer: each lies on one rank whole. And float16 where they
@@ -79,7 +90,6 @@ def _check_experts(vllm_config: Any) -> None:
     """
     parallel, folder = vllm_config.parallel_config, vllm_config.model_config.model
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-    config, _recipe = read_model_config(folder)
     if ranks > 1 and any(layer.experts is not None for layer in config.layers):
         raise ModelError(
             f"{folder} has routed experts, which are not cut or spread over ranks: "
