@@ -14,7 +14,7 @@ from quatom.checkpoint.reader import open_source
 from quatom.cli.main import app
 from quatom.errors import CheckpointError, RecipeError
 from quatom.recipe import SplittingSpec
-from tests.integrations.checkpoints import tiny_checkpoint, tiny_recipe
+from tests.integrations.checkpoints import family_checkpoint, tiny_checkpoint, tiny_recipe
 
 LINEAR = "model.layers.1.mlp.gate_proj"
 
@@ -76,6 +76,12 @@ def test_recipes_that_cannot_be_said_are_refused_by_what_cannot(
     with pytest.raises(RecipeError, match="cannot say channel_splitting"):
         export_compressed_tensors(folder, tmp_path / "ct")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_family_with_transposed_weights_is_refused(text_file, tmp_path):
+    folder = family_checkpoint(tmp_path.parent, "gpt2", "w8a8", text_file)
+    with pytest.raises(RecipeError, match="weights that this family's files hold transposed"):
+        export_compressed_tensors(folder, tmp_path / "ct")
 
 
 def test_the_command_writes_it_once(checkpoint, tiny_llama_dir, tmp_path):

@@ -27,6 +27,8 @@ FAMILIES = (
     "phi3-partial",  # q, k and v in one tensor; part of a head turns
     "glm4",  # neighbouring channels turn
     "opt",  # learned positions, no gate
+    "ministral3",  # queries that grow with their position
+    "nemotron",  # norms of 1 + w with a bias, no gate
 )
 LENGTH = 60
 
@@ -115,6 +117,12 @@ def test_an_attention_that_knows_no_kv_format_is_refused(checkpoint):
     folder = checkpoint("qwen3", "quatom-w4a8kv4")
     with pytest.raises(ModelError, match="int4 KV cache, which attn_implementation 'eager'"):
         from_pretrained(folder, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "exaone"])
+def test_other_names_than_transformers_are_refused(family, checkpoint):
+    with pytest.raises(ModelError, match=r"transformer.h.0 has other names.*use quatom.load"):
+        from_pretrained(checkpoint(family, "w8a8"))
 
 
 def test_attention_with_sinks_is_refused():

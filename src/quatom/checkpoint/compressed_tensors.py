@@ -74,6 +74,13 @@ def _unsaid(resolved: ModelPlan) -> list[str]:
         "int8 activations with int4 weights": (weights.format, activations.format)
         == ("int4", "int8"),
         "routed experts": any(layer.spec.experts is not None for layer in resolved.layers),
+        "weights that this family's files hold transposed": any(
+            spelling.transposed
+            for layer in resolved.layers
+            for linears in layer.spec.linears.values()
+            for linear in linears
+            for spelling in linear.spellings
+        ),
         f"outliers.channels {recipe.outliers.channels}": any(
             site.layout.outliers for site in resolved.sites()
         ),

@@ -130,7 +130,13 @@ def _convert_layer(model: Any, layer: LayerPlan, recipe: Recipe) -> None:
             f"{layer.prefix[:-1]} normalizes q and k whose channels Quatom stores in another "
             "order: use quatom.load"
         )
-    attention = model.get_submodule(f"{layer.prefix}self_attn")
+    try:
+        attention = model.get_submodule(f"{layer.prefix}self_attn")
+    except AttributeError as error:
+        raise ModelError(
+            f"{layer.prefix[:-1]} has other names in transformers' model than in the checkpoint: "
+            "use quatom.load"
+        ) from error
     attention.quatom_attention, attention.quatom_cache = spec, layer.kv_cache
     attention.k_offset = None
     if layer.offsets_keys:
