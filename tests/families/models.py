@@ -200,6 +200,19 @@ TINY: dict[str, tuple[str, dict]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite_swa": (
+        "GraniteSWA",
+        {
+            "num_hidden_layers": 4,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 8.0,
+            "sliding_window": 21,
+            "layer_rope_theta": [1e4, 0, 1e4, 5e5],
+            "num_key_value_heads": 2,
+        },
+    ),
     "smollm3": (
         "SmolLM3",
         {

@@ -132,6 +132,7 @@ WINDOWS = {
     "gemma3": [24, 24, 24, None],
     "phi3": [28, 28],
     "olmo3": [12, 12, 12, None],
+    "granite_swa": [None, 21, 21, 21],
     "smollm3": [None, 30, None, 30],
     "starcoder2": [36, 36],
     "mixtral": [24, 24],
@@ -178,6 +179,16 @@ def test_hyperclovax_multiplies_logits():
     assert config.layers[0].norm_names["attention_output"] == "post_norm1"
     plain = read_config(tiny_config("hyperclovax", use_post_norm=False).to_dict())
     assert list(plain.layers[0].norms) == ["attention", "feed_forward"]
+
+
+def test_granite_with_windows_has_a_rotary_base_per_layer():
+    config = read_config(tiny_config("granite_swa").to_dict())
+    thetas = [rope and rope.theta for rope in (x.attention.rope for x in config.layers)]
+    assert thetas == [1e4, None, 1e4, 5e5]
+    assert all(layer.attention.sinks for layer in config.layers)
+    for wrong in ([1e4] * 3, [1e4, 1e4, 1e4, -1.0], []):
+        with pytest.raises(ModelError, match="layer_rope_theta must list 4 numbers"):
+            read_config(tiny_config("granite_swa").to_dict() | {"layer_rope_theta": wrong})
 
 
 def test_smollm3_turns_no_heads_in_some_layers():

@@ -1,0 +1,63 @@
+"""Granite with windows: sinks, a window in three layers of four, a rotary base per layer."""
+
+from dataclasses import replace
+
+from quatom.errors import ModelError
+from quatom.families.decoder import Family
+from quatom.families.keys import Keys
+from quatom.families.llama import llama
+from quatom.families.rope import Rotary, one_rope
+from quatom.families.sizes import Sizes, layer_types, read_sizes, windows
+from quatom.families.spec import ModelConfig
+
+
+def read(keys: Keys) -> ModelConfig:
+    """What a GraniteSWAForCausalLM computes.
+
+    Raises:
+        ModelError: a key is missing or not supported.
+    """
+    sizes = read_sizes(keys, max_position=8192, kv_heads=4)
+    every_fourth = ("full_attention", *("sliding_attention",) * 3) * sizes.layers
+    types = layer_types(keys, every_fourth[: sizes.layers])
+    return llama(
+        keys,
+        sizes,
+        _rotary(keys, sizes),
+        family="granite_swa",
+        eps=1e-5,
+        windows=windows(types, keys.integer_or_none("sliding_window", default=128)),
+        sinks=True,
+        scale=keys.positive("attention_multiplier", default=1.0),
+        residual_multiplier=keys.number("residual_multiplier", default=1.0),
+        embedding_multiplier=keys.number("embedding_multiplier", default=1.0),
+        logits_divisor=keys.positive("logits_scaling", default=1.0),
+        tied=True,
+    )
+
+
+def _rotary(keys: Keys, sizes: Sizes) -> Rotary:
+    """A base of 0 in layer_rope_theta: the layer does not turn its heads."""
+    shared = one_rope(keys, sizes)
+    if keys.value("layer_rope_theta") is None:
+        return shared
+    thetas = keys.numbers("layer_rope_theta")
+    if len(thetas) != sizes.layers or min(thetas) < 0.0:
+        raise ModelError(
+            f"config key layer_rope_theta must list {sizes.layers} numbers of at least 0, one per "
+            f"layer, got {len(thetas)}, the least of them {min(thetas, default=0.0)}"
+        )
+    ropes = (
+        replace(rope, theta=theta) if theta and rope is not None else None
+        for rope, theta in zip(shared.ropes, thetas, strict=True)
+    )
+    return Rotary(tuple(ropes), shared.max_position)
+
+
+GRANITE_SWA = Family(
+    name="granite_swa",
+    architectures=("GraniteSWAForCausalLM",),
+    model_type="granite_swa",
+    models="Granite with windows in some layers",
+    read=read,
+)
