@@ -149,7 +149,9 @@ def save(name, folder):
         **own,
     )
     torch.manual_seed(0)
-    model = getattr(transformers, f"{class_of(name)}ForConditionalGeneration")(config).float().eval()
+    model = (
+        getattr(transformers, f"{class_of(name)}ForConditionalGeneration")(config).float().eval()
+    )
     model.save_pretrained(folder)
     write_byte_tokenizer(folder)
     return model

@@ -78,7 +78,7 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
     kind = str(text.get("model_type"))
     family = next((f for f in FAMILIES if f.model_type == _MODEL_TYPES.get(kind, kind)), None)
     if family is None:
-        check_not_refused(part)
+        check_not_refused(text)
         raise ModelError(
             f"{file}: the language part of {name} is of model_type {kind!r}, which is not "
             f"supported; supported: {', '.join(f.model_type for f in FAMILIES)}"
