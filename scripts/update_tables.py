@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from quatom.families.refused import REFUSED
 from quatom.families.registry import FAMILIES
 
 sys.path.insert(0, str(Path(__file__).parent))  # also when a test runs this file by its path
@@ -208,6 +209,17 @@ def supported(name: str) -> str:
     return table(["family", "architectures", "released models"], rows)
 
 
+def refused(name: str) -> str:
+    """Models that do not run, by what they have; `name` is not used."""
+    reasons: dict[str, list[str]] = {}
+    for model, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(f"`{model}`")
+    rows = [
+        [reason, ", ".join(n for n in names if "For" in n)] for reason, names in reasons.items()
+    ]
+    return table(["it has", "architectures"], rows)
+
+
 def _dtypes(data: dict[str, Any]) -> list[str]:
     """Dtypes of the floating-point models of a families file."""
     return list(dict.fromkeys(e["dtype"] for e in data["results"] if e["recipe"] == "fp16"))
@@ -252,6 +264,7 @@ def vllm(name: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "supported": supported,
+    "refused": refused,
     "agreement": agreement,
     "backends": backends,
     "decode": decode,

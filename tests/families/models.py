@@ -200,6 +200,19 @@ TINY: dict[str, tuple[str, dict]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite4": (
+        "GraniteMoeHybrid",
+        {
+            "layer_types": ["full_attention"] * 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 160,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 8.0,
+        },
+    ),
     "granite_swa": (
         "GraniteSWA",
         {

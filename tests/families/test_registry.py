@@ -612,6 +612,22 @@ def test_internlm3_has_biases_by_two_keys():
     assert biases == {"qkv": True, "o": False, "gate_up": False, "down": False}
 
 
+def test_granite4_without_a_state():
+    config = tiny_config("granite4").to_dict()
+    still = read_config(config | {"position_embedding_type": "nope"})
+    assert all(layer.attention.rope is None for layer in still.layers)
+    assert read_config(config | {"layer_types": ["attention"] * 2}) == read_config(config)
+    hybrid = {"layer_types": ["mamba", "attention"]}
+    for change, message in [
+        (hybrid, r"1 of 2 layers are state-space layers \(Mamba\)"),
+        ({"layer_types": None}, "2 of 2 layers are state-space layers"),
+        ({"num_local_experts": 4}, "num_local_experts 4 is not supported"),
+        ({"position_embedding_type": "alibi"}, "position_embedding_type = 'alibi'"),
+    ]:
+        with pytest.raises(ModelError, match=message):
+            read_config(config | change)
+
+
 MOE_REFUSALS = [
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     ("qwen3_moe", {"mlp_only_layers": "0"}, "mlp_only_layers must be a list of layers"),

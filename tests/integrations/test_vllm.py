@@ -106,15 +106,10 @@ def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
         "ministral3",  # queries that grow with their position
         "nemotron",
         "arcee",
-        "exaone",
         "hyperclovax",
-        "internlm3",
         "cwm",
-        "iquestcoder",
         "jais2",
         "vaultgemma",
-        "gpt2",
-        "gpt_bigcode",
         "mixtral",  # experts
         "qwen2_moe",  # experts in some layers, and one that all tokens run through
         "qwen3_moe",  # experts in some layers, dense layers in others
@@ -195,6 +190,12 @@ def test_experts_that_nobody_ran_are_refused_by_name(family, recipe, tmp_path):
     message = refused(config_alone(tmp_path, family, recipe), **NO_WEIGHTS)
     assert "runs routed experts of mixtral, qwen2_moe, qwen3_moe, olmoe, " in message
     assert "with quantized weights; use quatom serve" in message
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
+def test_families_that_nobody_ran_are_refused_by_name(family, tmp_path):
+    message = refused(config_alone(tmp_path, family, "rtn-w4a4"), **NO_WEIGHTS)
+    assert f"is a {family}, which the plugin was not tried with: use quatom serve" in message
 
 
 def test_experts_that_an_older_vllm_does_not_load_are_refused(tmp_path, monkeypatch):

@@ -28,8 +28,7 @@ _BY_REASON: Mapping[str, str] = {
     _STATE_SPACE: """
         MambaForCausalLM mamba Mamba2ForCausalLM mamba2 FalconMambaForCausalLM falcon_mamba
         FalconH1ForCausalLM falcon_h1 JambaForCausalLM jamba BambaForCausalLM bamba
-        ZambaForCausalLM zamba Zamba2ForCausalLM zamba2 GraniteMoeHybridForCausalLM
-        granitemoehybrid NemotronHForCausalLM nemotron_h
+        ZambaForCausalLM zamba Zamba2ForCausalLM zamba2 NemotronHForCausalLM nemotron_h
     """,
     "layers of short convolutions": "Lfm2ForCausalLM lfm2 Lfm2MoeForCausalLM lfm2_moe",
     "recurrent layers": "RecurrentGemmaForCausalLM recurrent_gemma xLSTMForCausalLM xlstm",

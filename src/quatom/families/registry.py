@@ -19,6 +19,7 @@ from quatom.families.gpt2 import GPT2
 from quatom.families.gpt_bigcode import GPT_BIGCODE
 from quatom.families.gpt_oss import GPT_OSS
 from quatom.families.granite import GRANITE, GRANITE_MOE
+from quatom.families.granite4 import GRANITE4
 from quatom.families.granite_swa import GRANITE_SWA
 from quatom.families.hyperclovax import HYPERCLOVAX
 from quatom.families.internlm3 import INTERNLM3
@@ -61,6 +62,7 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     OLMO3,
     GRANITE,
+    GRANITE4,
     GRANITE_SWA,
     SMOLLM3,
     SEED_OSS,

@@ -15,6 +15,13 @@ from quatom.recipe import Recipe
 
 logger = init_logger("vllm.quatom")
 
+_DENSE = """
+    arcee cwm ernie4_5 exaone4 gemma gemma2 gemma3 glm glm4 granite helium hyperclovax jais2 llama
+    ministral ministral3 mistral nemotron olmo2 olmo3 opt phi3 qwen2 qwen3 seed_oss smollm3
+    stablelm starcoder2 vaultgemma
+"""
+DENSE_FAMILIES = frozenset(_DENSE.split())
+"""Families without experts that tests ran in vLLM. It might compute others otherwise."""
 EXPERT_MODULES = {
     "mixtral": "block_sparse_moe",
     "qwen2_moe": "mlp",
@@ -59,10 +66,10 @@ class CheckpointState:
         """Read the model's config.json.
 
         Raises:
-            ModelError: the model is not supported, has routed experts of another family than
-                `EXPERT_MODULES` or in floating point, or of one that this vLLM does not load, or
-                vLLM's model normalizes q and k whose
-                channels the checkpoint holds in another order; or the recipe rotates outputs.
+            ModelError: the model is not supported, is of none of `DENSE_FAMILIES`, has routed
+                experts of another family than `EXPERT_MODULES` or in floating point, or of one that
+                this vLLM does not load, or vLLM's model normalizes q and k whose channels the
+                checkpoint holds in another order; or the recipe rotates outputs.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(folder)
@@ -77,6 +84,12 @@ class CheckpointState:
             raise ModelError(
                 f"{folder} has a recipe with incoherence, whose rotations of inputs and outputs "
                 "the plugin does not run: use quatom serve"
+            )
+        dense = all(layer.spec.experts is None for layer in self.resolved.layers)
+        if dense and config.family not in DENSE_FAMILIES | EXPERT_MODULES.keys():
+            raise ModelError(
+                f"{folder} is a {config.family}, which the plugin was not tried with: use quatom "
+                "serve"
             )
         for layer in self.resolved.layers:
             runs = config.family in EXPERT_MODULES and self.recipe.quantizes_weights
