@@ -38,19 +38,18 @@ class RotaryTables(nn.Module):
             key = (layer.attention.rope, layer.attention.head_dim)
             if key not in names:
                 names[key] = (f"cos_{len(names)}", f"sin_{len(names)}")
-                tables = rotary_table(*key, num_positions, max_length=max_length, device=device)
-                for name, table in zip(names[key], tables, strict=True):
-                    self.register_buffer(name, table, persistent=False)
+                turns = rotary_table(*key, num_positions, max_length=max_length, device=device)
+                for name, part in zip(names[key], turns, strict=True):
+                    self.register_buffer(name, part, persistent=False)
             self._names_by_layer.append(names[key])
-        self._scales_by_layer: list[str | None] = []
-        scales: dict[QueryGrowth | None, str | None] = {None: None}
+        self._scales_by_layer: list[str] = []
+        scales: dict[QueryGrowth | None, str] = {}
         for layer in config.layers:
             growth = layer.attention.query_growth
             if growth not in scales:
+                scales[growth] = f"scales_{len(scales)}"
                 table = query_scales(growth, num_positions, max_length=max_length, device=device)
-                scales[growth] = None if table is None else f"scales_{len(scales)}"
-                if name := scales[growth]:
-                    self.register_buffer(name, table, persistent=False)
+                self.register_buffer(scales[growth], table, persistent=False)
             self._scales_by_layer.append(scales[growth])
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -63,5 +62,4 @@ class RotaryTables(nn.Module):
 
         (num_positions,) float32.
         """
-        name = self._scales_by_layer[layer]
-        return None if name is None else cast("Tensor", self._buffers[name])
+        return self._buffers[self._scales_by_layer[layer]]
