@@ -157,10 +157,17 @@ def _reader(source: TensorSource, device: torch.device, dtype: torch.dtype) -> R
 def rotary_rows(attention: Attention) -> Tensor | None:
     """Row of a model's files at each row of q, k and v in rotary order; None: nothing moves."""
     order = head_order(attention.rope, attention.head_dim)
-    if order is None:
+    if order is None and not attention.rows_by_group:
         return None
-    turned = _head_rows(order, attention.num_heads + attention.num_kv_heads)
-    return torch.cat((turned, turned.numel() + torch.arange(attention.kv_size)))
+    dim, groups = attention.head_dim, attention.num_kv_heads
+    order = torch.arange(dim) if order is None else order
+    turned = _head_rows(order, attention.num_heads + groups)
+    rows = torch.cat((turned, turned.numel() + torch.arange(attention.kv_size)))
+    if not attention.rows_by_group:
+        return rows
+    files = torch.arange(len(rows)).view(groups, -1, dim)  # (KV, H / KV + 2, D)
+    parts = files[:, :-2], files[:, -2], files[:, -1]
+    return torch.cat([part.flatten() for part in parts])[rows]
 
 
 def _head_rows(order: Tensor, heads: int) -> Tensor:
@@ -177,9 +184,8 @@ def in_rotary_order(layer: LayerPlan, weights: FloatLayer) -> FloatLayer:
     rows = rows.to(joined.weight.device)
     site = FloatSite(joined.weight[rows], None if joined.bias is None else joined.bias[rows])
     norms = weights.qk_norm
-    if norms is not None:
-        order = head_order(attention.rope, attention.head_dim)
-        assert order is not None
+    order = head_order(attention.rope, attention.head_dim)
+    if norms is not None and order is not None:
         per_head = attention.qk_norm_axis == "head"
         sizes = (1, 1) if per_head else (attention.num_heads, attention.num_kv_heads)
         q, k = (_head_rows(order, heads).to(rows.device) for heads in sizes)

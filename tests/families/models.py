@@ -259,8 +259,38 @@ TINY: dict[str, tuple[str, dict]] = {
             "num_key_value_heads": 2,
         },
     ),
+    "cohere": (
+        "Cohere",
+        {"num_key_value_heads": 2, "layer_norm_eps": 1e-4, "logit_scale": 0.5},
+    ),
+    "cohere2": (
+        "Cohere2",
+        {"num_hidden_layers": 4, "sliding_window": 20, "layer_types": ALTERNATING},
+    ),
+    "phi": ("Phi", {"num_key_value_heads": 2, "hidden_size": 192}),
+    "gpt_neox": ("GPTNeoX", {"num_attention_heads": 4, "hidden_size": 256}),
+    "gpt_neox-sequential": (
+        "GPTNeoX",
+        {"use_parallel_residual": False, "attention_bias": False},
+    ),
+    "falcon": ("Falcon", {"hidden_size": 256, "num_attention_heads": 4}),
+    "falcon-groups": (
+        "Falcon",
+        {
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "bias": True,
+        },
+    ),
+    "gptj": ("GPTJ", {"rotary_dim": 32}),
     "starcoder2": ("Starcoder2", {"hidden_size": 192, "sliding_window": 36}),
     "stablelm": ("StableLm", {"hidden_size": 160, "num_key_value_heads": 2, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "StableLm",
+        {"hidden_size": 160, "num_key_value_heads": 2, "use_parallel_residual": True},
+    ),
     "nemotron": (
         "Nemotron",
         {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "mlp_bias": True},
@@ -388,7 +418,10 @@ TINY: dict[str, tuple[str, dict]] = {
         },
     ),
 }
-ALONE = dict.fromkeys(("opt", "gpt2", "gpt_bigcode"), ("intermediate_size", "num_key_value_heads"))
+ALONE = dict.fromkeys(
+    ("opt", "gpt2", "gpt_bigcode", "falcon", "falcon-groups", "gptj"),
+    ("intermediate_size", "num_key_value_heads"),
+) | dict.fromkeys(("gpt_neox", "gpt_neox-sequential"), ("num_key_value_heads",))
 """Keys of COMMON that a family does not have."""
 
 

@@ -53,6 +53,11 @@ def version_4(config: dict) -> dict:
     old["rope_theta"] = scaling.pop("rope_theta")
     if "partial_rotary_factor" in scaling:
         old["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    if config["model_type"] == "gpt_neox":
+        old["rotary_emb_base"], old["rotary_pct"] = (
+            old.pop("rope_theta"),
+            old.pop("partial_rotary_factor"),
+        )
     # Families with a rotary embedding per layer type are young: they have no "type".
     spelling = "rope_type" if "full_attention" in config["rope_parameters"] else "type"
     scaling[spelling] = scaling.pop("rope_type")
@@ -107,14 +112,16 @@ def test_constants_are_those_of_the_modules(name):
     layers = decoder.h if hasattr(decoder, "h") else decoder.layers
     for layer, theirs in zip(config.layers, layers, strict=True):
         attention = layer.attention
-        module = theirs.attn if hasattr(theirs, "attn") else theirs.self_attn
-        assert attention.scale == pytest.approx(module.scaling, rel=1e-15)
-        assert attention.head_dim == module.head_dim
+        names = ("attn", "attention", "self_attn", "self_attention")
+        module = next(getattr(theirs, name) for name in names if hasattr(theirs, name))
+        scale = getattr(module, "inv_norm_factor", None) or module.scaling
+        assert attention.scale == pytest.approx(scale, rel=1e-15)
+        assert attention.head_dim == getattr(module, "head_dim", getattr(module, "head_size", 0))
         names = NORMS_BEFORE if isinstance(model, LlamaForCausalLM) else layer.norm_names
         norms = {place: theirs.get_submodule(names[place]) for place in layer.norms}
         eps = {getattr(n, "variance_epsilon", getattr(n, "eps", None)) for n in norms.values()}
         assert eps == {norm.eps for norm in layer.norms.values()}
-        kinds = {"layer" if hasattr(n, "bias") else "rms" for n in norms.values()}
+        kinds = {"rms" if "RMS" in type(n).__name__ else "layer" for n in norms.values()}
         assert kinds == {norm.kind for norm in layer.norms.values()}
     assert config.num_layers == len(layers)
     assert config.max_position >= model.config.max_position_embeddings
@@ -124,6 +131,7 @@ def test_constants_are_those_of_the_modules(name):
 WINDOWS = {
     "mistral": [24, 24],
     "ministral": [20, None, 20, None],
+    "cohere2": [20, None, 20, None],
     "qwen2-windows": [None, 16, 16],
     "gemma2": [32, None, 32, None],
     "exaone4": [22, None, 22, None],

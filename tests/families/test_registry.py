@@ -156,6 +156,76 @@ GROWING = {
 
 # Keys of released files that a reader may stumble over, beside the sizes that every file has.
 RELEASED = {
+    "Command R": (
+        "CohereForCausalLM",
+        {"model_max_length": 131_072, "logit_scale": 0.0625, "use_qk_norm": False},
+    ),
+    "Command R7B": (
+        "Cohere2ForCausalLM",
+        {
+            "cache_implementation": "hybrid",
+            "head_dim": 16,
+            "layer_switch": 4,
+            "logit_scale": 0.25,
+            "order_of_interleaved_layers": "local_attn_first",
+            "position_embedding_type": "rope_gptj",
+            "rope_scaling": None,
+            "rotary_pct": 1.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "use_embedding_sharing": True,
+            "use_gated_activation": True,
+            "use_parallel_block": True,
+            "use_parallel_embedding": False,
+            "use_qk_norm": False,
+        },
+    ),
+    "Phi-2": (
+        "PhiForCausalLM",
+        {"partial_rotary_factor": 0.5, "qk_layernorm": False, "resid_pdrop": 0.1},
+    ),
+    "Pythia": (
+        "GPTNeoXForCausalLM",
+        {
+            "num_key_value_heads": None,
+            "rotary_emb_base": 10_000,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": True,
+        },
+    ),
+    "Falcon 7B": (
+        "FalconForCausalLM",
+        {
+            "alibi": False,
+            "apply_residual_connection_post_layernorm": False,
+            "bias": False,
+            "multi_query": True,
+            "new_decoder_architecture": False,
+            "parallel_attn": True,
+        },
+    ),
+    "Falcon 2 11B": (
+        "FalconForCausalLM",
+        {
+            "ff_factor": 4,
+            "ffn_hidden_size": 96,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "rope_theta": 500_042.0,
+        },
+    ),
+    "GPT-J": (
+        "GPTJForCausalLM",
+        {
+            "attn_pdrop": 0.0,
+            "n_inner": None,
+            "rotary": True,
+            "rotary_dim": 8,
+            "scale_attn_weights": True,
+            "summary_type": "cls_index",
+        },
+    ),
     "Llama 1": ("LlamaForCausalLM", {"max_sequence_length": 2048, "pad_token_id": 0}),
     "Llama 1, first name": ("LLaMAForCausalLM", {"max_sequence_length": 2048}),
     "Llama 2": ("LlamaForCausalLM", {"pretraining_tp": 2, "rope_scaling": None}),
@@ -502,7 +572,19 @@ REFUSED = {
     "theta beside no rotary parameters": ("Ministral3", {"rope_theta": 5e5}, "rope_theta = 5"),
     "theta of OLMo-3": ("Olmo3", {"rope_theta": 1e4}, "rope_theta = 10000.0: releases of transf"),
     "rotary layers": ("SmolLM3", {"no_rope_layers": [1]}, "a list of 2 entries"),
-    "parallel": ("StableLm", {"use_parallel_residual": True}, "use_parallel_residual = True"),
+    "norms of Command R+": ("Cohere", {"use_qk_norm": True}, "use_qk_norm = True"),
+    "norms of Phi's heads": ("Phi", {"qk_layernorm": True}, "qk_layernorm = True"),
+    "order of Cohere's windows": (
+        "Cohere2",
+        {"order_of_interleaved_layers": "global_attn_first"},
+        "order_of_interleaved_layers",
+    ),
+    "biases by distance": ("Falcon", {"alibi": True}, "alibi = True"),
+    "Falcon's norms": (
+        "Falcon",
+        {"num_ln_in_parallel_attn": 2},
+        "num_ln_in_parallel_attn = 2",
+    ),
     "norm per head": ("StableLm", {"qk_layernorm": True}, "qk_layernorm = True"),
     "norm after": ("OPT", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
     "projected embeddings": ("OPT", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
@@ -515,6 +597,9 @@ OWN = {
     "OPT": {"intermediate_size": None, "num_key_value_heads": None, "ffn_dim": 96},
     "StableLm": {"num_key_value_heads": 4},
     "GPTBigCode": {"intermediate_size": None, "num_key_value_heads": None},
+    "GPTJ": {"intermediate_size": None, "num_key_value_heads": None, "rotary_dim": 8},
+    "GPTNeoX": {"num_key_value_heads": None},
+    "Falcon": {"intermediate_size": None, "num_key_value_heads": None},
 }
 
 

@@ -169,11 +169,16 @@ def _with_gpt_head(name: str) -> str:
     return name if name.startswith("lm_head.") else f"transformer.{name}"
 
 
+def _neox_head(name: str) -> str:
+    return name.replace("embed_out.", "lm_head.", 1) if name.startswith("embed_out.") else name
+
+
 _RENAMINGS: dict[str, Callable[[str], str]] = {
     "prefix of a wrapper taken off": _without_wrappers,
     "language part of a larger model": _language_part,
     "model saved without its head": _with_head,
     "GPT saved without its head": _with_gpt_head,
+    "head of GPT-NeoX": _neox_head,
 }
 
 

@@ -136,6 +136,8 @@ def decoder(
     linears: Mapping[SiteName, tuple[str, ...]] = LINEARS,
     norms: Mapping[NormName, str] = NORMS_BEFORE,
     residual_multiplier: float = 1.0,
+    parallel: bool = False,
+    rows_by_group: bool = False,
     tied: bool = False,
     **model: Any,
 ) -> ModelConfig:
@@ -161,6 +163,8 @@ def decoder(
         linears: Names of the linears of each site.
         norms: Names of the norms of a layer; those that are missing do not exist.
         residual_multiplier: As in `Layer`.
+        parallel: As in `Layer`.
+        rows_by_group: As in `Attention`.
         tied: Default of tie_word_embeddings.
         model: Other fields of `ModelConfig`.
 
@@ -175,6 +179,7 @@ def decoder(
         query_growth=query_growth,
         logit_softcap=score_softcap,
         sinks=sinks,
+        rows_by_group=rows_by_group,
         qk_norm=qk_norm,
         qk_norm_axis=qk_norm_axis,
     )
@@ -204,6 +209,7 @@ def decoder(
             norms=dict.fromkeys(norms, norm),
             norm_names=norms,
             residual_multiplier=residual_multiplier,
+            parallel=parallel,
         )
         for rope, window, feed in zip(rotary.ropes, windows, feed_forward, strict=True)
     )

@@ -6,10 +6,12 @@ from typing import Any
 from quatom.errors import ModelError
 from quatom.families.arcee import ARCEE
 from quatom.families.cwm import CWM
+from quatom.families.cohere import COHERE, COHERE2
 from quatom.families.decoder import Family
 from quatom.families.ernie import ERNIE4_5, HELIUM
 from quatom.families.exaone import EXAONE
 from quatom.families.exaone4 import EXAONE4
+from quatom.families.falcon import FALCON
 from quatom.families.gemma import GEMMA
 from quatom.families.gemma2 import GEMMA2
 from quatom.families.gemma3 import GEMMA3
@@ -17,7 +19,9 @@ from quatom.families.glm import GLM, GLM4
 from quatom.families.glm_moe import GLM4_MOE
 from quatom.families.gpt2 import GPT2
 from quatom.families.gpt_bigcode import GPT_BIGCODE
+from quatom.families.gpt_neox import GPT_NEOX
 from quatom.families.gpt_oss import GPT_OSS
+from quatom.families.gptj import GPTJ
 from quatom.families.granite import GRANITE, GRANITE_MOE
 from quatom.families.granite4 import GRANITE4
 from quatom.families.granite_swa import GRANITE_SWA
@@ -34,6 +38,7 @@ from quatom.families.nemotron import NEMOTRON
 from quatom.families.olmo import OLMO2, OLMO3
 from quatom.families.olmoe import OLMOE
 from quatom.families.opt import OPT
+from quatom.families.phi import PHI
 from quatom.families.phi3 import PHI3
 from quatom.families.phi_moe import PHI_MOE
 from quatom.families.qwen import QWEN2, QWEN3
@@ -72,6 +77,12 @@ FAMILIES: tuple[Family, ...] = (
     HELIUM,
     EXAONE,
     EXAONE4,
+    COHERE,
+    COHERE2,
+    PHI,
+    GPT_NEOX,
+    FALCON,
+    GPTJ,
     STARCODER2,
     STABLELM,
     NEMOTRON,

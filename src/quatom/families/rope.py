@@ -67,6 +67,7 @@ def one_rope(
     theta: float = 10_000.0,
     partial: float | None = None,
     interleaved: bool = False,
+    theta_name: str = "rope_theta",
     renamed: Mapping[str, str] = _RENAMED,
     own_original: int | None = None,
 ) -> Rotary:
@@ -78,6 +79,7 @@ def one_rope(
         theta: Default of rope_theta.
         partial: Default of partial_rotary_factor; None: this family turns all channels.
         interleaved: Channels 2 j and 2 j + 1 turn together.
+        theta_name: What this family's files call rope_theta at their top.
         renamed: Kind in config.json -> the kind that it means.
         own_original: Default of original_max_position_embeddings in families that have that key
             beside max_position_embeddings; None: the default is `max_position`.
@@ -93,7 +95,7 @@ def one_rope(
             f"config key {keys.show(nested[0])}: this family has one set of rotary parameters "
             "for all layers; write it into rope_parameters itself"
         )
-    outside = {name: name for name in ("rope_theta", _ORIGINAL)}
+    outside = {"rope_theta": theta_name, _ORIGINAL: _ORIGINAL}
     if partial is not None:
         outside |= {name: name for name in _PARTIAL}
     entries = _Entries(

@@ -142,6 +142,8 @@ class Attention:
     """Norm of q and k before rotary embedding."""
     sinks: bool = False
     """A learned logit of each query head takes part in the softmax's sum and has no value."""
+    rows_by_group: bool = False
+    """Files hold the rows of q, k and v by KV head: those of its query heads, its k, its v."""
     qk_norm_axis: Literal["head", "all"] = "head"
     """head: over the channels of each head, one weight (head_dim,) for all heads; all: over the
     channels of all heads, weights (num_heads * head_dim,) and (num_kv_heads * head_dim,)."""
@@ -305,7 +307,9 @@ class Layer:
     h = hidden + m * norm[attention_output](attend(norm[attention](hidden)))
     hidden = h + m * norm[feed_forward_output](feed(norm[feed_forward](h)))
 
-    with m = residual_multiplier; a norm that is absent is the identity. Where there are experts,
+    with m = residual_multiplier; a norm that is absent is the identity. A parallel layer has
+    norm[feed_forward](hidden) there, or norm[attention](hidden) without a norm feed_forward: both
+    parts read what enters the layer. Where there are experts,
     feed(x) is the sum of what a token's experts give, each times its weight, and of `feed_forward`
     (the shared expert, times sigmoid(gate x) where there is a gate), if there is one.
     """
@@ -324,6 +328,8 @@ class Layer:
     sinks_name: str = "self_attn.sinks"
     """Tensor (num_heads,) of attention's sinks within the layer, where there are any."""
     residual_multiplier: float = 1.0
+    parallel: bool = False
+    """The feed-forward layer reads what attention reads, not what attention gives."""
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
@@ -336,6 +342,8 @@ class Layer:
             wanted["experts_gate_up"] = self.experts.feed_forward.made_rows
         if self.feed_forward is None and self.experts is None:
             raise ModelError("a layer has neither a feed-forward layer nor experts")
+        if self.parallel and self.experts is not None:
+            raise ModelError("experts beside attention, in one layer, are not supported")
         for site, linears in self.linears.items():
             if len({linear.bias for linear in linears}) > 1:
                 raise ModelError(f"some linears of {site} have a bias and some have none")
@@ -348,6 +356,11 @@ class Layer:
     def sites(self) -> tuple[SiteName, ...]:
         """Sites of this layer, in the order of the network."""
         return tuple(site for site in SITES if site in self.linears)
+
+    @property
+    def shares_norm(self) -> bool:
+        """Whether attention and the feed-forward layer read the output of one norm."""
+        return self.parallel and "feed_forward" not in self.norms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """StableLM: LayerNorm, a quarter of each head turns."""
 
-from quatom.families.decoder import Family, decoder, read_feed_forward
+from quatom.families.decoder import NORMS_BEFORE, Family, decoder, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
 from quatom.families.sizes import read_sizes
@@ -11,10 +11,10 @@ def read(keys: Keys) -> ModelConfig:
     """What a StableLmForCausalLM computes.
 
     Raises:
-        ModelError: a key is missing or not supported; attention beside the feed-forward layer
-            (use_parallel_residual) and norms with a weight per head (qk_layernorm) are not.
+        ModelError: a key is missing or not supported; norms with a weight per head (qk_layernorm)
+            are not.
     """
-    keys.only("use_parallel_residual", False)
+    parallel = keys.flag("use_parallel_residual")
     keys.only("qk_layernorm", False)
     keys.only("rotary_scaling_factor", 1.0)
     sizes = read_sizes(keys, max_position=4096, kv_heads=32)
@@ -28,6 +28,8 @@ def read(keys: Keys) -> ModelConfig:
         norm=Norm(kind="layer", eps=eps, bias=True),
         feed_forward=read_feed_forward(keys),
         attention_bias=keys.flag("use_qkv_bias"),
+        norms={"attention": NORMS_BEFORE["attention"]} if parallel else NORMS_BEFORE,
+        parallel=parallel,
     )
 
 

@@ -5,6 +5,7 @@ For T packed tokens of any number of sequences:
     hidden, residual -> norm -> q, k, v -> rotate, append to the KV cache, attend -> o -> norm
                      -> norm -> gate, up -> activation(gate) * up -> down -> norm
 
+In a parallel layer the second line reads what the first one reads, and both results are added.
 A layer with routed experts runs the last line, between its norms, through each token's experts
 instead, or besides.
 
@@ -172,6 +173,10 @@ class DecoderBlock(nn.Module):
         """
         hidden = self.linears["o"](self._input_of("o").plain(attended.flatten(1)))
         hidden = self._output("attention_output", hidden)
+        if self.spec.parallel:
+            norm: NormName = "attention" if self.spec.shares_norm else "feed_forward"
+            x, _ = self._input("gate_up", norm, residual, None)
+            return hidden + self._output("feed_forward_output", self._feed(x)), residual
         if self.spec.experts is None:
             x, residual = self._input("gate_up", "feed_forward", hidden, residual)
             hidden = self._feed(x)

@@ -34,7 +34,8 @@ def scale_channels(
         if spec.method == "smoothquant" and name not in _NORMS:
             continue  # published for the inputs that a norm makes
         if can_fold(layer, name):
-            factor = _factors(layer.sites[name], weights.sites[name].weight, statistics, spec)
+            weight = torch.cat([weights.sites[reader].weight for reader in _readers(layer, name)])
+            factor = _factors(layer.sites[name], weight, statistics, spec)
             weights = fold_division(layer, weights, name, factor)
     return weights
 
@@ -43,6 +44,8 @@ def can_fold(layer: LayerPlan, site: SiteName) -> bool:
     """Whether what makes a site's input can divide its channels, each by a factor of its own."""
     if site == "gate_up" and layer.spec.experts is not None:
         return False  # a shared expert reads what the router and the experts read
+    if site == "gate_up" and layer.spec.shares_norm:
+        return False  # its input is divided with that of q, k and v, which is the same
     if site in _NORMS:
         return _NORMS[site] in layer.spec.norms
     if site == "down":
@@ -52,6 +55,11 @@ def can_fold(layer: LayerPlan, site: SiteName) -> bool:
     attention = layer.spec.attention
     own_values = attention.num_heads == attention.num_kv_heads
     return own_values and layer.kv_cache.value_rotation == "none"
+
+
+def _readers(layer: LayerPlan, site: SiteName) -> tuple[SiteName, ...]:
+    """Sites that read the input of one: their columns take its factors."""
+    return ("qkv", "gate_up") if site == "qkv" and layer.spec.shares_norm else (site,)
 
 
 def _factors(
@@ -108,10 +116,12 @@ def fold_division(
         # Values come last in q, k, v, and up after gate.
         weights = _divide_last_rows(weights, maker, factor)
         assert site == "down" or factor.numel() == attention.kv_size
-    held = weights.sites[site]
-    columns = (held.weight.float() * factor).to(held.weight.dtype)
-    scaled = replace(held, weight=columns, divided_by=factor)
-    return replace(weights, sites={**weights.sites, site: scaled})
+    scaled = {}
+    for reader in _readers(layer, site):
+        held = weights.sites[reader]
+        columns = (held.weight.float() * factor).to(held.weight.dtype)
+        scaled[reader] = replace(held, weight=columns, divided_by=factor)
+    return replace(weights, sites={**weights.sites, **scaled})
 
 
 def _divide_norm(

@@ -44,9 +44,12 @@ class Reassembly:
 def split_channels(
     layer: LayerPlan, weights: FloatLayer, statistics: Mapping[str, Tensor], spec: SplittingSpec
 ) -> FloatLayer:
-    """Every site whose input can take the division; the inputs of the others stay as they are."""
+    """Every site whose input can take the division; the inputs of the others stay as they are.
+
+    So do inputs that two sites share, since each site has its own channels.
+    """
     for name in (name for name in FOLD_ORDER if name in layer.sites):
-        if can_fold(layer, name):
+        if can_fold(layer, name) and not (name == "qkv" and layer.spec.shares_norm):
             weights = _split(layer, weights, name, statistics, spec)
     sites = dict(weights.sites)
     for name, plan in layer.sites.items():
