@@ -27,6 +27,8 @@ FAMILIES = (
     "phi3-partial",  # q, k and v in one tensor; part of a head turns
     "glm4",  # neighbouring channels turn
     "opt",  # learned positions, no gate
+    "cohere",  # attention beside the feed-forward layer, one norm for both
+    "phi",  # the same without a gate, a bias of the head
     "ministral3",  # queries that grow with their position
     "nemotron",  # norms of 1 + w with a bias, no gate
 )

@@ -104,6 +104,8 @@ def test_what_quantizes_the_input_of_down_multiplies_by_the_gate(
         "smollm3",
         "starcoder2",
         "ministral3",  # queries that grow with their position
+        "cohere",  # attention beside the feed-forward layer, one norm for both
+        "phi",
         "nemotron",
         "arcee",
         "hyperclovax",
@@ -192,7 +194,7 @@ def test_experts_that_nobody_ran_are_refused_by_name(family, recipe, tmp_path):
     assert "with quantized weights; use quatom serve" in message
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "gpt_neox", "falcon"])
 def test_families_that_nobody_ran_are_refused_by_name(family, tmp_path):
     message = refused(config_alone(tmp_path, family, "rtn-w4a4"), **NO_WEIGHTS)
     assert f"is a {family}, which the plugin was not tried with: use quatom serve" in message

@@ -35,8 +35,8 @@ METHODS = {
     "awq": PRESETS["awq-w4a16"],
 }
 # A gated and an ungated feed-forward layer, biases, norms of 1 + w, layer norms, no norm in front,
-# values shared by query heads and one per head.
-FAMILIES = ("llama", "qwen2", "gemma3", "olmo2", "opt", "starcoder2", "stablelm")
+# values shared by query heads and one per head, one norm for attention and feed-forward layer.
+FAMILIES = ("llama", "qwen2", "gemma3", "olmo2", "opt", "starcoder2", "stablelm", "cohere", "phi")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,10 @@ def test_the_block_computes_the_same(method, family, sources):
     layer, weights, statistics, want, run = measure(source, recipe, hidden)
     scaled = scale_channels(layer, weights, statistics, recipe.channel_scaling)
     for name, held in scaled.sites.items():
-        folded = can_fold(layer, name) and (method != "smoothquant" or name in ("qkv", "gate_up"))
+        shared = name == "gate_up" and layer.spec.shares_norm  # divided with q, k and v
+        folded = (can_fold(layer, name) or shared) and (
+            method != "smoothquant" or name in ("qkv", "gate_up")
+        )
         assert (held.divided_by is not None) == folded, name
         if folded:
             columns = weights.sites[name].weight
@@ -92,6 +95,7 @@ def test_what_cannot_divide_is_left_alone(sources):
     assert sites("llama") == ["qkv", "gate_up", "down"]  # two query heads share values
     assert sites("olmo2") == ["o", "down"]  # nothing normalizes the inputs; every head its values
     assert sites("opt") == ["qkv", "o", "gate_up", "down"]  # ReLU passes positive factors
+    assert sites("cohere") == ["qkv", "o", "down"]  # gate and up share what q, k and v read
     rotated = KVSpec(format="float16", value_rotation="hadamard")
     assert sites("opt", rotated) == ["qkv", "gate_up", "down"]
     assert "down" not in sites("starcoder2")  # GELU does not

@@ -99,7 +99,7 @@ def _unsaid(resolved: ModelPlan) -> list[str]:
             site.layout.normal % site.layout.group_size for site in resolved.sites()
         ),
         "the order of channels of this family's heads": any(
-            head_order(a.rope, a.head_dim) is not None
+            head_order(a.rope, a.head_dim) is not None or a.rows_by_group
             for a in (layer.spec.attention for layer in resolved.layers)
         ),
     }

@@ -5,8 +5,8 @@ from typing import Any
 
 from quatom.errors import ModelError
 from quatom.families.arcee import ARCEE
-from quatom.families.cwm import CWM
 from quatom.families.cohere import COHERE, COHERE2
+from quatom.families.cwm import CWM
 from quatom.families.decoder import Family
 from quatom.families.ernie import ERNIE4_5, HELIUM
 from quatom.families.exaone import EXAONE

@@ -16,9 +16,9 @@ from quatom.recipe import Recipe
 logger = init_logger("vllm.quatom")
 
 _DENSE = """
-    arcee cwm ernie4_5 exaone4 gemma gemma2 gemma3 glm glm4 granite helium hyperclovax jais2 llama
-    ministral ministral3 mistral nemotron olmo2 olmo3 opt phi3 qwen2 qwen3 seed_oss smollm3
-    stablelm starcoder2 vaultgemma
+    arcee cohere cwm ernie4_5 exaone4 gemma gemma2 gemma3 glm glm4 granite helium hyperclovax jais2
+    llama ministral ministral3 mistral nemotron olmo2 olmo3 opt phi phi3 qwen2 qwen3 seed_oss
+    smollm3 stablelm starcoder2 vaultgemma
 """
 DENSE_FAMILIES = frozenset(_DENSE.split())
 """Families without experts that tests ran in vLLM. It might compute others otherwise."""
