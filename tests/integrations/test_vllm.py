@@ -200,6 +200,11 @@ def test_families_that_nobody_ran_are_refused_by_name(family, tmp_path):
     assert f"is a {family}, which the plugin was not tried with: use quatom serve" in message
 
 
+def test_parallel_layers_that_vllm_computes_one_after_the_other_are_refused(tmp_path):
+    message = refused(config_alone(tmp_path, "stablelm-parallel", "rtn-w4a4"), **NO_WEIGHTS)
+    assert "which vLLM's model of StableLM does not compute: use quatom serve" in message
+
+
 def test_experts_that_an_older_vllm_does_not_load_are_refused(tmp_path, monkeypatch):
     from quatom.integrations.vllm import state
 

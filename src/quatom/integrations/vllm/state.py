@@ -69,7 +69,8 @@ class CheckpointState:
             ModelError: the model is not supported, is of none of `DENSE_FAMILIES`, has routed
                 experts of another family than `EXPERT_MODULES` or in floating point, or of one that
                 this vLLM does not load, or vLLM's model normalizes q and k whose channels the
-                checkpoint holds in another order; or the recipe rotates outputs.
+                checkpoint holds in another order, or computes other layers; or the recipe rotates
+                outputs.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(folder)
@@ -98,6 +99,11 @@ class CheckpointState:
                     f"{folder} is a {config.family} with recipe {self.recipe.name}: the plugin "
                     f"runs routed experts of {', '.join(EXPERT_MODULES)} with quantized weights; "
                     "use quatom serve"
+                )
+            if layer.spec.parallel and config.family == "stablelm":
+                raise ModelError(
+                    f"{folder} has attention beside the feed-forward layer, which vLLM's model of "
+                    "StableLM does not compute: use quatom serve"
                 )
             attention = layer.spec.attention
             moved = head_order(attention.rope, attention.head_dim) is not None
