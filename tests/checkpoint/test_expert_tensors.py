@@ -1,5 +1,7 @@
 """Routed experts are read from files with one tensor per expert, and from files with all in one."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,7 +11,18 @@ from quatom.errors import CheckpointError
 from quatom.loading import load
 from tests.families.models import save_tiny, tiny_model
 
-FAMILIES = ("mixtral", "qwen2_moe", "granitemoe", "phimoe", "glm4_moe")
+FAMILIES = (
+    "mixtral",
+    "qwen2_moe",
+    "granitemoe",
+    "phimoe",
+    "glm4_moe",
+    "minimax_m2",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "hy_v3",
+    "granitemoeshared",
+)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -18,7 +31,9 @@ def test_both_forms_of_files_hold_the_model(name, fused, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "m", save_original_format=not fused)
     stored = load_file(tmp_path / "m" / "model.safetensors")
-    assert any(tensor.ndim == 3 for tensor in stored.values()) == (fused or name == "granitemoe")
+    assert any(tensor.ndim == 3 for tensor in stored.values()) == (
+        fused or name.startswith("granitemoe")
+    )
     source = open_source(tmp_path / "m")
     for index, layer in enumerate(model.model.layers):
         mlp = getattr(layer, "mlp", None) or layer.block_sparse_moe
@@ -96,4 +111,36 @@ def test_drafting_layers_behind_the_last_one_are_passed_over(tmp_path):
     assert any("model.layers.3.eh_proj" in note for note in open_source(folder).notes)
     change(folder, lambda tensors: tensors.update({"model.layers.4.eh_proj.weight": torch.ones(2)}))
     with pytest.raises(CheckpointError, match=r"model\.layers\.4\.eh_proj"):
+        open_source(folder)
+
+
+DRAFTS = {
+    "ernie4_5_moe": "model.mtp_block.0.mlp.up_proj.weight",
+    "exaone_moe": "mtp.layers.0.eh_proj.weight",
+    "mellum": "mtp.0.norm.weight",
+}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_drafting_parts_are_passed_over(name, tmp_path):
+    folder = save_tiny(tmp_path / "m", name)
+    change(folder, lambda tensors: tensors.update({DRAFTS[name]: torch.ones(2)}))
+    assert any(DRAFTS[name] in note for note in open_source(folder).notes)
+    other = f"model.layers.0.{DRAFTS[name]}"
+    change(folder, lambda tensors: tensors.update({other: torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=re.escape(other)):
+        open_source(folder)
+
+
+def test_a_correction_is_a_vector_or_one_row(tmp_path):
+    folder = save_tiny(tmp_path / "m", "ernie4_5_moe")
+    own = "model.layers.1.mlp.gate.e_score_correction_bias"
+    there = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    stored = load_file(folder / "model.safetensors")[there]
+    assert stored.shape == (1, 6)
+    assert torch.equal(open_source(folder).load(own), stored[0])
+    change(folder, lambda tensors: tensors.update({there: stored[0]}))
+    assert torch.equal(open_source(folder).load(own), stored[0])
+    change(folder, lambda tensors: tensors.update({there: stored.expand(2, 6).contiguous()}))
+    with pytest.raises(CheckpointError, match=rf"{own}.*\(2, 6\).*\(6,\)"):
         open_source(folder)

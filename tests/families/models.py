@@ -417,6 +417,107 @@ TINY: dict[str, tuple[str, dict]] = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            # Half of the channels turn, of heads that one norm spans.
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "rotary_dim": 32,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 96,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "num_hidden_layers": 4,
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_intermediate_size": 64,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,  # the first layer and the last one are dense
+            "tie_word_embeddings": True,
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        {
+            "num_hidden_layers": 3,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 2,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+            "sliding_window": 26,
+            "max_window_layers": 2,
+        },
+    ),
+    "solar_open": (
+        "SolarOpen",
+        {
+            "head_dim": 64,
+            "attention_bias": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "exaone_moe": (
+        "ExaoneMoe",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": 22,
+            "sliding_window_pattern": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+        },
+    ),
+    "hy_v3": (
+        "HYV3",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 64,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "attention_bias": True,
+        },
+    ),
+    "flex_olmo": (
+        "FlexOlmo",
+        {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 3},
+    ),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 160,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.5,
+        },
+    ),
+    "mellum": (
+        "Mellum",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 64,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "sliding_window": 14,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+        },
+    ),
 }
 ALONE = dict.fromkeys(
     ("opt", "gpt2", "gpt_bigcode", "falcon", "falcon-groups", "gptj"),

@@ -44,6 +44,8 @@ def version_4(config: dict) -> dict:
     rope = config.get("rope_parameters")
     if rope is None:
         return old
+    if config["model_type"] == "mellum":  # which transformers 4 does not know
+        return config
     if "full_attention" in rope:
         local = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
@@ -146,6 +148,9 @@ WINDOWS = {
     "mixtral": [24, 24],
     "phimoe": [40, 40],
     "gpt_oss": [18, None],
+    "dots1": [None, None, 26],
+    "exaone_moe": [22, None, 22, None],
+    "mellum": [14, None, 14],
 }
 
 

@@ -44,10 +44,13 @@ def expected_tensors(config):
             yield from norm_tensors(prefix + layer.norm_names[place], norm, config.hidden_size)
         if layer.experts is not None:
             for kind, names in layer.experts.tensors.items():
+                shape = layer.experts.shape(kind, config.hidden_size)
                 own = next(name for name in names if "moe.gate" not in name)
-                if config.family == "granitemoe":
+                if config.family.startswith("granitemoe"):
                     own = names[-1]
-                yield prefix + own, layer.experts.shape(kind, config.hidden_size)
+                if config.family == "ernie4_5_moe" and kind == "correction":
+                    own, shape = names[1], (1, *shape)
+                yield prefix + own, shape
         attention = layer.attention
         if attention.sinks:
             yield prefix + layer.sinks_name, (attention.num_heads,)

@@ -1,13 +1,15 @@
 """Routers by hand; tests/families compares whole models with transformers."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 from quatom.errors import ModelError
+from quatom.families.corrected import CORRECTED
 from quatom.families.spec import Experts, FeedForward, Router
-from quatom.modeling.router import ExpertRouter, route
+from quatom.modeling.router import ExpertRouter, route, runs_fused
 from quatom.ops.backend import Backend
 from quatom.ops.experts.router_weight import RouterWeight
 from quatom.ops.experts.triton_routing import route_rows_triton
@@ -45,6 +47,25 @@ def test_a_correction_counts_for_the_choice_alone():
     # 0: 0.5 + 0.5, 1: 0.88, 2: 0.73, 3: 0.27
     got = chosen(route(LOGITS, experts(scores="sigmoid", scale=3.0), correction))
     assert got == {0: 3 * sigmoids[0].item(), 1: 3 * sigmoids[1].item()}
+
+
+def test_a_softmax_is_corrected_over_all_experts():
+    spec = replace(experts(normalized=True, least_sum=1e-12), tensors=CORRECTED)
+    shares = LOGITS[0].softmax(0)  # 0.087, 0.644, 0.237, 0.032
+    got = chosen(route(LOGITS, spec, torch.tensor([0.5, 0.0, 0.0, 0.3])))
+    total = (shares[0] + shares[1]).item()
+    assert got == {0: shares[0].item() / total, 1: shares[1].item() / total}
+    # A correction may choose experts that the token hardly asks for.
+    far = torch.tensor([[100.0, 100.0, 0.0, 0.0]])
+    weights = route(far, spec, torch.tensor([0.0, 0.0, 2.0, 2.0])).weights
+    # exp(-100) / 2 of 1e-12; divided by their own sum, both would be 0.5.
+    assert weights.max() < 1e-30
+
+
+def test_no_kernel_chooses_by_a_corrected_softmax():
+    spec = replace(experts(), tensors=CORRECTED)
+    assert not runs_fused(spec, torch.device("cpu"), Backend.TRITON)
+    assert runs_fused(experts(), torch.device("cpu"), Backend.TRITON)
 
 
 def test_groups_are_chosen_by_their_two_best():

@@ -50,7 +50,7 @@ class JoinedTensor:
         """A tensor with its rows in order; one of all experts is moved within its memory."""
         spelling = self.spelling
         if not (spelling.transposed or spelling.interleaved):
-            return stored
+            return stored.view(self.spec.shape)
         if spelling.transposed and stored.ndim == 2:
             return stored.t().contiguous()
         whole = stored.view(self.spec.shape)
@@ -104,6 +104,8 @@ def join_experts(
                 if spelling.transposed and len(spec.shape) >= 2:
                     *count, columns, rows = spec.shape
                     spec = replace(spec, shape=(*count, rows, columns))
+                if spelling.row and spec.shape[:-1] == (1,):
+                    spec = replace(spec, shape=spec.shape[1:])
                 joined[own] = JoinedTensor(parts, spec, spelling)
                 used.update(names)
                 break
@@ -125,8 +127,9 @@ def _spellings(layer: Layer, most: int) -> Iterator[tuple[str, list[tuple[Spelli
                 found = [(s, _parts(linear, s.names)) for s in spellings] if few else []
                 yield f"{linear.name}.{end}", found
     if layer.experts is not None:
-        for own, *others in layer.experts.tensors.values():
-            yield own, [(Spelling((other,)), ((other,),)) for other in others]
+        for tensor, (own, *others) in layer.experts.tensors.items():
+            row = tensor == "correction"
+            yield own, [(Spelling((other,), row=row), ((other,),)) for other in others]
 
 
 def expert_parts(layer: LayerPlan, linear: LinearPlan) -> list[Parts]:

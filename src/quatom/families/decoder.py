@@ -38,6 +38,11 @@ NORMS_BEFORE: Mapping[NormName, str] = {
     "feed_forward": "post_attention_layernorm",
 }
 """Llama's names."""
+NORMS_AFTER: Mapping[NormName, str] = {
+    "attention_output": "post_attention_layernorm",
+    "feed_forward_output": "post_feedforward_layernorm",
+}
+"""OLMo-2's names."""
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",

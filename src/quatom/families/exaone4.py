@@ -1,10 +1,10 @@
 """EXAONE 4: norms after attention and feed-forward, norms of q and k, windows with rotation."""
 
 from quatom.errors import ModelError
-from quatom.families.decoder import Family, decoder, read_feed_forward
+from quatom.families.decoder import NORMS_AFTER, Family, decoder, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary, one_rope
-from quatom.families.sizes import layer_types, periodic_layer_types, read_sizes, windows
+from quatom.families.sizes import Sizes, layer_types, periodic_layer_types, read_sizes, windows
 from quatom.families.spec import ModelConfig, Norm
 
 
@@ -16,6 +16,26 @@ def read(keys: Keys) -> ModelConfig:
     """
     sizes = read_sizes(keys, max_position=2048, kv_heads=32)
     norm = Norm(eps=keys.positive("rms_norm_eps", default=1e-5))
+    rotary, windows = read_attention(keys, sizes)
+    return decoder(
+        keys,
+        sizes,
+        rotary,
+        family="exaone4",
+        norm=norm,
+        feed_forward=read_feed_forward(keys),
+        windows=windows,
+        qk_norm=norm,
+        norms=NORMS_AFTER,
+    )
+
+
+def read_attention(keys: Keys, sizes: Sizes) -> tuple[Rotary, tuple[int | None, ...]]:
+    """Rotary embedding and window of each layer.
+
+    Raises:
+        ModelError: a key is wrong or not supported.
+    """
     window = keys.integer_or_none("sliding_window", default=4096)
     types = _layer_types(keys, sizes.layers, window)
     shared = one_rope(keys, sizes)
@@ -24,20 +44,7 @@ def read(keys: Keys) -> ModelConfig:
         None if window is not None and kind == "full_attention" else rope
         for rope, kind in zip(shared.ropes, types, strict=True)
     )
-    return decoder(
-        keys,
-        sizes,
-        Rotary(ropes, shared.max_position),
-        family="exaone4",
-        norm=norm,
-        feed_forward=read_feed_forward(keys),
-        windows=windows(types, window),
-        qk_norm=norm,
-        norms={
-            "attention_output": "post_attention_layernorm",
-            "feed_forward_output": "post_feedforward_layernorm",
-        },
-    )
+    return Rotary(ropes, shared.max_position), windows(types, window)
 
 
 def _layer_types(keys: Keys, layers: int, window: int | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from quatom.errors import ModelError
-from quatom.families.decoder import LINEARS, Feed, dense_feed, read_feed_forward
+from quatom.families.decoder import Feed, dense_feed, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.sizes import Sizes
 from quatom.families.spec import (
@@ -56,8 +56,7 @@ def expert_feed(
     router: Router,
     tensors: Mapping[RouterTensor, tuple[str, ...]],
     spellings: Spellings = BY_PROJECTION,
-    shared: FeedForward | None = None,
-    shared_name: str = "mlp.shared_expert",
+    shared: Feed | None = None,
 ) -> Feed:
     """A layer of routed experts.
 
@@ -69,8 +68,7 @@ def expert_feed(
         router: how they are chosen.
         tensors: as in `Experts`.
         spellings: names in files; experts have biases where it has names of them.
-        shared: a feed-forward layer that all tokens run through.
-        shared_name: prefix of its tensors.
+        shared: a feed-forward layer that all tokens run through, as `shared_feed` makes it.
 
     Raises:
         ModelError: the numbers do not fit each other.
@@ -78,13 +76,6 @@ def expert_feed(
     experts = Experts(
         count=count, top_k=top_k, feed_forward=feed_forward, router=router, tensors=tensors
     )
-    dense = None
-    if shared is not None:
-        names = {
-            site: tuple(name.replace("mlp.", f"{shared_name}.") for name in LINEARS[site])
-            for site in LINEARS
-        }
-        dense = dense_feed(shared, hidden_size, names)
 
     def joined(name: str, rows: int) -> tuple[Linear, ...]:
         return (
@@ -99,12 +90,39 @@ def expert_feed(
         )
 
     return Feed(
-        dense=shared,
+        dense=None if shared is None else shared.dense,
         experts=experts,
         linears={
-            **({} if dense is None else dense.linears),
+            **({} if shared is None else shared.linears),
             "experts_gate_up": joined("gate_up", feed_forward.made_rows),
             "experts_down": joined("down", hidden_size),
+        },
+    )
+
+
+def shared_feed(
+    feed_forward: FeedForward, hidden_size: int, prefix: str, released: str | None = None
+) -> Feed:
+    """A feed-forward layer beside experts.
+
+    Args:
+        feed_forward: what it computes.
+        hidden_size: of the model.
+        prefix: of its tensors within the layer, in this library as in transformers.
+        released: their prefix in files, if it is another.
+    """
+
+    def linear(name: str, rows: int) -> Linear:
+        there = f"{released}.{name}.weight"
+        spellings = () if released is None else (Spelling((there,)),)
+        return Linear(name=f"{prefix}.{name}", rows=rows, spellings=spellings)
+
+    size = feed_forward.size
+    return Feed(
+        dense=feed_forward,
+        linears={
+            "gate_up": (linear("gate_proj", size), linear("up_proj", size)),
+            "down": (linear("down_proj", hidden_size),),
         },
     )
 
@@ -136,7 +154,9 @@ def sparse_feeds(
         feed_forward=replace(dense, size=width),
         router=Router(normalized=keys.flag("norm_topk_prob")),
         tensors=tensors,
-        shared=None if shared is None else replace(dense, size=shared),
+        shared=None
+        if shared is None
+        else shared_feed(replace(dense, size=shared), sizes.hidden, "mlp.shared_expert"),
     )
     plain = dense_feed(dense, sizes.hidden)
     return tuple(feed if sparse else plain for sparse in _sparse_layers(keys, sizes.layers))

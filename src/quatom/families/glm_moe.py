@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+from quatom.families.corrected import CORRECTED, corrected_router, mixed, sparse_from
 from quatom.families.decoder import Family, decoder, dense_feed, read_feed_forward
-from quatom.families.experts import expert_feed
+from quatom.families.experts import expert_feed, shared_feed
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
 from quatom.families.sizes import read_sizes
-from quatom.families.spec import ModelConfig, Norm, Router
+from quatom.families.spec import ModelConfig, Norm
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -20,26 +21,17 @@ def read(keys: Keys) -> ModelConfig:
     drafts = keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=1, least=0)
     dense = read_feed_forward(keys)
     width = keys.integer("moe_intermediate_size", default=1408)
-    feed = expert_feed(
+    shared = replace(dense, size=width * keys.integer("n_shared_experts", default=1))
+    experts = expert_feed(
         sizes.hidden,
         count=keys.integer("n_routed_experts", "num_local_experts", default=128),
         top_k=keys.integer("num_experts_per_tok", default=8),
         feed_forward=replace(dense, size=width),
-        router=Router(
-            scores="sigmoid",
-            normalized=keys.flag("norm_topk_prob", default=True),
-            scale=keys.positive("routed_scaling_factor", default=1.0),
-            groups=keys.integer("n_group", default=1),
-            top_groups=keys.integer("topk_group", default=1),
-        ),
-        tensors={
-            "weight": ("mlp.gate.weight",),
-            "correction": ("mlp.gate.e_score_correction_bias",),
-        },
-        shared=replace(dense, size=width * keys.integer("n_shared_experts", default=1)),
-        shared_name="mlp.shared_experts",
+        router=corrected_router(keys),
+        tensors=CORRECTED,
+        shared=shared_feed(shared, sizes.hidden, "mlp.shared_experts"),
     )
-    first = keys.integer("first_k_dense_replace", default=1, least=0)
+    sparse = sparse_from(sizes.layers, keys.integer("first_k_dense_replace", default=1, least=0))
     norm = Norm(eps=keys.positive("rms_norm_eps", default=1e-5))
     return decoder(
         keys,
@@ -47,10 +39,7 @@ def read(keys: Keys) -> ModelConfig:
         one_rope(keys, sizes, partial=0.5),
         family="glm4_moe",
         norm=norm,
-        feed_forward=tuple(
-            dense_feed(dense, sizes.hidden) if layer < first else feed
-            for layer in range(sizes.layers)
-        ),
+        feed_forward=mixed(sparse, dense_feed(dense, sizes.hidden), experts),
         qk_norm=norm if keys.flag("use_qk_norm") else None,
         attention_bias=keys.flag("attention_bias"),
         # Layers that draft several tokens at once follow the decoder's own in the files.

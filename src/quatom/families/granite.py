@@ -1,13 +1,12 @@
-"""Granite 3: Llama with four multipliers, dense or with experts in every layer."""
+"""Granite 3: Llama with four multipliers."""
 
 from collections.abc import Sequence
 
 from quatom.families.decoder import Family, Feed, decoder, read_feed_forward
-from quatom.families.experts import expert_feed
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
 from quatom.families.sizes import Sizes, read_sizes
-from quatom.families.spec import FeedForward, ModelConfig, Norm, Router, Spelling
+from quatom.families.spec import FeedForward, ModelConfig, Norm
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -18,44 +17,10 @@ def read(keys: Keys) -> ModelConfig:
     """
     sizes = read_sizes(keys, max_position=2048)
     bias = keys.flag("mlp_bias")
-    return _read(keys, sizes, "granite", read_feed_forward(keys), mlp_bias=bias)
+    return read_granite(keys, sizes, "granite", read_feed_forward(keys), mlp_bias=bias)
 
 
-def read_moe(keys: Keys) -> ModelConfig:
-    """What a GraniteMoeForCausalLM computes.
-
-    Raises:
-        ModelError: a key is missing or not supported.
-    """
-    sizes = read_sizes(keys, max_position=2048)
-    feed = expert_feed(
-        sizes.hidden,
-        count=keys.integer("num_local_experts", default=8),
-        top_k=keys.integer("num_experts_per_tok", default=2),
-        feed_forward=read_feed_forward(keys),
-        router=Router(normalized=True),
-        tensors={
-            "weight": (
-                "mlp.gate.weight",
-                "block_sparse_moe.router.layer.weight",
-                "block_sparse_moe.router.weight",
-            )
-        },
-        spellings={
-            "gate_up": (
-                Spelling(("block_sparse_moe.input_linear.weight",)),
-                Spelling(("block_sparse_moe.experts.gate_up_proj",)),
-            ),
-            "down": (
-                Spelling(("block_sparse_moe.output_linear.weight",)),
-                Spelling(("block_sparse_moe.experts.down_proj",)),
-            ),
-        },
-    )
-    return _read(keys, sizes, "granitemoe", (feed,) * sizes.layers)
-
-
-def _read(
+def read_granite(
     keys: Keys,
     sizes: Sizes,
     family: str,
@@ -63,6 +28,11 @@ def _read(
     *,
     mlp_bias: bool = False,
 ) -> ModelConfig:
+    """A decoder with Granite's multipliers.
+
+    Raises:
+        ModelError: a key is missing or not supported.
+    """
     bias = keys.flag("attention_bias")
     return decoder(
         keys,
@@ -87,11 +57,4 @@ GRANITE = Family(
     model_type="granite",
     models="Granite 3.0 to 3.3 (dense)",
     read=read,
-)
-GRANITE_MOE = Family(
-    name="granitemoe",
-    architectures=("GraniteMoeForCausalLM",),
-    model_type="granitemoe",
-    models="Granite 3.0 and 3.1 1B-A400M and 3B-A800M",
-    read=read_moe,
 )

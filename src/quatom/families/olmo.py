@@ -1,7 +1,7 @@
 """OLMo-2 and OLMo-3: norms after attention and feed-forward, norms over all heads of q and k."""
 
 from quatom.errors import ModelError
-from quatom.families.decoder import Family, decoder, read_feed_forward
+from quatom.families.decoder import NORMS_AFTER, Family, decoder, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary, one_rope, ropes_by_layer_type
 from quatom.families.sizes import Sizes, periodic_layer_types, read_sizes, windows
@@ -62,10 +62,7 @@ def _read(
         qk_norm_axis="all",
         attention_bias=bias,
         output_bias=bias,
-        norms={
-            "attention_output": "post_attention_layernorm",
-            "feed_forward_output": "post_feedforward_layernorm",
-        },
+        norms=NORMS_AFTER,
     )
 
 

@@ -8,10 +8,14 @@ from quatom.families.arcee import ARCEE
 from quatom.families.cohere import COHERE, COHERE2
 from quatom.families.cwm import CWM
 from quatom.families.decoder import Family
+from quatom.families.dots1 import DOTS1
 from quatom.families.ernie import ERNIE4_5, HELIUM
+from quatom.families.ernie_moe import ERNIE4_5_MOE
 from quatom.families.exaone import EXAONE
 from quatom.families.exaone4 import EXAONE4
+from quatom.families.exaone_moe import EXAONE_MOE
 from quatom.families.falcon import FALCON
+from quatom.families.flex_olmo import FLEX_OLMO
 from quatom.families.gemma import GEMMA
 from quatom.families.gemma2 import GEMMA2
 from quatom.families.gemma3 import GEMMA3
@@ -22,15 +26,19 @@ from quatom.families.gpt_bigcode import GPT_BIGCODE
 from quatom.families.gpt_neox import GPT_NEOX
 from quatom.families.gpt_oss import GPT_OSS
 from quatom.families.gptj import GPTJ
-from quatom.families.granite import GRANITE, GRANITE_MOE
+from quatom.families.granite import GRANITE
 from quatom.families.granite4 import GRANITE4
+from quatom.families.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
 from quatom.families.granite_swa import GRANITE_SWA
+from quatom.families.hy_v3 import HY_V3
 from quatom.families.hyperclovax import HYPERCLOVAX
 from quatom.families.internlm3 import INTERNLM3
 from quatom.families.iquestcoder import IQUESTCODER
 from quatom.families.jais2 import JAIS2
 from quatom.families.keys import Keys
 from quatom.families.llama import LLAMA
+from quatom.families.mellum import MELLUM
+from quatom.families.minimax_m2 import MINIMAX_M2
 from quatom.families.ministral3 import MINISTRAL3
 from quatom.families.mistral import MINISTRAL, MISTRAL
 from quatom.families.mixtral import MIXTRAL
@@ -47,6 +55,7 @@ from quatom.families.qwen3_moe import QWEN3_MOE
 from quatom.families.refused import check_not_refused
 from quatom.families.seed_oss import SEED_OSS
 from quatom.families.smollm3 import SMOLLM3
+from quatom.families.solar_open import SOLAR_OPEN
 from quatom.families.spec import ModelConfig
 from quatom.families.stablelm import STABLELM
 from quatom.families.starcoder2 import STARCODER2
@@ -103,6 +112,15 @@ FAMILIES: tuple[Family, ...] = (
     PHI_MOE,
     GLM4_MOE,
     GPT_OSS,
+    MINIMAX_M2,
+    ERNIE4_5_MOE,
+    DOTS1,
+    SOLAR_OPEN,
+    EXAONE_MOE,
+    HY_V3,
+    FLEX_OLMO,
+    GRANITE_MOE_SHARED,
+    MELLUM,
 )
 """Every supported family, in the order of the table in the docs."""
 

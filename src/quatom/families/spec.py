@@ -217,12 +217,14 @@ class Router:
     """Which experts a token goes to, and with which weights, from its scores for all experts."""
 
     scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
-    """Of the products of the token and the router's weight. softmax: over all experts, the largest
-    are chosen. sigmoid: of each, the largest after the correction are chosen. sparsemixer: the two
+    """Of the products of the token and the router's weight. softmax: over all experts; sigmoid: of
+    each. The largest are chosen, after a correction where there is one. sparsemixer: the two
     largest products, each with its softmax over the products that are near enough to it and not
     chosen before."""
     normalized: bool = False
     """softmax and sigmoid: weights of a token's experts are divided by their sum."""
+    least_sum: float = 0.0
+    """softmax with a correction: what that sum counts at least."""
     scale: float = 1.0
     """Factor of all weights."""
     groups: int = 1
@@ -265,6 +267,11 @@ class Experts:
                 "groups must hold 2 experts and all that are chosen"
             )
 
+    @property
+    def corrects_softmax(self) -> bool:
+        """Whether experts are chosen by corrected softmax scores, which no kernel does."""
+        return self.router.scores == "softmax" and "correction" in self.tensors
+
     def shape(self, tensor: RouterTensor, hidden_size: int) -> tuple[int, ...]:
         """Shape of a float tensor beside the experts."""
         if tensor == "shared_gate":
@@ -282,6 +289,8 @@ class Spelling:
     """One tensor (input channels, rows), or of all experts (E, input channels, rows)."""
     interleaved: bool = False
     """One tensor of all experts, in which rows of gate and of up take turns."""
+    row: bool = False
+    """A vector that may be stored as a matrix of one row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,6 +413,8 @@ class ModelConfig:
     """The output projection adds a bias."""
     unused_layers: int = 0
     """Layers after the decoder's in files that it does not run."""
+    unused_parts: tuple[str, ...] = ()
+    """What names of other tensors in files begin with that it does not run."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a generation; may be empty."""
@@ -422,9 +433,10 @@ class ModelConfig:
 
     @property
     def unused_prefixes(self) -> tuple[str, ...]:
-        """What names of tensors of `unused_layers` begin with."""
+        """What names of tensors begin with that files hold and the decoder does not run."""
         last = self.num_layers + self.unused_layers
-        return tuple(f"{self.layer_prefix}{layer}." for layer in range(self.num_layers, last))
+        layers = (f"{self.layer_prefix}{layer}." for layer in range(self.num_layers, last))
+        return (*layers, *self.unused_parts)
 
     @property
     def head_bias_name(self) -> str:

@@ -48,12 +48,14 @@ class ExpertRouter(nn.Module):
 
 
 def runs_fused(spec: Experts, device: torch.device, backend: Backend | None) -> bool:
-    """Whether a Triton kernel chooses; groups of experts and sparsemixer have the reference alone.
+    """Whether a Triton kernel chooses.
+
+    Groups of experts, corrected softmax scores and sparsemixer have the reference alone.
 
     Raises:
         BackendError: the backend asked for does not exist.
     """
-    if spec.router.scores == "sparsemixer" or spec.router.groups > 1:
+    if spec.router.scores == "sparsemixer" or spec.router.groups > 1 or spec.corrects_softmax:
         return False
     return choose_backend("route", BACKENDS, device, backend) is Backend.TRITON
 
@@ -70,9 +72,8 @@ def route(
     Args:
         logits: those products.
         spec: how many experts there are, and how they are chosen.
-        correction: of the choice by sigmoid scores.
-        backend: implementation to run; None picks the fastest one for the device. Groups of experts
-            and sparsemixer have the reference alone.
+        correction: of the choice by softmax or sigmoid scores.
+        backend: implementation to run; None picks the fastest one for the device (`runs_fused`).
     """
     router = spec.router
     if runs_fused(spec, logits.device, backend):
@@ -86,6 +87,12 @@ def route(
             scores = logits.sigmoid()
             chosen = _choice(scores, correction, router).topk(spec.top_k).indices
             weights = scores.gather(1, chosen)
+        case "softmax" if correction is not None:
+            scores = logits.softmax(-1)
+            chosen = (scores + correction).topk(spec.top_k).indices
+            weights = scores.gather(1, chosen)
+            if router.normalized:
+                weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=router.least_sum)
         case _:
             # A softmax leaves the order as it is; normalized, it is the softmax of the chosen.
             best, chosen = logits.topk(spec.top_k)

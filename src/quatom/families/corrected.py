@@ -1,0 +1,62 @@
+"""Experts chosen by corrected sigmoids beside a shared expert, as many families hold them."""
+
+from collections.abc import Mapping, Sequence
+
+from quatom.families.decoder import Feed
+from quatom.families.keys import Keys
+from quatom.families.spec import Router, RouterTensor
+
+CORRECTED: Mapping[RouterTensor, tuple[str, ...]] = {
+    "weight": ("mlp.gate.weight",),
+    "correction": ("mlp.gate.e_score_correction_bias",),
+}
+"""DeepSeek's names, which most families have."""
+
+
+def corrected_router(
+    keys: Keys, *, normalized: bool = True, scale: float = 1.0, groups: bool = True
+) -> Router:
+    """A router of sigmoid scores.
+
+    Args:
+        keys: of config.json.
+        normalized: Default of norm_topk_prob.
+        scale: Default of routed_scaling_factor.
+        groups: The family may cut its experts into groups.
+
+    Raises:
+        ModelError: config.json says that experts are chosen in another way.
+    """
+    keys.only("scoring_func", "sigmoid")
+    keys.only("topk_method", "noaux_tc")
+    keys.only("moe_layer_freq", 1)
+    keys.ignore("aux_loss_alpha", "ep_size", "seq_aux")  # of training
+    return Router(
+        scores="sigmoid",
+        normalized=keys.flag("norm_topk_prob", default=normalized),
+        scale=keys.positive("routed_scaling_factor", default=scale),
+        groups=keys.integer("n_group", default=1) if groups else 1,
+        top_groups=keys.integer("topk_group", default=1) if groups else 1,
+    )
+
+
+def sparse_from(layers: int, first: int) -> tuple[bool, ...]:
+    """Whether each layer has experts: all from layer `first` on."""
+    return tuple(layer >= first for layer in range(layers))
+
+
+def mlp_layer_types(keys: Keys, layers: int, *, first: int) -> tuple[bool, ...]:
+    """Whether each layer has experts: what mlp_layer_types says, or all from layer `first` on.
+
+    Raises:
+        ModelError: it is no list of dense and sparse, one per layer.
+    """
+    types = keys.per_layer("mlp_layer_types", layers, "dense", "sparse")
+    if types is None:
+        return sparse_from(layers, first)
+    return tuple(kind == "sparse" for kind in types)
+
+
+def mixed(sparse: Sequence[bool], dense: Feed, experts: Feed) -> tuple[Feed, ...]:
+    """What follows attention in each layer."""
+    return tuple(experts if has else dense for has in sparse)
