@@ -1,12 +1,14 @@
 """Compare every family with transformers, and every preset with the CPU, and write a result file.
 
 Tiny random models of each family are made by transformers' own classes (tests/families/models.py).
-docs/reference/families.md shows what was found. Run from the root of the repository:
+docs/reference/families.md shows what was found. What the result file holds of models that are not
+measured stays. Run from the root of the repository:
 
     python scripts/verify_families.py --device cuda --output benchmarks/results/families-h200.json
 """
 
 import argparse
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -121,6 +123,15 @@ def verify_alone(name: str, presets: Sequence[str], device: str) -> list[dict[st
         return list(verify(name, presets, device, Path(folder)))
 
 
+def results_of_others(path: Path, models: Sequence[str]) -> list[dict[str, Any]]:
+    """What a result file holds of other models, with its origin."""
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text(encoding="utf-8"))
+    origin = {key: data["environment"][key] for key in ("commit", "date")}
+    return [origin | entry for entry in data["results"] if entry["model"] not in models]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Verify and write."""
     parser = argparse.ArgumentParser(description="families against transformers")
@@ -134,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, environment = command_line("python", "scripts/verify_families.py"), {}
     if args.output:
         environment = describe_environment()
+        results = results_of_others(args.output, args.models)
     one = partial(verify_alone, presets=args.presets, device=args.device)
     # spawn: CUDA does not work in a forked process
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -46,7 +46,7 @@ def inputs(site, x, top_k):
 def test_tokens_count_by_the_square_of_their_weight():
     scores = ExpertSums(ChannelScores("second_moment"), 4, 1, ("experts_gate_up", "experts_down"))
     scores.add(inputs("experts_gate_up", X, 2))
-    assert scores.tokens.tolist() == [3, 1, 2, 0]
+    assert scores.tokens.tolist() == [2, 1, 2, 0]  # one came to expert 0 with a weight of 0
     got = scores.finish("experts_gate_up")
     # Expert 0 has tokens 0 (weight 0.5), 1 (0) and 2 (0.75).
     want = 0.5**2 * X[0] ** 2 + 0.75**2 * X[2] ** 2
@@ -80,6 +80,19 @@ def test_few_tokens_are_blended_with_all():
     own = (0.25**2 * X[0] ** 2 + X[1] ** 2) / (0.25**2 + 1.0)
     assert torch.allclose(got[2], 0.5 * own + 0.5 * every)  # 2 tokens of 4
     assert torch.allclose(got[3], every)  # none: all tokens'
+
+
+def test_tokens_without_weight_have_not_come():
+    # 1e-30 is a float32, its square is 0: without tokens of its own, expert 1 is measured on all.
+    ids = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
+    shares = torch.tensor([[1.0, 1e-30], [1.0, 1e-30]])
+    moments = ExpertSums(SecondMoments(), 2, 1, ("experts_gate_up",))
+    routing, groups = Routing(ids, shares), group_tokens(ids, 2)
+    moments.add(ExpertInputs("experts_gate_up", X[:2], 2, groups, routing))
+    assert moments.tokens.tolist() == [2, 0]
+    assert moments.starving() == [1]
+    moments.add_all("experts_gate_up", 1, X[:2])
+    assert torch.allclose(moments.finish("experts_gate_up")[1], X[:2].T @ X[:2] / 2)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +247,8 @@ def test_the_report_names_experts_tokens_and_what_was_done(source, text_file, tm
         entry = experts["exceptions"][expert]
         assert entry["moment_tokens"] == tokens
         assert entry["moment_tokens_share"] == round(tokens / 40, 4)
-    assert len(blocks[1].experts.sentences(40)) == len(few)
+    assert few < experts["exceptions"].keys()  # the rest had few in the floating-point network
+    assert len(blocks[1].experts.sentences(40)) == len(experts["exceptions"])
 
     # An interrupted run knows the same at its end.
     def stop(block):
@@ -257,6 +271,14 @@ def test_sentences():
         "all tokens",
         "expert 2: rounded to nearest, its moments were singular",
     ]
+    # Few tokens in either of the two networks are an exception.
+    order, moments = torch.tensor([50, 200, 7]), torch.tensor([200, 200, 0])
+    both = ExpertReport(order, moments, torch.tensor([False] * 3))
+    assert [sentence[:22] for sentence in both.sentences(100)] == [
+        "expert 0: 50 tokens of",
+        "expert 2: 0 tokens of ",
+    ]
+    assert list(both.describe(100)["exceptions"]) == ["0", "2"]
     again = ExpertReport.from_state(report.state())
     assert again.describe(100) == report.describe(100)
     assert again.order_tokens is None

@@ -132,8 +132,8 @@ def _spellings(layer: Layer, most: int) -> Iterator[tuple[str, list[tuple[Spelli
             yield own, [(Spelling((other,), row=row), ((other,),)) for other in others]
 
 
-def expert_parts(layer: LayerPlan, linear: LinearPlan) -> list[Parts]:
-    """Prefixes of the tensors of each expert, in every spelling that keeps a linear as it is."""
+def other_parts(layer: LayerPlan, linear: LinearPlan) -> list[Parts]:
+    """Prefixes of the tensors of each expert, or of a linear, in every spelling of it as it is."""
     linears = (one for site in layer.spec.sites for one in layer.spec.linears[site])
     own = next(one for one in linears if layer.prefix + one.name == linear.name)
     return [

@@ -57,10 +57,8 @@ class ExpertReport:
     def sentences(self, bound: int) -> list[str]:
         """The exceptions in words, a sentence per expert."""
         sentences = []
-        counts = self._counts()
-        tokens = counts.get("moment_tokens") or counts.get("order_tokens") or []
-        for expert, count in enumerate(tokens):
-            if count < bound:
+        for expert, counts in enumerate(zip(*self._counts().values(), strict=True)):
+            if (count := min(counts)) < bound:
                 how = "its statistics are those of all tokens"
                 if count:
                     share = count / bound

@@ -6,7 +6,8 @@ than `bound` tokens came, n of them, the result is
 
     n / bound * (its own mean) + (1 - n / bound) * (the mean over all tokens, each counted once)
 
-as if all tokens had gone to this expert. So an expert that no token chose is measured on all.
+as if all tokens had gone to this expert. So an expert that no token chose is measured on all. A
+token whose squared weight is 0 in float32 says nothing of the expert and has not come to it.
 """
 
 from collections.abc import Iterator
@@ -66,6 +67,11 @@ class ExpertInputs:
             rows = self.x[first:last] if self.top_k is None else self.x[slots // self.top_k]
             yield expert, rows.float(), weights[slots].unsqueeze(1)
 
+    def tokens(self) -> Tensor:  # (E,) int64
+        """Tokens that came to each expert with a weight that counts."""
+        came = self.routing.expert_ids[self.routing.weights.square() > 0]
+        return came.long().bincount(minlength=self.groups.num_experts)
+
 
 class ExpertSums:
     """One statistic of the inputs of all experts of a layer."""
@@ -99,7 +105,7 @@ class ExpertSums:
         """Accumulate one batch."""
         site, sums = inputs.site, self.sums
         if inputs.top_k is not None:  # a layer's tokens are counted at its first site
-            sums[TOKENS] += inputs.groups.offsets.diff().cpu()
+            sums[TOKENS] += inputs.tokens().cpu()
         if site not in self.sites:
             return
         own, shares = _name(site, "own"), _name(site, "shares")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quatom.checkpoint.configuration import as_model_config
-from quatom.checkpoint.expert_tensors import Parts, expert_parts
+from quatom.checkpoint.expert_tensors import Parts, other_parts
 from quatom.checkpoint.folder_source import Readable, open_safetensors
 from quatom.checkpoint.packed.awq import read_awq
 from quatom.checkpoint.packed.compressed import read_compressed
@@ -48,9 +48,7 @@ class PackedSource:
         Raises:
             RecipeError: it is not quantized.
         """
-        spellings: list[Parts] = [((linear.name,),)]
-        if linear.experts is not None:
-            spellings += expert_parts(layer, linear)
+        spellings: list[Parts] = [((linear.name,),), *other_parts(layer, linear)]
         for spelling in spellings:
             if all(name in self.linears for names in spelling for name in names):
                 return tuple(tuple(self.linears[name] for name in names) for names in spelling)
