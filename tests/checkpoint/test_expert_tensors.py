@@ -45,6 +45,14 @@ def test_both_forms_of_files_hold_the_model(name, fused, tmp_path):
     assert load(tmp_path / "m").config.family == name
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_single_expert(fused, tmp_path):
+    model = tiny_model("mixtral", num_local_experts=1, num_experts_per_tok=1)
+    model.save_pretrained(tmp_path / "m", save_original_format=not fused)
+    own = open_source(tmp_path / "m").load("model.layers.1.mlp.experts.down_proj.weight")
+    assert torch.equal(own, model.model.layers[1].mlp.experts.down_proj)
+
+
 def test_transposed_and_interleaved_experts_are_put_in_order(tmp_path):
     model = tiny_model("gpt_oss")
     model.save_pretrained(tmp_path / "m")

@@ -247,7 +247,7 @@ def test_the_report_names_experts_tokens_and_what_was_done(source, text_file, tm
         entry = experts["exceptions"][expert]
         assert entry["moment_tokens"] == tokens
         assert entry["moment_tokens_share"] == round(tokens / 40, 4)
-    assert few < experts["exceptions"].keys()  # the rest had few in the floating-point network
+    assert few <= experts["exceptions"].keys()  # the rest had few in the floating-point network
     assert len(blocks[1].experts.sentences(40)) == len(experts["exceptions"])
 
     # An interrupted run knows the same at its end.

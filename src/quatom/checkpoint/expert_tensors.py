@@ -35,7 +35,7 @@ class JoinedTensor:
 
     def read(self, read: Read) -> Tensor:
         """The tensor, its parts read with `read`."""
-        if len(self.parts) == 1 and len(self.parts[0]) == 1:
+        if self.spelling.whole:
             return self._in_order(read(self.parts[0][0]))
         whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
         for expert, names in zip(whole, self.parts, strict=True):
@@ -100,7 +100,7 @@ def join_experts(
                         f"{where} lacks {missing[0]} ({len(missing)} of {len(names)} such tensors "
                         "are missing); download the model again"
                     )
-                spec = _joined_spec(where, parts, stored)
+                spec = _joined_spec(where, spelling, parts, stored)
                 if spelling.transposed and len(spec.shape) >= 2:
                     *count, columns, rows = spec.shape
                     spec = replace(spec, shape=(*count, rows, columns))
@@ -155,9 +155,11 @@ def _parts(linear: Linear, names: tuple[str, ...]) -> Parts:
     return (names,)
 
 
-def _joined_spec(where: Path, parts: Parts, stored: Mapping[str, TensorSpec]) -> TensorSpec:
+def _joined_spec(
+    where: Path, spelling: Spelling, parts: Parts, stored: Mapping[str, TensorSpec]
+) -> TensorSpec:
     specs = [[stored[name] for name in names] for names in parts]
-    if len(parts) == 1 and len(parts[0]) == 1:
+    if spelling.whole:
         return specs[0][0]
     for names, expert in zip(parts, specs, strict=True):
         for name, spec, like in zip(names, expert, specs[0], strict=True):

@@ -292,6 +292,11 @@ class Spelling:
     row: bool = False
     """A vector that may be stored as a matrix of one row."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is one tensor, of all experts where there are any."""
+        return len(self.names) == 1 and "{}" not in self.names[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
