@@ -69,6 +69,24 @@ def test_transposed_and_interleaved_experts_are_put_in_order(tmp_path):
         assert torch.equal(source.load(f"{own}down_proj.bias"), experts.down_proj_bias)
 
 
+# Of 96, neither tensor is square; of 64, gate and up are; of 128, down is.
+@pytest.mark.parametrize("width", [96, 64, 128])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_shapes_tell_whether_whole_tensors_are_transposed(width, transposed, tmp_path):
+    model = tiny_model("qwen3_moe", moe_intermediate_size=width)
+    model.save_pretrained(tmp_path / "m", save_original_format=False)
+
+    def turn(tensors):
+        for name in [name for name in tensors if ".experts." in name and transposed]:
+            tensors[name] = tensors[name].mT.contiguous()
+
+    change(tmp_path / "m", turn)
+    source = open_source(tmp_path / "m")
+    for part in ("gate_up_proj", "down_proj"):
+        own = source.load(f"model.layers.2.mlp.experts.{part}.weight")
+        assert torch.equal(own, getattr(model.model.layers[2].mlp.experts, part))
+
+
 def test_experts_in_several_shards(tmp_path):
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path / "m", max_shard_size="200KB")

@@ -104,6 +104,12 @@ GROWING = {
         "llama_4_scaling_beta": 0.1,
     },
 }
+QWEN_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,  # gate and up of an expert are a square matrix
+    **of_images([16, 8, 8], mrope_interleaved=True),
+}
 # model: (kind of its language part, keys of that part, keys of the model)
 MODELS = {
     "Gemma3": ("gemma3_text", {}, {"mm_tokens_per_image": 4, **SIGLIP}),
@@ -119,6 +125,7 @@ MODELS = {
     "Qwen2VL": ("qwen2_vl_text", WIDE, OF_QWEN),
     "Qwen2_5_VL": ("qwen2_5_vl_text", WIDE, OF_QWEN),
     "Qwen3VL": ("qwen3_vl_text", of_images([16, 8, 8], mrope_interleaved=True), OF_QWEN),
+    "Qwen3VLMoe": ("qwen3_vl_moe_text", QWEN_MOE, OF_QWEN),
     "Glm4vMoe": ("glm4v_moe_text", GLM_MOE, OF_QWEN),
     "Idefics2": ("mistral", {}, {"vision_config": VISION}),
     "Idefics3": ("llama", {}, {"vision_config": VISION}),
@@ -298,6 +305,17 @@ def test_a_text_config_without_model_type_is_of_the_class_that_transformers_take
     text, _ = language_part(tmp_path, config)
     assert (text["model_type"], text["architectures"]) == ("llama", ["LlamaForCausalLM"])
     assert read_config(text).hidden_size == TEXT["hidden_size"]
+
+
+def test_a_constant_of_the_language_part_is_not_changed(tmp_path):
+    part = {**TEXT, **QWEN_MOE, "model_type": "qwen3_vl_moe_text"}
+    config = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": part}
+    for said in ({}, {"norm_topk_prob": True}):
+        text, _ = language_part(tmp_path, config | {"text_config": part | said})
+        assert read_config(text).layers[0].experts.router.normalized
+    refused = config | {"text_config": part | {"norm_topk_prob": False}}
+    with pytest.raises(ModelError, match="Qwen3VLMoe.* norm_topk_prob False is not supported"):
+        language_part(tmp_path, refused)
 
 
 OLD = {

@@ -26,7 +26,7 @@ def expected_tensors(config):
             for linear in linears:
                 if linear.experts is not None:
                     # As transformers 5 holds them: all experts in one tensor.
-                    (held,) = (s for s in linear.spellings if s.names[0].endswith("_proj"))
+                    held = next(s for s in linear.spellings if s.names[0].endswith("_proj"))
                     shape = (columns, linear.rows) if held.transposed else (linear.rows, columns)
                     yield prefix + held.names[0], (linear.experts, *shape)
                     if linear.bias:

@@ -187,7 +187,10 @@ def test_ranks_that_would_share_experts_are_refused(tmp_path):
     assert "--tensor-parallel" not in message  # the quantizer would refuse it
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("phimoe", "rtn-w4a4"), ("mixtral", "fp16")])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("phimoe", "rtn-w4a4"), ("mixtral", "fp16"), ("minimax_m2", "rtn-w4a4")],
+)
 def test_experts_that_nobody_ran_are_refused_by_name(family, recipe, tmp_path):
     message = refused(config_alone(tmp_path, family, recipe), **NO_WEIGHTS)
     assert "runs routed experts of mixtral, qwen2_moe, qwen3_moe, olmoe, " in message

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quatom.checkpoint.schema import TensorSpec
 from quatom.errors import CheckpointError
-from quatom.families.spec import Layer, Linear, Spelling
+from quatom.families.spec import Layer, Linear, ModelConfig, SiteName, Spelling
 from quatom.plan import LayerPlan, LinearPlan, ModelPlan
 
 Read = Callable[[str], Tensor]
@@ -85,11 +85,15 @@ def join_experts(
         return dict(stored), joined
     used: set[str] = set()
     for layer in resolved.layers:
+        transposed = _are_transposed(resolved.config, layer, stored)
         for name, spellings in _spellings(layer.spec, len(stored)):
             own = layer.prefix + name
             if own in stored:
                 continue
             for spelling, within in spellings:
+                others = [other for other, _ in spellings if other.names == spelling.names]
+                if len(others) > 1 and spelling.transposed != transposed:
+                    continue
                 parts = tuple(tuple(layer.prefix + n for n in names) for names in within)
                 names = [n for expert in parts for n in expert]
                 missing = [n for n in names if n not in stored]
@@ -111,6 +115,25 @@ def join_experts(
                 break
     rest = {name: spec for name, spec in stored.items() if name not in used}
     return rest | {name: tensor.spec for name, tensor in joined.items()}, joined
+
+
+def _are_transposed(
+    config: ModelConfig, layer: LayerPlan, stored: Mapping[str, TensorSpec]
+) -> bool:
+    """Whether whole tensors of experts are (E, input channels, rows), where they may be either.
+
+    Their shapes tell, all but those of square matrices. Of gate_up, whose rows are twice the
+    channels of down, and of down at most one is square.
+    """
+    sites: tuple[SiteName, ...] = ("experts_gate_up", "experts_down")
+    for site in sites:
+        for linear in layer.spec.linears.get(site, ()):
+            columns = config.input_channels(layer.spec, site)
+            for spelling in linear.spellings:
+                spec = stored.get(layer.prefix + spelling.names[0])
+                if spelling.transposed and spec is not None and linear.rows != columns:
+                    return spec.shape[1:] == (columns, linear.rows)
+    return False
 
 
 Parts = tuple[tuple[str, ...], ...]

@@ -28,6 +28,7 @@ WRAPPERS = (
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3ASRForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
     "VideoLlavaForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
@@ -42,10 +43,13 @@ _MODEL_TYPES = {
     "glm4v_moe_text": "glm4_moe",
     "qwen2_5_vl_text": "qwen2",
     "qwen2_vl_text": "qwen2",
+    "qwen3_vl_moe_text": "qwen3_moe",
     "qwen3_vl_text": "qwen3",
 }
 """Language parts -> the model_type that they are without images. An image's tokens have three
 positions there. Those of text are equal, so that rotary embedding is the usual one."""
+_CONSTANTS: Mapping[str, Mapping[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+"""Language parts -> what they compute whatever their keys say."""
 _MODEL = "ForConditionalGeneration"
 _POSITIONS_OF_IMAGES = ("mrope_interleaved", "mrope_section")
 # Keys of the larger model that hold for its language part.
@@ -84,6 +88,10 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
             f"supported; supported: {', '.join(f.model_type for f in FAMILIES)}"
         )
     text |= {key: config[key] for key in _SHARED if config.get(key) is not None}
+    for key, value in _CONSTANTS.get(kind, {}).items():
+        if text.get(key, value) != value:
+            raise ModelError(f"{file}: {name} with {key} {text[key]!r} is not supported")
+        text[key] = value
     text |= {"architectures": [family.architectures[0]], "model_type": family.model_type}
     if kind in _MODEL_TYPES and isinstance(rope := text.get("rope_parameters"), Mapping):
         text["rope_parameters"] = {

@@ -24,14 +24,16 @@ BY_PROJECTION: Spellings = {
     "gate_up": (
         Spelling(("mlp.experts.gate_up_proj",)),
         Spelling(("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight")),
+        Spelling(("mlp.experts.gate_up_proj",), transposed=True),
     ),
     "down": (
         Spelling(("mlp.experts.down_proj",)),
         Spelling(("mlp.experts.{}.down_proj.weight",)),
+        Spelling(("mlp.experts.down_proj",), transposed=True),
     ),
 }
 """Qwen's names: one tensor per expert in files, all experts in one where transformers 5 saves what
-it holds in memory."""
+it holds in memory, the same transposed in files of Qwen3-VL."""
 BY_NUMBER: Spellings = {
     "gate_up": (
         Spelling(("mlp.experts.gate_up_proj",)),
