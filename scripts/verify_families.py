@@ -128,7 +128,8 @@ def results_of_others(path: Path, models: Sequence[str]) -> list[dict[str, Any]]
     if not path.exists():
         return []
     data = json.loads(path.read_text(encoding="utf-8"))
-    origin = {key: data["environment"][key] for key in ("commit", "date")}
+    origin = {"command": data["command"]}
+    origin |= {key: data["environment"][key] for key in ("commit", "date")}
     return [origin | entry for entry in data["results"] if entry["model"] not in models]
 
 
