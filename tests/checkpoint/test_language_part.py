@@ -314,7 +314,7 @@ def test_a_constant_of_the_language_part_is_not_changed(tmp_path):
         text, _ = language_part(tmp_path, config | {"text_config": part | said})
         assert read_config(text).layers[0].experts.router.normalized
     refused = config | {"text_config": part | {"norm_topk_prob": False}}
-    with pytest.raises(ModelError, match="Qwen3VLMoe.* norm_topk_prob False is not supported"):
+    with pytest.raises(ModelError, match=r"Qwen3VLMoe.* norm_topk_prob False is not supported"):
         language_part(tmp_path, refused)
 
 
