@@ -8,7 +8,6 @@ from torch import Tensor
 from quatom.families.spec import Attention, SiteName
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.rotary import RotaryTables
-from quatom.numerics.rotary import grow_queries
 from quatom.quantize.expert_statistics import (
     OF_EXPERTS,
     TOKENS,
@@ -128,7 +127,6 @@ class LayerStatistics:
 
     def see_heads(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure q (T, H, D), k and v (T, KV, D) before rotary embedding."""
-        q = grow_queries(q, self.keys.attention.query_growth, self.keys.length)
         self.keys.add(q, k)
         if self.sensitivity is not None:
             self.sensitivity.add(q, k, v)
