@@ -274,9 +274,9 @@ def test_other_models_with_images_are_refused_by_name(tmp_path):
         read_config(language_part(tmp_path, pali)[0])
     llava = {
         "architectures": ["LlavaForConditionalGeneration"],
-        "text_config": {"model_type": "falcon"},
+        "text_config": {"model_type": "biogpt"},
     }
-    with pytest.raises(ModelError, match=r"language part of Llava.*'falcon', which is not"):
+    with pytest.raises(ModelError, match=r"language part of Llava.*'biogpt', which is not"):
         language_part(tmp_path, llava)
     unknown = llava | {"text_config": {"model_type": "nothing"}}
     with pytest.raises(ModelError, match=r"model type .* nothing|'nothing'"):
