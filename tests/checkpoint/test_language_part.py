@@ -135,6 +135,8 @@ MODELS = {
     "DeepseekVL": ("llama", {}, SIGLIP),
     "Qwen2Audio": ("qwen2", {}, AUDIO),
     "Qwen3ASR": ("qwen3", {}, AUDIO),
+    "AyaVision": ("cohere2", {"hidden_size": 128, "logit_scale": 1.0}, SIGLIP),
+    "Cohere2Vision": ("cohere2", {"hidden_size": 128, "logit_scale": 1.0}, SIGLIP),
     "Voxtral": ("llama", {}, AUDIO),
     "GlmAsr": ("llama", {}, AUDIO),
 }
@@ -281,9 +283,9 @@ def test_other_models_with_images_are_refused_by_name(tmp_path):
         read_config(language_part(tmp_path, pali)[0])
     llava = {
         "architectures": ["LlavaForConditionalGeneration"],
-        "text_config": {"model_type": "falcon"},
+        "text_config": {"model_type": "biogpt"},
     }
-    with pytest.raises(ModelError, match=r"language part of Llava.*'falcon', which is not"):
+    with pytest.raises(ModelError, match=r"language part of Llava.*'biogpt', which is not"):
         language_part(tmp_path, llava)
     unknown = llava | {"text_config": {"model_type": "nothing"}}
     with pytest.raises(ModelError, match=r"model type .* nothing|'nothing'"):

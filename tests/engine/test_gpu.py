@@ -1,12 +1,15 @@
 """The engine on a GPU: graphs change nothing, runs repeat, blocks run out and come back."""
 
 import pytest
+import torch
 
 from quatom.benchmark.random_weights import random_model
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
+from quatom.loading import load
 from quatom.presets import PRESETS
+from tests.families.models import save_tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +68,22 @@ def test_graphs_and_overlap_change_no_token_and_runs_repeat(recipe):
     assert not difference(alone, repeated), "runs without graphs do not repeat"
     assert not difference(graphs, alone), "graphs and runs without them differ"
     assert len({tuple(tokens) for tokens in graphs}) == len(PROMPTS)
+
+
+def test_graphs_grow_queries_with_their_position(tmp_path):
+    """Ministral 3 in 16 bits: a factor from a table of positions, which graphs read as they run."""
+    folder = save_tiny(tmp_path / "model", "ministral3")
+    prompts = [[token % 256 for token in prompt] for prompt in PROMPTS[:4]]
+    found = []
+    for graphs in (True, False):
+        loaded = load(folder, device=DEVICE, dtype=torch.bfloat16)
+        options = dict(cuda_graphs=graphs, prefill_graph_tokens=0, prefix_caching=False)
+        config = EngineConfig(max_num_seqs=1, max_model_len=256, kv_cache_memory=2**23, **options)
+        engine = Engine(loaded, config)
+        assert loaded.model.rotary.query_scales(0) is not None
+        assert (engine.runner.decode_graphs is not None) == graphs
+        found.append([generate(engine, [prompt])[0] for prompt in prompts])
+    assert found[0] == found[1]
 
 
 def spy_on_prefills(engine):

@@ -34,8 +34,8 @@ def expected_tensors(config):
                         yield prefix + bias.names[0], (linear.experts, linear.rows)
                     continue
                 name, shape = linear.name, (linear.rows, columns)
-                for spelling in linear.spellings:  # GPT-2's files hold transposed weights
-                    assert spelling.transposed
+                # GPT-2's files hold transposed weights; Hunyuan's have other names than transformers.
+                for spelling in (s for s in linear.spellings if s.transposed):
                     name, shape = spelling.names[0].removesuffix(".weight"), (columns, linear.rows)
                 yield f"{prefix}{name}.weight", shape
                 if linear.bias:

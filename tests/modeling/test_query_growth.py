@@ -3,21 +3,24 @@
 That logits are those of transformers is in tests/families/test_logits.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quatom.checkpoint.reader import open_source
 from quatom.errors import ModelError
 from quatom.families.registry import read_config
-from quatom.families.spec import QueryGrowth
+from quatom.families.spec import Attention, QueryGrowth
 from quatom.loading import load, load_float_layer
 from quatom.modeling.build import build_block
 from quatom.modeling.context import full_sequences_context
 from quatom.modeling.rotary import RotaryTables
-from quatom.numerics.rotary import query_scales
+from quatom.numerics.rotary import query_scales, rotary_table
 from quatom.ops.rope_append_kv.reference import rotate_halves
 from quatom.plan import plan
 from quatom.presets import PRESETS
+from quatom.quantize.key_sensitivity import KeySensitivity
 from quatom.quantize.measure import LayerStatistics
 from quatom.quantize.statistics import run_block
 from quatom.quantize.tuning.block import build_tuned_block
@@ -100,3 +103,24 @@ def test_statistics_are_of_queries_as_attention_sees_them(first_layer):
     ]
     want = torch.cat(turned).square().sum(dim=(0, 1)).view(2, 32).sum(dim=0) / 80
     torch.testing.assert_close(found["query_squares"][0], want, rtol=1e-5, atol=0.0)
+
+
+def test_what_a_key_weighs_is_of_queries_as_attention_sees_them():
+    grown = Attention(
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        scale=0.3,
+        query_growth=QueryGrowth(beta=2.0, length=3),
+    )
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(24, heads, 8, generator=generator) for heads in (2, 1, 1))
+    tables = rotary_table(None, 8, 12, max_length=12)
+    factors = query_scales(grown.query_growth, 12, max_length=12).repeat(2).view(-1, 1, 1)
+    found = []
+    for attention, queries in ((grown, q), (replace(grown, query_growth=None), q * factors)):
+        sensitivity = KeySensitivity(attention, 12, tables)
+        sensitivity.add(queries, k, v)
+        found.append(sensitivity.finish())
+    for name, want in found[1].items():
+        torch.testing.assert_close(found[0][name], want)

@@ -9,6 +9,8 @@ from quatom.families.refused import check_not_refused
 from quatom.families.registry import FAMILIES
 
 WRAPPERS = (
+    "AyaVisionForConditionalGeneration",
+    "Cohere2VisionForConditionalGeneration",
     "DeepseekVLForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
     "GlmAsrForConditionalGeneration",

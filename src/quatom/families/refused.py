@@ -55,6 +55,7 @@ _BY_REASON: Mapping[str, str] = {
     """,
     "an activation with learned constants (xIELU)": "ApertusForCausalLM apertus",
     "norms inside attention and the feed-forward layer": "BitNetForCausalLM bitnet",
+    "norms without weights": "OlmoForCausalLM olmo",
     "differences of two attentions": "DiffLlamaForCausalLM diffllama",
     "q, k and v in one tensor, in turns; convert it to the form of Llama": """
         InternLM2ForCausalLM internlm2

@@ -95,6 +95,16 @@ def query_scales(
     return (1 + growth.beta * lengths.float().log1p()).to(device)
 
 
+def grow_queries(
+    q: Tensor,  # (T, H, D), whole sequences of `length` tokens
+    growth: QueryGrowth | None,
+    length: int,
+) -> Tensor:  # (T, H, D)
+    """Queries times the factors of their positions; rotary embedding may come before or after."""
+    scales = query_scales(growth, length, max_length=length, device=q.device)
+    return q if scales is None else q * scales.repeat(len(q) // length).view(-1, 1, 1)
+
+
 def head_order(rope: Rope | None, head_dim: int) -> Tensor | None:
     """Old channel at each position of a head of q and k, (head_dim,) int64; None: nothing moves.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quatom.families.spec import Attention
+from quatom.numerics.rotary import grow_queries
 from quatom.ops.attention.reference import softmax_beside
 from quatom.ops.rope_append_kv.reference import rotate_halves
 
@@ -54,6 +55,7 @@ class KeySensitivity:
 
     def _add_sequence(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         shared = self.attention.num_heads // self.attention.num_kv_heads
+        q = grow_queries(q, self.attention.query_growth, self.length)
         q, k = (rotate_halves(x, self.cos, self.sin).transpose(0, 1) for x in (q, k))
         queries, values = q.unflatten(0, (-1, shared)), v.transpose(0, 1)
         measured = []

@@ -8,7 +8,6 @@ from torch import Tensor
 from quatom.families.spec import Attention, SiteName
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.rotary import RotaryTables
-from quatom.numerics.rotary import query_scales
 from quatom.quantize.expert_statistics import (
     OF_EXPERTS,
     TOKENS,
@@ -83,9 +82,7 @@ class LayerStatistics:
         first: int = 0,
     ) -> None:
         """Start with sequence `first` of the text."""
-        self.rotary, self.length = rotary, length
-        growth, device = attention.query_growth, rotary[0].device
-        self.query_scales = query_scales(growth, length, max_length=length, device=device)
+        self.rotary = rotary
         self.scores = [ChannelScores(metric) for metric in sorted(_metrics(recipe))]
         self.moments = SecondMoments() if _reads_moments(recipe) else None
         self.samples = InputSamples(length, first) if recipe.channel_splitting else None
@@ -130,8 +127,6 @@ class LayerStatistics:
 
     def see_heads(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure q (T, H, D), k and v (T, KV, D) before rotary embedding."""
-        if self.query_scales is not None:  # rotary embedding leaves a factor where it is
-            q = q * self.query_scales.repeat(len(q) // self.length).view(-1, 1, 1)
         self.keys.add(q, k)
         if self.sensitivity is not None:
             self.sensitivity.add(q, k, v)

@@ -12,6 +12,7 @@ from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import full_sequences_context
 from quatom.modeling.decoder import allocate_pages
 from quatom.modeling.rotary import RotaryTables
+from quatom.numerics.rotary import grow_queries
 from quatom.ops.activations import MixedTensor
 from quatom.ops.experts import Routing
 from quatom.ops.rope_append_kv.reference import rotate_halves
@@ -67,7 +68,7 @@ class KeyStatistics:
 
     def add(self, q: Tensor, k: Tensor) -> None:  # (T, H, D) and (T, KV, D), whole sequences
         """Accumulate the heads of one batch, before rotary embedding."""
-        q, k = q.float(), k.float()
+        q, k = grow_queries(q.float(), self.attention.query_growth, self.length), k.float()
         squares = [x.square().sum(dim=0).unflatten(-1, (2, -1)).sum(dim=-2) for x in (q, k)]
         found = {
             "keys": k.unflatten(0, (-1, self.length)).sum(dim=0),

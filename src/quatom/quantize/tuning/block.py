@@ -16,6 +16,7 @@ from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import FloatLayer
 from quatom.numerics.hadamard import rotate_heads
 from quatom.numerics.kv_pages import KVPages
+from quatom.numerics.rotary import grow_queries
 from quatom.ops.activations import QuantizeSpec
 from quatom.ops.attention import AttentionOptions
 from quatom.ops.attention.reference import causal_attention
@@ -72,8 +73,7 @@ class TunedBlock(DecoderBlock):
         count = len(q) // length
         cos, sin = (t[:length].repeat(count, 1) for t in rotary.of(self.plan.index))
         q, v = rotate_halves(q, cos, sin), v.float()
-        if (scales := rotary.query_scales(self.plan.index)) is not None:
-            q = q * scales[:length].repeat(count).view(-1, 1, 1)
+        q = grow_queries(q, spec.query_growth, length)
         k = rotate_halves(k, cos, sin) if cache.post_rope else k.float()
         if self.key_offset is not None:
             k = k - self.key_offset
