@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor
 
+from quatom.arguments import Range, checked
 from quatom.errors import CalibrationError
 from quatom.evaluation.divergence import Divergence, DivergenceMeter, check_same_vocabulary
 from quatom.loading import LoadedModel
@@ -146,12 +147,13 @@ def _where_not_finite(loaded: LoadedModel, window: Tensor) -> str:
     return f"{where}; evaluate in --dtype float32, or check the weights"
 
 
+@checked()
 def measure_perplexity(
     loaded: LoadedModel,
     tokens: Tensor,  # (tokens,) int64, the whole tokenized text
     *,
     sequence_length: int = 2048,
-    max_windows: int | None = None,
+    max_windows: Annotated[int, Range(1)] | None = None,
     reference: LoadedModel | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
@@ -164,6 +166,7 @@ def measure_perplexity(
         on_window: called after each window with (windows done, windows in all, perplexity so far).
 
     Raises:
+        ArgumentError: an argument is of another kind than it says here.
         CalibrationError: the text is shorter than a window, or the model's context than a window;
             the model does not know a token, or gives values that are not finite; the reference
             knows other tokens.

@@ -12,11 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from quatom.arguments import checked
 from quatom.checkpoint.codec import encode_layer
 from quatom.checkpoint.packed.linear import Scheme
 from quatom.checkpoint.packed.source import PackedSource, open_packed
 from quatom.checkpoint.tokenizer import find_tokenizer
-from quatom.checkpoint.writer import CheckpointWriter
+from quatom.checkpoint.writer import CheckpointWriter, check_target
 from quatom.errors import RecipeError
 from quatom.families.spec import SiteName
 from quatom.loading import load_float_layer, rotary_rows
@@ -48,6 +49,7 @@ class _Found:
     """Channel order of sites whose groups are not of neighbours, (K,) or (E, K) int64."""
 
 
+@checked(but=("source",))
 @torch.no_grad()
 def import_checkpoint(
     source: str | Path,
@@ -65,10 +67,12 @@ def import_checkpoint(
         on_block: called with blocks done and blocks in all, from 0 on.
 
     Raises:
+        ArgumentError: an argument is of another kind than it says here.
         CheckpointError: the source is damaged, the target exists or cannot be written.
         ModelError: the source is of another kind, or the architecture is not supported.
         RecipeError: no recipe says how the source is quantized.
     """
+    check_target(target, resume=resume)
     packed = open_packed(source)
     config = packed.source.model_config
     found = _look(packed)

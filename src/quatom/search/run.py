@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quatom.arguments import checked
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.errors import CalibrationError, CheckpointError, RecipeError, unknown
 from quatom.ops.backend import Backend
@@ -62,6 +63,7 @@ class Searched:
         )
 
 
+@checked(but=("source", "base", "device", "dtype", "backend"))
 def search_recipe(
     source: str | Path | TensorSource,
     bits: float,
@@ -93,6 +95,7 @@ def search_recipe(
         on_block: called with (blocks done, blocks in all).
 
     Raises:
+        ArgumentError: an argument is of another kind than it says here.
         RecipeError: the base is unknown or leaves nothing to raise, or the budget is out of range.
         CalibrationError: the text is missing or too short.
         CheckpointError: the source is damaged, or quantized already.
@@ -188,7 +191,7 @@ def check_budget(
 
 def _base(name: str) -> Recipe:
     """A preset as it is measured."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise RecipeError(unknown("base", name, PRESETS))
     recipe = PRESETS[name]
     if not recipe.quantizes_weights:
