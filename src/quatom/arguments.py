@@ -5,6 +5,7 @@ The annotation is the only definition of an argument or field: its type, and in 
 or dict a copy that nobody can change. Nothing is guessed: "no" is no switch and "5" no number.
 """
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, wraps
@@ -22,6 +23,7 @@ from quatom.errors import ArgumentError, QuatomError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_BYTES = bytes | bytearray | memoryview
 INT64_MAX = 2**63 - 1
 """The largest integer of an argument that has no other bound."""
 
@@ -50,6 +52,7 @@ class Size:
         high = len(value) if self.high is None else self.high
         if not self.low <= len(value) <= high:
             limits = f"at most {self.high}" if not self.low else f"{self.low} to {self.high}"
+            limits = f"at least {self.low}" if self.high is None else limits
             raise _WrongError(f"{name} must have {limits} {unit}, got {len(value)}")
 
 
@@ -189,7 +192,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+    return isinstance(value, Sequence) and not isinstance(value, str | _BYTES)
 
 
 def _bound(kind: type, about: tuple[Any, ...]) -> Any:
@@ -241,7 +244,11 @@ def _text(name: str, value: str, about: tuple[Any, ...]) -> str:
 
 
 def _path(name: str, value: str | Path, about: tuple[Any, ...]) -> str | Path:
-    if not str(value) or "\0" in str(value):
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError:
+        encoded = b""
+    if not encoded or b"\0" in encoded:
         raise _WrongError(f"{name} must name a file or folder, got {shown(str(value))}")
     return value
 

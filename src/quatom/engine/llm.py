@@ -25,6 +25,11 @@ from quatom.placement import usable_device
 from quatom.recipe import Recipe
 
 Prompt = str | list[int]
+_NAMES_AND_LIMITS = (
+    *("model", "device", "dtype", "backend"),  # `load` checks them,
+    *("max_num_seqs", "max_model_len", "kv_cache_memory"),  # and EngineConfig these
+)
+_BYTES = bytes | bytearray | memoryview
 
 
 class LLM:
@@ -35,7 +40,7 @@ class LLM:
         >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0.0))[0].text
     """
 
-    @checked(EngineError, but=("model", "device", "dtype", "backend"))
+    @checked(EngineError, but=_NAMES_AND_LIMITS)
     def __init__(
         self,
         model: str | Path,
@@ -255,7 +260,7 @@ def _check_characters(text: str) -> None:
 def _token_ids(prompt: Any) -> list[int]:
     """The integers of a prompt, those of numpy and torch too."""
     try:
-        if isinstance(prompt, Mapping | bytes | bytearray):  # one may iterate over both
+        if isinstance(prompt, Mapping | _BYTES):  # one may iterate over both
             raise TypeError
         values = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
         if any(isinstance(value, bool) for value in values):
@@ -270,7 +275,7 @@ def _token_ids(prompt: Any) -> list[int]:
 
 def _prompt_list(prompts: Any) -> list[Any]:
     """What are prompts one by one; `encode` refuses what is none."""
-    several = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes | bytearray)
+    several = isinstance(prompts, Sequence) and not isinstance(prompts, str | _BYTES)
     if not several or any(isinstance(item, Integral) for item in prompts):
         return [prompts]
     return list(prompts)

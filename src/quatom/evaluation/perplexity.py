@@ -23,7 +23,7 @@ from quatom.evaluation.divergence import Divergence, DivergenceMeter, check_same
 from quatom.loading import LoadedModel
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import full_sequences_context
-from quatom.quantize.calibration_data import check_token_ids
+from quatom.quantize.calibration_data import check_text, check_token_ids
 from quatom.quantize.statistics import run_block
 
 KV_BLOCK_SIZE = 64
@@ -150,7 +150,7 @@ def _where_not_finite(loaded: LoadedModel, window: Tensor) -> str:
 @checked()
 def measure_perplexity(
     loaded: LoadedModel,
-    tokens: Tensor,  # (tokens,) int64, the whole tokenized text
+    tokens: Tensor,
     *,
     sequence_length: int = 2048,
     max_windows: Annotated[int, Range(1)] | None = None,
@@ -160,6 +160,8 @@ def measure_perplexity(
     """Perplexity of a model on a text.
 
     Args:
+        loaded: the model.
+        tokens: the whole tokenized text, (tokens,) of an integer dtype.
         sequence_length: tokens per window.
         max_windows: score only the first ones.
         reference: a model of the same vocabulary on the same device, to compare predictions with.
@@ -176,7 +178,8 @@ def measure_perplexity(
             f"windows of {sequence_length} tokens do not fit a model of "
             f"{loaded.config.max_position} positions: choose --sequence-length from 2 to that"
         )
-    windows = cut_windows(tokens, sequence_length, max_windows)
+    check_text(tokens)
+    windows = cut_windows(tokens.to(torch.int64), sequence_length, max_windows)
     if reference is not None:
         check_same_vocabulary(loaded, reference)
         reference.model.limit_length(sequence_length)

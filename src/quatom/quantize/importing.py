@@ -64,7 +64,8 @@ def import_checkpoint(
         source: folder or hub id of a checkpoint of GPTQ, AWQ or compressed-tensors.
         target: folder to write; it must not exist.
         resume: go on with an interrupted run of the same source.
-        on_block: called with blocks done and blocks in all, from 0 on.
+        on_block: called with blocks done and blocks in all, from 0 on. What it raises ends the run
+            as in `quantize_checkpoint`.
 
     Raises:
         ArgumentError: an argument is of another kind than it says here.

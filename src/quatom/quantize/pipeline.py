@@ -82,8 +82,8 @@ def quantize_checkpoint(
         resume: go on with an interrupted run of the same source, recipe and text.
         on_start: called with the blocks that are done and all blocks, once everything is checked.
         on_block: called after each finished block, for progress. What a callback raises ends the
-            run as an interrupt does: finished blocks stay in TARGET.partial, from which `resume`
-            goes on.
+            run as an interrupt does: finished blocks stay in TARGET.partial, and the same call
+            with `resume` goes on from there.
 
     Raises:
         ArgumentError: an argument is of another kind than it says here.

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, floor, isfinite
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from quatom.arguments import checked
+from quatom.arguments import Size, checked
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.errors import CalibrationError, CheckpointError, RecipeError, unknown
 from quatom.ops.backend import Backend
@@ -70,7 +71,7 @@ def search_recipe(
     *,
     calibration: str | Path | Tensor,
     base: str = "quatom-w4a4kv4",
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Annotated[Sequence[Kind], Size(1)] = KINDS,
     outliers: bool = False,
     text: CalibrationSpec | None = None,
     device: str | torch.device | None = None,
@@ -103,7 +104,7 @@ def search_recipe(
     """
     started = time.perf_counter()
     place, asked = usable_device(device), usable_dtype(dtype)
-    backend = usable_backend(backend)
+    backend, kinds = usable_backend(backend), tuple(dict.fromkeys(kinds))
     opened = source if isinstance(source, TensorSource) else open_source(source)
     if opened.recipe is not None:
         raise CheckpointError(
