@@ -83,7 +83,7 @@ def check_fields(instance: Any, error: type[QuatomError], owner: str = "") -> No
     Raises:
         QuatomError: as `error`, if a field is of another kind than it says.
     """
-    hints = _hints(type(instance))
+    hints = _hints(instance.__class__)
     for field in fields(instance):
         name = f"{owner}.{field.name}" if owner else field.name
         value = check(name, getattr(instance, field.name), hints[field.name], error)

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from quatom.checkpoint.json_text import parse_json
 from quatom.checkpoint.reader import open_source
 from quatom.checkpoint.tokenizer import find_tokenizer
 from quatom.errors import CheckpointError
+from quatom.json_text import parse_json
 from tests.checkpoint.gguf_models import write_gguf
 from tests.checkpoint.models import write_model
 from tests.conftest import write_byte_tokenizer

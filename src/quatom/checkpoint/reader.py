@@ -45,6 +45,8 @@ def open_source(path_or_id: str | Path) -> TensorSource:
                 f"{path} is a file; give the folder with config.json, or a .gguf file"
             )
         return _open_gguf(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is neither a folder nor a file; give the folder of a model")
     if any(path.glob("*.safetensors*")):
         return open_safetensors(path)
     if (gguf := choose_gguf(path)) is not None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -111,6 +111,15 @@ class CheckpointWriter:
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """As `close`; after an error nothing is left where no block was finished."""
+        if kind is not None and not self.completed_blocks():
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.close()
 
     @property
     def finished(self) -> bool:

@@ -71,7 +71,7 @@ class LLM:
             BackendError: the device is not available, or a kernel cannot run the recipe.
             EngineError: the limits do not fit each other or the memory.
         """
-        options = {
+        options: dict[str, Any] = {
             "max_num_seqs": max_num_seqs,
             "max_model_len": max_model_len,
             "kv_cache_memory": kv_cache_memory,

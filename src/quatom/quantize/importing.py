@@ -80,8 +80,7 @@ def import_checkpoint(
     recipe = _recipe(packed.form.scheme, found)
     resolved = plan(config, recipe)
     find_tokenizer(packed.source)  # read before the work: it is written after it
-    writer = CheckpointWriter(target, packed.source, resolved, resume=resume)
-    try:
+    with CheckpointWriter(target, packed.source, resolved, resume=resume) as writer:
         if not writer.finished:
             for index in range(writer.completed_blocks(), config.num_layers):
                 if on_block is not None:
@@ -92,8 +91,6 @@ def import_checkpoint(
             writer.finish()
             if on_block is not None:
                 on_block(config.num_layers, config.num_layers)
-    finally:
-        writer.close()
     return report_of(Path(target), resolved)
 
 

@@ -10,6 +10,7 @@ share the calibration sequences, the first one writes, and the bytes are those o
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def quantize_checkpoint(
         on_start: called with the blocks that are done and all blocks, once everything is checked.
         on_block: called after each finished block, for progress. What a callback raises ends the
             run as an interrupt does: finished blocks stay in TARGET.partial, and the same call
-            with `resume` goes on from there.
+            with `resume` goes on from there; before the first one nothing is left.
 
     Raises:
         ArgumentError: an argument is of another kind than it says here.
@@ -123,16 +124,13 @@ def quantize_checkpoint(
                 options={"device": place.type, "dtype": str(dtype), "backend": backend},
                 resume=resume,
             )
-    try:
+    with writer or nullcontext():
         progress = BlockLog(ranks, writer)
         # Killed between the last rename and the clean-up, an earlier run has left nothing to do.
         if not progress.finished:
             if on_start is not None:
                 on_start(progress.completed_blocks, opened.model_config.num_layers)
             _quantize_blocks(progress, opened, resolved, tokens, place, dtype, backend, on_block)
-    finally:
-        if writer is not None:
-            writer.close()
     return report_of(Path(target), resolved)
 
 
@@ -198,6 +196,8 @@ def _calibration_tokens(
     source: TensorSource, recipe: Recipe, text: str | Path | Tensor | None
 ) -> Tensor | None:
     """(samples, length) int64, or None for a recipe that measures nothing."""
+    if isinstance(text, Tensor):
+        check_tokens(text)
     if not recipe.needs_calibration:
         find_tokenizer(source)  # read before the work: it is written after it
         return None
