@@ -1,12 +1,13 @@
 """LLM: offline generation for many prompts at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 from operator import index
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -260,9 +261,9 @@ def _check_characters(text: str) -> None:
 def _token_ids(prompt: Any) -> list[int]:
     """The integers of a prompt, those of numpy and torch too."""
     try:
-        if isinstance(prompt, Mapping | _BYTES):  # one may iterate over both
-            raise TypeError
-        values = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        values = prompt.tolist() if isinstance(prompt, torch.Tensor | np.ndarray) else prompt
+        if not isinstance(values, Sequence) or isinstance(values, str | _BYTES):
+            raise TypeError  # one may iterate over it nevertheless
         if any(isinstance(value, bool) for value in values):
             raise TypeError
         return [index(value) for value in values]
