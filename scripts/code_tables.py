@@ -14,7 +14,7 @@ from result_files import GPUS, exists, machines, read
 from typer.core import TyperGroup
 
 import quatom
-from quatom.arguments import parts_of
+from quatom.argument_kinds import parts_of
 from quatom.benchmark.memory_plan import GIB, find_gpu, plan_memory
 from quatom.benchmark.model_shapes import find_shape
 from quatom.cli.main import app

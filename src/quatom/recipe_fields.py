@@ -8,7 +8,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from quatom.arguments import check, check_fields, parts_of
+from quatom.argument_kinds import parts_of
+from quatom.arguments import check, check_fields
 from quatom.errors import RecipeError
 
 TAG = "method"

@@ -458,8 +458,7 @@ def test_a_layer_gptq_cannot_invert_stops_unless_nearest_is_allowed(
     error = shell.fails("quantize", small_dir, tmp_path / "q", "--recipe", path, *arguments)
     for word in ("model.layers.0 qkv", "128 x 128", "damping", "on_singular 'nearest'"):
         assert word in error, error
-    assert not (tmp_path / "q").exists()
-    shutil.rmtree(tmp_path / "q.partial")
+    assert not list(tmp_path.glob("q*"))
     path = recipe_file(
         tmp_path, **recipe, weights={"rounder": singular | {"on_singular": "nearest"}}
     )
