@@ -4,6 +4,7 @@
 long run could stumble over later fails here, before it starts.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ def _local(path_or_id: str | Path) -> Path | None:
     path, name = Path(path_or_id), str(path_or_id)
     if name:
         if exists(path):
+            if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+                raise CheckpointError(f"the folder {path} cannot be read: give yourself access")
             return path
         check_contents(path, text=False)  # a broken link
     if hub_name(name) is None:
