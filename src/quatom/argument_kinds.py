@@ -118,11 +118,11 @@ def _choices(names: tuple[Any, ...], about: tuple[Any, ...]) -> Kind:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) or (isinstance(value, Real) and value.__class__ is not bool)
+    return type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def _is_integer(value: Any) -> bool:
-    return type(value) is int or (isinstance(value, Integral) and value.__class__ is not bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _integers(args: tuple[Any, ...], about: tuple[Any, ...]) -> Kind:
