@@ -14,12 +14,13 @@ from result_files import GPUS, exists, machines, read
 from typer.core import TyperGroup
 
 import quatom
+from quatom.argument_kinds import parts_of
 from quatom.benchmark.memory_plan import GIB, find_gpu, plan_memory
 from quatom.benchmark.model_shapes import find_shape
 from quatom.cli.main import app
 from quatom.presets import DEFAULT_RECIPE, PRESETS
 from quatom.recipe import Recipe
-from quatom.recipe_fields import dataclasses_in, is_optional, items_of, parts_of, tags_of
+from quatom.recipe_fields import dataclasses_in, is_optional, items_of, tags_of
 
 PACKAGE = Path(quatom.__file__).parent
 

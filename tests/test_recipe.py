@@ -348,7 +348,7 @@ def test_recipes_are_frozen():
         ),
         ({"channel_splitting": {}}, "channel_splitting .* it needs outliers.channels 0"),
         ({"channel_splitting": {"largest_share": 0.5}}, r"largest_share must be in \(0, 1/3\]"),
-        ({"incoherence": {"seed": 0.5}}, "incoherence.seed must be of type int, got 0.5"),
+        ({"incoherence": {"seed": 0.5}}, "incoherence.seed must be an integer, got 0.5"),
         ({"outliers": {"channels": 100}}, "outliers.channels .* multiple of 32, got 100"),
         ({"outliers": {"channels": -32}}, "outliers.channels .* got -32"),
         ({"outliers": {"max_fraction": 2.0}}, "outliers.max_fraction .* got 2.0"),

@@ -12,6 +12,10 @@ class QuatomError(Exception):
     """Base of all errors that Quatom raises on purpose; the command line prints it on one line."""
 
 
+class ArgumentError(QuatomError, ValueError):
+    """An argument is of another kind than the function says: a number where a path is meant."""
+
+
 class ShapeError(QuatomError, ValueError):
     """Tensor shapes, dtypes or sizes do not fit each other."""
 

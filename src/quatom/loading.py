@@ -235,6 +235,7 @@ def load(
     Raises:
         CheckpointError: something is missing, damaged or of a wrong shape.
         ModelError: the architecture or a configuration key is not supported.
+        ShapeError: no cache holds heads of that size, so that the model could not run.
         BackendError: the device is not available, or models do not compute in that dtype, or
             there is no such backend.
     """
@@ -243,6 +244,7 @@ def load(
     opened = open_source(source)
     dtype = asked or default_dtype(opened, device)
     resolved = plan(opened.model_config, opened.recipe or PRESETS["fp16"])
+    resolved.check_cache()
     read_layer = load_quantized_layer if resolved.recipe.quantizes_weights else load_float_layer
     blocks = [
         build_block(layer, read_layer(opened, layer, device, dtype), backend)

@@ -1,9 +1,8 @@
 """Where a model runs and in which number format it computes: what users may ask for, checked."""
 
-from typing import Any
-
 import torch
 
+from quatom.arguments import shown
 from quatom.checkpoint.reader import TensorSource
 from quatom.errors import BackendError
 from quatom.ops.backend import Backend
@@ -25,13 +24,17 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if not isinstance(device, str | torch.device):
+            raise TypeError  # torch takes a number for a GPU's
         place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise BackendError(f"unknown device {device!r}: use cpu or cuda") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise BackendError(f"unknown device {shown(device)}: use cpu or cuda") from error
     if place.type not in ("cpu", "cuda"):
         raise BackendError(f"device {device!r} is not supported: use cpu or cuda")
     if place.type == "cpu":
-        return place
+        if place.index:
+            raise BackendError(f"device {place} was asked for but there is one CPU: use cpu")
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         raise BackendError("device 'cuda' was asked for but torch sees no GPU: use cpu")
     count = torch.cuda.device_count()
@@ -48,11 +51,10 @@ def usable_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """
     if dtype is None:
         return None
-    found: Any = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise BackendError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    chosen: torch.dtype = found
-    return chosen
+    found: object = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+        raise BackendError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
+    return found
 
 
 def usable_backend(backend: str | Backend | None) -> Backend | None:
@@ -63,8 +65,8 @@ def usable_backend(backend: str | Backend | None) -> Backend | None:
     """
     if backend is None:
         return None
-    if backend not in list(Backend):
-        raise BackendError(f"backend must be one of {', '.join(Backend)}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in list(Backend):
+        raise BackendError(f"backend must be one of {', '.join(Backend)}, got {shown(backend)}")
     return Backend(backend)
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 from quatom.errors import RecipeError
 from quatom.families.spec import SITES, Layer, ModelConfig, NormName, RouterTensor, SiteName
 from quatom.numerics.groups import GroupLayout, ScaleMode
+from quatom.numerics.kv_pages import check_head_dim
 from quatom.ops.activations import QuantizeSpec
 from quatom.recipe import (
     ActivationSpec,
@@ -209,6 +210,11 @@ class ModelPlan:
     def num_weights(self) -> int:
         """Weights of all decoder linears."""
         return sum(prod(linear.shape) for linear in self.linears())
+
+    def check_cache(self) -> None:
+        """Raise ShapeError if the paged cache has no heads of a layer's size: it could not run."""
+        for size in {layer.spec.attention.head_dim for layer in self.layers}:
+            check_head_dim(size)
 
 
 def plan(config: ModelConfig, recipe: Recipe) -> ModelPlan:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from quatom.arguments import Size
 from quatom.errors import RecipeError
 from quatom.recipe_fields import check_types, read_fields
 from quatom.recipe_formats import BITS, ActivationFormat, KVFormat, WeightFormat
@@ -345,7 +346,7 @@ class CalibrationSpec:
 class Recipe:
     """A complete quantization of a decoder model. See `quatom.presets` for the named ones."""
 
-    name: str = "custom"
+    name: Annotated[str, Size(1, 200)] = "custom"
     """Shown in tables; presets carry their own."""
     weights: WeightSpec = field(default_factory=WeightSpec)
     activations: ActivationSpec = field(default_factory=ActivationSpec)

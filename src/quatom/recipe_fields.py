@@ -5,18 +5,15 @@ of them it is. So options of one method cannot be given with another method.
 """
 
 from dataclasses import MISSING, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from quatom.argument_kinds import parts_of
+from quatom.arguments import check, check_fields
 from quatom.errors import RecipeError
 
 TAG = "method"
 """The field that says which dataclass of a union an object is; absent, it is the first."""
-
-
-def parts_of(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type that an annotation is."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def items_of(hint: Any) -> Any:
@@ -48,32 +45,7 @@ def check_types(owner: str, spec: Any) -> None:
     Raises:
         RecipeError: a value is not of the type, or not one of the choices.
     """
-    for name, hint in get_type_hints(type(spec)).items():
-        _check_value(f"{owner}.{name}", getattr(spec, name), hint)
-
-
-def _check_value(name: str, value: object, hint: Any) -> None:
-    parts = parts_of(hint)
-    choices = [get_args(part) for part in parts if get_origin(part) is Literal]
-    if choices:
-        if value is not None or not is_optional(hint):
-            _check_choice(name, value, choices[0])
-        return
-    if (item := items_of(hint)) is not None:
-        if not isinstance(value, tuple):
-            raise RecipeError(f"{name} must be a list, got {value!r}")
-        for number, one in enumerate(value):
-            _check_value(f"{name}[{number}]", one, item)
-        return
-    expected = (*parts, int) if float in parts else parts
-    if isinstance(value, bool) or not isinstance(value, expected):
-        names = " or ".join("None" if k is NoneType else k.__name__ for k in parts)
-        raise RecipeError(f"{name} must be of type {names}, got {value!r}")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RecipeError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    check_fields(spec, RecipeError, owner)
 
 
 def read_fields(cls: type, data: object, owner: str = "") -> Any:
@@ -117,5 +89,5 @@ def _read_value(hint: Any, value: object, name: str) -> Any:
         return read_fields(allowed[0], value, name)
     by_tag = {tag: cls for cls in allowed for tag in tags_of(cls)}
     tag = value.get(TAG, next(iter(by_tag)))
-    _check_choice(f"{name}.{TAG}", tag, tuple(by_tag))
+    check(f"{name}.{TAG}", tag, Literal[tuple(by_tag)], RecipeError)
     return read_fields(by_tag[tag], value, name)

@@ -1,12 +1,12 @@
 """Recipes in JSON files, which may start from a preset, and how two recipes differ."""
 
-import json
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from quatom.errors import RecipeError, unknown
+from quatom.json_text import parse_json
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
 from quatom.recipe_fields import TAG
@@ -30,7 +30,7 @@ def find_recipe(name: str) -> tuple[Recipe, Recipe]:
     if not name.endswith(".json"):
         raise RecipeError(f"{unknown('recipe', name, PRESETS)}; or give a .json file")
     try:
-        return recipe_from(json.loads(Path(name).read_text(encoding="utf-8")))
+        return recipe_from(parse_json(Path(name).read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"cannot read recipe {name}: {error.strerror}") from error
     except ValueError as error:  # RecipeError is one, too

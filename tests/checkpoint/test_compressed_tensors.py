@@ -87,7 +87,7 @@ def test_a_family_with_transposed_weights_is_refused(text_file, tmp_path):
 def test_the_command_writes_it_once(checkpoint, tiny_llama_dir, tmp_path):
     words = ["export", str(checkpoint("w8a8")), str(tmp_path / "ct")]
     assert CliRunner().invoke(app, words).exit_code == 0
-    with pytest.raises(CheckpointError, match="exists: give a folder that does not"):
+    with pytest.raises(CheckpointError, match="exists; choose another target or delete it"):
         export_compressed_tensors(checkpoint("w8a8"), tmp_path / "ct")
     with pytest.raises(CheckpointError, match="is no Quatom checkpoint"):
         export_compressed_tensors(tiny_llama_dir, tmp_path / "other")

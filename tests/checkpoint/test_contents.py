@@ -1,19 +1,21 @@
 """Files that are not what their names say, and JSON that two readers understand differently."""
 
 import json
+import os
 import shutil
 
 import pytest
 
-from quatom.checkpoint.json_text import parse_json
 from quatom.checkpoint.reader import open_source
 from quatom.checkpoint.tokenizer import find_tokenizer
 from quatom.errors import CheckpointError
+from quatom.json_text import parse_json
 from tests.checkpoint.gguf_models import write_gguf
 from tests.checkpoint.models import write_model
 from tests.conftest import write_byte_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 123456\n"
+PIPE = object()
 OTHERS = {
     "a pointer": (POINTER, r"is a pointer of Git LFS, not the file itself; run git lfs pull"),
     "a page": (b"\n<!DOCTYPE html><html></html>", r"is a web page, not the file itself"),
@@ -22,6 +24,7 @@ OTHERS = {
     "UTF-16": ("{}".encode("utf-16"), r"is UTF-16 text; save it as UTF-8"),
     "a folder": (None, r"is a folder, and a file of that name is needed"),
     "a broken link": ("gone", r"is a link to .*gone, which is not there; download it again"),
+    "a pipe": (PIPE, r"is a pipe, socket or device, and a file of that name is needed"),
 }
 TEXTS = [
     "added_tokens.json",
@@ -51,6 +54,8 @@ def put(file, content):
     file.unlink(missing_ok=True)
     if content is None:
         file.mkdir()
+    elif content is PIPE:
+        os.mkfifo(file)
     elif isinstance(content, str):
         file.symlink_to(file.parent / content)
     else:
@@ -71,7 +76,7 @@ def test_text_that_is_something_else(name, what, whole, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["a pointer", "a page", "nothing", "a folder", "a broken link"])
+@pytest.mark.parametrize("what", [w for w in OTHERS if w not in ("a byte order mark", "UTF-16")])
 @pytest.mark.parametrize("name", BINARIES)
 def test_binary_files_that_are_something_else(name, what, whole, tmp_path):
     folder = tmp_path / "model"
@@ -99,6 +104,7 @@ AMBIGUOUS = {
     "infinity": (b'{"a": -Infinity}', "it holds -Infinity, which"),
     "half a pair": (b'{"a": "x\\ud83dy"}', r"it holds '\\ud83d', half of a surrogate pair"),
     "half a pair in a key": (b'{"\\udc00": 1}', r"it holds '\\udc00'"),
+    "too deep": (b'{"a": ' + b"[" * 100_000, "its values are nested too deeply to be read"),
 }
 
 
@@ -125,3 +131,14 @@ def test_a_name_that_no_file_can_have_does_not_exist(name):
     with pytest.raises(CheckpointError, match="does not exist") as caught:
         open_source(name)
     assert len(str(caught.value)) < 300
+
+
+def test_a_device_is_no_model():
+    with pytest.raises(CheckpointError, match="/dev/null is neither a folder nor a file"):
+        open_source("/dev/null")
+
+
+def test_a_folder_that_may_not_be_read_is_named(whole, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != whole)  # root may read all
+    with pytest.raises(CheckpointError, match=f"the folder {whole} cannot be read"):
+        open_source(whole)

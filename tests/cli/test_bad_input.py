@@ -177,6 +177,26 @@ ARGUMENTS = {
         lambda d: ("--recipe", text(d, b"{", "r.json")),
         ["r.json is not a recipe"],
     ),
+    "a recipe file that is nested too deeply": (
+        lambda d: ("--recipe", text(d, b"[" * 100_000, "r.json")),
+        ["r.json is not a recipe", "nested too deeply"],
+    ),
+    "a recipe file that gives a field twice": (
+        lambda d: ("--recipe", text(d, b'{"base": "w8a8", "base": "w4a16"}', "r.json")),
+        ["r.json is not a recipe", "the key 'base' has two values"],
+    ),
+    "a recipe whose name is no text": (
+        lambda d: ("--recipe", text(d, b'{"base": "w8a8", "name": "a\\ud800"}', "r.json")),
+        ["r.json is not a recipe", "half of a surrogate pair"],
+    ),
+    "a result file that is none": (
+        lambda d: ("--json", text(d, b"mine", "out.json"), "--recipe", "w8a8"),
+        ["out.json exists and is no result file"],
+    ),
+    "a result file that is a folder": (
+        lambda d: ("--json", d, "--recipe", "w8a8"),
+        ["Is a directory; give another --json"],
+    ),
     "a recipe file that is no object": (
         lambda d: ("--recipe", text(d, b"[1]", "r.json")),
         ["r.json", "[1]"],
@@ -458,8 +478,7 @@ def test_a_layer_gptq_cannot_invert_stops_unless_nearest_is_allowed(
     error = shell.fails("quantize", small_dir, tmp_path / "q", "--recipe", path, *arguments)
     for word in ("model.layers.0 qkv", "128 x 128", "damping", "on_singular 'nearest'"):
         assert word in error, error
-    assert not (tmp_path / "q").exists()
-    shutil.rmtree(tmp_path / "q.partial")
+    assert not list(tmp_path.glob("q*"))
     path = recipe_file(
         tmp_path, **recipe, weights={"rounder": singular | {"on_singular": "nearest"}}
     )

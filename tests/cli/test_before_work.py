@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quatom.errors import CalibrationError, ModelError
+from quatom.plan import ModelPlan
 from quatom.presets import PRESETS
 from quatom.quantize.pipeline import quantize_checkpoint
 from quatom.recipe import CalibrationSpec
@@ -119,7 +120,7 @@ def test_a_tokenizer_that_cannot_be_written_is_found_before_the_blocks(tmp_path,
     from quatom.quantize import pipeline
 
     monkeypatch.setattr(pipeline, "_quantize_blocks", lambda *_: pytest.fail("work was begun"))
-    monkeypatch.setattr(pipeline, "check_head_dim", lambda _: None)  # its heads are tiny
+    monkeypatch.setattr(ModelPlan, "check_cache", lambda _: None)  # its heads are tiny
     write_gguf(tmp_path / "m.gguf", pre="unheard-of")
     with pytest.raises(ModelError, match="pre-tokenizer 'unheard-of' is not supported"):
         quantize_checkpoint(tmp_path / "m.gguf", tmp_path / "q", "w8a8")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import quatom
+from quatom.quantize.walk import BlockQuantizer
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "matplotlib", "rich.progress")
 CHECK = f"""
@@ -79,8 +80,18 @@ def test_an_interrupted_quantization_says_how_to_go_on(shell, monkeypatch, small
     monkeypatch.setattr("quatom.quantize.walk.BlockQuantizer.run", press)
     done = shell(*command)
     assert done.status == 130
-    assert done.err == (
-        "quatom: kept 0 of 2 blocks; the same command with --resume goes on\nquatom: interrupted\n"
+    assert done.err == "quatom: interrupted\n"  # there is nothing to go on from
+    assert not (tmp_path / "out.partial").exists()
+    monkeypatch.undo()
+
+    def press_after_the_first(*arguments):
+        yield next(run(*arguments))
+        press()
+
+    run = BlockQuantizer.run
+    monkeypatch.setattr("quatom.quantize.walk.BlockQuantizer.run", press_after_the_first)
+    assert shell(*command).err == (
+        "quatom: kept 1 of 2 blocks; the same command with --resume goes on\nquatom: interrupted\n"
     )
     monkeypatch.undo()
     assert "Wrote" in shell(*command, "--resume").out

@@ -92,10 +92,20 @@ def test_a_signal_lets_running_requests_finish_and_ends_it(small_dir, mode, numb
     assert any(e["event"] == "request" and e["path"] == "/v1/completions" for e in logged)
 
 
+# No model of pipes is read otherwise.
+PIPES_ARE_FILES = """
+from pathlib import Path
+
+Path.is_file = lambda path: path.exists() and not path.is_dir()
+"""
+
+
 # Where the server itself loads, the signal meets nothing but the loader: the simpler case.
 @pytest.mark.parametrize("mode", [MODES[0], pytest.param(MODES[1], marks=pytest.mark.slow)])
-def test_sigterm_ends_it_while_it_loads(tmp_path, mode):
+def test_sigterm_ends_it_while_it_loads(tmp_path, mode, monkeypatch):
     os.mkfifo(tmp_path / "config.json")  # whoever reads it waits for ever
+    (tmp_path / "sitecustomize.py").write_text(PIPES_ARE_FILES)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     (tmp_path / "model.safetensors").touch()
 
     def is_read():

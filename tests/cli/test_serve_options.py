@@ -119,6 +119,7 @@ def test_what_is_wrong_without_a_model_is_said_without_loading_one(served, shell
             (("--ssl-certfile", tmp_path / "no", "--ssl-keyfile", tmp_path / "k"), "cannot read"),
             (("--hang-seconds", 1.5), "--hang-seconds 1.5 is neither 0 (never) nor 2 or more"),
             (("--hang-seconds", "nan"), "--hang-seconds nan is neither"),
+            (("--served-model-name", ""), "--served-model-name is empty: give a name"),
             (("--api-key", ""), "API key 1 of 1 is empty"),
             (("--api-key-file", tmp_path / "none"), "cannot read the API keys"),
             (("--allowed-origins", "example.org"), "'example.org' is no origin"),

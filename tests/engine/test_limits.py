@@ -3,8 +3,7 @@
 import pytest
 
 from quatom.engine.config import EngineConfig
-from quatom.engine.sampling import SamplingParams
-from quatom.errors import EngineError, RequestError
+from quatom.errors import EngineError
 
 WRONG_LIMITS = [
     ({"max_num_seqs": 2.5}, "max_num_seqs must be an integer, got 2.5"),
@@ -15,7 +14,7 @@ WRONG_LIMITS = [
     ({"prefill_graph_tokens": -1}, "prefill_graph_tokens must be at least 0, got -1"),
     ({"prefix_caching": "no"}, "prefix_caching must be true or false, got 'no'"),
     ({"cuda_graphs": None}, "cuda_graphs must be true or false, got None"),
-    ({"memory_fraction": "all"}, "memory_fraction must be in (0, 1], got 'all'"),
+    ({"memory_fraction": "all"}, "memory_fraction must be a number, got 'all'"),
     ({"memory_fraction": float("nan")}, "memory_fraction must be in (0, 1], got nan"),
 ]
 
@@ -30,9 +29,3 @@ def test_limits_of_another_kind(limits, message):
 def test_limits_that_a_model_and_a_device_decide_may_be_none():
     config = EngineConfig(max_model_len=None, kv_cache_memory=None, overlap=None, max_waiting=None)
     assert (config.max_model_len, config.overlap) == (None, None)
-
-
-@pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
-def test_a_list_of_ends_that_is_none(name):
-    with pytest.raises(RequestError, match=f"{name} must be a list, got 5"):
-        SamplingParams(**{name: 5})

@@ -81,10 +81,10 @@ def test_words_are_found_with_and_without_a_space():
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([""], "1 to 200 characters"),
-        (["x" * 201], "1 to 200 characters"),
-        ([1], "1 to 200 characters"),
-        (["x"] * 129, "at most 128 bad_words, got 129"),
+        ([""], r"bad_words\[0\] must have 1 to 200 characters, got 0"),
+        (["x" * 201], "1 to 200 characters, got 201"),
+        ([1], r"bad_words\[0\] must be a string, got 1"),
+        (["x"] * 129, "bad_words must have at most 128 items, got 129"),
     ],
 )
 def test_bad_bad_words(words, reason):
@@ -99,7 +99,7 @@ def test_a_constraint_excludes_bad_words():
 
 def test_biases_have_a_limit():
     SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), 1.0))
-    with pytest.raises(RequestError, match="301 entries; at most 300"):
+    with pytest.raises(RequestError, match="logit_bias must have at most 300 items, got 301"):
         SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0))
 
 

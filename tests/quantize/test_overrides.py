@@ -128,11 +128,11 @@ def refused(overrides, base="quatom-w4a4kv4"):
         ([{"colour": 1}], r"unknown keys \['colour'\] in overrides\[0\]"),
         ([{"layers": "0"}], "the override of layers '0' changes nothing"),
         ([{"weights": {}}], "changes nothing"),
-        ([{"layers": 3, "weights": {"format": "int8"}}], "overrides.layers must be of type str"),
+        ([{"layers": 3, "weights": {"format": "int8"}}], "overrides.layers must be a string"),
         ([{"layers": "2-1", "weights": {"format": "int8"}}], "ranges like .* got '2-1'"),
         ([{"layers": "", "weights": {"format": "int8"}}], "ranges like .* got ''"),
         ([{"sites": "down", "weights": {"format": "int8"}}], "overrides.sites must be a list"),
-        ([{"sites": [1], "weights": {"format": "int8"}}], r"overrides.sites\[0\] must be of type"),
+        ([{"sites": [1], "weights": {"format": "int8"}}], r"overrides.sites\[0\] must be a string"),
         ([{"sites": ["o"], "kv_cache": {"format": "int8"}}], "whole layers, and sites o are"),
         ([{"kv_cache": {"format": "int9"}}], "overrides.kv_cache.format must be one of"),
         (

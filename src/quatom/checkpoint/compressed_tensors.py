@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quatom.arguments import checked
 from quatom.checkpoint.codec import decode
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.safetensors_file import write_tensors
 from quatom.checkpoint.schema import linear_tensors, outer_tensors
+from quatom.checkpoint.writer import check_target
 from quatom.errors import CheckpointError, RecipeError
 from quatom.numerics.packing import pack_bits
 from quatom.numerics.rotary import head_order
@@ -31,7 +33,8 @@ from quatom.plan import LayerPlan, LinearPlan, ModelPlan, SitePlan, plan
 from quatom.recipe import Recipe
 
 
-def export_compressed_tensors(checkpoint: str | Path, target: Path) -> Path:
+@checked(but=("checkpoint",))
+def export_compressed_tensors(checkpoint: str | Path, target: str | Path) -> Path:
     """Write a checkpoint in the format compressed-tensors.
 
     Args:
@@ -42,14 +45,14 @@ def export_compressed_tensors(checkpoint: str | Path, target: Path) -> Path:
         `target`.
 
     Raises:
+        ArgumentError: `target` is no path.
         CheckpointError: the checkpoint is damaged or none of ours, or the target exists.
         RecipeError: the format cannot say the recipe.
     """
+    target = check_target(target)
     source = open_source(checkpoint)
     if source.recipe is None:
         raise CheckpointError(f"{checkpoint} is no Quatom checkpoint: there is nothing to convert")
-    if target.exists():
-        raise CheckpointError(f"{target} exists: give a folder that does not")
     resolved = plan(source.model_config, source.recipe)
     if unsaid := _unsaid(resolved):
         raise RecipeError(
@@ -58,9 +61,14 @@ def export_compressed_tensors(checkpoint: str | Path, target: Path) -> Path:
         )
     work = target.with_name(f"{target.name}.incomplete")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _write(source, resolved, work)
-    os.replace(work, target)
+    try:
+        work.mkdir(parents=True)
+        _write(source, resolved, work)
+        os.replace(work, target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -49,6 +49,8 @@ def _what_else(file: Path, text: bool) -> str | None:
         return f"is a link to {os.readlink(file)}, which is not there; download it again"
     if file.is_dir():
         return "is a folder, and a file of that name is needed"
+    if not file.is_file():
+        return "is a pipe, socket or device, and a file of that name is needed"
     try:
         with file.open("rb") as stream:
             head = stream.read(_HEAD_BYTES)

@@ -4,10 +4,12 @@
 long run could stumble over later fails here, before it starts.
 """
 
+import os
 from pathlib import Path
 
 import torch
 
+from quatom.arguments import shown
 from quatom.checkpoint.configuration import as_model_config, read_recipe, with_ends
 from quatom.checkpoint.contents import check_contents, exists
 from quatom.checkpoint.folder_source import open_safetensors
@@ -44,6 +46,8 @@ def open_source(path_or_id: str | Path) -> TensorSource:
                 f"{path} is a file; give the folder with config.json, or a .gguf file"
             )
         return _open_gguf(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is neither a folder nor a file; give the folder of a model")
     if any(path.glob("*.safetensors*")):
         return open_safetensors(path)
     if (gguf := choose_gguf(path)) is not None:
@@ -92,16 +96,19 @@ def _local(path_or_id: str | Path) -> Path | None:
     """The path of a model on disk; None: it is a name of the hub."""
     if not isinstance(path_or_id, str | Path):
         raise CheckpointError(
-            f"a model is a folder, a .gguf file or a name of the hub, got {path_or_id!r:.60}"
+            f"a model is a folder, a .gguf file or a name of the hub, got {shown(path_or_id)}"
         )
-    path = Path(path_or_id)
-    if str(path_or_id):
+    path, name = Path(path_or_id), str(path_or_id)
+    if name:
         if exists(path):
+            if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+                raise CheckpointError(f"the folder {path} cannot be read: give yourself access")
             return path
         check_contents(path, text=False)  # a broken link
-    if hub_name(str(path_or_id)) is None:
+    if hub_name(name) is None:
+        name = name[:200] if name and name.isprintable() else shown(name)
         raise CheckpointError(
-            f"{path_or_id!s:.200} does not exist: give a folder, a .gguf file, or a model of the "
+            f"{name} does not exist: give a folder, a .gguf file, or a model of the "
             "hub as ORGANIZATION/NAME"
         )
     return None

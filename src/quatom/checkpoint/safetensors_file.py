@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.contents import check_contents
-from quatom.checkpoint.json_text import parse_json
 from quatom.errors import CheckpointError
+from quatom.json_text import parse_json
 
 _DTYPES = {
     "F64": torch.float64,

@@ -114,7 +114,7 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, 
     if is_present(folder / "chat_template.jinja"):
         files["default"] = folder / "chat_template.jinja"
     for file in files.values():
-        if not file.exists() or file.stat().st_size:  # an empty file is an empty template
+        if not file.is_file() or file.stat().st_size:  # an empty file is an empty template
             check_contents(file, text=True)
     try:
         value: Any = {name: file.read_text(encoding="utf-8") for name, file in files.items()}

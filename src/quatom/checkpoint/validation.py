@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.contents import check_contents
-from quatom.checkpoint.json_text import parse_json
 from quatom.checkpoint.safetensors_file import StoredTensor, read_bytes
 from quatom.checkpoint.schema import FLOAT_DTYPES, TensorSpec
 from quatom.errors import CheckpointError
+from quatom.json_text import parse_json
 
 _CHUNK = 1 << 22  # elements or bytes looked at together; bounds temporary memory
 
@@ -30,7 +30,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file} is no valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} must hold an object, it holds a {type(data).__name__}")

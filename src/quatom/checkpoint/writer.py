@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -78,17 +78,10 @@ class CheckpointWriter:
             CheckpointError: the target exists, an interrupted run is in the way or does not match
                 this one, another process writes it, or the disk has too little room.
         """
-        self.target = Path(target)
-        if self.target.name in ("", ".."):
-            raise CheckpointError(f"{target} is an existing folder; give the name of a new one")
-        if (length := len(os.fsencode(self.target.name))) > _LONGEST_NAME:
-            raise CheckpointError(
-                f"{self.target.name[:40]!r}... has {length} bytes, more than the {_LONGEST_NAME} "
-                "that names of folders may have; give a shorter name"
-            )
+        self.target = check_target(target, resume=resume)
         self.source = source
         self.plan = resolved
-        self.work = self.target.with_name(self.target.name + ".partial")
+        self.work = _working_folder(self.target)
         self._folder = self.work / "checkpoint"
         self._state = self.work / "state"
         self._lock: int | None = None
@@ -112,17 +105,21 @@ class CheckpointWriter:
         if self._finished:
             self._clean_up()
             return
-        if os.path.lexists(self.target):
-            raise CheckpointError(f"{self.target} exists; choose another target or delete it")
-        if self.work.exists() and not resume:
-            raise CheckpointError(
-                f"{self.work} holds an interrupted run; continue it with --resume, or delete it"
-            )
+        _check_absent(self.target)
         try:
             self._start(fingerprint)
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """As `close`; after an error nothing is left where no block was finished."""
+        if kind is not None and not self.completed_blocks():
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.close()
 
     @property
     def finished(self) -> bool:
@@ -354,6 +351,39 @@ class CheckpointWriter:
                 f"the disk of {self.work} is full: {needed:,} more bytes are needed, {free:,} are "
                 "free; free some, then run again with --resume"
             ) from error
+
+
+def check_target(target: str | Path, *, resume: bool = False) -> Path:
+    """The folder of a new checkpoint; where a run is resumed, it may be there already.
+
+    Raises:
+        CheckpointError: no folder can have that name, something of the name exists, or an
+            interrupted run is in the way.
+    """
+    path = Path(target)
+    if path.name in ("", ".."):
+        raise CheckpointError(f"{target} is an existing folder; give the name of a new one")
+    if (length := len(os.fsencode(path.name))) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"{path.name[:40]!r}... has {length} bytes, more than the {_LONGEST_NAME} "
+            "that names of folders may have; give a shorter name"
+        )
+    if not resume:
+        _check_absent(path)
+        if (work := _working_folder(path)).exists():
+            raise CheckpointError(
+                f"{work} holds an interrupted run; continue it with --resume, or delete it"
+            )
+    return path
+
+
+def _check_absent(target: Path) -> None:
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists; choose another target or delete it")
+
+
+def _working_folder(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
 
 
 def _num_bytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:

@@ -16,6 +16,7 @@ from quatom.cli.bench_options import (
     read_ceilings,
 )
 from quatom.cli.bench_serve import serve
+from quatom.cli.options import MOST_GIB
 
 app = typer.Typer(
     help="Measure kernels, and a whole model under load.",
@@ -57,7 +58,11 @@ def throughput(
     ] = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=0.001, help="GiB for everything: weights, activations, graphs, KV cache."),
+        typer.Option(
+            min=0.001,
+            max=MOST_GIB,
+            help="GiB for everything: weights, activations, graphs, KV cache.",
+        ),
     ] = None,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 1024,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens generated per request.")] = 512,
@@ -74,12 +79,19 @@ def throughput(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of one step, prompts and decodes.")
+        int,
+        typer.Option(
+            min=1,
+            help="Most tokens of one step, prompts and decodes.",
+        ),
     ] = 2048,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of blocks of a random model, for trials; default: all."),
+        typer.Option(
+            min=1,
+            help="Number of blocks of a random model, for trials; default: all.",
+        ),
     ] = None,
     ceilings: Annotated[
         str | None,

@@ -48,7 +48,7 @@ def _read(path: Path) -> dict[Any, Any]:
                 raise ServerError(f"{path}: --config takes a .yaml, .yml or .toml file")
     except OSError as error:
         raise ServerError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ServerError(f"{path} cannot be parsed: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ServerError(f"{path} must hold option names and values, one on each line")

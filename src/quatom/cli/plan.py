@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from quatom.cli.options import MOST_GIB
+
 
 def plan(
     model: Annotated[
@@ -17,7 +19,12 @@ def plan(
         typer.Option(help="Name of a GPU, such as H200; may be repeated. Default: all known."),
     ] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(min=0.1, help="Memory of a GPU in GiB, in place of a name.")
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=MOST_GIB,
+            help="Memory of a GPU in GiB, in place of a name.",
+        ),
     ] = None,
     recipe: Annotated[
         list[str] | None,

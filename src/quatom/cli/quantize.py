@@ -125,6 +125,7 @@ def _quantize(
         print_table,
         read_recipe,
     )
+    from quatom.evaluation.results import read_results
     from quatom.presets import PRESETS
     from quatom.quantize.pipeline import REPORT_FILE, quantize_checkpoint
     from quatom.quantize.ranks import Ranks
@@ -133,6 +134,8 @@ def _quantize(
 
     ranks = Ranks.current()
     with ranks.together():
+        if json is not None and ranks.leads:
+            read_results(json)
         chosen = read_recipe(recipe, **sampling)
         if tensor_parallel is not None:
             chosen = replace(chosen, tensor_parallel=tensor_parallel)
@@ -161,7 +164,7 @@ def _quantize(
 
         def begun(blocks: int, count: int) -> None:
             nonlocal done
-            done = f"{blocks} of {count} blocks"
+            done = f"{blocks} of {count} blocks" if blocks else ""
             on_start(blocks, count)
 
         def finished(block: QuantizedBlock) -> None:

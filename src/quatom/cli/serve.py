@@ -15,6 +15,7 @@ from quatom.cli.dialogue_options import (
     ToolFormatOption,
     read_style,
 )
+from quatom.cli.options import MOST_GIB
 
 
 def serve(
@@ -37,11 +38,20 @@ def serve(
     recipe: Annotated[str | None, typer.Option(help="Recipe of random weights.")] = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=0.001, help="GiB for everything: weights, activations, graphs, KV cache."),
+        typer.Option(
+            min=0.001,
+            max=MOST_GIB,
+            help="GiB for everything: weights, activations, graphs, KV cache.",
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")
+        int,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port to listen on; 0: a free one.",
+        ),
     ] = 8000,
     api_key: Annotated[
         list[str] | None,
@@ -62,10 +72,18 @@ def serve(
         typer.Option(help="Origin whose pages may use this server, or * for all; may be repeated."),
     ] = None,
     keep_alive_seconds: Annotated[
-        int, typer.Option(min=0, help="Seconds that an idle connection stays open.")
+        int,
+        typer.Option(
+            min=0,
+            max=86_400,
+            help="Seconds that an idle connection stays open.",
+        ),
     ] = 75,
     drain_seconds: Annotated[
-        int, typer.Option(min=0, help="Seconds that running requests may take after SIGTERM.")
+        int,
+        typer.Option(
+            min=0, max=86_400, help="Seconds that running requests may take after SIGTERM."
+        ),
     ] = 60,
     served_model_name: Annotated[
         list[str] | None,
@@ -73,17 +91,31 @@ def serve(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of one step, prompts and decodes.")
+        int,
+        typer.Option(
+            min=1,
+            help="Most tokens of one step, prompts and decodes.",
+        ),
     ] = 2048,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest sequence; default: the model's own limit.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest sequence; default: the model's own limit.",
+        ),
     ] = None,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Sequences that may wait; more get HTTP 429.")
+        int,
+        typer.Option(
+            min=1,
+            help="Sequences that may wait; more get HTTP 429.",
+        ),
     ] = 1024,
     kv_cache_memory: Annotated[
         float | None,
-        typer.Option(min=0.001, help="GiB of KV cache; default: what is free (1 GiB on a CPU)."),
+        typer.Option(
+            min=0.001, max=MOST_GIB, help="GiB of KV cache; default: what is free (1 GiB on a CPU)."
+        ),
     ] = None,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
     prefix_caching: Annotated[
@@ -145,6 +177,8 @@ def serve(
         raise ServerError("give either MODEL or --random-weights SHAPE")
     if restart_engine and not engine_process:
         raise ServerError("--restart-engine needs the engine in a process of its own")
+    if not all(served_model_name or (name,)):
+        raise ServerError("--served-model-name is empty: give a name, or leave the option out")
     check_bound(hang_seconds)
     keys = read_api_keys(api_key, api_key_file, os.environ.get("QUATOM_API_KEY"))
     origins = check_origins(allowed_origins or ())

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from quatom.cli.options import MOST_GIB
+
 
 def steps(
     random_weights: Annotated[str, typer.Option(help="Shape: llama-2-7b, llama-3-8b, ...")],
@@ -15,7 +17,12 @@ def steps(
     context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 1024,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill step.")] = 2048,
     kv_cache_memory: Annotated[
-        float, typer.Option(min=0.001, help="GiB of KV cache; it must hold the batch.")
+        float,
+        typer.Option(
+            min=0.001,
+            max=MOST_GIB,
+            help="GiB of KV cache; it must hold the batch.",
+        ),
     ] = 16.0,
     json: Annotated[
         Path | None, typer.Option(help="Result file; entries of other measurements are kept.")

@@ -1,53 +1,42 @@
 """EngineConfig: how much runs at once, and where its KV cache comes from."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Self
+import os
+from dataclasses import dataclass, replace
+from typing import Annotated, Self
 
 import torch
 
+from quatom.arguments import Range, check_fields
 from quatom.errors import EngineError
 
-_LEAST = {
-    "max_num_seqs": 1,
-    "max_num_batched_tokens": 1,
-    "max_prefill_chunk": 1,
-    "max_model_len": 1,
-    "max_waiting": 1,
-    "block_size": 1,
-    "kv_cache_memory": 1,
-    "prefill_graph_tokens": 0,
-}
-"""Fields that are integers, and the least that they may be."""
-_SWITCHES = (
-    "forecast_admission",
-    "prefix_caching",
-    "overlap",
-    "cuda_graphs",
-    "keep_freed_memory",
-)
+MAX_SEQS = 2**16
+"""Most sequences that run at once."""
+MAX_BLOCK = 2**16
+"""Most tokens of a block."""
+_Positive = Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Limits of an engine. A field that is None is set by the model and the device at the start."""
 
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Range(1, MAX_SEQS)] = 256
     """Sequences that run at once."""
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: _Positive = 2048
     """Tokens of one step, prompt chunks and decodes together."""
-    max_prefill_chunk: int | None = None
+    max_prefill_chunk: _Positive | None = None
     """Prompt tokens of one sequence in one step while other prompts wait, so that a long prompt
     does not delay short ones; None: half of max_num_batched_tokens."""
-    max_model_len: int | None = None
+    max_model_len: _Positive | None = None
     """Longest sequence, prompt and output; None: the model's own limit."""
-    max_waiting: int | None = None
+    max_waiting: _Positive | None = None
     """Sequences that may queue; more are refused (HTTP 429). None: no bound."""
-    block_size: int = 32
+    block_size: Annotated[int, Range(1, MAX_BLOCK)] = 32
     """Tokens per KV block."""
-    kv_cache_memory: int | None = None
+    kv_cache_memory: _Positive | None = None
     """Bytes of KV cache. None on a GPU: what a measured run leaves of memory_fraction. None on a
     CPU: enough for max_num_seqs sequences, at most 1 GiB."""
-    memory_fraction: float = 0.9
+    memory_fraction: Annotated[float, Range(0, 1, open_low=True)] = 0.9
     """Share of GPU memory that the process may use."""
     forecast_admission: bool = True
     """Admit a request only if the KV cache is expected to hold all running requests until they end.
@@ -58,7 +47,7 @@ class EngineConfig:
     """Launch step i + 1 before the tokens of step i have been read back; None: only on a GPU."""
     cuda_graphs: bool = True
     """Replay steps as CUDA graphs on a GPU, unless QUATOM_BACKEND asks for the reference."""
-    prefill_graph_tokens: int | None = None
+    prefill_graph_tokens: Annotated[int, Range(0)] | None = None
     """Tokens of the largest step with prompts that is replayed; 0: only decode steps are; None:
     max_num_batched_tokens."""
     keep_freed_memory: bool = False
@@ -66,34 +55,38 @@ class EngineConfig:
     about a fifth of a decode step on a CPU, and changes the allocator of the whole process."""
 
     def __post_init__(self) -> None:
-        optional = {field.name for field in fields(self) if field.default is None}
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise EngineError(f"{name} must be an integer, got {value!r:.60}")
-            if value < least:
-                raise EngineError(f"{name} must be at least {least}, got {value}")
-        for name in _SWITCHES:
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name in optional):
-                raise EngineError(f"{name} must be true or false, got {value!r:.60}")
+        check_fields(self, EngineError)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise EngineError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
                 f"{self.max_num_seqs}: a decode of every sequence would not fit into one step"
             )
-        share: object = self.memory_fraction
-        if not isinstance(share, int | float) or not 0.0 < share <= 1.0:
-            raise EngineError(f"memory_fraction must be in (0, 1], got {share!r:.60}")
+
+    def check_memory(self, device: torch.device) -> None:
+        """Refuse a KV cache that no memory of the device holds, before there is a model in it.
+
+        Raises:
+            EngineError: kv_cache_memory is more than the device's memory.
+        """
+        if self.kv_cache_memory is None:
+            return
+        if device.type == "cuda":
+            total = torch.cuda.mem_get_info(device)[1]
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.kv_cache_memory > total:
+            raise EngineError(
+                f"kv_cache_memory {self.kv_cache_memory:,} is more than the {total:,} bytes of "
+                f"memory that device {str(device)!r} has: give less"
+            )
 
     def resolve(self, device: torch.device, max_position: int) -> Self:
         """The same limits with every None that a device and a model decide replaced.
 
         Raises:
-            EngineError: a limit does not fit the model.
+            EngineError: a limit does not fit the model, or the device.
         """
+        self.check_memory(device)
         if self.max_model_len is not None and self.max_model_len > max_position:
             raise EngineError(
                 f"max_model_len {self.max_model_len} is above the model's own limit of "

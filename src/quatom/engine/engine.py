@@ -8,6 +8,7 @@ from collections.abc import Sequence as Layers
 
 import torch
 
+from quatom.arguments import checked
 from quatom.engine.block_pool import BlockPool
 from quatom.engine.config import EngineConfig
 from quatom.engine.host_memory import keep_freed_pages
@@ -33,9 +34,10 @@ MASK_WAIT_SECONDS = 0.05
 class Engine:
     """Continuous batching of requests on one model."""
 
+    @checked(EngineError, but=("loaded",))
     def __init__(self, loaded: ServableModel, config: EngineConfig | None = None) -> None:
-        self.device = loaded.device
-        self.config = (config or EngineConfig()).resolve(self.device, loaded.config.max_position)
+        self.device, limits = loaded.device, config or EngineConfig()
+        self.config = limits.resolve(self.device, loaded.config.max_position)
         if self.config.keep_freed_memory:
             keep_freed_pages()
         self.recipe: Recipe = loaded.recipe

@@ -1,15 +1,18 @@
 """LLM: offline generation for many prompts at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from numbers import Integral
 from operator import index
 from pathlib import Path
-from reprlib import repr as shortened
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from quatom.arguments import Size, check, checked, shown
 from quatom.checkpoint.chat import render_chat
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
@@ -19,9 +22,15 @@ from quatom.engine.sampling import SamplingParams
 from quatom.errors import EngineError, RequestError
 from quatom.loading import load
 from quatom.ops.backend import Backend
+from quatom.placement import usable_device
 from quatom.recipe import Recipe
 
 Prompt = str | list[int]
+_NAMES_AND_LIMITS = (
+    *("model", "device", "dtype", "backend"),  # `load` checks them,
+    *("max_num_seqs", "max_model_len", "kv_cache_memory"),  # and EngineConfig these
+)
+_BYTES = bytes | bytearray | memoryview
 
 
 class LLM:
@@ -32,6 +41,7 @@ class LLM:
         >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0.0))[0].text
     """
 
+    @checked(EngineError, but=_NAMES_AND_LIMITS)
     def __init__(
         self,
         model: str | Path,
@@ -62,16 +72,15 @@ class LLM:
             BackendError: the device is not available, or a kernel cannot run the recipe.
             EngineError: the limits do not fit each other or the memory.
         """
-        options = {
+        options: dict[str, Any] = {
             "max_num_seqs": max_num_seqs,
             "max_model_len": max_model_len,
             "kv_cache_memory": kv_cache_memory,
         }
         given = {name: value for name, value in options.items() if value is not None}
-        base = config or EngineConfig()
-        fields = {name: getattr(base, name) for name in EngineConfig.__slots__}
-        loaded = load(model, device=device, dtype=dtype, backend=backend)
-        self.engine = Engine(loaded, EngineConfig(**{**fields, **given}))
+        limits = replace(config or EngineConfig(), **given)
+        limits.check_memory(usable_device(device))
+        self.engine = Engine(load(model, device=device, dtype=dtype, backend=backend), limits)
 
     @property
     def recipe(self) -> Recipe:
@@ -79,8 +88,13 @@ class LLM:
         return self.engine.recipe
 
     @classmethod
+    @checked(EngineError)
     def from_engine(cls, engine: Engine) -> "LLM":
-        """An LLM around an engine that exists already."""
+        """An LLM around an engine that exists already.
+
+        Raises:
+            EngineError: it is no engine.
+        """
         llm = cls.__new__(cls)
         llm.engine = engine
         return llm
@@ -99,6 +113,7 @@ class LLM:
         _check_characters(prompt)
         return list(self.engine.tokenizer.encode(prompt))
 
+    @checked(RequestError, but=("prompts",))
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -134,6 +149,7 @@ class LLM:
             raise
         return list(outputs.values())
 
+    @checked(RequestError, but=("prompt",))
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Complete one prompt, piece by piece; `"".join` of the pieces is the whole text.
 
@@ -150,7 +166,7 @@ class LLM:
             RequestError: the prompt or a parameter is invalid, or the engine runs other requests.
             EngineError: the engine could not go on.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         if params.n != 1:
             raise RequestError(f"a stream is of one completion, got n {params.n}")
         if self.engine.has_work:
@@ -171,6 +187,7 @@ class LLM:
             while self.engine.has_work:  # the step that was launched ahead
                 self.engine.step()
 
+    @checked(RequestError, but=("messages",))
     def chat(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None
     ) -> RequestOutput:
@@ -238,32 +255,31 @@ def empty_output(
 
 def _check_characters(text: str) -> None:
     """Raise RequestError if a text holds half of a surrogate pair, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the text holds {text[error.start]!a}, half of a surrogate pair, at character "
-            f"{error.start}: it is no Unicode text"
-        ) from None
+    check("the text", text, Annotated[str, Size(0)], RequestError)
 
 
 def _token_ids(prompt: Any) -> list[int]:
     """The integers of a prompt, those of numpy and torch too."""
     try:
-        if isinstance(prompt, Mapping | bytes):  # both have integers or texts to iterate over
+        values = prompt.tolist() if isinstance(prompt, torch.Tensor | np.ndarray) else prompt
+        if not isinstance(values, Sequence) or isinstance(values, str | _BYTES):
+            raise TypeError  # one may iterate over it nevertheless
+        if any(isinstance(value, bool) for value in values):
             raise TypeError
-        return [index(token_id) for token_id in prompt]
+        return [index(value) for value in values]
     except TypeError:
         raise RequestError(
-            f"a prompt is a text or a list of token ids, got {shortened(prompt)}; messages go to "
+            f"a prompt is a text or a list of token ids, got {shown(prompt)}; messages go to "
             "chat(), or through encode_chat() to generate() and stream()"
         ) from None
 
 
 def _prompt_list(prompts: Any) -> list[Any]:
     """What are prompts one by one; `encode` refuses what is none."""
-    one = not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes)
-    return [prompts] if one or any(isinstance(item, int) for item in prompts) else list(prompts)
+    several = isinstance(prompts, Sequence) and not isinstance(prompts, str | _BYTES)
+    if not several or any(isinstance(item, Integral) for item in prompts):
+        return [prompts]
+    return list(prompts)
 
 
 def _one_for_each(

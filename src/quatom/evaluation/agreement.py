@@ -22,6 +22,7 @@ from quatom.engine.outputs import SequenceDelta, TokenLogprobs
 from quatom.engine.sampling import SamplingParams
 from quatom.engine.sequence import Sequence
 from quatom.errors import CheckpointError, EngineError
+from quatom.json_text import parse_json
 from quatom.loading import LoadedModel
 
 NOISE_PERCENTILE = 99.0
@@ -52,7 +53,7 @@ class Choices:
             CheckpointError: the file is something else.
         """
         try:
-            choices = cls(**json.loads(path.read_text(encoding="utf-8")))
+            choices = cls(**parse_json(path.read_text(encoding="utf-8")))
             choices._check_rows()
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error

@@ -12,17 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor
 
+from quatom.arguments import Range, checked
 from quatom.errors import CalibrationError
 from quatom.evaluation.divergence import Divergence, DivergenceMeter, check_same_vocabulary
 from quatom.loading import LoadedModel
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import full_sequences_context
-from quatom.quantize.calibration_data import check_token_ids
+from quatom.quantize.calibration_data import check_text, check_token_ids
 from quatom.quantize.statistics import run_block
 
 KV_BLOCK_SIZE = 64
@@ -146,24 +147,28 @@ def _where_not_finite(loaded: LoadedModel, window: Tensor) -> str:
     return f"{where}; evaluate in --dtype float32, or check the weights"
 
 
+@checked()
 def measure_perplexity(
     loaded: LoadedModel,
-    tokens: Tensor,  # (tokens,) int64, the whole tokenized text
+    tokens: Tensor,
     *,
     sequence_length: int = 2048,
-    max_windows: int | None = None,
+    max_windows: Annotated[int, Range(1)] | None = None,
     reference: LoadedModel | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a model on a text.
 
     Args:
+        loaded: the model.
+        tokens: the whole tokenized text, (tokens,) of an integer dtype.
         sequence_length: tokens per window.
         max_windows: score only the first ones.
         reference: a model of the same vocabulary on the same device, to compare predictions with.
         on_window: called after each window with (windows done, windows in all, perplexity so far).
 
     Raises:
+        ArgumentError: an argument is of another kind than it says here.
         CalibrationError: the text is shorter than a window, or the model's context than a window;
             the model does not know a token, or gives values that are not finite; the reference
             knows other tokens.
@@ -173,7 +178,8 @@ def measure_perplexity(
             f"windows of {sequence_length} tokens do not fit a model of "
             f"{loaded.config.max_position} positions: choose --sequence-length from 2 to that"
         )
-    windows = cut_windows(tokens, sequence_length, max_windows)
+    check_text(tokens)
+    windows = cut_windows(tokens.to(torch.int64), sequence_length, max_windows)
     if reference is not None:
         check_same_vocabulary(loaded, reference)
         reference.model.limit_length(sequence_length)

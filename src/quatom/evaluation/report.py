@@ -5,7 +5,6 @@ and, for GPUs that are named, memory and the roofline. The page says so at each.
 """
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +21,7 @@ from quatom.evaluation.report_model import LayerReport, OutlierReport, ReportInp
 from quatom.evaluation.report_outliers import read_outliers
 from quatom.evaluation.report_sections import SECTIONS
 from quatom.families.spec import SITES
+from quatom.json_text import parse_json
 from quatom.plan import ModelPlan, plan
 from quatom.quantize.pipeline import REPORT_FILE
 
@@ -91,7 +91,7 @@ def _read(path: Path, found: _Collected) -> None:
             data = base64.b64encode(path.read_bytes()).decode()
             found.images.append((path.stem, f"data:{_IMAGES[path.suffix]};base64,{data}"))
             return
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CalibrationError(f"{path} does not exist: give a file or folder of results") from None
     except (OSError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import resource
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from quatom.benchmark.environment import command_line, describe_environment, wri
 from quatom.checkpoint.schema import bits_per_activation, bits_per_kv, bits_per_weight
 from quatom.errors import CalibrationError
 from quatom.evaluation.perplexity import Perplexity
+from quatom.json_text import parse_json
 from quatom.loading import LoadedModel
 from quatom.quantize.pipeline import QuantizeReport
 
@@ -93,7 +93,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, "its folder cannot be written")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         machine = {"machine": _machine(content["environment"])}
         return [machine | entry for entry in content["results"]]
     except FileNotFoundError:

@@ -6,8 +6,9 @@ Source: lm-evaluation-harness (Gao et al., 2024).
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from quatom.arguments import Range, checked
 from quatom.errors import CalibrationError
 from quatom.evaluation.standard_error import of_accuracy
 from quatom.loading import LoadedModel
@@ -27,14 +28,15 @@ def find_harness() -> None:
         ) from None
 
 
+@checked()
 def evaluate_tasks(
     loaded: LoadedModel,
     tasks: Sequence[str] = DEFAULT_TASKS,
     *,
-    data_dir: Path | None = None,
-    limit: int | None = None,
-    batch_tokens: int = 4096,
-    cache: Path | None = None,
+    data_dir: str | Path | None = None,
+    limit: Annotated[int, Range(1)] | None = None,
+    batch_tokens: Annotated[int, Range(1)] = 4096,
+    cache: str | Path | None = None,
     model_name: str | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -50,11 +52,10 @@ def evaluate_tasks(
         progress: show a progress bar on stderr.
 
     Raises:
+        ArgumentError: an argument is of another kind than it says here.
         CalibrationError: the harness is missing, a task is unknown or its data cannot be had.
         ModelError: the model has no tokenizer.
     """
-    if limit is not None and limit < 1:
-        raise CalibrationError(f"--limit must be at least 1 example per task, got {limit}")
     find_harness()
     from lm_eval.evaluator import evaluate
 
@@ -62,8 +63,8 @@ def evaluate_tasks(
     from quatom.evaluation.harness_tasks import load_tasks, quiet
     from quatom.evaluation.request_cache import RequestCache, model_key
 
-    harness_tasks = load_tasks(tasks, data_dir)
-    answers = None if cache is None else RequestCache(cache, model_key(loaded))
+    harness_tasks = load_tasks(tasks, None if data_dir is None else Path(data_dir))
+    answers = None if cache is None else RequestCache(Path(cache), model_key(loaded))
     try:
         model = QuatomLM(loaded, batch_tokens=batch_tokens, cache=answers, progress=progress)
         with quiet():

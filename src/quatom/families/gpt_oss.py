@@ -4,14 +4,13 @@
 channels, before the outliers or where there are none.
 """
 
-from dataclasses import replace
 from math import log
 
 from quatom.families.decoder import Family, decoder
 from quatom.families.experts import Spellings, expert_feed
 from quatom.families.keys import Keys
-from quatom.families.rope import Rotary, one_rope
-from quatom.families.sizes import Sizes, layer_types, read_sizes, windows
+from quatom.families.rope import one_rope
+from quatom.families.sizes import layer_types, read_sizes, windows
 from quatom.families.spec import FeedForward, ModelConfig, Norm, RopeScaling, Router, Spelling
 
 _YARN = RopeScaling(
@@ -65,7 +64,7 @@ def read(keys: Keys) -> ModelConfig:
     return decoder(
         keys,
         sizes,
-        _rotary(keys, sizes),
+        one_rope(keys, sizes, theta=150_000.0, scaling=_YARN),
         family="gpt_oss",
         norm=Norm(eps=keys.positive("rms_norm_eps", default=1e-5)),
         feed_forward=(feed,) * sizes.layers,
@@ -74,15 +73,6 @@ def read(keys: Keys) -> ModelConfig:
         attention_bias=bias,
         output_bias=bias,
     )
-
-
-def _rotary(keys: Keys, sizes: Sizes) -> Rotary:
-    said = keys.under("rope_parameters.") or keys.under("rope_scaling.")
-    rotary = one_rope(keys, sizes, theta=150_000.0)
-    rope = rotary.ropes[0]
-    if said or rope is None:
-        return rotary
-    return Rotary((replace(rope, scaling=_YARN),) * sizes.layers, max(sizes.max_position, 131_072))
 
 
 GPT_OSS = Family(

@@ -5,7 +5,7 @@ read as spellings of the same entries: a file may hold both where they agree.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log, sqrt
 
 from quatom.errors import ModelError
@@ -70,6 +70,7 @@ def one_rope(
     theta_name: str = "rope_theta",
     renamed: Mapping[str, str] = _RENAMED,
     own_original: int | None = None,
+    scaling: RopeScaling | None = None,
 ) -> Rotary:
     """The rotary embedding that all layers share.
 
@@ -83,6 +84,7 @@ def one_rope(
         renamed: Kind in config.json -> the kind that it means.
         own_original: Default of original_max_position_embeddings in families that have that key
             beside max_position_embeddings; None: the default is `max_position`.
+        scaling: Default of a config.json with neither rope_parameters nor rope_scaling.
 
     Raises:
         ModelError: a kind or a value is not supported, or two spellings disagree.
@@ -106,7 +108,10 @@ def one_rope(
         renamed=renamed,
         own_original=own_original,
     )
+    said = any(keys.under(f"{section}.") for section in entries.sections)
     rope = _rope(entries, sizes.head_dim, theta, partial, interleaved)
+    if not said:
+        rope = replace(rope, scaling=scaling)
     return Rotary((rope,) * sizes.layers, _longest(rope, sizes.max_position))
 
 

@@ -49,14 +49,26 @@ def check_token_ids(tokens: Tensor, vocab_size: int, origin: str) -> None:
 
 def check_tokens(tokens: Tensor) -> None:
     """Raise CalibrationError if a tensor cannot hold calibration sequences."""
-    integers = (
-        not (tokens.is_floating_point() or tokens.is_complex()) and tokens.dtype != torch.bool
-    )
-    if tokens.dim() != 2 or not tokens.numel() or not integers:
+    if tokens.dim() != 2 or not tokens.numel() or not _holds_integers(tokens):
         raise CalibrationError(
             "calibration tokens must be (samples, length) integers, at least one, got "
-            f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
+            f"{_shape_of(tokens)}"
         )
+
+
+def check_text(tokens: Tensor) -> None:
+    """Raise CalibrationError if a tensor cannot hold the tokens of one text."""
+    if tokens.dim() != 1 or not _holds_integers(tokens):
+        raise CalibrationError(f"tokens must be (tokens,) integers, got {_shape_of(tokens)}")
+
+
+def _holds_integers(tokens: Tensor) -> bool:
+    numbers = tokens.is_floating_point() or tokens.is_complex()
+    return not numbers and tokens.dtype != torch.bool
+
+
+def _shape_of(tokens: Tensor) -> str:
+    return f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
 
 
 def documentation_text() -> str:

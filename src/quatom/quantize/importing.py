@@ -12,11 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from quatom.arguments import checked
 from quatom.checkpoint.codec import encode_layer
 from quatom.checkpoint.packed.linear import Scheme
 from quatom.checkpoint.packed.source import PackedSource, open_packed
 from quatom.checkpoint.tokenizer import find_tokenizer
-from quatom.checkpoint.writer import CheckpointWriter
+from quatom.checkpoint.writer import CheckpointWriter, check_target
 from quatom.errors import RecipeError
 from quatom.families.spec import SiteName
 from quatom.loading import load_float_layer, rotary_rows
@@ -48,6 +49,7 @@ class _Found:
     """Channel order of sites whose groups are not of neighbours, (K,) or (E, K) int64."""
 
 
+@checked(but=("source",))
 @torch.no_grad()
 def import_checkpoint(
     source: str | Path,
@@ -62,21 +64,23 @@ def import_checkpoint(
         source: folder or hub id of a checkpoint of GPTQ, AWQ or compressed-tensors.
         target: folder to write; it must not exist.
         resume: go on with an interrupted run of the same source.
-        on_block: called with blocks done and blocks in all, from 0 on.
+        on_block: called with blocks done and blocks in all, from 0 on. What it raises ends the run
+            as in `quantize_checkpoint`.
 
     Raises:
+        ArgumentError: an argument is of another kind than it says here.
         CheckpointError: the source is damaged, the target exists or cannot be written.
         ModelError: the source is of another kind, or the architecture is not supported.
         RecipeError: no recipe says how the source is quantized.
     """
+    check_target(target, resume=resume)
     packed = open_packed(source)
     config = packed.source.model_config
     found = _look(packed)
     recipe = _recipe(packed.form.scheme, found)
     resolved = plan(config, recipe)
     find_tokenizer(packed.source)  # read before the work: it is written after it
-    writer = CheckpointWriter(target, packed.source, resolved, resume=resume)
-    try:
+    with CheckpointWriter(target, packed.source, resolved, resume=resume) as writer:
         if not writer.finished:
             for index in range(writer.completed_blocks(), config.num_layers):
                 if on_block is not None:
@@ -87,8 +91,6 @@ def import_checkpoint(
             writer.finish()
             if on_block is not None:
                 on_block(config.num_layers, config.num_layers)
-    finally:
-        writer.close()
     return report_of(Path(target), resolved)
 
 

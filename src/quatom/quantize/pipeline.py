@@ -10,18 +10,19 @@ share the calibration sequences, the first one writes, and the bytes are those o
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quatom.arguments import checked, shown
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.checkpoint.schema import bits_per_weight
 from quatom.checkpoint.tokenizer import find_tokenizer, tokenizer_from_source
-from quatom.checkpoint.writer import CheckpointWriter
+from quatom.checkpoint.writer import CheckpointWriter, check_target
 from quatom.errors import CalibrationError, RecipeError, unknown
-from quatom.numerics.kv_pages import check_head_dim
 from quatom.ops.backend import Backend
 from quatom.placement import default_dtype, usable_backend, usable_device, usable_dtype
 from quatom.plan import ModelPlan, plan
@@ -51,6 +52,7 @@ class QuantizeReport:
     """Size of all tensor files, embeddings and norms included."""
 
 
+@checked(but=("source", "recipe", "device", "dtype", "backend"))
 @torch.no_grad()
 def quantize_checkpoint(
     source: str | Path | TensorSource,
@@ -80,9 +82,12 @@ def quantize_checkpoint(
         backend: implementation of the operations; None picks by device.
         resume: go on with an interrupted run of the same source, recipe and text.
         on_start: called with the blocks that are done and all blocks, once everything is checked.
-        on_block: called after each finished block, for progress.
+        on_block: called after each finished block, for progress. What a callback raises ends the
+            run as an interrupt does: finished blocks stay in TARGET.partial, and the same call
+            with `resume` goes on from there; before the first one nothing is left.
 
     Raises:
+        ArgumentError: an argument is of another kind than it says here.
         CheckpointError: the source is damaged, the target exists or cannot be written.
         CalibrationError: the text is missing or too short.
         RecipeError: the recipe is unknown, does not quantize, or does not fit the model's sizes.
@@ -92,6 +97,8 @@ def quantize_checkpoint(
     ranks = Ranks.current()
     writer: CheckpointWriter | None = None
     with ranks.together():
+        if ranks.leads:
+            check_target(target, resume=resume)
         recipe = recipe if isinstance(recipe, Recipe) else _named(recipe)
         if not recipe.quantizes_weights:
             raise RecipeError(
@@ -102,8 +109,7 @@ def quantize_checkpoint(
         backend = usable_backend(backend)
         opened = source if isinstance(source, TensorSource) else open_source(source)
         resolved = plan(opened.model_config, recipe)
-        for layer in resolved.layers:
-            check_head_dim(layer.spec.attention.head_dim)
+        resolved.check_cache()
         check_tuning(resolved, ranks)
         dtype = asked or default_dtype(opened, place)
         tokens = _calibration_tokens(opened, recipe, calibration)
@@ -118,16 +124,13 @@ def quantize_checkpoint(
                 options={"device": place.type, "dtype": str(dtype), "backend": backend},
                 resume=resume,
             )
-    try:
+    with writer or nullcontext():
         progress = BlockLog(ranks, writer)
         # Killed between the last rename and the clean-up, an earlier run has left nothing to do.
         if not progress.finished:
             if on_start is not None:
                 on_start(progress.completed_blocks, opened.model_config.num_layers)
             _quantize_blocks(progress, opened, resolved, tokens, place, dtype, backend, on_block)
-    finally:
-        if writer is not None:
-            writer.close()
     return report_of(Path(target), resolved)
 
 
@@ -183,7 +186,7 @@ def _quantize_blocks(
 
 def _named(name: str) -> Recipe:
     if not isinstance(name, str):
-        raise RecipeError(f"recipe must be a Recipe or the name of a preset, got {name!r:.60}")
+        raise RecipeError(f"recipe must be a Recipe or the name of a preset, got {shown(name)}")
     if name not in PRESETS:
         raise RecipeError(unknown("recipe", name, PRESETS))
     return PRESETS[name]
@@ -193,6 +196,8 @@ def _calibration_tokens(
     source: TensorSource, recipe: Recipe, text: str | Path | Tensor | None
 ) -> Tensor | None:
     """(samples, length) int64, or None for a recipe that measures nothing."""
+    if isinstance(text, Tensor):
+        check_tokens(text)
     if not recipe.needs_calibration:
         find_tokenizer(source)  # read before the work: it is written after it
         return None

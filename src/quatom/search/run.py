@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, floor, isfinite
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from quatom.arguments import Size, checked
 from quatom.checkpoint.reader import TensorSource, open_source
 from quatom.errors import CalibrationError, CheckpointError, RecipeError, unknown
 from quatom.ops.backend import Backend
@@ -62,13 +64,14 @@ class Searched:
         )
 
 
+@checked(but=("source", "base", "device", "dtype", "backend"))
 def search_recipe(
     source: str | Path | TensorSource,
     bits: float,
     *,
     calibration: str | Path | Tensor,
     base: str = "quatom-w4a4kv4",
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Annotated[Sequence[Kind], Size(1)] = KINDS,
     outliers: bool = False,
     text: CalibrationSpec | None = None,
     device: str | torch.device | None = None,
@@ -93,6 +96,7 @@ def search_recipe(
         on_block: called with (blocks done, blocks in all).
 
     Raises:
+        ArgumentError: an argument is of another kind than it says here.
         RecipeError: the base is unknown or leaves nothing to raise, or the budget is out of range.
         CalibrationError: the text is missing or too short.
         CheckpointError: the source is damaged, or quantized already.
@@ -100,7 +104,7 @@ def search_recipe(
     """
     started = time.perf_counter()
     place, asked = usable_device(device), usable_dtype(dtype)
-    backend = usable_backend(backend)
+    backend, kinds = usable_backend(backend), tuple(dict.fromkeys(kinds))
     opened = source if isinstance(source, TensorSource) else open_source(source)
     if opened.recipe is not None:
         raise CheckpointError(
@@ -188,7 +192,7 @@ def check_budget(
 
 def _base(name: str) -> Recipe:
     """A preset as it is measured."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise RecipeError(unknown("base", name, PRESETS))
     recipe = PRESETS[name]
     if not recipe.quantizes_weights:

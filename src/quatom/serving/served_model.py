@@ -42,7 +42,9 @@ def build_engine(
     from quatom.loading import load
     from quatom.placement import usable_device, usable_dtype
 
-    place, number_type = str(usable_device(device)), usable_dtype(dtype)
+    config, number_type = EngineConfig(**limits), usable_dtype(dtype)
+    config.check_memory(usable_device(device))
+    place = str(usable_device(device))
     if model is not None and random_weights is None and recipe is None:
         loaded = load(model, device=place, dtype=number_type)
     else:
@@ -62,7 +64,6 @@ def build_engine(
                 gpu_memory=gpu_memory,
             )
         )
-    config = EngineConfig(**limits)
     if gpu_memory is None and loaded.device.type == "cpu":
         return Engine(loaded, config)
     return startup.build_engine(loaded, config, gpu_memory)

@@ -8,11 +8,13 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, gives a key two values, or holds NaN, Infinity or half of a
-            surrogate pair, none of which other programs read alike.
-        RecursionError: it is nested too deeply.
+        ValueError: it is no JSON, gives a key two values, holds NaN, Infinity or half of a
+            surrogate pair, none of which other programs read alike, or is nested too deeply.
     """
-    value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply to be read") from None
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
