@@ -31,12 +31,35 @@ SHARING = ("gemma2", "opt", "gemma3", "olmo2", "glm4", "starcoder2", "seed_oss",
 # A rotary table of another kind is another table: tests of logits and of tables tell them apart.
 OTHER_TABLES = ("llama-llama3", "llama-linear", "llama-dynamic", "llama-yarn", "qwen3-yarn")
 # These have nothing that no other has: tests of configs, names and logits tell them apart.
-ALIKE = """
-    arcee cohere2 cwm dots1 ernie4_5 exaone exaone_moe falcon flex_olmo gpt_bigcode
-    gpt_neox-sequential gptj granite4 granite_swa granitemoeshared helium hy_v3 hyperclovax
-    internlm3 iquestcoder jais2 mellum ministral qwen2-windows solar_open stablelm-parallel
-    vaultgemma
-""".split()
+ALIKE = (
+    "arcee",
+    "cohere2",
+    "cwm",
+    "dots1",
+    "ernie4_5",
+    "exaone",
+    "exaone_moe",
+    "falcon",
+    "flex_olmo",
+    "gpt_bigcode",
+    "gpt_neox-sequential",
+    "gptj",
+    "granite4",
+    "granite_swa",
+    "granitemoeshared",
+    "helium",
+    "hy_v3",
+    "hyperclovax",
+    "internlm3",
+    "iquestcoder",
+    "jais2",
+    "mellum",
+    "ministral",
+    "qwen2-windows",
+    "solar_open",
+    "stablelm-parallel",
+    "vaultgemma",
+)
 CASES = [(name, WHOLE) for name in TINY if name not in (*OTHER_TABLES, *ALIKE)]
 CASES += [("mixtral", preset) for preset in OTHERS if PRESETS[preset].tuning is None]
 CASES += [(SHARING[i % len(SHARING)], preset) for i, preset in enumerate(OTHERS)]

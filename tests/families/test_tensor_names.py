@@ -34,7 +34,7 @@ def expected_tensors(config):
                         yield prefix + bias.names[0], (linear.experts, linear.rows)
                     continue
                 name, shape = linear.name, (linear.rows, columns)
-                # GPT-2's files hold transposed weights; Hunyuan's have other names than transformers.
+                # GPT-2's files hold transposed weights; Hunyuan's have other names.
                 for spelling in (s for s in linear.spellings if s.transposed):
                     name, shape = spelling.names[0].removesuffix(".weight"), (columns, linear.rows)
                 yield f"{prefix}{name}.weight", shape

@@ -159,9 +159,9 @@ def test_a_rotation_knows_its_block_where_all_groups_are_alike(layout, block):
         pytest.param(
             *(96, 4, "float16", Norm(eps=1e-6, weight_offset=1.0)), marks=pytest.mark.slow
         ),
-        pytest.param(*(112, 8, "float16", None), marks=pytest.mark.slow),
+        pytest.param(112, 8, "float16", None, marks=pytest.mark.slow),
         (128, 8, "int4", Norm(eps=1e-6)),
-        pytest.param(*(192, 4, "int4", None), marks=pytest.mark.slow),
+        pytest.param(192, 4, "int4", None, marks=pytest.mark.slow),
     ],
 )
 def test_the_append_kernel_keeps_heads_of_any_size_in_registers(
@@ -191,12 +191,12 @@ def test_the_append_kernel_keeps_heads_of_any_size_in_registers(
 @pytest.mark.parametrize(
     ("head_dim", "row_tiles", "capability", "warps"),
     [
-        pytest.param(*(64, 1, (9, 0), 4), marks=pytest.mark.slow),
+        pytest.param(64, 1, (9, 0), 4, marks=pytest.mark.slow),
         (80, 2, (9, 0), 4),
-        pytest.param(*(96, 1, (9, 0), 4), marks=pytest.mark.slow),
+        pytest.param(96, 1, (9, 0), 4, marks=pytest.mark.slow),
         (112, 1, (8, 0), 4),
         (128, 1, (9, 0), 8),
-        pytest.param(*(192, 1, (8, 0), 4), marks=pytest.mark.slow),
+        pytest.param(192, 1, (8, 0), 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_decode_kernel_of_any_head_size_keeps_to_registers(
