@@ -88,6 +88,7 @@ def _unsaid(resolved: ModelPlan) -> list[str]:
             for linears in layer.spec.linears.values()
             for linear in linears
             for spelling in linear.spellings
+            if linear.experts is None
         ),
         f"outliers.channels {recipe.outliers.channels}": any(
             site.layout.outliers for site in resolved.sites()

@@ -44,6 +44,11 @@ _BY_REASON: Mapping[str, str] = {
     "norms of q and k after rotary embedding": """
         HunYuanDenseV1ForCausalLM hunyuan_v1_dense HunYuanMoEV1ForCausalLM hunyuan_v1_moe
     """,
+    "a gate on what attention gives": "AfmoeForCausalLM afmoe LagunaForCausalLM laguna",
+    "heads of v of another size than those of k": "MiMoV2FlashForCausalLM mimo_v2_flash",
+    "queries, keys and values that are clamped": "DbrxForCausalLM dbrx",
+    "experts in attention": "JetMoeForCausalLM jetmoe",
+    "experts beside attention": "Cohere2MoeForCausalLM cohere2_moe",
     "several residual streams and an embedding for each layer": """
         Gemma3nForCausalLM Gemma3nForConditionalGeneration gemma3n gemma3n_text
     """,
