@@ -227,7 +227,6 @@ def test_a_token_that_the_model_does_not_have_is_refused(name, llm):
         ([[HUGE]], None, f"the prompt holds token id {HUGE}; the model has 320 tokens"),
         ([[-1]], None, "the prompt holds token id -1; the model has 320 tokens"),
     ],
-    ids=str,
 )
 def test_prompts_and_parameters_that_do_not_fit_are_named(prompts, params, message, llm):
     with pytest.raises(RequestError) as caught:
