@@ -173,19 +173,13 @@ def agreement(name: str) -> str:
 
 
 def families(name: str) -> str:
-    """What `scripts/verify_families.py` found of every family on one machine.
-
-    Families that came after the run of all models are in files of their own, NAME-*.json.
-    """
+    """What `scripts/verify_families.py` found of every family on one machine."""
     if not (RESULTS / f"{name}.json").exists():
         return "Not measured yet.\n"
     data = read(name)
-    results = list(data["results"])
-    for later in sorted(RESULTS.glob(f"{name}-*.json")):
-        results += read(later.stem)["results"]
     rows, missing = [], []
     for family in FAMILIES:
-        entries = [e for e in results if e["family"] == family.name]
+        entries = [e for e in data["results"] if e["family"] == family.name]
         if not entries:
             missing.append(f"`{family.name}`")
             continue

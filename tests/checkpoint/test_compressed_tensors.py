@@ -83,7 +83,7 @@ def test_recipes_that_cannot_be_said_are_refused_by_what_cannot(
     [
         ("gpt2", "weights that this family's files hold transposed"),
         ("cohere", "the order of channels of this family's heads"),  # neighbours turn
-        ("gpt_neox", "the order of channels of this family's heads"),  # q, k, v head by head
+        ("falcon-groups", "the order of channels of this family's heads"),  # rows by KV head
     ],
 )
 def test_families_whose_files_differ_otherwise_are_refused(family, words, text_file, tmp_path):
