@@ -78,9 +78,17 @@ def test_recipes_that_cannot_be_said_are_refused_by_what_cannot(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_family_with_transposed_weights_is_refused(text_file, tmp_path):
-    folder = family_checkpoint(tmp_path.parent, "gpt2", "w8a8", text_file)
-    with pytest.raises(RecipeError, match="weights that this family's files hold transposed"):
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("gpt2", "weights that this family's files hold transposed"),
+        ("cohere", "the order of channels of this family's heads"),  # neighbours turn
+        ("falcon-groups", "the order of channels of this family's heads"),  # rows by KV head
+    ],
+)
+def test_families_whose_files_differ_otherwise_are_refused(family, words, text_file, tmp_path):
+    folder = family_checkpoint(tmp_path.parent, family, "w8a8", text_file)
+    with pytest.raises(RecipeError, match=words):
         export_compressed_tensors(folder, tmp_path / "ct")
 
 

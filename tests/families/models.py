@@ -284,6 +284,16 @@ TINY: dict[str, tuple[str, dict]] = {
             "bias": True,
         },
     ),
+    "falcon-one-norm": (
+        "Falcon",
+        {
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "new_decoder_architecture": True,
+        },
+    ),
     "gptj": ("GPTJ", {"rotary_dim": 32}),
     "starcoder2": ("Starcoder2", {"hidden_size": 192, "sliding_window": 36}),
     "stablelm": ("StableLm", {"hidden_size": 160, "num_key_value_heads": 2, "use_qkv_bias": True}),
@@ -520,7 +530,7 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
 }
 ALONE = dict.fromkeys(
-    ("opt", "gpt2", "gpt_bigcode", "falcon", "falcon-groups", "gptj"),
+    ("opt", "gpt2", "gpt_bigcode", "falcon", "falcon-groups", "falcon-one-norm", "gptj"),
     ("intermediate_size", "num_key_value_heads"),
 ) | dict.fromkeys(("gpt_neox", "gpt_neox-sequential"), ("num_key_value_heads",))
 """Keys of COMMON that a family does not have."""

@@ -40,6 +40,7 @@ ALIKE = (
     "exaone",
     "exaone_moe",
     "falcon",
+    "falcon-one-norm",
     "flex_olmo",
     "gpt_bigcode",
     "gpt_neox-sequential",

@@ -121,10 +121,15 @@ def test_an_attention_that_knows_no_kv_format_is_refused(checkpoint):
         from_pretrained(folder, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "exaone"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "exaone", "gpt_neox", "gptj"])
 def test_other_names_than_transformers_are_refused(family, checkpoint):
-    with pytest.raises(ModelError, match=r"transformer.h.0 has other names.*use quatom.load"):
+    with pytest.raises(ModelError, match=r"(h|layers)\.0 has other names.*use quatom.load"):
         from_pretrained(checkpoint(family, "w8a8"))
+
+
+def test_a_model_that_takes_no_other_attention_is_refused(checkpoint):
+    with pytest.raises(ModelError, match=r"model of falcon does not take Quatom's attention: use"):
+        from_pretrained(checkpoint("falcon", "w8a8"))
 
 
 def test_attention_with_sinks_is_refused():

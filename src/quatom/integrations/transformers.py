@@ -48,6 +48,8 @@ from quatom.recipe import KVSpec, Recipe
 
 METHOD = "quatom"
 """quant_method and attn_implementation in a checkpoint's config.json."""
+_OWN_ATTENTION = ("falcon",)
+"""Model types whose code in transformers knows its own implementations of attention alone."""
 _ONE = "devices, and a Quatom model in transformers runs on one: name it, or use vLLM"
 
 
@@ -87,6 +89,19 @@ class QuatomQuantizer(HfQuantizer):
         if len(devices) > 1 or "disk" in devices:
             raise ModelError(f"device_map names {', '.join(devices)} {_ONE}")
         return device_map
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before transformers builds the model: its code must take our attention.
+
+        Raises:
+            ModelError: it does not.
+        """
+        if config.model_type in _OWN_ATTENTION:
+            raise ModelError(
+                f"transformers' model of {config.model_type} does not take Quatom's attention: use "
+                "quatom.load"
+            )
+        return config
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
