@@ -7,7 +7,7 @@ pytest.importorskip("lm_eval", reason="needs the extra 'eval' (pip install 'quat
 
 from lm_eval.api.instance import Instance
 
-from quatom.errors import CalibrationError, CheckpointError, ModelError, RequestError
+from quatom.errors import ArgumentError, CalibrationError, CheckpointError, ModelError, RequestError
 from quatom.evaluation.harness_model import QuatomLM
 from quatom.evaluation.harness_tasks import TASKS, load_tasks, quiet
 from quatom.evaluation.request_cache import RequestCache, model_key
@@ -357,7 +357,7 @@ def test_a_damaged_row_is_named_with_its_line(loaded, tmp_path, line, match):
 
 
 def test_a_limit_below_one_is_refused(loaded, task_dir):
-    with pytest.raises(CalibrationError, match="at least 1 example per task, got 0"):
+    with pytest.raises(ArgumentError, match="limit must be at least 1, got 0"):
         evaluate_tasks(loaded, ["piqa"], data_dir=task_dir, limit=0)
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import ceil, floor, isfinite
+from math import ceil, floor
 from pathlib import Path
 from typing import Annotated
 
@@ -179,7 +179,7 @@ def check_budget(
     """
     base = mean_bits(resolved, kinds)
     most = base + sum((max(o.cost for o in place.options) for place in places), Fraction(0))
-    budget = Fraction(str(bits)) if isfinite(bits) else Fraction(0)
+    budget = Fraction(str(bits))
     if not base <= budget <= most:
         shown = ceil(base * 10**4) / 10**4, floor(most * 10**4) / 10**4  # as they may be given
         raise RecipeError(
