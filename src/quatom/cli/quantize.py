@@ -125,7 +125,9 @@ def _quantize(
         print_table,
         read_recipe,
     )
+    from quatom.engine.host_memory import keep_freed_pages
     from quatom.evaluation.results import read_results
+    from quatom.placement import usable_device
     from quatom.presets import PRESETS
     from quatom.quantize.pipeline import REPORT_FILE, quantize_checkpoint
     from quatom.quantize.ranks import Ranks
@@ -150,6 +152,8 @@ def _quantize(
                 raise typer.BadParameter("random weights read random tokens, no --calibration")
             opened = random_source(source.removeprefix("random:"), device=device)
             tokens = random_tokens(opened.model_config, chosen.calibration)
+    if usable_device(device).type == "cpu":
+        keep_freed_pages()
     started = time.perf_counter()
     text = chosen.calibration
     processes = f", {ranks.count} processes" if ranks.count > 1 else ""

@@ -17,7 +17,8 @@ def keep_freed_pages() -> None:
     """Make glibc keep up to KEPT_BYTES of what is freed; other C libraries stay as they are.
 
     By default it returns temporaries of some 100 KB to the system at once, and each page faults
-    when the next layer asks for it: a fifth of a decode step of 8 sequences.
+    when the next layer asks for it: a fifth of a decode step of 8 sequences, and most of the
+    system's time while a model is quantized.
     """
     if sys.platform != "linux":
         return

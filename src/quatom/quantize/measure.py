@@ -23,6 +23,7 @@ from quatom.quantize.statistics import (
     KeyStatistics,
     Metric,
     SecondMoments,
+    inputs_alone,
     observe,
     run_block,
 )
@@ -200,7 +201,8 @@ def measure_moments(
 
     def run(rows: slice, _: int, routed: ExpertSums | None) -> dict[str, Tensor]:
         moments = SecondMoments(tf32=tf32)
-        _run(block, hidden[rows], rotary, routed, moments.add)
+        with inputs_alone(block):
+            _run(block, hidden[rows], rotary, routed, moments.add)
         return moments.sums
 
     def owner(site: str) -> int:

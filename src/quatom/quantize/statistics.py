@@ -22,6 +22,8 @@ KV_BLOCK_SIZE = 64
 """Tokens of a KV block during calibration; results do not depend on it."""
 TOKENS_PER_BATCH = 4096
 """Tokens that run through a block at once: enough to keep matrix products efficient."""
+MOMENT_ROWS = 256
+"""Rows of second moments that a CPU computes at once: few enough to skip near half of them all."""
 
 
 Metric = Literal["second_moment", "abs_mean", "absmax"]
@@ -115,7 +117,14 @@ class SecondMoments:
     def accumulate(self, total: Tensor, x: Tensor) -> None:  # (K, K), (T, K) float32
         """Add the moments of some rows."""
         with _tf32_products() if self.tf32 else nullcontext():
-            total.addmm_(x.t(), x)
+            if not total.is_cpu:
+                total.addmm_(x.t(), x)
+                return
+        # The matrix is symmetric: rows from the diagonal on are computed, and mirrored.
+        for first in range(0, len(total), MOMENT_ROWS):
+            rows, rest = slice(first, first + MOMENT_ROWS), slice(first + MOMENT_ROWS, None)
+            total[rows, first:].addmm_(x[:, rows].t(), x[:, first:])
+            total[rest, rows] = total[rows, rest].t()
 
 
 @contextmanager
@@ -206,6 +215,31 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Zeros(torch.nn.Module):
+    """Stands in for a linear whose output nobody reads."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x: Tensor | MixedTensor, *_: object) -> Tensor:  # (T, K) -> (T, N)
+        return torch.zeros(x.shape[0], self.rows, dtype=x.dtype, device=x.device)
+
+
+@contextmanager
+def inputs_alone(block: DecoderBlock) -> Iterator[None]:
+    """While active, a block's last linears multiply nothing: its output is not wanted."""
+    last = [site for site in ("down", "experts_down") if site in block.linears]
+    linears = {site: block.linears[site] for site in last}
+    for site in last:
+        block.linears[site] = _Zeros(block.plan.sites[site].rows)
+    try:
+        yield
+    finally:
+        for site, linear in linears.items():
+            block.linears[site] = linear
 
 
 def sequences_per_batch(length: int) -> int:
