@@ -231,9 +231,9 @@ class _Zeros(torch.nn.Module):
 @contextmanager
 def inputs_alone(block: DecoderBlock) -> Iterator[None]:
     """While active, a block's last linears multiply nothing: its output is not wanted."""
-    last = [site for site in ("down", "experts_down") if site in block.linears]
-    linears = {site: block.linears[site] for site in last}
-    for site in last:
+    last: tuple[SiteName, ...] = ("down", "experts_down")
+    linears = {site: block.linears[site] for site in last if site in block.linears}
+    for site in linears:
         block.linears[site] = _Zeros(block.plan.sites[site].rows)
     try:
         yield
