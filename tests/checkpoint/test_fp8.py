@@ -53,7 +53,7 @@ LAYOUTS = {  # suffix, scale of a weight, quantization_config
 def write_fp8(folder, layout, **config):
     """Returns what reading must give, computed entry by entry in float64."""
     suffix, scale_of, quantization = LAYOUTS[layout]
-    write_model(folder, CONFIG | {"quantization_config": quantization | config})
+    write_model(folder, CONFIG | {"head_dim": 64, "quantization_config": quantization | config})
     file = folder / "model.safetensors"
     stored, expected = {}, {}
     for name, tensor in parse(file.read_bytes()).items():
