@@ -1,6 +1,7 @@
 """Run a block over calibration text and measure what transforms and rounders need."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -205,9 +206,7 @@ def measure_moments(
             _run(block, hidden[rows], rotary, routed, moments.add)
         return moments.sums
 
-    def owner(site: str) -> int:
-        return share.owner(block.plan, site)
-
+    owner = partial(share.owner, block.plan)
     empty = _routed(block, SecondMoments(tf32=tf32), _EXPERT_SITES, bound)
     moments, routed = _sum_up(share, block, hidden, rotary, run, empty, owner)
     if routed is None:
