@@ -66,7 +66,7 @@ CASES += [("mixtral", preset) for preset in OTHERS if PRESETS[preset].tuning is 
 CASES += [(SHARING[i % len(SHARING)], preset) for i, preset in enumerate(OTHERS)]
 MORE = [(SHARING[i % len(SHARING)], preset) for i, preset in enumerate(OTHERS, start=3)]
 MORE += [("gemma2", preset) for preset in OTHERS]
-MORE += [(name, WHOLE) for name in ALIKE]
+MORE += [(name, WHOLE) for name in ALIKE if name in TINY]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in sorted(set(MORE) - set(CASES))]
 
 

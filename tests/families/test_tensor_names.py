@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from quatom.families.registry import FAMILIES, read_config
-from tests.families.models import TINY, tiny_config, tiny_model
+from tests.families.models import TINY, UNKNOWN, tiny_config, tiny_model
 
 
 def norm_tensors(prefix, norm, size):
@@ -81,6 +82,8 @@ def test_names_and_shapes_are_those_of_transformers(name, tmp_path):
 
 
 def test_every_family_has_a_tiny_model():
+    if UNKNOWN:
+        pytest.skip(f"transformers {transformers.__version__} has no {', '.join(UNKNOWN)}")
     assert {read_config(tiny_config(name).to_dict()).family for name in TINY} == {
         family.name for family in FAMILIES
     }
