@@ -435,7 +435,11 @@ TINY: dict[str, tuple[str, dict]] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 64,
-            "rotary_dim": 32,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "partial_rotary_factor": 0.5,
+            },
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
             "intermediate_size": 96,

@@ -22,6 +22,7 @@ _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 _LANGUAGE_PARTS = {
     "model.language_model.": "model.",
     "model.text_model.": "model.",
+    "language_model.model.model.": "model.",  # as transformers 5.17 saves models of sound
     "language_model.": "",
 }
 # Parts of a larger model that read no token of text.
