@@ -230,7 +230,7 @@ class _Zeros(torch.nn.Module):
 
 @contextmanager
 def inputs_alone(block: DecoderBlock) -> Iterator[None]:
-    """While active, a block's last linears multiply nothing: its output is not wanted."""
+    """While active, a block's last linears multiply nothing: nobody reads its output."""
     last: tuple[SiteName, ...] = ("down", "experts_down")
     linears = {site: block.linears[site] for site in last if site in block.linears}
     for site in linears:
