@@ -116,10 +116,10 @@ class SecondMoments:
 
     def accumulate(self, total: Tensor, x: Tensor) -> None:  # (K, K), (T, K) float32
         """Add the moments of some rows."""
-        with _tf32_products() if self.tf32 else nullcontext():
-            if not total.is_cpu:
+        if not total.is_cpu:
+            with _tf32_products() if self.tf32 else nullcontext():
                 total.addmm_(x.t(), x)
-                return
+            return
         # The matrix is symmetric: rows from the diagonal on are computed, and mirrored.
         for first in range(0, len(total), MOMENT_ROWS):
             rows, rest = slice(first, first + MOMENT_ROWS), slice(first + MOMENT_ROWS, None)
