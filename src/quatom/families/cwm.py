@@ -3,7 +3,7 @@
 from quatom.families.decoder import Family, decoder, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
-from quatom.families.sizes import layer_types, read_sizes, windows
+from quatom.families.sizes import periodic_layer_types, read_sizes, windows
 from quatom.families.spec import ModelConfig, Norm, RopeScaling
 
 _LLAMA3 = RopeScaling(kind="llama3", factor=16.0, original_max_position=8192)
@@ -19,8 +19,7 @@ def read(keys: Keys) -> ModelConfig:
     sizes = read_sizes(keys, max_position=131_072, kv_heads=8, head_dim=128)
     if not (keys.under("rope_parameters.") or keys.under("rope_scaling.")):
         keys.only("rope_theta", 1e6)  # transformers passes over another one here
-    every_fourth = ("full_attention", *("sliding_attention",) * 3) * sizes.layers
-    types = layer_types(keys, every_fourth[: sizes.layers])
+    types = periodic_layer_types(keys, sizes.layers, every=4, first=True)
     return decoder(
         keys,
         sizes,

@@ -1,10 +1,7 @@
 """dots.llm1: corrected experts beside shared ones, norms of q and k, windows in some layers."""
 
-from dataclasses import replace
-
-from quatom.families.corrected import CORRECTED, corrected_router, mixed, sparse_from
+from quatom.families.corrected import beside_shared, corrected_router, mixed, sparse_from
 from quatom.families.decoder import Family, decoder, dense_feed, read_feed_forward
-from quatom.families.experts import expert_feed, shared_feed
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
 from quatom.families.sizes import layer_types, read_sizes, windows
@@ -19,16 +16,15 @@ def read(keys: Keys) -> ModelConfig:
     """
     sizes = read_sizes(keys, max_position=2048, kv_heads=32)
     dense = read_feed_forward(keys)
-    width = keys.integer("moe_intermediate_size", default=1408)
-    shared = replace(dense, size=width * keys.integer("n_shared_experts"))
-    experts = expert_feed(
+    experts = beside_shared(
+        keys,
         sizes.hidden,
-        count=keys.integer("n_routed_experts", "num_local_experts"),
-        top_k=keys.integer("num_experts_per_tok"),
-        feed_forward=replace(dense, size=width),
-        router=corrected_router(keys, normalized=False),
-        tensors=CORRECTED,
-        shared=shared_feed(shared, sizes.hidden, "mlp.shared_experts"),
+        dense.activation,
+        corrected_router(keys, normalized=False),
+        width=1408,
+        count=None,
+        top_k=None,
+        shared=None,
     )
     sparse = sparse_from(sizes.layers, keys.integer("first_k_dense_replace", default=0, least=0))
     window = keys.integer_or_none("sliding_window", default=4096)

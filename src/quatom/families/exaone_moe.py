@@ -1,11 +1,14 @@
 """K-EXAONE: EXAONE 4's attention with norms before it, corrected experts beside a shared one."""
 
-from dataclasses import replace
-
-from quatom.families.corrected import CORRECTED, corrected_router, mixed, mlp_layer_types
+from quatom.families.corrected import (
+    CORRECTED,
+    beside_shared,
+    corrected_router,
+    mixed,
+    mlp_layer_types,
+)
 from quatom.families.decoder import Family, decoder, dense_feed, read_feed_forward
 from quatom.families.exaone4 import read_attention
-from quatom.families.experts import expert_feed, shared_feed
 from quatom.families.keys import Keys
 from quatom.families.sizes import read_sizes
 from quatom.families.spec import ModelConfig, Norm
@@ -19,19 +22,19 @@ def read(keys: Keys) -> ModelConfig:
     """
     sizes = read_sizes(keys, max_position=2048, kv_heads=32)
     dense = read_feed_forward(keys)
-    width = keys.integer("moe_intermediate_size", default=1024)
-    shared = replace(dense, size=width * keys.integer("num_shared_experts", default=1))
-    experts = expert_feed(
+    experts = beside_shared(
+        keys,
         sizes.hidden,
-        count=keys.integer("num_experts", default=64),
-        top_k=keys.integer("num_experts_per_tok", default=8),
-        feed_forward=replace(dense, size=width),
-        router=corrected_router(keys, scale=2.5),
+        dense.activation,
+        corrected_router(keys, scale=2.5),
+        width=1024,
+        counts=("num_experts",),
+        count=64,
+        shared_count="num_shared_experts",
         tensors={
             "weight": ("mlp.gate.weight",),
             "correction": (*CORRECTED["correction"], "mlp.e_score_correction_bias"),
         },
-        shared=shared_feed(shared, sizes.hidden, "mlp.shared_experts"),
     )
     first = keys.integer("first_k_dense_replace", default=1, least=0)
     sparse = mlp_layer_types(keys, sizes.layers, first=first)

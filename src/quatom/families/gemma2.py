@@ -25,13 +25,28 @@ def read(keys: Keys) -> ModelConfig:
     Raises:
         ModelError: a key is missing or not supported.
     """
+    return alternating(keys, family="gemma2")
+
+
+def alternating(keys: Keys, *, family: str, norms: Mapping[NormName, str] = _NORMS) -> ModelConfig:
+    """A Gemma with soft-caps and a window in every second layer.
+
+    Args:
+        keys: of config.json.
+        family: Name in the registry.
+        norms: Names of the norms of a layer.
+
+    Raises:
+        ModelError: a key is missing or not supported.
+    """
     sizes = read_sizes(keys, max_position=8192, kv_heads=4, head_dim=256)
     return gemma(
         keys,
         sizes,
         one_rope(keys, sizes),
         periodic_layer_types(keys, sizes.layers, every=2),
-        family="gemma2",
+        family=family,
+        norms=norms,
         score_softcap=keys.number_or_none("attn_logit_softcapping", default=50.0),
         logit_softcap=keys.number_or_none("final_logit_softcapping", default=30.0),
     )

@@ -1,10 +1,7 @@
 """GLM-4.5: experts chosen by corrected sigmoids within groups, beside a shared expert."""
 
-from dataclasses import replace
-
-from quatom.families.corrected import CORRECTED, corrected_router, mixed, sparse_from
+from quatom.families.corrected import beside_shared, corrected_router, mixed, sparse_from
 from quatom.families.decoder import Family, decoder, dense_feed, read_feed_forward
-from quatom.families.experts import expert_feed, shared_feed
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
 from quatom.families.sizes import read_sizes
@@ -20,16 +17,8 @@ def read(keys: Keys) -> ModelConfig:
     sizes = read_sizes(keys, max_position=131_072, kv_heads=8)
     drafts = keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=1, least=0)
     dense = read_feed_forward(keys)
-    width = keys.integer("moe_intermediate_size", default=1408)
-    shared = replace(dense, size=width * keys.integer("n_shared_experts", default=1))
-    experts = expert_feed(
-        sizes.hidden,
-        count=keys.integer("n_routed_experts", "num_local_experts", default=128),
-        top_k=keys.integer("num_experts_per_tok", default=8),
-        feed_forward=replace(dense, size=width),
-        router=corrected_router(keys),
-        tensors=CORRECTED,
-        shared=shared_feed(shared, sizes.hidden, "mlp.shared_experts"),
+    experts = beside_shared(
+        keys, sizes.hidden, dense.activation, corrected_router(keys), width=1408, count=128
     )
     sparse = sparse_from(sizes.layers, keys.integer("first_k_dense_replace", default=1, least=0))
     norm = Norm(eps=keys.positive("rms_norm_eps", default=1e-5))

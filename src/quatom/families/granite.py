@@ -1,6 +1,7 @@
 """Granite 3: Llama with four multipliers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from quatom.families.decoder import Family, Feed, decoder, read_feed_forward
 from quatom.families.keys import Keys
@@ -18,6 +19,20 @@ def read(keys: Keys) -> ModelConfig:
     sizes = read_sizes(keys, max_position=2048)
     bias = keys.flag("mlp_bias")
     return read_granite(keys, sizes, "granite", read_feed_forward(keys), mlp_bias=bias)
+
+
+def multipliers(keys: Keys) -> dict[str, Any]:
+    """Granite's, as arguments of `decoder`.
+
+    Raises:
+        ModelError: one is no number, or one that must be positive is not.
+    """
+    return {
+        "scale": keys.positive("attention_multiplier", default=1.0),
+        "residual_multiplier": keys.number("residual_multiplier", default=1.0),
+        "embedding_multiplier": keys.number("embedding_multiplier", default=1.0),
+        "logits_divisor": keys.positive("logits_scaling", default=1.0),
+    }
 
 
 def read_granite(
@@ -41,13 +56,10 @@ def read_granite(
         family=family,
         norm=Norm(eps=keys.positive("rms_norm_eps", default=1e-6)),
         feed_forward=feed_forward,
-        scale=keys.positive("attention_multiplier", default=1.0),
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=mlp_bias,
-        residual_multiplier=keys.number("residual_multiplier", default=1.0),
-        embedding_multiplier=keys.number("embedding_multiplier", default=1.0),
-        logits_divisor=keys.positive("logits_scaling", default=1.0),
+        **multipliers(keys),
     )
 
 

@@ -2,6 +2,7 @@
 
 from quatom.errors import ModelError
 from quatom.families.decoder import LINEARS, Family, activation
+from quatom.families.granite import multipliers
 from quatom.families.keys import Keys
 from quatom.families.llama import llama
 from quatom.families.rope import Rotary, one_rope
@@ -42,15 +43,12 @@ def read(keys: Keys) -> ModelConfig:
         eps=1e-6,
         feed_forward=FeedForward(size=size, activation=activation(keys, default="silu")),
         windows=same_window(keys, sizes.layers, None),
-        scale=keys.positive("attention_multiplier", default=1.0),
         linears={
             **LINEARS,
             "gate_up": ("shared_mlp.input_linear",),
             "down": ("shared_mlp.output_linear",),
         },
-        residual_multiplier=keys.number("residual_multiplier", default=1.0),
-        embedding_multiplier=keys.number("embedding_multiplier", default=1.0),
-        logits_divisor=keys.positive("logits_scaling", default=1.0),
+        **multipliers(keys),
     )
 
 

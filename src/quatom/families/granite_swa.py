@@ -4,10 +4,11 @@ from dataclasses import replace
 
 from quatom.errors import ModelError
 from quatom.families.decoder import Family
+from quatom.families.granite import multipliers
 from quatom.families.keys import Keys
 from quatom.families.llama import llama
 from quatom.families.rope import Rotary, one_rope
-from quatom.families.sizes import Sizes, layer_types, read_sizes, windows
+from quatom.families.sizes import Sizes, periodic_layer_types, read_sizes, windows
 from quatom.families.spec import ModelConfig
 
 
@@ -18,8 +19,7 @@ def read(keys: Keys) -> ModelConfig:
         ModelError: a key is missing or not supported.
     """
     sizes = read_sizes(keys, max_position=8192, kv_heads=4)
-    every_fourth = ("full_attention", *("sliding_attention",) * 3) * sizes.layers
-    types = layer_types(keys, every_fourth[: sizes.layers])
+    types = periodic_layer_types(keys, sizes.layers, every=4, first=True)
     return llama(
         keys,
         sizes,
@@ -28,11 +28,8 @@ def read(keys: Keys) -> ModelConfig:
         eps=1e-5,
         windows=windows(types, keys.integer_or_none("sliding_window", default=128)),
         sinks=True,
-        scale=keys.positive("attention_multiplier", default=1.0),
-        residual_multiplier=keys.number("residual_multiplier", default=1.0),
-        embedding_multiplier=keys.number("embedding_multiplier", default=1.0),
-        logits_divisor=keys.positive("logits_scaling", default=1.0),
         tied=True,
+        **multipliers(keys),
     )
 
 

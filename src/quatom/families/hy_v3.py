@@ -1,10 +1,7 @@
 """Hunyuan 3: norms of q and k, corrected experts beside a shared one."""
 
-from dataclasses import replace
-
-from quatom.families.corrected import mixed, mlp_layer_types
+from quatom.families.corrected import beside_shared, mixed, mlp_layer_types
 from quatom.families.decoder import Family, decoder, dense_feed, read_feed_forward
-from quatom.families.experts import expert_feed, shared_feed
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
 from quatom.families.sizes import read_sizes
@@ -21,23 +18,21 @@ def read(keys: Keys) -> ModelConfig:
     keys.ignore("enable_moe_fp32_combine")
     sizes = read_sizes(keys, max_position=131_072, kv_heads=8, head_dim=128)
     dense = read_feed_forward(keys)
-    width = keys.integer("moe_intermediate_size", default=1536)
-    shared = replace(dense, size=width * keys.integer("num_shared_experts", default=1))
-    experts = expert_feed(
+    scale = keys.positive("router_scaling_factor", default=2.826)
+    experts = beside_shared(
+        keys,
         sizes.hidden,
-        count=keys.integer("num_experts", "num_local_experts", default=192),
-        top_k=keys.integer("num_experts_per_tok", default=8),
-        feed_forward=replace(dense, size=width),
-        router=Router(
-            scores="sigmoid",
-            normalized=True,
-            scale=keys.positive("router_scaling_factor", default=2.826),
-        ),
+        dense.activation,
+        Router(scores="sigmoid", normalized=True, scale=scale),
+        width=1536,
+        counts=("num_experts", "num_local_experts"),
+        count=192,
+        shared_count="num_shared_experts",
         tensors={
             "weight": ("mlp.gate.weight", "mlp.router.gate.weight"),
             "correction": ("mlp.e_score_correction_bias", "mlp.expert_bias"),
         },
-        shared=shared_feed(shared, sizes.hidden, "mlp.shared_experts", "mlp.shared_mlp"),
+        released="mlp.shared_mlp",
     )
     sparse = mlp_layer_types(keys, sizes.layers, first=1)
     norm = Norm(eps=keys.positive("rms_norm_eps", default=1e-5))

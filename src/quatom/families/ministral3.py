@@ -1,7 +1,5 @@
 """Ministral 3: Mistral with yarn, whose queries grow with their position."""
 
-from dataclasses import replace
-
 from quatom.errors import ModelError
 from quatom.families.decoder import Family, decoder, read_feed_forward
 from quatom.families.keys import Keys
@@ -41,12 +39,9 @@ def _rotary(keys: Keys, sizes: Sizes) -> tuple[Rotary, QueryGrowth | None]:
     said = any(keys.under(f"{section}.") for section in _SECTIONS)
     if not said:
         keys.only("rope_theta", _THETA)  # transformers passes over another one here
-    rotary = one_rope(keys, sizes, theta=10_000.0 if said else _THETA)
+    rotary = one_rope(keys, sizes, theta=10_000.0 if said else _THETA, scaling=_YARN)
     rope = rotary.ropes[0]
     assert rope is not None
-    if not said:
-        rope = replace(rope, scaling=_YARN)
-        rotary = Rotary((rope,) * sizes.layers, max(sizes.max_position, 262_144))
     return rotary, _growth(keys, rope, None if said else _BETA)
 
 

@@ -87,13 +87,22 @@ def layer_types(keys: Keys, default: Sequence[str]) -> tuple[str, ...]:
     return tuple(_FULL if kind == "attention" else kind for kind in found or default)
 
 
-def periodic_layer_types(keys: Keys, layers: int, *, every: int) -> tuple[str, ...]:
-    """Full attention in every `every`-th layer, unless config.json lists the types.
+def periodic_layer_types(
+    keys: Keys, layers: int, *, every: int, first: bool = False
+) -> tuple[str, ...]:
+    """Full attention in one of `every` layers, unless config.json lists the types.
+
+    Args:
+        keys: of config.json.
+        layers: of the model.
+        every: Layers of a period.
+        first: It is the first of them, else the last.
 
     Raises:
         ModelError: as `layer_types`.
     """
-    return layer_types(keys, [_SLIDING if n % every else _FULL for n in range(1, layers + 1)])
+    full = 0 if first else every - 1
+    return layer_types(keys, [_FULL if n % every == full else _SLIDING for n in range(layers)])
 
 
 def windows(types: Sequence[str], window: int | None) -> tuple[int | None, ...]:

@@ -1,10 +1,8 @@
 """VaultGemma: Gemma 2 without norms after attention and feed-forward."""
 
 from quatom.families.decoder import Family
-from quatom.families.gemma2 import gemma
+from quatom.families.gemma2 import alternating
 from quatom.families.keys import Keys
-from quatom.families.rope import one_rope
-from quatom.families.sizes import periodic_layer_types, read_sizes
 from quatom.families.spec import ModelConfig
 
 
@@ -14,16 +12,10 @@ def read(keys: Keys) -> ModelConfig:
     Raises:
         ModelError: a key is missing or not supported.
     """
-    sizes = read_sizes(keys, max_position=8192, kv_heads=4, head_dim=256)
-    return gemma(
+    return alternating(
         keys,
-        sizes,
-        one_rope(keys, sizes),
-        periodic_layer_types(keys, sizes.layers, every=2),
         family="vaultgemma",
         norms={"attention": "input_layernorm", "feed_forward": "pre_feedforward_layernorm"},
-        score_softcap=keys.number_or_none("attn_logit_softcapping", default=50.0),
-        logit_softcap=keys.number_or_none("final_logit_softcapping", default=30.0),
     )
 
 
