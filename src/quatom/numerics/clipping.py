@@ -73,7 +73,7 @@ def weight_scales(
     for ratio in ratios:
         scale = scale_of(ratio)
         step = _expand_rows(scale, rows_per_scale, rows).float().unsqueeze(1)
-        error = _cost(fmt.round(weight / step).mul_(step).sub_(weight), importance)
+        error = _cost(fmt.round(weight / step) * step - weight, importance)
         error = _share_rows(error, rows_per_scale, "sum")
         better = error < best_error
         best_error = torch.where(better, error, best_error)

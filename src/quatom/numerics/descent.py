@@ -27,11 +27,9 @@ def visit_columns(
 ) -> Tensor:
     """A visit to every column of a block: codes (C, N) float32."""
     codes, slope = torch.empty_like(values), slope.clone()
-    curvature = moment.diagonal().unsqueeze(1) * steps
-    rows = zip(formats, codes, values, slope, steps, curvature, moment, strict=True)
-    for j, (fmt, code, value, own_slope, step, curve, products) in enumerate(rows):
-        code.copy_(fmt.round(value - own_slope / curve))
-        slope[j + 1 :].addr_(products[j + 1 :], (code - value).mul_(step))
+    for j, fmt in enumerate(formats):
+        codes[j] = fmt.round(values[j] - slope[j] / (moment[j, j] * steps[j]))
+        slope[j + 1 :].addr_(moment[j, j + 1 :], (codes[j] - values[j]) * steps[j])
     return codes
 
 
@@ -62,6 +60,6 @@ def coordinate_descent(
             block = slice(start, min(start + BLOCK, len(values)))
             own = moment[block, block].contiguous()
             codes = visit(values[block], steps[block], slope[block], own, formats[block])
-            slope.addmm_(moment[:, block], (codes - values[block]).mul_(steps[block]))
+            slope += moment[:, block] @ ((codes - values[block]) * steps[block])
             values[block] = codes
     return RoundedWeight(values.t().contiguous(), rounded.scales, rounded.layout)

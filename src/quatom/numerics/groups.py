@@ -87,20 +87,6 @@ class GroupLayout:
 
 
 @cache
-def _equal_groups(layout: GroupLayout) -> tuple[tuple[slice, slice], ...]:
-    """Channels and scales of groups that follow one another and are equally wide."""
-    full = layout.normal // layout.group_size
-    counts = (full, layout.num_normal_groups - full, layout.num_outlier_groups)
-    widths = (full * layout.group_size, layout.normal % layout.group_size, layout.outliers)
-    found, channel, group = [], 0, 0
-    for count, width in zip(counts, widths, strict=True):
-        if count:
-            found.append((slice(channel, channel + width), slice(group, group + count)))
-        channel, group = channel + width, group + count
-    return tuple(found)
-
-
-@cache
 def _padding(layout: GroupLayout, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """How to make groups equally wide, W channels each; None where they are.
 
@@ -254,10 +240,4 @@ def _snap_to_multiples(scales: Tensor) -> None:  # (..., G), in place
 
 def dequantize_groups(values: Tensor, scales: Tensor, layout: GroupLayout) -> Tensor:
     """Values (..., K) * scales (..., S) -> (..., K) float32."""
-    real = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    # Scales broadcast: written out for every channel they would take as long as the products.
-    for channels, groups in _equal_groups(layout):
-        count = groups.stop - groups.start
-        part, target = (x[..., channels].unflatten(-1, (count, -1)) for x in (values, real))
-        torch.mul(part.float(), scales[..., groups].float().unsqueeze(-1), out=target)
-    return real
+    return values.float() * expand_scales(scales, layout)

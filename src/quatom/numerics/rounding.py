@@ -194,11 +194,10 @@ def round_columns(
         for: minus `factor`'s rows times these.
     """
     errors, codes = torch.empty_like(columns), torch.empty_like(columns)
-    rows = zip(formats, columns, steps, codes, errors, factor, strict=True)
-    for j, (fmt, column, step, code, error, row) in enumerate(rows):
-        code.copy_(fmt.round(column / step))
-        torch.sub(column, code * step, out=error).div_(row[j])
-        columns[j + 1 :].addr_(row[j + 1 :], error, alpha=-1.0)
+    for j, fmt in enumerate(formats):
+        codes[j] = fmt.round(columns[j] / steps[j])
+        errors[j] = (columns[j] - codes[j] * steps[j]) / factor[j, j]
+        columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
     return codes, errors
 
 
