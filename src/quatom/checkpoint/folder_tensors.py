@@ -7,6 +7,7 @@ over. Both are noted. Everything else is refused.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from quatom.checkpoint.contents import is_present
@@ -155,31 +156,25 @@ def _without_wrappers(name: str) -> str:
     return name
 
 
-def _language_part(name: str) -> str:
-    for prefix, instead in _LANGUAGE_PARTS.items():
+def _with_prefix(prefixes: Mapping[str, str], name: str) -> str:
+    """The name with another prefix where it has one of these."""
+    for prefix, instead in prefixes.items():
         if name.startswith(prefix):
             return instead + name.removeprefix(prefix)
     return name
 
 
-def _with_head(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
-
-
-def _with_gpt_head(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"transformer.{name}"
-
-
-def _neox_head(name: str) -> str:
-    return name.replace("embed_out.", "lm_head.", 1) if name.startswith("embed_out.") else name
+def _with_head(model: str, name: str) -> str:
+    """The name that a tensor of a model without head has in one with a head."""
+    return name if name.startswith("lm_head.") else f"{model}.{name}"
 
 
 _RENAMINGS: dict[str, Callable[[str], str]] = {
     "prefix of a wrapper taken off": _without_wrappers,
-    "language part of a larger model": _language_part,
-    "model saved without its head": _with_head,
-    "GPT saved without its head": _with_gpt_head,
-    "head of GPT-NeoX": _neox_head,
+    "language part of a larger model": partial(_with_prefix, _LANGUAGE_PARTS),
+    "model saved without its head": partial(_with_head, "model"),
+    "GPT saved without its head": partial(_with_head, "transformer"),
+    "head of GPT-NeoX": partial(_with_prefix, {"embed_out.": "lm_head."}),
 }
 
 

@@ -43,8 +43,9 @@ def build_engine(
     from quatom.placement import usable_device, usable_dtype
 
     config, number_type = EngineConfig(**limits), usable_dtype(dtype)
-    config.check_memory(usable_device(device))
-    place = str(usable_device(device))
+    where = usable_device(device)
+    config.check_memory(where)
+    place = str(where)
     if model is not None and random_weights is None and recipe is None:
         loaded = load(model, device=place, dtype=number_type)
     else:

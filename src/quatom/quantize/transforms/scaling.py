@@ -34,7 +34,8 @@ def scale_channels(
         if spec.method == "smoothquant" and name not in _NORMS:
             continue  # published for the inputs that a norm makes
         if can_fold(layer, name):
-            weight = torch.cat([weights.sites[reader].weight for reader in _readers(layer, name)])
+            parts = [weights.sites[reader].weight for reader in readers(layer, name)]
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
             factor = _factors(layer.sites[name], weight, statistics, spec)
             weights = fold_division(layer, weights, name, factor)
     return weights
@@ -57,7 +58,7 @@ def can_fold(layer: LayerPlan, site: SiteName) -> bool:
     return own_values and layer.kv_cache.value_rotation == "none"
 
 
-def _readers(layer: LayerPlan, site: SiteName) -> tuple[SiteName, ...]:
+def readers(layer: LayerPlan, site: SiteName) -> tuple[SiteName, ...]:
     """Sites that read the input of one: their columns take its factors."""
     return ("qkv", "gate_up") if site == "qkv" and layer.spec.shares_norm else (site,)
 
@@ -117,7 +118,7 @@ def fold_division(
         weights = _divide_last_rows(weights, maker, factor)
         assert site == "down" or factor.numel() == attention.kv_size
     scaled = {}
-    for reader in _readers(layer, site):
+    for reader in readers(layer, site):
         held = weights.sites[reader]
         columns = (held.weight.float() * factor).to(held.weight.dtype)
         scaled[reader] = replace(held, weight=columns, divided_by=factor)

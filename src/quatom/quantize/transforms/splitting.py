@@ -25,7 +25,7 @@ from quatom.modeling.weights import FloatLayer
 from quatom.ops.activations import quantize_rows
 from quatom.plan import LayerPlan, SitePlan
 from quatom.quantize.transforms.order import fold_orders
-from quatom.quantize.transforms.scaling import FOLD_ORDER, can_fold, fold_division
+from quatom.quantize.transforms.scaling import FOLD_ORDER, can_fold, fold_division, readers
 from quatom.recipe import SplittingSpec
 
 THRESHOLDS_PER_OCTAVE = 4
@@ -49,7 +49,7 @@ def split_channels(
     So do inputs that two sites share, since each site has its own channels.
     """
     for name in (name for name in FOLD_ORDER if name in layer.sites):
-        if can_fold(layer, name) and not (name == "qkv" and layer.spec.shares_norm):
+        if can_fold(layer, name) and readers(layer, name) == (name,):
             weights = _split(layer, weights, name, statistics, spec)
     sites = dict(weights.sites)
     for name, plan in layer.sites.items():
