@@ -79,19 +79,12 @@ def throughput(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Most tokens of one step, prompts and decodes.",
-        ),
+        int, typer.Option(min=1, help="Most tokens of one step, prompts and decodes.")
     ] = 2048,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per KV block.")] = 32,
     layers: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Number of blocks of a random model, for trials; default: all.",
-        ),
+        typer.Option(min=1, help="Number of blocks of a random model, for trials; default: all."),
     ] = None,
     ceilings: Annotated[
         str | None,

@@ -28,11 +28,7 @@ def serve(
     ] = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(
-            min=0.001,
-            max=MOST_GIB,
-            help="GiB that the server may take, all together.",
-        ),
+        typer.Option(min=0.001, max=MOST_GIB, help="GiB that the server may take, all together."),
     ] = None,
     concurrency: Annotated[
         str | None, typer.Option(help="Closed loop: number of users. A list: 1,8,64.")
@@ -46,19 +42,12 @@ def serve(
     num_prompts: Annotated[int, typer.Option(min=1, help="Number of requests per load.")] = 256,
     client_processes: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Processes that send; default: half of the cores, at most 8.",
-        ),
+        typer.Option(min=1, help="Processes that send; default: half of the cores, at most 8."),
     ] = None,
     conversations: ConversationsOption = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Most tokens of one step, prompts and decodes.",
-        ),
+        int, typer.Option(min=1, help="Most tokens of one step, prompts and decodes.")
     ] = 2048,
     max_model_len: Annotated[
         int, typer.Option(min=1, help="Longest request, prompt and output.")

@@ -20,11 +20,7 @@ def plan(
     ] = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(
-            min=0.1,
-            max=MOST_GIB,
-            help="Memory of a GPU in GiB, in place of a name.",
-        ),
+        typer.Option(min=0.1, max=MOST_GIB, help="Memory of a GPU in GiB, in place of a name."),
     ] = None,
     recipe: Annotated[
         list[str] | None,

@@ -26,19 +26,11 @@ def run_batch(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 256,
     max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Longest sequence; default: the model's own limit.",
-        ),
+        int | None, typer.Option(min=1, help="Longest sequence; default: the model's own limit.")
     ] = None,
     kv_cache_memory: Annotated[
         float | None,
-        typer.Option(
-            min=0.001,
-            max=MOST_GIB,
-            help="GiB of KV cache; default: what is free.",
-        ),
+        typer.Option(min=0.001, max=MOST_GIB, help="GiB of KV cache; default: what is free."),
     ] = None,
     device: Annotated[
         str | None,

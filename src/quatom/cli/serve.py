@@ -46,12 +46,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=65535,
-            help="Port to listen on; 0: a free one.",
-        ),
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")
     ] = 8000,
     api_key: Annotated[
         list[str] | None,
@@ -73,11 +68,7 @@ def serve(
     ] = None,
     keep_alive_seconds: Annotated[
         int,
-        typer.Option(
-            min=0,
-            max=86_400,
-            help="Seconds that an idle connection stays open.",
-        ),
+        typer.Option(min=0, max=86_400, help="Seconds that an idle connection stays open."),
     ] = 75,
     drain_seconds: Annotated[
         int,
@@ -91,25 +82,13 @@ def serve(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Most tokens of one step, prompts and decodes.",
-        ),
+        int, typer.Option(min=1, help="Most tokens of one step, prompts and decodes.")
     ] = 2048,
     max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Longest sequence; default: the model's own limit.",
-        ),
+        int | None, typer.Option(min=1, help="Longest sequence; default: the model's own limit.")
     ] = None,
     max_waiting: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Sequences that may wait; more get HTTP 429.",
-        ),
+        int, typer.Option(min=1, help="Sequences that may wait; more get HTTP 429.")
     ] = 1024,
     kv_cache_memory: Annotated[
         float | None,

@@ -18,11 +18,7 @@ def steps(
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill step.")] = 2048,
     kv_cache_memory: Annotated[
         float,
-        typer.Option(
-            min=0.001,
-            max=MOST_GIB,
-            help="GiB of KV cache; it must hold the batch.",
-        ),
+        typer.Option(min=0.001, max=MOST_GIB, help="GiB of KV cache; it must hold the batch."),
     ] = 16.0,
     json: Annotated[
         Path | None, typer.Option(help="Result file; entries of other measurements are kept.")
