@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from quatom.checkpoint.language_part import WRAPPERS, language_part
 from quatom.checkpoint.reader import open_source, read_model_config
-from quatom.errors import ModelError
+from quatom.errors import CheckpointError, ModelError
 from quatom.families.registry import read_config
 from quatom.loading import load
 from quatom.modeling.context import full_sequences_context
@@ -252,6 +252,24 @@ def test_ministral_3_in_fp8_as_released(tmp_path):
     written = json.loads((tmp_path / "q" / "config.json").read_text())
     assert written["quantization_config"]["quant_method"] == "quatom"
     assert written["architectures"] == ["Ministral3ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "shape", "says"),
+    [
+        ("Gemma3", "lm_head.weight", (320, 64), "differs from model.embed_tokens.weight"),
+        ("Gemma3", "lm_head.bias", (320,), "holds lm_head.bias"),
+        ("Llava", "lm_head.bias", (320,), "holds lm_head.bias"),
+        ("Llava", "model.language_model.norm.bias", (64,), "holds model.norm.bias"),
+    ],
+)
+def test_a_tensor_that_changes_the_text_is_not_passed_over(model, extra, shape, says, tmp_path):
+    """A head that a tied model stores all the same, biases that no key tells of."""
+    save(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {extra: torch.ones(shape)}, file)
+    with pytest.raises(CheckpointError, match=says):
+        open_source(tmp_path)
 
 
 def test_keys_that_a_file_leaves_out_are_those_of_transformers(tmp_path):

@@ -75,7 +75,11 @@ def open_safetensors(
     expected = checkpoint_tensors(resolved)
     headers, renamed = plain_names(folder, headers, expected)
     headers, passed = pass_over(
-        headers, expected, model_config.unused_prefixes, of_larger=bool(part)
+        headers,
+        # A head that is stored although it is tied is compared below.
+        (*expected, model_config.head_name),
+        model_config.unused_prefixes,
+        of_larger=bool(part),
     )
     if model_config.tie_word_embeddings:
         head, embedding = model_config.head_name, model_config.embedding_name

@@ -212,8 +212,8 @@ def pass_over(
 
 
 def _module(name: str) -> str:
-    """Its first two parts: "model.layers"."""
-    return ".".join(name.split(".")[:2])
+    """The first two parts of the module that has it: "model.layers", "lm_head"."""
+    return ".".join(name.split(".")[:-1][:2])
 
 
 def _is_harmless(name: str, tensor: StoredTensor) -> bool:
