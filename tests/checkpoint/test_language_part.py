@@ -272,6 +272,23 @@ def test_a_tensor_that_changes_the_text_is_not_passed_over(model, extra, shape, 
         open_source(tmp_path)
 
 
+def test_what_early_files_say_of_images_is_passed_over(tmp_path):
+    """The released SmolVLM, Idefics3 and Pixtral files."""
+    images = {
+        "is_composition": True,
+        "perceiver_config": {"resampler_depth": 6},
+        "pixel_shuffle_factor": 3,
+        "qk_layer_norms": False,
+        "use_resampler": False,
+    }
+    part = {**TEXT, "model_type": "llama", **images}
+    config = {"architectures": ["SmolVLMForConditionalGeneration"], "text_config": part}
+    assert read_config(language_part(tmp_path, config)[0]).hidden_size == TEXT["hidden_size"]
+    normed = config | {"text_config": part | {"qk_layer_norms": True}}
+    with pytest.raises(ModelError, match="qk_layer_norms = True"):
+        read_config(language_part(tmp_path, normed)[0])
+
+
 def test_keys_that_a_file_leaves_out_are_those_of_transformers(tmp_path):
     """The released Gemma 3 files name neither heads nor vocabulary."""
     config = {
@@ -348,6 +365,7 @@ OLD = {
     "rope_theta": 1e6,
     "vision_config": {"depth": 1, "hidden_size": 32},
     "image_token_id": 5,
+    "vision_token_id": 6,
     "eos_token_id": 7,
     "tie_word_embeddings": True,
 }

@@ -54,6 +54,8 @@ _CONSTANTS: Mapping[str, Mapping[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_
 """Language parts -> what they compute whatever their keys say."""
 _MODEL = "ForConditionalGeneration"
 _POSITIONS_OF_IMAGES = ("mrope_interleaved", "mrope_section")
+# What early files say in text_config of how images become tokens.
+_OF_IMAGES = ("perceiver_config", "pixel_shuffle_factor", "use_resampler")
 # Keys of the larger model that hold for its language part.
 _SHARED = (
     "bos_token_id",
@@ -120,4 +122,4 @@ def _text_config(file: Path, architecture: str, config: dict[str, Any]) -> dict[
         # A key that no class knows is the language part's, so that it is refused where it counts.
         known = {*kind().to_dict(), *text, "rope_scaling"}  # its entries are rope_parameters
         text |= {key: value for key, value in config.items() if key not in known}
-    return text
+    return {key: value for key, value in text.items() if key not in _OF_IMAGES}

@@ -28,7 +28,7 @@ def corrected_router(
     Raises:
         ModelError: config.json says that experts are chosen in another way.
     """
-    keys.only("scoring_func", "sigmoid")
+    keys.only("scoring_func", "sigmoid", "noaux_tc")  # dots.llm1 says the method here
     keys.only("topk_method", "noaux_tc")
     keys.only("moe_layer_freq", 1)
     keys.ignore("aux_loss_alpha", "ep_size", "seq_aux")  # of training

@@ -38,6 +38,8 @@ def gpt(keys: Keys, *, family: str, kv_heads: int | None, default: str) -> Model
     keys.only("num_key_value_heads", kv_heads or sizes.heads)
     keys.only("head_dim", sizes.hidden // sizes.heads)
     keys.only("n_ctx", sizes.max_position)
+    keys.only("n_special", 0)
+    keys.ignore("output_past", "predict_special_tokens")  # of the first files; no class reads them
     return decoder(
         keys,
         sizes,

@@ -6,8 +6,8 @@ from typing import Any
 _ORIGIN = """
     architectures attn_implementation auto_map base_model_name_or_path compression_config
     custom_pipelines distributed_config dtype experts_implementation finetuning_task
-    is_llama_config library_name model_name model_type name_or_path quantization_config
-    sparsity_config task_specific_params tokenizer_class tokenizer_name torch_dtype
+    is_composition is_llama_config library_name model_name model_type name_or_path
+    quantization_config sparsity_config task_specific_params tokenizer_class tokenizer_name torch_dtype
     transformers.js_config transformers_version use_cache vocab_file
 """
 # Training, initialization and dropout.
@@ -65,6 +65,8 @@ HARMLESS = frozenset(
 
 HARMLESS_PREFIXES = ("_", "axolotl_", "unsloth_")
 """Names that begin so may have any value: private notes of a library."""
+HARMLESS_SUFFIXES = ("_token_id", "_token_index")
+"""Names that end so may have any value: which token stands for what, an image for example."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -77,7 +79,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_nextn_predict_layers": (0,),
     "partial_rotary_factor": (1.0,),
     "pruned_heads": ({},),
-    "qk_norm": (False,),
+    "qk_layer_norms": (False,),
     "rope_interleaved": (False,),
     "scale_attn_weights": (True,),
     "tie_encoder_decoder": (False,),
@@ -85,7 +87,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_bfloat16": (False,),
     "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
-    "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
 """Names whose listed values, and no others, leave every family as it is."""

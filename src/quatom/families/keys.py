@@ -6,7 +6,7 @@ from reprlib import Repr
 from typing import Any, TypeGuard
 
 from quatom.errors import ModelError
-from quatom.families.harmless import HARMLESS, HARMLESS_PREFIXES, NEUTRAL
+from quatom.families.harmless import HARMLESS, HARMLESS_PREFIXES, HARMLESS_SUFFIXES, NEUTRAL
 
 _SECTIONS = ("rope_parameters", "rope_scaling")
 
@@ -172,6 +172,7 @@ class Keys:
             and name not in self._read
             and name not in HARMLESS
             and not name.startswith(HARMLESS_PREFIXES)
+            and not name.endswith(HARMLESS_SUFFIXES)
         ]
         if unknown:
             subject = "key" if len(unknown) == 1 else "keys"

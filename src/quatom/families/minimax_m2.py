@@ -67,6 +67,7 @@ def _check_released_keys(keys: Keys, layers: int) -> None:
     keys.only("use_routing_bias", True)
     keys.only("norm_topk_prob", True)
     keys.only("shared_intermediate_size", 0)
+    keys.ignore("shared_moe_mode")  # of the shared expert, which there is none
     for name in ("n_group", "topk_group", "routed_scaling_factor"):
         keys.only(name, 1)
     for part in ("full_attention", "linear_attention", "mlp"):

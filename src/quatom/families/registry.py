@@ -152,7 +152,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     check_not_refused(config)
     if config.get("text_config") is not None:
         raise ModelError(
-            f"config.json of {_names(config) or config.get('model_type')} describes in "
+            f"config.json of {', '.join(_names(config)) or config.get('model_type')} describes in "
             "text_config the text part of a larger model; save its text model alone with "
             "transformers, and use that"
         )
