@@ -7,8 +7,8 @@ _ORIGIN = """
     architectures attn_implementation auto_map base_model_name_or_path compression_config
     custom_pipelines distributed_config dtype experts_implementation finetuning_task
     is_composition is_llama_config library_name model_name model_type name_or_path
-    quantization_config sparsity_config task_specific_params tokenizer_class tokenizer_name torch_dtype
-    transformers.js_config transformers_version use_cache vocab_file
+    quantization_config sparsity_config task_specific_params tokenizer_class tokenizer_name
+    torch_dtype transformers.js_config transformers_version use_cache vocab_file
 """
 # Training, initialization and dropout.
 _TRAINING = """
