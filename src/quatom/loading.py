@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quatom.checkpoint.codec import decode
 from quatom.checkpoint.reader import TensorSource, open_source
-from quatom.checkpoint.schema import bits_per_weight, linear_tensors, qk_norm_sizes
+from quatom.checkpoint.schema import bits_per_weight, linear_tensors, qk_norm_shapes
 from quatom.checkpoint.tokenizer import find_tokenizer
 from quatom.errors import CheckpointError
 from quatom.families.spec import Attention, ModelConfig, Norm, NormName, RouterTensor
@@ -186,10 +186,10 @@ def in_rotary_order(layer: LayerPlan, weights: FloatLayer) -> FloatLayer:
     norms = weights.qk_norm
     order = head_order(attention.rope, attention.head_dim)
     if norms is not None and order is not None:
-        per_head = attention.qk_norm_axis == "head"
-        sizes = (1, 1) if per_head else (attention.num_heads, attention.num_kv_heads)
+        together = attention.qk_norm_axis == "all"
+        sizes = (attention.num_heads, attention.num_kv_heads) if together else (1, 1)
         q, k = (_head_rows(order, heads).to(rows.device) for heads in sizes)
-        norms = norms[0][q], norms[1][k]
+        norms = norms[0].index_select(-1, q), norms[1].index_select(-1, k)
     return replace(weights, sites={**weights.sites, "qkv": site}, qk_norm=norms)
 
 
@@ -212,8 +212,8 @@ def _qk_norm(read: Read, layer: LayerPlan) -> tuple[Tensor, Tensor] | None:
     if attention.qk_norm is None:
         return None
     q, k = layer.qk_norm_names
-    q_size, k_size = qk_norm_sizes(attention)
-    return read(f"{q}.weight", (q_size,)), read(f"{k}.weight", (k_size,))
+    q_shape, k_shape = qk_norm_shapes(attention)
+    return read(f"{q}.weight", q_shape), read(f"{k}.weight", k_shape)
 
 
 def load(

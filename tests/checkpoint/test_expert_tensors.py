@@ -111,6 +111,45 @@ def change(folder, edit):
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 
 
+HEAD = "model.layers.1.self_attn.q_layernorm.norms.2.weight"
+
+
+def test_norms_of_heads_are_read_from_one_tensor_per_head(tmp_path):
+    model = tiny_model("stablelm-norms")
+    model.save_pretrained(tmp_path / "m")
+    source = open_source(tmp_path / "m")
+    for index, layer in enumerate(model.model.layers):
+        for part in ("q_layernorm", "k_layernorm"):
+            norms = getattr(layer.self_attn, part).norms
+            own = source.load(f"model.layers.{index}.self_attn.{part}.weight")
+            assert torch.equal(own, torch.stack([norm.weight for norm in norms]))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop(HEAD), r"lacks .*norms\.2\.weight \(1 of 4 such tensors"),
+        (
+            lambda tensors: tensors.update({HEAD: torch.ones(32)}),
+            r"norms\.2\.weight is \(32,\) .*norms\.0\.weight is \(64,\)",
+        ),
+        (
+            lambda tensors: tensors.update({HEAD: torch.ones(64, dtype=torch.float16)}),
+            r"norms\.2\.weight is .*float16, .*float32: all must be equal",
+        ),
+        (
+            lambda tensors: tensors.update({HEAD.replace("2", "4"): torch.ones(64)}),
+            r"holds .*norms\.4\.weight",
+        ),
+    ],
+)
+def test_norms_that_do_not_fit_the_heads_are_refused(edit, message, tmp_path):
+    folder = save_tiny(tmp_path / "m", "stablelm-norms")
+    change(folder, edit)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(folder)
+
+
 def test_a_missing_expert_is_named(folder):
     change(folder, lambda tensors: tensors.pop(W1))
     with pytest.raises(CheckpointError, match=rf"lacks {W1} \(1 of 8 such tensors"):
@@ -119,7 +158,7 @@ def test_a_missing_expert_is_named(folder):
 
 def test_experts_of_different_sizes_or_dtypes_are_refused(folder):
     change(folder, lambda tensors: tensors.update({W1: tensors[W1][:-32]}))
-    with pytest.raises(CheckpointError, match=rf"{W1} is \(160, 128\).*first expert \(192, 128\)"):
+    with pytest.raises(CheckpointError, match=rf"{W1} is \(160, 128\).*0\.w1\.weight is \(192, 128\)"):
         open_source(folder)
 
 

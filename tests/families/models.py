@@ -264,6 +264,16 @@ TINY: dict[str, tuple[str, dict]] = {
         "Cohere",
         {"num_key_value_heads": 2, "layer_norm_eps": 1e-4, "logit_scale": 0.5},
     ),
+    "cohere-norms": (
+        "Cohere",
+        {
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "use_qk_norm": True,
+            "layer_norm_eps": 1e-4,
+        },
+    ),
     "cohere2": (
         "Cohere2",
         {"num_hidden_layers": 4, "sliding_window": 20, "layer_types": ALTERNATING},
@@ -301,6 +311,16 @@ TINY: dict[str, tuple[str, dict]] = {
     "stablelm-parallel": (
         "StableLm",
         {"hidden_size": 160, "num_key_value_heads": 2, "use_parallel_residual": True},
+    ),
+    "stablelm-norms": (
+        "StableLm",
+        {
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+        },
     ),
     "nemotron": (
         "Nemotron",

@@ -266,4 +266,13 @@ def test_norms_of_all_heads_and_of_each():
     olmo = read_config(tiny_config("olmo2").to_dict()).layers[0].attention
     qwen = read_config(tiny_config("qwen3").to_dict()).layers[0].attention
     assert (olmo.qk_norm_axis, qwen.qk_norm_axis) == ("all", "head")
+    for name in ("cohere", "stablelm"):
+        heads = read_config(tiny_config(f"{name}-norms").to_dict()).layers[0].attention
+        assert (heads.qk_norm.kind, heads.qk_norm.bias, heads.qk_norm_axis) == (
+            "layer",
+            False,
+            "each",
+        )
+        plain = read_config(tiny_config(name).to_dict()).layers[0].attention
+        assert plain.qk_norm is None
     assert olmo.qk_norm.weight_offset == qwen.qk_norm.weight_offset == 0.0

@@ -64,6 +64,7 @@ ALIKE = (
 CASES = [(name, WHOLE) for name in TINY if name not in (*OTHER_TABLES, *ALIKE)]
 CASES += [("mixtral", preset) for preset in OTHERS if PRESETS[preset].tuning is None]
 CASES += [(SHARING[i % len(SHARING)], preset) for i, preset in enumerate(OTHERS)]
+CASES += [("cohere-norms", "omniquant-w4a4kv4")]  # its factors of keys go into the norms of heads
 MORE = [(SHARING[i % len(SHARING)], preset) for i, preset in enumerate(OTHERS, start=3)]
 MORE += [("gemma2", preset) for preset in OTHERS]
 MORE += [(name, WHOLE) for name in ALIKE if name in TINY]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quatom.checkpoint.schema import checkpoint_tensors
-from quatom.errors import ModelError
+from quatom.errors import ModelError, ShapeError
 from quatom.families.registry import FAMILIES, find_family, read_config
 from quatom.plan import plan
 from quatom.presets import PRESETS
@@ -160,6 +160,10 @@ RELEASED = {
         "CohereForCausalLM",
         {"model_max_length": 131_072, "logit_scale": 0.0625, "use_qk_norm": False},
     ),
+    "Command R+": (
+        "CohereForCausalLM",
+        {"logit_scale": 0.8333333333333334, "rope_theta": 75_000_000.0, "use_qk_norm": True},
+    ),
     "Command R7B": (
         "Cohere2ForCausalLM",
         {
@@ -224,6 +228,16 @@ RELEASED = {
             "rotary_dim": 8,
             "scale_attn_weights": True,
             "summary_type": "cls_index",
+        },
+    ),
+    "StableLM 2 12B": (
+        "StableLmForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": 0.25,
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+            "use_qkv_bias": False,
         },
     ),
     "Llama 1": ("LlamaForCausalLM", {"max_sequence_length": 2048, "pad_token_id": 0}),
@@ -605,7 +619,7 @@ REFUSED = {
     "theta beside no rotary parameters": ("Ministral3", {"rope_theta": 5e5}, "rope_theta = 5"),
     "theta of OLMo-3": ("Olmo3", {"rope_theta": 1e4}, "rope_theta = 10000.0: releases of transf"),
     "rotary layers": ("SmolLM3", {"no_rope_layers": [1]}, "a list of 2 entries"),
-    "norms of Command R+": ("Cohere", {"use_qk_norm": True}, "use_qk_norm = True"),
+    "norms of Cohere 2's heads": ("Cohere2", {"use_qk_norm": True}, "use_qk_norm = True"),
     "norms of Phi's heads": ("Phi", {"qk_layernorm": True}, "qk_layernorm = True"),
     "order of Cohere's windows": (
         "Cohere2",
@@ -618,7 +632,6 @@ REFUSED = {
         {"num_ln_in_parallel_attn": 2},
         "num_ln_in_parallel_attn = 2",
     ),
-    "norm per head": ("StableLm", {"qk_layernorm": True}, "qk_layernorm = True"),
     "norm after": ("OPT", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
     "projected embeddings": ("OPT", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
     "no final norm": ("OPT", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
@@ -644,6 +657,13 @@ def test_what_changes_the_mathematics_is_refused_by_name(reason):
     with pytest.raises(ModelError, match=message) as caught:
         read_config(good | change)
     assert "\n" not in str(caught.value)
+
+
+def test_stablelm_2_12b_has_heads_that_no_cache_holds():
+    sizes = {"hidden_size": 5120, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = read_config(named("StableLmForCausalLM") | RELEASED["StableLM 2 12B"][1] | sizes)
+    with pytest.raises(ShapeError, match="head_dim 160 is not supported; the paged cache has 64"):
+        plan(config, PRESETS["fp16"]).check_cache()
 
 
 def test_a_family_is_a_short_file():

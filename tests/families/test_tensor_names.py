@@ -56,10 +56,14 @@ def expected_tensors(config):
         if attention.sinks:
             yield prefix + layer.sinks_name, (attention.num_heads,)
         if attention.qk_norm is not None:
-            every = attention.qk_norm_axis == "all"
-            sizes = (attention.q_size, attention.kv_size) if every else (attention.head_dim,) * 2
-            for name, size in zip(layer.qk_norm_names, sizes, strict=True):
-                yield from norm_tensors(prefix + name, attention.qk_norm, size)
+            heads, channels = (attention.num_heads, attention.num_kv_heads), attention.head_dim
+            for at, (name, count) in enumerate(zip(layer.qk_norm_names, heads, strict=True)):
+                shape = {"head": (channels,), "each": (count, channels), "all": (count * channels,)}
+                if layer.qk_norm_parts is None:
+                    yield f"{prefix}{name}.weight", shape[attention.qk_norm_axis]
+                    continue
+                for head in range(count):  # StableLM's files hold them one by one
+                    yield f"{prefix}{layer.qk_norm_parts[at].format(head)}.weight", (channels,)
     yield from norm_tensors(config.final_norm_name, config.final_norm, config.hidden_size)
     if not config.tie_word_embeddings:
         yield config.head_name, (config.vocab_size, config.hidden_size)

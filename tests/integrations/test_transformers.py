@@ -135,6 +135,12 @@ def test_a_model_that_takes_no_other_attention_is_refused(checkpoint):
         from_pretrained(checkpoint("falcon", "w8a8"))
 
 
+@pytest.mark.parametrize("family", ["cohere-norms", "stablelm-norms"])
+def test_a_norm_for_each_head_is_refused(family, checkpoint):
+    with pytest.raises(ModelError, match=r"layers\.0 has a norm for each head of q and k.*load"):
+        from_pretrained(checkpoint(family, "w8a8"))
+
+
 def test_attention_with_sinks_is_refused():
     from quatom.integrations.transformers import _convert_layer
 

@@ -208,6 +208,11 @@ def test_parallel_layers_that_vllm_computes_one_after_the_other_are_refused(tmp_
     assert "which vLLM's model of StableLM does not compute: use quatom serve" in message
 
 
+def test_a_norm_for_each_head_is_refused(tmp_path):
+    message = refused(config_alone(tmp_path, "cohere-norms", "rtn-w4a4"), **NO_WEIGHTS)
+    assert "has a norm for each head of q and k, which the plugin was not tried with" in message
+
+
 def test_experts_that_an_older_vllm_does_not_load_are_refused(tmp_path, monkeypatch):
     from quatom.integrations.vllm import state
 

@@ -26,18 +26,21 @@ def make(tokens, heads, kv_heads, head_dim, dtype=torch.float32, axis="head", de
         tokens, heads + kv_heads, head_dim, generator=rng
     )
     q, k, _ = fused.to(device, dtype).split((heads, kv_heads, kv_heads), dim=1)
-    sizes = [head_dim * (1 if axis == "head" else n) for n in (heads, kv_heads)]
-    weights = [(1 + 0.3 * torch.randn(n, generator=rng)).to(device, dtype) for n in sizes]
+    shapes = [
+        {"head": (head_dim,), "each": (n, head_dim), "all": (n * head_dim,)}[axis]
+        for n in (heads, kv_heads)
+    ]
+    weights = [(1 + 0.3 * torch.randn(n, generator=rng)).to(device, dtype) for n in shapes]
     return q, k, *weights
 
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-@pytest.mark.parametrize("axis", ["head", "all"])
+@pytest.mark.parametrize("axis", ["head", "each", "all"])
 def test_the_reference_is_the_formula_in_float64(axis, norm):
     q, k, *weights = make(3, 4, 2, 96, axis=axis)
     got = head_norm(q, k, HeadNorms(*weights, norm, axis))
     for x, weight, out in zip((q, k), weights, got, strict=True):
-        rows = (x if axis == "head" else x.flatten(1)).double()
+        rows = (x.flatten(1) if axis == "all" else x).double()
         if norm.kind == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
         want = rows / (rows.square().mean(-1, keepdim=True) + norm.eps).sqrt()
@@ -60,6 +63,26 @@ def test_it_rounds_as_transformers_does(dtype):
             assert torch.equal(out, module(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_of_each_head_is_that_of_transformers(dtype):
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.stablelm.modeling_stablelm import StableLmLayerNormPerHead
+
+    q, k, *weights = make(5, 4, 2, 64, dtype, "each")
+    got = head_norm(q, k, HeadNorms(*weights, NORMS["layer"], "each"))
+    for x, weight, out in zip((q, k), weights, got, strict=True):
+        cohere = CohereLayerNorm(weight.shape, eps=1e-5)
+        cohere.weight.data = weight
+        stablelm = StableLmLayerNormPerHead(64, len(weight), eps=1e-5)
+        for own, norm in zip(weight, stablelm.norms, strict=True):
+            norm.weight.data = own
+        # Roundings of float32 before the one to the dtype may move that by a step.
+        step = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out, cohere(x), rtol=step, atol=1e-6)
+        theirs = stablelm(x.transpose(0, 1)[None])[0].transpose(0, 1)
+        torch.testing.assert_close(out, theirs, rtol=step, atol=1e-6)
+
+
 SHAPES = [(1, 1, 64), (9, 3, 100), (16, 2, 128), (4, 1, 256)]
 """(heads, KV heads, channels of a head)"""
 
@@ -67,7 +90,7 @@ SHAPES = [(1, 1, 64), (9, 3, 100), (16, 2, 128), (4, 1, 256)]
 # The axis and the shape decide what a program reads, the norm what it makes of a row.
 @pytest.mark.parametrize(
     ("axis", "shape", "norm", "dtype"),
-    covering(("head", "all"), SHAPES, list(NORMS), (torch.float16, torch.float32)),
+    covering(("head", "each", "all"), SHAPES, list(NORMS), (torch.float16, torch.float32)),
 )
 def test_the_kernel_matches_the_reference(axis, shape, norm, dtype, device):
     norm, (q, k, *weights) = NORMS[norm], make(5, *shape, dtype, axis, device)
@@ -96,8 +119,13 @@ def test_errors_name_the_shapes():
     norms = HeadNorms(q_weight, k_weight, NORMS["rms"], "head")
     with pytest.raises(ShapeError, match=r"k \(T, KV, D\) of one dtype, got .*\(2, 2, 32\)"):
         head_norm(q, k[..., :32], norms)
-    with pytest.raises(ShapeError, match=r"a weight \(256,\) for q \(2, 4, 64\), got \(64,\)"):
+    with pytest.raises(ShapeError, match=r"weight \(256,\) for q \(2, 4, 64\), got \(64,\)"):
         head_norm(q, k, replace(norms, axis="all"))
+    with pytest.raises(ShapeError, match=r"weight \(4, 64\) for q \(2, 4, 64\), got \(64,\)"):
+        head_norm(q, k, replace(norms, axis="each"))
+    turned = q_weight.expand(4, 64).t().contiguous().t()
+    with pytest.raises(ShapeError, match=r"a contiguous weight \(4, 64\) .* strides \(1, 4\)"):
+        head_norm(q, k, replace(norms, q_weight=turned, axis="each"))
     biased = Norm(eps=1e-5, kind="layer", bias=True)
     with pytest.raises(ShapeError, match="has a bias"):
         head_norm(q, k, replace(norms, norm=biased))

@@ -144,14 +144,20 @@ NORMS = {
     "rms": (Norm(eps=1e-5), "head"),
     "rms of 1 + w": (Norm(eps=1e-5, weight_offset=1.0), "head"),
     "layer": (Norm(eps=1e-5, kind="layer"), "head"),
+    "each head": (Norm(eps=1e-5, kind="layer"), "each"),
+    # append.cu takes RMS norms, of one weight alone.
+    "each head, rms": (Norm(eps=1e-5), "each"),
     "all heads": (Norm(eps=1e-5), "all"),
 }
 
 
 def make_norms(q, k, norm, axis):
     rng = torch.Generator().manual_seed(7)
-    sizes = [x.shape[2] * (1 if axis == "head" else x.shape[1]) for x in (q, k)]
-    weights = [1 + 0.3 * torch.randn(size, generator=rng) for size in sizes]
+    shapes = [
+        {"head": x.shape[2:], "each": x.shape[1:], "all": (x.shape[1] * x.shape[2],)}[axis]
+        for x in (q, k)
+    ]
+    weights = [1 + 0.3 * torch.randn(shape, generator=rng) for shape in shapes]
     return HeadNorms(*(weight.to(q) for weight in weights), norm, axis)
 
 
@@ -191,7 +197,7 @@ def test_heads_are_normalized_before_they_turn(tokens, head_dim, norm, axis, kv,
 def test_weights_that_do_not_fit_the_heads_are_refused():
     q, k, *rest = make_inputs(2)
     norms = make_norms(q, k[..., :32], *NORMS["rms"])
-    with pytest.raises(ShapeError, match=r"a weight \(64,\) for k \(2, 2, 64\), got \(32,\)"):
+    with pytest.raises(ShapeError, match=r"weight \(64,\) for k \(2, 2, 64\), got \(32,\)"):
         rope_append_kv(q, k, *rest, make_pages("int4"), norms=norms)
 
 

@@ -79,12 +79,12 @@ build(
 """,
     "head_norm": """
 from quatom.ops.head_norm.triton import _head_norm_kernel as kernel
-for together in (False, True):
+for together, each in ((False, False), (False, True), (True, False)):
     build(
         kernel,
         {"*bf16": "q_ptr k_ptr q_weight_ptr k_weight_ptr out_ptr", "fp32": "eps",
          "i32": "q_token_stride q_head_stride k_token_stride k_head_stride"},
-        H=9, KV=3, D=100, ALL=together, ROWS=1 if together else 8,
+        H=9, KV=3, D=100, ALL=together, EACH=each, ROWS=1 if together else 8,
         Q_PAD=1024 if together else 128, K_PAD=512 if together else 128,
         LAYER=together, WEIGHT_OFFSET=1.0, ROUND_FIRST=not together,
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quatom.checkpoint.reader import open_source
+from quatom.checkpoint.schema import qk_norm_shapes
 from quatom.errors import ShapeError
 from quatom.families.spec import Norm
 from quatom.loading import load, load_float_layer
@@ -118,6 +119,35 @@ def test_heads_are_seen_and_tuned_as_their_norms_leave_them(measured):
     got = sum(tuned(hidden.flatten(0, 1), None, context, None, rotary))
     # Sums of float32 in another order, of numbers around 1.
     torch.testing.assert_close(got.view_as(want), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", ["head", "each", "all"])
+@pytest.mark.parametrize("key_scaling", ["balanced", "weighted"])
+def test_norms_of_heads_take_the_factors(axis, key_scaling, measured):
+    source, weights, hidden, rotary, statistics, *_ = measured
+    layer = layer_of(source)
+    attention = replace(
+        layer.spec.attention, qk_norm=Norm(kind="layer", eps=1e-6), qk_norm_axis=axis
+    )
+    layer = replace(layer, spec=replace(layer.spec, attention=attention))
+    generator = torch.Generator().manual_seed(5)
+    q, k = (1 + 0.3 * torch.randn(s, generator=generator) for s in qk_norm_shapes(attention))
+    weights = replace(weights, qk_norm=(q, k))
+    statistics = dict(statistics)
+    for name in ("key_mean", "key_squares", "query_squares"):
+        statistics[f"weighted_{name}"] = statistics[name]
+    cache = replace(KEYS, keys=PostRopeKeys(offset="none"), key_scaling=key_scaling)
+    recipe = replace(PRESETS["fp16"], kv_cache=cache)
+    planned = replace(layer, kv_cache=cache)
+    balanced = transforms_of(recipe).finish(planned, weights, statistics)
+    assert torch.equal(balanced.sites["qkv"].weight, weights.sites["qkv"].weight)
+    ratio = weights.qk_norm[1] / balanced.qk_norm[1]
+    assert ratio.max() > 1.4 * ratio.min()
+    if axis == "each":  # heads differ: each has a factor of its own
+        assert not torch.equal(ratio[0], ratio[1])
+    want = run_block(build_block(layer, weights), hidden, rotary)
+    got = run_block(build_block(layer, balanced), hidden, rotary)
+    assert (got - want).norm() < 1e-3 * want.norm()  # as below
 
 
 @pytest.mark.parametrize("key_offset", ["none", "mean"])

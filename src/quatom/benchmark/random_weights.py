@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quatom.benchmark.model_shapes import find_shape
-from quatom.checkpoint.schema import norm_tensors, qk_norm_sizes
+from quatom.checkpoint.schema import norm_tensors, qk_norm_shapes
 from quatom.families.spec import ModelConfig, Norm
 from quatom.loading import LoadedModel, build_decoder
 from quatom.modeling.build import build_block
@@ -110,8 +110,8 @@ class _Maker:
         qk_norm = None
         if attention.qk_norm is not None:
             q, k = (
-                self._norm(attention.qk_norm, "weight", (size,))
-                for size in qk_norm_sizes(attention)
+                self._norm(attention.qk_norm, "weight", shape)
+                for shape in qk_norm_shapes(attention)
             )
             qk_norm = (q, k)
         offset = None

@@ -1,7 +1,8 @@
 """Linears of a floating-point model, by one name whatever form its files have.
 
 Files hold one tensor per expert and projection, or all experts in one tensor, whose rows and
-columns may be in another order; those of GPT-2 hold transposed weights. A family lists the
+columns may be in another order; those of GPT-2 hold transposed weights, those of StableLM norms
+of q and k with one tensor per head. A family lists the
 spellings (`quatom.families.spec.Spelling`).
 What is joined here is read from its parts one after the other, into memory of the whole. What is
 one tensor already is put in order in its own memory, one expert after another.
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from quatom.checkpoint.schema import TensorSpec
 from quatom.errors import CheckpointError
-from quatom.families.spec import Layer, Linear, ModelConfig, SiteName, Spelling
+from quatom.families.spec import Layer, ModelConfig, SiteName, Spelling
 from quatom.plan import LayerPlan, LinearPlan, ModelPlan
 
 Read = Callable[[str], Tensor]
@@ -27,8 +28,8 @@ class JoinedTensor:
     """A tensor that lies in files in another form."""
 
     parts: tuple[tuple[str, ...], ...]
-    """Tensors of every expert, whose rows follow one another; one entry alone: the whole tensor
-    under another name."""
+    """Tensors of every expert, whose rows follow one another, or of every head; one entry alone:
+    the whole tensor under another name."""
     spec: TensorSpec
     spelling: Spelling
     """How the rows and columns of a whole tensor are."""
@@ -137,7 +138,7 @@ def _are_transposed(
 
 
 Parts = tuple[tuple[str, ...], ...]
-"""Names of the parts of every expert."""
+"""Names of the parts of every expert, or of every head."""
 
 
 def _spellings(layer: Layer, most: int) -> Iterator[tuple[str, list[tuple[Spelling, Parts]]]]:
@@ -147,8 +148,14 @@ def _spellings(layer: Layer, most: int) -> Iterator[tuple[str, list[tuple[Spelli
             # A damaged number of experts must not fill the memory with names.
             few = linear.experts is None or linear.experts <= most
             for end, spellings in ("weight", linear.spellings), ("bias", linear.bias_spellings):
-                found = [(s, _parts(linear, s.names)) for s in spellings] if few else []
+                found = [(s, _parts(s.names, linear.experts)) for s in spellings] if few else []
                 yield f"{linear.name}.{end}", found
+    if layer.qk_norm_parts is not None:
+        heads = layer.attention.num_heads, layer.attention.num_kv_heads
+        for own, part, count in zip(layer.qk_norm_names, layer.qk_norm_parts, heads, strict=True):
+            if count <= most:
+                spelling = Spelling((f"{part}.weight",))
+                yield f"{own}.weight", [(spelling, _parts(spelling.names, count))]
     if layer.experts is not None:
         for tensor, (own, *others) in layer.experts.tensors.items():
             row = tensor == "correction"
@@ -162,19 +169,17 @@ def other_parts(layer: LayerPlan, linear: LinearPlan) -> list[Parts]:
     return [
         tuple(
             tuple(layer.prefix + name.removesuffix(".weight") for name in names)
-            for names in _parts(own, spelling.names)
+            for names in _parts(spelling.names, own.experts)
         )
         for spelling in own.spellings
         if not (spelling.transposed or spelling.interleaved)
     ]
 
 
-def _parts(linear: Linear, names: tuple[str, ...]) -> Parts:
+def _parts(names: tuple[str, ...], count: int | None) -> Parts:
     if any("{}" in name for name in names):
-        assert linear.experts is not None
-        return tuple(
-            tuple(name.format(expert) for name in names) for expert in range(linear.experts)
-        )
+        assert count is not None
+        return tuple(tuple(name.format(number) for name in names) for number in range(count))
     return (names,)
 
 
@@ -184,18 +189,18 @@ def _joined_spec(
     specs = [[stored[name] for name in names] for names in parts]
     if spelling.whole:
         return specs[0][0]
-    for names, expert in zip(parts, specs, strict=True):
-        for name, spec, like in zip(names, expert, specs[0], strict=True):
-            if (spec.shape, spec.dtype) != (like.shape, like.dtype) or len(spec.shape) != 2:
+    for names, own in zip(parts, specs, strict=True):
+        for name, spec, first_name, like in zip(names, own, parts[0], specs[0], strict=True):
+            if (spec.shape, spec.dtype) != (like.shape, like.dtype) or not spec.shape:
                 raise CheckpointError(
-                    f"{where}: {name} is {spec.shape} {spec.dtype}, the same tensor of the first "
-                    f"expert {like.shape} {like.dtype}: all must be equal; download the model again"
+                    f"{where}: {name} is {spec.shape} {spec.dtype}, {first_name} is "
+                    f"{like.shape} {like.dtype}: all must be equal; download the model again"
                 )
     first = specs[0]
-    if any((spec.shape[1], spec.dtype) != (first[0].shape[1], first[0].dtype) for spec in first):
+    if any((spec.shape[1:], spec.dtype) != (first[0].shape[1:], first[0].dtype) for spec in first):
         raise CheckpointError(
             f"{where}: {' and '.join(parts[0])} differ in input channels or dtype; download the "
             "model again"
         )
     rows = sum(spec.shape[0] for spec in first)
-    return TensorSpec((len(parts), rows, first[0].shape[1]), first[0].dtype)
+    return TensorSpec((len(parts), rows, *first[0].shape[1:]), first[0].dtype)

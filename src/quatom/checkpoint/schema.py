@@ -58,11 +58,11 @@ def outer_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     return tensors
 
 
-def norm_tensors(norm: Norm, prefix: str, size: int) -> dict[str, TensorSpec]:
-    """Weight and, where it has one, bias of a norm over `size` channels."""
-    tensors = {f"{prefix}.weight": TensorSpec((size,))}
+def norm_tensors(norm: Norm, prefix: str, *shape: int) -> dict[str, TensorSpec]:
+    """Weight and, where it has one, bias of a norm."""
+    tensors = {f"{prefix}.weight": TensorSpec(shape)}
     if norm.bias:
-        tensors[f"{prefix}.bias"] = TensorSpec((size,))
+        tensors[f"{prefix}.bias"] = TensorSpec(shape)
     return tensors
 
 
@@ -73,16 +73,21 @@ def layer_norms(layer: LayerPlan) -> dict[str, TensorSpec]:
         tensors |= norm_tensors(norm, layer.norm_name(name), layer.hidden_size)
     attention = layer.spec.attention
     if attention.qk_norm is not None:
-        for prefix, size in zip(layer.qk_norm_names, qk_norm_sizes(attention), strict=True):
-            tensors |= norm_tensors(attention.qk_norm, prefix, size)
+        for prefix, shape in zip(layer.qk_norm_names, qk_norm_shapes(attention), strict=True):
+            tensors |= norm_tensors(attention.qk_norm, prefix, *shape)
     return tensors
 
 
-def qk_norm_sizes(attention: Attention) -> tuple[int, int]:
-    """Channels of the weights of the norms of q and k."""
-    if attention.qk_norm_axis == "head":
-        return attention.head_dim, attention.head_dim
-    return attention.q_size, attention.kv_size
+def qk_norm_shapes(attention: Attention) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the weights of the norms of q and k."""
+    channels = attention.head_dim
+    match attention.qk_norm_axis:
+        case "head":
+            return (channels,), (channels,)
+        case "each":
+            return (attention.num_heads, channels), (attention.num_kv_heads, channels)
+        case "all":
+            return (attention.q_size,), (attention.kv_size,)
 
 
 def float_linear_tensors(linear: LinearPlan) -> dict[str, TensorSpec]:

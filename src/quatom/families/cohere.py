@@ -13,12 +13,11 @@ def read(keys: Keys) -> ModelConfig:
     """What a CohereForCausalLM computes.
 
     Raises:
-        ModelError: a key is missing or not supported; norms of q and k with a weight per head
-            (use_qk_norm) are not.
+        ModelError: a key is missing or not supported.
     """
-    keys.only("use_qk_norm", False)
     sizes = read_sizes(keys, max_position=8192)
-    return _read(keys, sizes, _rotary(keys, sizes, 500_000.0), "cohere")
+    rotary, normalized = _rotary(keys, sizes, 500_000.0), keys.flag("use_qk_norm")
+    return _read(keys, sizes, rotary, "cohere", normalized=normalized)
 
 
 def read_cohere2(keys: Keys) -> ModelConfig:
@@ -59,16 +58,21 @@ def _read(
     rotary: Rotary,
     family: str,
     own_windows: Sequence[int | None] | None = None,
+    *,
+    normalized: bool = False,
 ) -> ModelConfig:
     bias = keys.flag("attention_bias")
+    norm = Norm(kind="layer", eps=keys.positive("layer_norm_eps", default=1e-5))
     return decoder(
         keys,
         sizes,
         rotary,
         family=family,
-        norm=Norm(kind="layer", eps=keys.positive("layer_norm_eps", default=1e-5)),
+        norm=norm,
         feed_forward=read_feed_forward(keys),
         windows=own_windows,
+        qk_norm=norm if normalized else None,
+        qk_norm_axis="each",
         attention_bias=bias,
         output_bias=bias,
         norms={"attention": "input_layernorm"},
@@ -82,7 +86,7 @@ COHERE = Family(
     name="cohere",
     architectures=("CohereForCausalLM",),
     model_type="cohere",
-    models="Command R (08-2024 and before), Aya 23, Aya Expanse 8B",
+    models="Command R and R+, Aya 23, Aya Expanse",
     read=read,
 )
 COHERE2 = Family(

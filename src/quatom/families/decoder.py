@@ -6,7 +6,7 @@ what is its own.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from quatom.errors import ModelError
 from quatom.families.keys import Keys
@@ -17,6 +17,7 @@ from quatom.families.spec import (
     Attention,
     Experts,
     FeedForward,
+    HeadNormAxis,
     Layer,
     Linear,
     ModelConfig,
@@ -134,7 +135,7 @@ def decoder(
     score_softcap: float | None = None,
     sinks: bool = False,
     qk_norm: Norm | None = None,
-    qk_norm_axis: Literal["head", "all"] = "head",
+    qk_norm_axis: HeadNormAxis = "head",
     attention_bias: bool = False,
     output_bias: bool = False,
     mlp_bias: bool = False,

@@ -28,6 +28,10 @@ NormName = Literal["attention", "attention_output", "feed_forward", "feed_forwar
 """A norm of a layer: before attention, after it, before the feed-forward layer, after it."""
 NORMS: tuple[NormName, ...] = get_args(NormName)
 """All places of a norm in a layer, in the order of the network."""
+HeadNormAxis = Literal["head", "each", "all"]
+"""What a norm of q, or of k, normalizes together. head: the channels of each head, one weight
+(head_dim,) for all heads; each: the same, with a weight of every head's own (heads, head_dim);
+all: the channels of all heads, a weight (heads * head_dim,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +148,7 @@ class Attention:
     """A learned logit of each query head takes part in the softmax's sum and has no value."""
     rows_by_group: bool = False
     """Files hold the rows of q, k and v by KV head: those of its query heads, its k, its v."""
-    qk_norm_axis: Literal["head", "all"] = "head"
-    """head: over the channels of each head, one weight (head_dim,) for all heads; all: over the
-    channels of all heads, weights (num_heads * head_dim,) and (num_kv_heads * head_dim,)."""
+    qk_norm_axis: HeadNormAxis = "head"
 
     def __post_init__(self) -> None:
         _positive_integers(self, "num_heads", "num_kv_heads", "head_dim")
@@ -339,6 +341,8 @@ class Layer:
     """Prefix of each norm's tensors within the layer: "input_layernorm"."""
     qk_norm_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     """Prefixes of the norms of q and k within the layer, where there are any."""
+    qk_norm_parts: tuple[str, str] | None = None
+    """The same prefixes where files hold the weight of every head by itself; {} is its number."""
     sinks_name: str = "self_attn.sinks"
     """Tensor (num_heads,) of attention's sinks within the layer, where there are any."""
     residual_multiplier: float = 1.0

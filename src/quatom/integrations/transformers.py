@@ -140,6 +140,11 @@ def _convert_layer(model: Any, layer: LayerPlan, recipe: Recipe) -> None:
         raise ModelError(f"{layer.prefix[:-1]} has routed experts: use quatom.load")
     if spec.sinks:
         raise ModelError(f"{layer.prefix[:-1]} has attention with sinks: use quatom.load")
+    if spec.qk_norm is not None and spec.qk_norm_axis == "each":
+        raise ModelError(
+            f"{layer.prefix[:-1]} has a norm for each head of q and k, which Quatom stores in "
+            "another form than transformers' model: use quatom.load"
+        )
     if head_order(spec.rope, spec.head_dim) is not None and spec.qk_norm is not None:
         raise ModelError(
             f"{layer.prefix[:-1]} normalizes q and k whose channels Quatom stores in another "

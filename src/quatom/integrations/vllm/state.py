@@ -69,8 +69,8 @@ class CheckpointState:
             ModelError: the model is not supported, is of none of `DENSE_FAMILIES`, has routed
                 experts of another family than `EXPERT_MODULES` or in floating point, or of one that
                 this vLLM does not load, or vLLM's model normalizes q and k whose channels the
-                checkpoint holds in another order, or computes other layers; or the recipe rotates
-                outputs.
+                checkpoint holds in another order, or each head by a norm of its own, or computes
+                other layers; or the recipe rotates outputs.
             RecipeError: the recipe does not fit the model's sizes.
         """
         config, _recipe = read_model_config(folder)
@@ -106,6 +106,11 @@ class CheckpointState:
                     "StableLM does not compute: use quatom serve"
                 )
             attention = layer.spec.attention
+            if attention.qk_norm is not None and attention.qk_norm_axis == "each":
+                raise ModelError(
+                    f"{folder} has a norm for each head of q and k, which the plugin was not tried "
+                    "with: use quatom serve"
+                )
             moved = head_order(attention.rope, attention.head_dim) is not None
             if moved and attention.qk_norm is not None:
                 raise ModelError(

@@ -1,27 +1,23 @@
 """Norm of q and k before rotary embedding, both in one launch."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from quatom.errors import ShapeError
-from quatom.families.spec import Norm
+from quatom.families.spec import HeadNormAxis, Norm
 from quatom.ops.backend import Backend, choose_backend
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON)
-Axis = Literal["head", "all"]
-
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
     """How q and k are normalized."""
 
-    q_weight: Tensor  # (D,), or (H * D,) for the axis "all"
-    k_weight: Tensor  # (D,), or (KV * D,)
+    q_weight: Tensor  # (D,); (H, D) for the axis "each", (H * D,) for "all"; contiguous
+    k_weight: Tensor  # (D,); (KV, D); (KV * D,)
     norm: Norm
-    axis: Axis
-    """"head": each head by itself, all with one weight; "all": a token's heads together."""
+    axis: HeadNormAxis
 
 
 def head_norm(
@@ -69,9 +65,11 @@ def check_head_norm(q: Tensor, k: Tensor, norms: HeadNorms) -> None:
     if norms.norm.bias:
         raise ShapeError("the norm of q and k has a bias, which head_norm does not add")
     for name, x, weight in (("q", q, norms.q_weight), ("k", k, norms.k_weight)):
-        expected = x.shape[2] if norms.axis == "head" else x.shape[1] * x.shape[2]
-        if weight.shape != (expected,):
+        _, heads, channels = x.shape
+        shapes = {"head": (channels,), "each": (heads, channels), "all": (heads * channels,)}
+        expected = shapes[norms.axis]
+        if weight.shape != expected or not weight.is_contiguous():
             raise ShapeError(
-                f"axis {norms.axis!r} needs a weight ({expected},) for {name} {tuple(x.shape)}, "
-                f"got {tuple(weight.shape)}"
+                f"axis {norms.axis!r} needs a contiguous weight {expected} for {name} "
+                f"{tuple(x.shape)}, got {tuple(weight.shape)} with strides {weight.stride()}"
             )

@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quatom.families.spec import Norm
-from quatom.ops.head_norm import Axis
+from quatom.families.spec import HeadNormAxis, Norm
 from quatom.ops.norm import rounds_before_weight
 
 _HEADS = 8
@@ -17,9 +16,10 @@ def _normalize(
     x_ptr,  # heads of one token
     head_stride,
     out_ptr,  # the same heads, contiguous
-    weight_ptr,  # (WIDTH,)
+    weight_ptr,  # (WIDTH,), or (COUNT, WIDTH) where each row has its own
     first,  # row of the first one below
     eps,
+    EACH: tl.constexpr,  # each row has a weight of its own
     COUNT: tl.constexpr,  # rows of the token
     WIDTH: tl.constexpr,  # channels that are normalized together
     D: tl.constexpr,
@@ -44,11 +44,17 @@ def _normalize(
     normed = x * inverse[:, None]
     if ROUND_FIRST:
         normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    if EACH:
+        weight_at = row[:, None] * WIDTH + column[None, :]
+        weight = tl.load(weight_ptr + weight_at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     if WEIGHT_OFFSET != 0.0:
         weight += WEIGHT_OFFSET
+    if not EACH:
+        weight = weight[None, :]
     out = out_ptr + row[:, None] * WIDTH + column[None, :]
-    tl.store(out, (normed * weight[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, (normed * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -67,6 +73,7 @@ def _head_norm_kernel(
     KV: tl.constexpr,
     D: tl.constexpr,
     ALL: tl.constexpr,  # the heads of a token are normalized together
+    EACH: tl.constexpr,  # each head has a weight of its own
     ROWS: tl.constexpr,  # that a program normalizes
     Q_PAD: tl.constexpr,  # channels of a row of q, and of k, rounded up to powers of two
     K_PAD: tl.constexpr,
@@ -90,6 +97,7 @@ def _head_norm_kernel(
             q_weight_ptr,
             block * ROWS,
             eps,
+            EACH,
             Q_COUNT,
             Q_WIDTH,
             D,
@@ -107,6 +115,7 @@ def _head_norm_kernel(
             k_weight_ptr,
             (block - Q_BLOCKS) * ROWS,
             eps,
+            EACH,
             K_COUNT,
             K_WIDTH,
             D,
@@ -119,7 +128,7 @@ def _head_norm_kernel(
 
 
 def head_norm_triton(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, norm: Norm, axis: Axis
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, norm: Norm, axis: HeadNormAxis
 ) -> tuple[Tensor, Tensor]:
     """See `head_norm`. CUDA, or the CPU under TRITON_INTERPRET=1."""
     tokens, heads, head_dim = q.shape
@@ -144,6 +153,7 @@ def head_norm_triton(
             KV=kv_heads,
             D=head_dim,
             ALL=together,
+            EACH=axis == "each",
             ROWS=rows,
             Q_PAD=triton.next_power_of_2(heads * head_dim if together else head_dim),
             K_PAD=triton.next_power_of_2(kv_heads * head_dim if together else head_dim),

@@ -88,6 +88,12 @@ def _scale_norms(
     offset = attention.qk_norm.weight_offset
     scaled = []
     for weight, factors in zip(weights.qk_norm, (queries, keys), strict=True):
-        factor = factors[0] if attention.qk_norm_axis == "head" else factors.flatten()
+        match attention.qk_norm_axis:
+            case "head":
+                factor = factors[0]
+            case "each":
+                factor = factors
+            case "all":
+                factor = factors.flatten()
         scaled.append(((weight.float() + offset) * factor - offset).to(weight.dtype))
     return replace(weights, qk_norm=(scaled[0], scaled[1]))

@@ -98,7 +98,7 @@ def build_tuned_block(layer: LayerPlan, weights: FloatLayer) -> TunedBlock:
     """The block of a layer under its plan, its weights unrounded.
 
     `torch.func.functional_call` runs it with other weights: "linears.SITE.weight" and
-    "linears.SITE.bias", "norms.NAME.weight", "heads.norms.0" and "heads.norms.1", "key_offset".
+    "linears.SITE.bias", "norms.NAME.weight", "heads.weights.0" and "heads.weights.1", "key_offset".
     """
     linears: dict[SiteName, SiteLinear] = {}
     inputs: dict[SiteName, InputQuantizer] = {}

@@ -64,7 +64,7 @@ class LearnedTransforms(nn.Module):
             if held.bias is not None:
                 made[f"linears.{name}.bias"] = held.bias
         for index, weight in enumerate(layer.qk_norm or ()):
-            made[f"heads.norms.{index}"] = weight
+            made[f"heads.weights.{index}"] = weight
         if layer.key_offset is not None:
             made["key_offset"] = layer.key_offset
         return made
