@@ -158,7 +158,9 @@ def test_a_missing_expert_is_named(folder):
 
 def test_experts_of_different_sizes_or_dtypes_are_refused(folder):
     change(folder, lambda tensors: tensors.update({W1: tensors[W1][:-32]}))
-    with pytest.raises(CheckpointError, match=rf"{W1} is \(160, 128\).*0\.w1\.weight is \(192, 128\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{W1} is \(160, 128\).*0\.w1\.weight is \(192, 128\)"
+    ):
         open_source(folder)
 
 

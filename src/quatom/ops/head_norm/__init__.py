@@ -10,6 +10,7 @@ from quatom.ops.backend import Backend, choose_backend
 
 BACKENDS = (Backend.REFERENCE, Backend.TRITON)
 
+
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
     """How q and k are normalized."""
