@@ -121,7 +121,7 @@ def test_an_attention_that_knows_no_kv_format_is_refused(checkpoint):
         from_pretrained(folder, attn_implementation="eager")
 
 
-NAMED_OTHERWISE = ("gpt2", "gpt_bigcode", "exaone", "gpt_neox", "gptj")
+NAMED_OTHERWISE = ("gpt2", "gpt_bigcode", "exaone", "gpt_neox")
 
 
 @pytest.mark.parametrize("family", [family for family in NAMED_OTHERWISE if family in TINY])
@@ -130,9 +130,11 @@ def test_other_names_than_transformers_are_refused(family, checkpoint):
         from_pretrained(checkpoint(family, "w8a8"))
 
 
-def test_a_model_that_takes_no_other_attention_is_refused(checkpoint):
-    with pytest.raises(ModelError, match=r"model of falcon does not take Quatom's attention: use"):
-        from_pretrained(checkpoint("falcon", "w8a8"))
+@pytest.mark.parametrize("family", ["falcon", "gptj"])
+def test_a_model_that_takes_no_other_attention_is_refused(family, checkpoint):
+    message = f"model of {family} does not take Quatom's attention: use quatom.load"
+    with pytest.raises(ModelError, match=message):
+        from_pretrained(checkpoint(family, "w8a8"))
 
 
 @pytest.mark.parametrize("family", ["cohere-norms", "stablelm-norms"])

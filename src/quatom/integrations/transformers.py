@@ -48,8 +48,8 @@ from quatom.recipe import KVSpec, Recipe
 
 METHOD = "quatom"
 """quant_method and attn_implementation in a checkpoint's config.json."""
-_OWN_ATTENTION = ("falcon",)
-"""Model types whose code in transformers knows its own implementations of attention alone."""
+_OWN_ATTENTION = ("falcon", "gptj")
+"""Model types whose code, in some version of transformers, knows only its own kinds of attention."""
 _ONE = "devices, and a Quatom model in transformers runs on one: name it, or use vLLM"
 
 
@@ -102,6 +102,10 @@ class QuatomQuantizer(HfQuantizer):
                 "quatom.load"
             )
         return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The hook before the build of versions that lack `update_attn_implementation`."""
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
