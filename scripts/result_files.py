@@ -35,10 +35,19 @@ RECIPE_ORDER = (
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first align to the right."""
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    """A Markdown table; columns of numbers, but for the first one, align to the right."""
+    columns = list(zip(*rows, strict=True))[1:] or [()] * (len(header) - 1)
+    rules = ["|---:" if _numbers(column) else "|---" for column in columns]
+    lines = ["| " + " | ".join(header) + " |", "".join(["|---", *rules, "|"])]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _numbers(cells: tuple[str, ...]) -> bool:
+    """Whether a column has numbers: at least half of what it says begins as one."""
+    said = [cell for cell in cells if cell]
+    begins = [cell.lstrip("*+-").startswith(tuple("0123456789")) for cell in said]
+    return 2 * sum(begins) >= len(said)
 
 
 def exists(name: str) -> bool:

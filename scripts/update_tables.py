@@ -209,6 +209,11 @@ def supported(name: str) -> str:
     return table(["family", "architectures", "released models"], rows)
 
 
+def family_names(name: str) -> str:
+    """Names of the families, in one paragraph; `name` is not used."""
+    return ", ".join(f"`{family.name}`" for family in FAMILIES) + ".\n"
+
+
 def refused(name: str) -> str:
     """Models that do not run, by what they have; `name` is not used."""
     reasons: dict[str, list[str]] = {}
@@ -264,6 +269,7 @@ def vllm(name: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "supported": supported,
+    "names": family_names,
     "refused": refused,
     "agreement": agreement,
     "backends": backends,
