@@ -110,7 +110,7 @@ class HashModel:
         shape = (num_blocks, block_size)
         return [HashCache(torch.full(shape, -7, dtype=torch.int32)) for _ in range(2)]
 
-    def forward(self, input_ids, context, kv_cache):
+    def forward(self, input_ids, context, kv_cache, rows=None):
         if self.fail_on and self._sees(input_ids.tolist(), list(self.fail_on)):
             raise RuntimeError("kernel failed")
         assert (input_ids >= 0).all()
@@ -122,7 +122,8 @@ class HashModel:
             layer.write(context.slot_mapping, values)
             values = self._attend(layer, context)
         broken = torch.where(input_ids == self.nan_on, torch.nan, 0.0)
-        return torch.stack((values.double(), broken.double()), dim=1)
+        hidden = torch.stack((values.double(), broken.double()), dim=1)
+        return hidden if rows is None else hidden[rows]
 
     def _attend(self, layer, context):  # -> (T,) int64
         """For each new token the hash of what the cache holds of its sequence up to it."""

@@ -90,9 +90,9 @@ def spy_on_prefills(engine):
     """Tokens of the steps that the prefill graphs of an engine replay."""
     replayed, replay = [], engine.runner.prefill_graphs.replay
 
-    def record(input_ids, batch):
+    def record(input_ids, batch, rows):
         replayed.append(input_ids.shape[0])
-        return replay(input_ids, batch)
+        return replay(input_ids, batch, rows)
 
     engine.runner.prefill_graphs.replay = record
     return replayed

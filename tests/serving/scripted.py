@@ -28,7 +28,7 @@ class ScriptedModel(HashModel):
     """What it was asked, specials included."""
     _known: dict = field(default_factory=dict)
 
-    def forward(self, input_ids, context, kv_cache):
+    def forward(self, input_ids, context, kv_cache, rows=None):
         cache = kv_cache[0]
         cache.write(context.slot_mapping, input_ids)
         cu = context.cu_seqlens_q.tolist()
@@ -37,7 +37,7 @@ class ScriptedModel(HashModel):
             if length:  # rows in the middle of a prompt are not sampled
                 token_ids = cache.read(context.block_tables[b], length).tolist()
                 hidden[cu[b + 1] - 1, 0] = self._next(token_ids)
-        return hidden
+        return hidden if rows is None else hidden[rows]
 
     def _next(self, token_ids):
         if self.begin not in token_ids:

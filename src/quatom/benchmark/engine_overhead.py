@@ -23,7 +23,7 @@ from quatom.benchmark.environment import command_line, describe_environment, wri
 from quatom.engine.config import EngineConfig
 from quatom.engine.engine import Engine
 from quatom.engine.sampling import SamplingParams
-from quatom.modeling.context import ForwardContext, Stages
+from quatom.modeling.context import ForwardContext, Stages, Stop
 from quatom.presets import PRESETS
 from quatom.recipe import Recipe
 
@@ -66,17 +66,26 @@ class StubModel:
         """Nothing depends on it."""
 
     def forward(
-        self, input_ids: Tensor, context: ForwardContext, kv_cache: Sequence[StubCache]
+        self,
+        input_ids: Tensor,
+        context: ForwardContext,
+        kv_cache: Sequence[StubCache],
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """(T, 1) zeros."""
-        return self._hidden[:1].expand(input_ids.shape[0], 1)
+        """(M, 1) zeros."""
+        return self._hidden[:1].expand((input_ids if rows is None else rows).shape[0], 1)
 
     def stages(
         self, input_ids: Tensor, context: ForwardContext, kv_cache: Sequence[StubCache]
     ) -> Stages:
-        """It attends to nothing."""
+        """One layer that attends to nothing."""
         yield from ()
-        return self.forward(input_ids, context, kv_cache)
+        hidden = self.forward(input_ids, context, kv_cache)
+        return Stop(lambda q, context, *, out=None: q, hidden, hidden)
+
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """What came in."""
+        return residual
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(M, vocab); sampling may change them, so a copy would be part of the model's time."""

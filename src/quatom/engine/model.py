@@ -32,14 +32,21 @@ class Model(Protocol):
         input_ids: Tensor,  # (T,) int64
         context: ForwardContext,
         kv_cache: Any,  # what `allocate_kv_cache` of the same model returned
+        rows: Tensor | None = None,  # (M,) int64
     ) -> Tensor:
-        """Hidden states (T, hidden) of T new tokens, appended to the cache."""
+        """Append T new tokens to the cache; hidden states (M, hidden) of those wanted.
+
+        Without rows of all, (T, hidden).
+        """
 
     def stages(self, input_ids: Tensor, context: ForwardContext, kv_cache: Any) -> Stages:
         """`forward` that stops for each attention; for CUDA graphs alone.
 
         Of the context the rest reads positions and slot_mapping alone.
         """
+
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """Hidden states (M, hidden) of rows of the last stop: (M, H, D) and (M, hidden)."""
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(M, hidden) -> (M, vocab) float32."""

@@ -5,6 +5,9 @@ host took longer to launch a step of 2048 tokens than the GPU to compute it. Wha
 attentions depends on the number of tokens alone, so it is captured once for each size class, and a
 step is a replay, an attention, a replay and so on. A batch is padded to its size class: padding
 rows are not stored (slot -1), and no attention reads or writes them.
+
+What follows the last attention runs for the tokens whose successors are sampled, and for no others:
+nothing reads what it gives for them.
 """
 
 from collections.abc import Sequence
@@ -17,7 +20,8 @@ from torch import Tensor
 from quatom.engine.batch import Batch
 from quatom.engine.graph_pool import GraphPool, borrow
 from quatom.engine.model import KVCacheLayer, Model
-from quatom.modeling.context import AttentionCall, ForwardContext, Stages
+from quatom.engine.output_graphs import OutputGraphs
+from quatom.modeling.context import AttentionCall, ForwardContext, Stages, advance
 
 SMALLEST = 64
 """Tokens of the smallest size class."""
@@ -51,8 +55,7 @@ class _Piece:
 @dataclass(frozen=True, slots=True)
 class _Step:
     pieces: list[_Piece]
-    last: Any  # graph of what comes after the last attention
-    hidden: Tensor  # (size, hidden)
+    residual: Tensor  # (size, hidden), of the last piece
 
 
 class PrefillGraphs:
@@ -65,6 +68,7 @@ class PrefillGraphs:
         pool: GraphPool,
         *,
         max_num_tokens: int,
+        max_num_seqs: int,
         device: torch.device,
     ) -> None:
         def static(value: int) -> Tensor:
@@ -76,13 +80,27 @@ class PrefillGraphs:
         self._steps: dict[int, _Step] = {}
         for size in reversed(self._sizes):  # the largest first: smaller ones reuse its memory
             self._steps[size] = self._capture(model, kv_cache, size, pool)
+        largest = self._steps[self._sizes[-1]]
+        attended, residual = largest.pieces[-1].attended, largest.residual
+        self._outputs = OutputGraphs(model, pool, attended, residual, max_num_seqs)
+        self._finish = model.finish
 
     def accepts(self, batch: Batch) -> bool:
         """Whether the batch has a size class that it fills well enough."""
         return self.size_of(batch.input_ids.shape[0]) is not None
 
-    def replay(self, input_ids: Tensor, batch: Batch) -> Tensor:
-        """Hidden states (T, hidden) of a batch; overwritten by the next replay."""
+    def replay(self, input_ids: Tensor, batch: Batch, rows: Tensor | None) -> Tensor:
+        """Hidden states of a batch; overwritten by the next replay.
+
+        Args:
+            input_ids: (T,) int64.
+            batch: where they are; it says how the graphs are fed.
+            rows: (M,) int64, tokens whose hidden states are wanted, at most one for each sequence;
+                None: all of them.
+
+        Returns:
+            (M, hidden), or (T, hidden) of all tokens.
+        """
         context, used = batch.context, input_ids.shape[0]
         size = self.size_of(used)
         assert size is not None
@@ -95,8 +113,10 @@ class PrefillGraphs:
         for piece in step.pieces:
             piece.graph.replay()
             piece.attention(piece.q[:used], context, out=piece.attended[:used])
-        step.last.replay()
-        return step.hidden[:used]
+        attended = step.pieces[-1].attended
+        if rows is None:
+            return self._finish(attended[:used], step.residual[:used])
+        return self._outputs.replay(attended, step.residual, rows)
 
     def size_of(self, tokens: int) -> int | None:
         """The size class of a step, or None: it would have to be padded by too much."""
@@ -130,25 +150,15 @@ class PrefillGraphs:
             return model.stages(self._input_ids[:size], context, kv_cache)
 
         with pool.stream():  # compile and autotune outside of the captures
-            run, attended = stages(), None
-            while not isinstance(stop := _advance(run, attended), Tensor):
-                attended = self._buffer(stop[1])[:size]
+            run, attended, last = stages(), None, False
+            while not last:
+                stop, last = advance(run, attended)
+                attended = self._buffer(stop.q)[:size]
         pieces: list[_Piece] = []
-        run, attended = stages(), None
-        while True:
+        run, attended, last = stages(), None, False
+        while not last:
             with pool.capture() as graph:
-                stop = _advance(run, attended)
-            if isinstance(stop, Tensor):
-                return _Step(pieces, graph, borrow(stop))
-            attention, q = stop
-            attended = self._buffer(q)[:size]
-            pieces.append(_Piece(graph, attention, borrow(q), attended))
-
-
-def _advance(run: Stages, attended: Tensor | None) -> tuple[AttentionCall, Tensor] | Tensor:
-    """The next attention with its queries, or the hidden states at the end."""
-    try:
-        return run.send(attended)
-    except StopIteration as end:
-        hidden: Tensor = end.value
-        return hidden
+                stop, last = advance(run, attended)
+            attended = self._buffer(stop.q)[:size]
+            pieces.append(_Piece(graph, stop.attention, borrow(stop.q), attended))
+        return _Step(pieces, borrow(stop.residual))

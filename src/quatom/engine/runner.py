@@ -103,14 +103,22 @@ class ModelRunner:
         if self.decode_graphs is not None and self.decode_graphs.accepts(batch):
             rows, logits = None, self.decode_graphs.replay(input_ids, batch)
         else:
-            if self.prefill_graphs is not None and self.prefill_graphs.accepts(batch):
-                hidden = self.prefill_graphs.replay(input_ids, batch)
-            else:
-                hidden = self.model.forward(input_ids, batch.context, self.kv_cache)
-            self._record_prompt_logprobs(hidden, batch)
-            rows = hidden[batch.sample_rows]
+            rows = self._wanted_rows(input_ids, batch)
             logits = self.model.head_logits(rows)
         return self._sample(logits, rows, batch)
+
+    def _wanted_rows(self, input_ids: Tensor, batch: Batch) -> Tensor:
+        """Hidden states (M, hidden) of the tokens whose successors are sampled."""
+        scored = any(item.sequence.params.prompt_logprobs is not None for item in batch.items)
+        wanted = None if scored else batch.sample_rows
+        if self.prefill_graphs is not None and self.prefill_graphs.accepts(batch):
+            hidden = self.prefill_graphs.replay(input_ids, batch, wanted)
+        else:
+            hidden = self.model.forward(input_ids, batch.context, self.kv_cache, wanted)
+        if not scored:
+            return hidden
+        self._record_prompt_logprobs(hidden, batch)
+        return hidden[batch.sample_rows]
 
     def _sample(self, logits: Tensor, rows: Tensor | None, batch: Batch) -> LaunchedStep:
         sequences = [item.sequence for item in batch.sampled]

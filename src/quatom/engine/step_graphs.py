@@ -45,5 +45,12 @@ def capture_steps(
         most = min(most, config.prefill_graph_tokens)
     if not most:
         return StepGraphs(decode, None)
-    prefill = PrefillGraphs(model, kv_cache, pool, max_num_tokens=most, device=device)
+    prefill = PrefillGraphs(
+        model,
+        kv_cache,
+        pool,
+        max_num_tokens=most,
+        max_num_seqs=config.max_num_seqs,
+        device=device,
+    )
     return StepGraphs(decode, prefill)

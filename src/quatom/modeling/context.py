@@ -46,8 +46,35 @@ class AttentionCall(Protocol):
         """What queries (T, H, D) see of their sequences, (T, H, D); written to `out` if given."""
 
 
-Stages = Generator[tuple[AttentionCall, Tensor], Tensor | None, Tensor]
-"""A forward pass that stops for each attention with its queries, and is sent the result."""
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Where a forward pass stops for the attention of a layer."""
+
+    attention: AttentionCall
+    q: Tensor  # (T, H, D)
+    residual: Tensor  # (T, hidden), what the layer's output will be added to
+
+
+Stages = Generator[Stop, Tensor, Stop]
+"""A forward pass that stops for each attention and is sent its result, (T, H, D).
+
+The last stop is what it returns: nothing that follows is read by other tokens, so whoever runs it
+decides for which of them it is wanted.
+"""
+
+
+def advance(stages: Stages, attended: Tensor | None) -> tuple[Stop, bool]:
+    """The next stop, and whether it is the last.
+
+    Args:
+        stages: a forward pass.
+        attended: result of the attention that it stopped for; None at the start.
+    """
+    try:
+        return (next(stages) if attended is None else stages.send(attended)), False
+    except StopIteration as end:
+        last: Stop = end.value
+        return last, True
 
 
 def full_sequences_context(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quatom.families.spec import ModelConfig
 from quatom.modeling.block import DecoderBlock
-from quatom.modeling.context import ForwardContext, Stages
+from quatom.modeling.context import ForwardContext, Stages, Stop, advance
 from quatom.modeling.inputs import NormLayer
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import NormWeights
@@ -84,16 +84,29 @@ class Decoder(nn.Module):
         input_ids: Tensor,  # (T,) int64
         context: ForwardContext,
         kv_cache: Sequence[KVPages],
+        rows: Tensor | None = None,  # (M,) int64
     ) -> Tensor:
-        """Hidden states after the final norm, (T, hidden). Appends to the KV cache."""
+        """Hidden states after the final norm. Appends to the KV cache.
+
+        Args:
+            input_ids: new tokens.
+            context: where they are in their sequences and in the cache.
+            kv_cache: pages of every layer.
+            rows: tokens whose hidden states are wanted; None: all. What follows the last attention
+                runs for them alone.
+
+        Returns:
+            (M, hidden), or (T, hidden) of all tokens.
+        """
         stages = self.stages(input_ids, context, kv_cache)
-        attended: Tensor | None = None
-        while True:
-            try:
-                attention, q = stages.send(attended)
-            except StopIteration as end:
-                return cast("Tensor", end.value)
-            attended = attention(q, context)
+        stop, last = advance(stages, None)
+        while not last:
+            stop, last = advance(stages, stop.attention(stop.q, context))
+        if rows is None:
+            return self.finish(stop.attention(stop.q, context), stop.residual)
+        if not rows.numel():
+            return stop.residual[:0]
+        return self.finish(stop.attention(stop.q, context)[rows], stop.residual[rows])
 
     def stages(
         self,
@@ -101,21 +114,31 @@ class Decoder(nn.Module):
         context: ForwardContext,
         kv_cache: Sequence[KVPages],
     ) -> Stages:
-        """A forward pass that stops for each attention with its queries, and is sent the result.
+        """A forward pass that stops for each attention; `finish` is what follows the last one.
 
         What runs between two stops has shapes that T alone decides, and of the context it reads
         positions and slot_mapping: it can be captured in a CUDA graph for any batch of T tokens.
         """
         hidden: Tensor | ExpertSum = self.embed(input_ids, context.positions)
         residual: Tensor | None = None
-        for module, kv in zip(self.blocks, kv_cache, strict=True):
+        blocks = [cast("DecoderBlock", block) for block in self.blocks]
+        for block, kv in zip(blocks, kv_cache, strict=True):
             self.blocks_run += 1
-            block = cast("DecoderBlock", module)
             q, residual = block.before_attention(hidden, residual, context, kv, self.rotary)
             del hidden  # what experts gave may be large
-            attended = yield partial(block.attend, kv=kv, rotary=self.rotary), q
-            assert attended is not None
-            hidden, residual = block.after_attention(attended, residual)
+            stop = Stop(partial(block.attend, kv=kv, rotary=self.rotary), q, residual)
+            if block is not blocks[-1]:
+                attended = yield stop
+                hidden, residual = block.after_attention(attended, residual)
+        return stop
+
+    def finish(
+        self,
+        attended: Tensor,  # (M, H, D)
+        residual: Tensor,  # (M, hidden)
+    ) -> Tensor:
+        """Hidden states after the final norm, (M, hidden), of some rows of the last stop."""
+        hidden, residual = cast("DecoderBlock", self.blocks[-1]).after_attention(attended, residual)
         final: Tensor = self.final_norm(summed(hidden), residual)[0]
         return final
 
