@@ -2,14 +2,17 @@
 
 import gc
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from quatom.benchmark import timing
+from quatom.engine import output_graphs
 from quatom.engine.cuda_graphs import can_capture, size_classes
 from quatom.engine.graph_pool import GraphPool
+from quatom.engine.output_graphs import OutputGraphs
 from quatom.engine.prefill_graphs import PrefillGraphs, prefill_sizes
 from quatom.errors import BackendError
 
@@ -73,6 +76,39 @@ def test_large_steps_are_hardly_padded():
         2048,
         None,
     ]
+
+
+class Rerun:
+    """A model whose last layer is one sum, and a pool whose graphs run it again."""
+
+    def __init__(self):
+        self.ran = []
+
+    def finish(self, attended, residual):
+        self.ran.append((attended, residual, attended.flatten(1) + residual))
+        return self.ran[-1][2]
+
+    def stream(self):
+        return nullcontext()
+
+    @contextmanager
+    def capture(self):
+        graph = SimpleNamespace()
+        yield graph
+        attended, residual, out = self.ran[-1]
+        graph.replay = lambda: out.copy_(attended.flatten(1) + residual)
+
+
+def test_wanted_rows_are_gathered_and_padded_to_a_size_class(monkeypatch):
+    monkeypatch.setattr(output_graphs, "borrow", lambda tensor: tensor)
+    model, (attended, residual) = Rerun(), (torch.zeros(20, 2, 3), torch.zeros(20, 6))
+    outputs = OutputGraphs(model, model, attended, residual, 5)
+    assert sorted({len(ran[1]) for ran in model.ran}) == [1, 2, 4, 5]
+    attended, residual = torch.randn(20, 2, 3), torch.randn(20, 6)
+    for rows in ([19], [3, 0, 7], [5], [1, 2, 3, 4, 19], [6, 6]):
+        got = outputs.replay(attended, residual, torch.tensor(rows))
+        assert torch.equal(got, (attended.flatten(1) + residual)[rows])
+    assert outputs.replay(attended, residual, torch.tensor([], dtype=torch.int64)).shape == (0, 6)
 
 
 class Garbage:

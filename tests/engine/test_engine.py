@@ -216,6 +216,25 @@ def test_prompt_logprobs_are_those_of_every_prompt_token():
         assert all(p.top[0] == (p.token_id, p.logprob) for p in output.outputs[0].logprobs)
 
 
+def test_hidden_states_are_asked_for_where_a_token_follows():
+    engine = make_engine(100, max_num_batched_tokens=16, max_prefill_chunk=8)
+    forward, asked = engine.runner.model.forward, []
+
+    def record(input_ids, context, kv_cache, rows=None):
+        asked.append((len(input_ids), None if rows is None else rows.tolist()))
+        return forward(input_ids, context, kv_cache, rows)
+
+    engine.runner.model.forward = record
+    run(engine, [list(range(20)), [1, 2, 3]], greedy(2))
+    assert asked == [(11, [10]), (13, [0, 12]), (1, [0])]
+    asked.clear()
+    run(engine, [list(range(50, 70))], greedy(1))  # its first chunk samples nothing
+    assert asked == [(16, []), (4, [3])]
+    asked.clear()
+    run(engine, [list(range(20)), [1, 2, 3]], greedy(1, prompt_logprobs=0))
+    assert all(rows is None for _, rows in asked)
+
+
 def test_a_row_without_numbers_fails_its_request_alone():
     engine = make_engine(loaded_options={"nan_on": 200})
     outputs = run(engine, [[200], [1, 2]], greedy(5))

@@ -126,6 +126,52 @@ def test_padded_and_mixed_prefill_graphs_change_no_token_of_integer_products():
     assert mixed == generate(make_engine("quatom-w4a4kv4", prefill_graph_tokens=0, **options))
 
 
+@pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
+def test_prefill_graphs_give_the_rows_that_are_wanted(shape):
+    """What follows the last attention for some rows, as for all of them: integer products."""
+    options = dict(max_num_seqs=5, prefix_caching=False, max_model_len=256, cuda_graphs=True)
+    engine = make_engine("quatom-w4a8kv4", shape=shape, **options)
+    graphs, compared = engine.runner.prefill_graphs, []
+    replay = graphs.replay
+
+    def both(input_ids, batch, rows):
+        everything = replay(input_ids, batch, None).clone()
+        wanted = replay(input_ids, batch, rows)
+        assert everything.shape[0] == input_ids.shape[0]
+        assert torch.equal(wanted, everything[rows])
+        compared.append(rows.shape[0])
+        return wanted
+
+    graphs.replay = both
+    generate(engine)
+    # A chunk of a prompt samples nothing; 3 rows are padded to 4, and 5 are a class of their own.
+    assert {0, 1} < set(compared) <= set(range(6))
+
+
+def test_prompt_logprobs_beside_other_prompts():
+    """Every token's hidden state is wanted in such a step, which the graphs replay all the same."""
+    found = []
+    for options in (dict(), dict(cuda_graphs=False, overlap=False)):
+        engine = make_engine(prefix_caching=False, max_model_len=256, **options)
+        plain = generate(engine)
+        wanted = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
+        engine.add_request("scored", PROMPTS[5], wanted)
+        for i, prompt in enumerate(PROMPTS[:4]):
+            engine.add_request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=4))
+        scored, tokens = None, []
+        while engine.has_work:
+            for delta in engine.step():
+                assert delta.error is None
+                if delta.request_id == "scored":
+                    scored = scored or delta.prompt_logprobs
+                    tokens += delta.token_ids
+        assert tokens == plain[5][:4]
+        assert [entry.token_id for entry in scored] == PROMPTS[5][1:]
+        found.append([entry.logprob for entry in scored])
+    # Products of the head in 16 bits, of other numbers of rows: units of 2**-10 of logits up to 8.
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
 def test_a_batch_repeats_and_samples_by_seed():
     engine = make_engine(prefix_caching=False)
     assert generate(engine) == generate(engine)

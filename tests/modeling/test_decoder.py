@@ -7,6 +7,7 @@ from quatom.errors import CheckpointError
 from quatom.loading import load
 from quatom.modeling.context import ForwardContext, full_sequences_context
 from tests.conftest import LLAMA, LLAMA3_SCALING, QWEN2, make_model
+from tests.families.models import save_tiny
 
 KV_BLOCK = 16
 TOKENS = torch.randint(0, 320, (50,), generator=torch.Generator().manual_seed(0))
@@ -151,6 +152,40 @@ def test_tokens_that_are_not_stored_leave_the_cache_alone(tiny_llama_dir):
     )
     loaded.model(TOKENS[:4], unstored, cache)
     assert all(torch.equal(p.storage, b) for p, b in zip(cache, before, strict=True))
+
+
+# A parallel layer, norms after the layers, experts that are added up later, and beside a shared one.
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "cohere", "gemma2", "olmo2", "mixtral", "qwen2_moe"])
+def test_hidden_states_of_wanted_tokens_are_theirs_among_all(name, tmp_path):
+    loaded = load(save_tiny(tmp_path / "model", name))
+    context = context_of([(0, 1), (0, 20), (0, 13)], [[4], [2, 0], [3]])
+    tokens = torch.randint(0, 256, (34,), generator=torch.Generator().manual_seed(2))
+    caches = [loaded.model.allocate_kv_cache(5, KV_BLOCK) for _ in range(3)]
+    want = loaded.model(tokens, context, caches[0])
+    rows = torch.tensor([0, 20, 33, 7])
+    got = loaded.model(tokens, context, caches[1], rows)
+    assert (got - want[rows]).abs().max() <= SAME * want.abs().max()
+    none = loaded.model(tokens, context, caches[2], rows[:0])
+    assert none.shape == (0, want.shape[1])
+    # The next step reads of every token, in every layer, what it would have found.
+    for pages, *others in zip(*caches, strict=True):
+        assert all(torch.equal(pages.storage, other.storage) for other in others)
+
+
+@torch.no_grad()
+def test_after_the_last_attention_wanted_tokens_alone_are_computed(tmp_path):
+    loaded = load(save_tiny(tmp_path / "model", "mixtral"))
+    seen = []
+    for block in loaded.model.blocks:
+        block.router.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    cache = loaded.model.allocate_kv_cache(2, KV_BLOCK)
+    context = context_of([(0, 30)], [[1, 0]])
+    loaded.model(torch.arange(30), context, cache, torch.tensor([29, 3]))
+    assert seen == [30] * (len(loaded.model.blocks) - 1) + [2]
+    seen.clear()
+    loaded.model(torch.arange(30), context, cache, torch.tensor([], dtype=torch.int64))
+    assert seen == [30] * (len(loaded.model.blocks) - 1)
 
 
 def test_the_batch_context_places_sequences_side_by_side():
