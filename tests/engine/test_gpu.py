@@ -143,33 +143,31 @@ def test_prefill_graphs_give_the_rows_that_are_wanted(shape):
         return wanted
 
     graphs.replay = both
-    generate(engine)
-    # A chunk of a prompt samples nothing; 3 rows are padded to 4, and 5 are a class of their own.
+    generate(engine, PROMPTS[-1:])  # its first chunk samples nothing
+    generate(engine)  # 3 rows are padded to 4, and 5 are a class of their own
     assert {0, 1} < set(compared) <= set(range(6))
 
 
 def test_prompt_logprobs_beside_other_prompts():
     """Every token's hidden state is wanted in such a step, which the graphs replay all the same."""
     found = []
-    for options in (dict(), dict(cuda_graphs=False, overlap=False)):
-        engine = make_engine(prefix_caching=False, max_model_len=256, **options)
-        plain = generate(engine)
-        wanted = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
-        engine.add_request("scored", PROMPTS[5], wanted)
+    for options in (dict(), dict(cuda_graphs=False)):
+        engine = make_engine("fp16", prefix_caching=False, max_model_len=256, **options)
+        scored = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
+        engine.add_request("scored", PROMPTS[5], scored)
         for i, prompt in enumerate(PROMPTS[:4]):
             engine.add_request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=4))
-        scored, tokens = None, []
+        entries = None
         while engine.has_work:
             for delta in engine.step():
                 assert delta.error is None
                 if delta.request_id == "scored":
-                    scored = scored or delta.prompt_logprobs
-                    tokens += delta.token_ids
-        assert tokens == plain[5][:4]
-        assert [entry.token_id for entry in scored] == PROMPTS[5][1:]
-        found.append([entry.logprob for entry in scored])
-    # Products of the head in 16 bits, of other numbers of rows: units of 2**-10 of logits up to 8.
-    assert found[0] == pytest.approx(found[1], abs=0.05)
+                    entries = entries or delta.prompt_logprobs
+        assert [entry.token_id for entry in entries] == PROMPTS[5][1:]
+        found.append([entry.logprob for entry in entries])
+    # Padding changes which kernel of cuBLAS multiplies, and so the last of 11 bits of a number;
+    # logits of order 1 differ by some of their units of 2**-10.
+    assert found[0] == pytest.approx(found[1], abs=0.02)
 
 
 def test_a_batch_repeats_and_samples_by_seed():
