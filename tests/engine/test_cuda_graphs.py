@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from quatom.benchmark import timing
-from quatom.engine import output_graphs
+from quatom.engine import output_graphs, prefill_graphs
 from quatom.engine.cuda_graphs import can_capture, size_classes
 from quatom.engine.graph_pool import GraphPool
-from quatom.engine.output_graphs import OutputGraphs
 from quatom.engine.prefill_graphs import PrefillGraphs, prefill_sizes
 from quatom.errors import BackendError
+from quatom.loading import load
+from quatom.modeling.context import ForwardContext, advance
+from tests.families.models import save_tiny
 
 
 def test_only_backends_that_never_wait_for_the_gpu_are_captured(monkeypatch):
@@ -78,37 +80,76 @@ def test_large_steps_are_hardly_padded():
     ]
 
 
-class Rerun:
-    """A model whose last layer is one sum, and a pool whose graphs run it again."""
+class Recorded:
+    """A model and a pool on a CPU: a graph runs again what was called while it was captured."""
 
-    def __init__(self):
-        self.ran = []
-
-    def finish(self, attended, residual):
-        self.ran.append((attended, residual, attended.flatten(1) + residual))
-        return self.ran[-1][2]
+    def __init__(self, model):
+        self.model, self.graph, self.given, self.again = model, SimpleNamespace(), {}, {}
 
     def stream(self):
         return nullcontext()
 
     @contextmanager
     def capture(self):
-        graph = SimpleNamespace()
+        graph = self.graph = SimpleNamespace()
         yield graph
-        attended, residual, out = self.ran[-1]
-        graph.replay = lambda: out.copy_(attended.flatten(1) + residual)
+        self.graph = SimpleNamespace()  # of what runs outside of captures
+
+    def stages(self, *given):
+        run = self.model.stages(*given)
+        self.given[run] = given
+        return run
+
+    def advance(self, run, attended):
+        stop, last = advance(run, attended)
+
+        def replay():
+            if attended is None:
+                self.given[run][1].shared.clear()  # the reference's, of other positions
+                self.again[run] = self.model.stages(*self.given[run])
+            found, _ = advance(self.again[run], attended)
+            stop.q.copy_(found.q)
+            stop.residual.copy_(found.residual)
+
+        self.graph.replay = replay
+        return stop, last
+
+    def finish(self, *given):
+        out = self.model.finish(*given)
+        self.graph.replay = lambda: out.copy_(self.model.finish(*given))
+        return out
 
 
-def test_wanted_rows_are_gathered_and_padded_to_a_size_class(monkeypatch):
-    monkeypatch.setattr(output_graphs, "borrow", lambda tensor: tensor)
-    model, (attended, residual) = Rerun(), (torch.zeros(20, 2, 3), torch.zeros(20, 6))
-    outputs = OutputGraphs(model, model, attended, residual, 5)
-    assert sorted({len(ran[1]) for ran in model.ran}) == [1, 2, 4, 5]
-    attended, residual = torch.randn(20, 2, 3), torch.randn(20, 6)
-    for rows in ([19], [3, 0, 7], [5], [1, 2, 3, 4, 19], [6, 6]):
-        got = outputs.replay(attended, residual, torch.tensor(rows))
-        assert torch.equal(got, (attended.flatten(1) + residual)[rows])
-    assert outputs.replay(attended, residual, torch.tensor([], dtype=torch.int64)).shape == (0, 6)
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_prefill_graphs_run_what_a_forward_pass_does(name, tmp_path, monkeypatch):
+    model = load(save_tiny(tmp_path / "model", name)).model
+    pool = Recorded(model)
+    for module in (prefill_graphs, output_graphs):
+        monkeypatch.setattr(module, "borrow", lambda tensor: tensor)
+    monkeypatch.setattr(prefill_graphs, "advance", pool.advance)
+    caches = [model.allocate_kv_cache(8, 16) for _ in range(2)]
+    device = torch.device("cpu")
+    graphs = PrefillGraphs(pool, caches[0], pool, max_num_tokens=96, max_num_seqs=3, device=device)
+    start = 0
+    for length, rows in ((50, [49]), (64, [63, 1, 30]), (5, []), (7, None), (1, [0])):
+        ids = torch.arange(start, start + length) % 250
+        context = ForwardContext(
+            positions=torch.arange(start, start + length),
+            slot_mapping=torch.arange(start, start + length),
+            block_tables=torch.arange(8, dtype=torch.int32)[None],
+            cu_seqlens_q=torch.tensor([0, length], dtype=torch.int32),
+            seq_lens=torch.tensor([start + length], dtype=torch.int32),
+            max_seqlen_q=length,
+            max_seq_len=start + length,
+        )
+        wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64)
+        got = graphs.replay(ids, SimpleNamespace(context=context), wanted)
+        want = model(ids, context, caches[1], wanted)
+        assert got.shape == want.shape
+        # Float32 products of more rows add in another order.
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+        start += length  # each step reads what those before have stored
 
 
 class Garbage:
