@@ -154,7 +154,7 @@ def test_tokens_that_are_not_stored_leave_the_cache_alone(tiny_llama_dir):
     assert all(torch.equal(p.storage, b) for p, b in zip(cache, before, strict=True))
 
 
-# A parallel layer, norms after the layers, experts that are added up later, and beside a shared one.
+# A parallel layer, norms after the layers, experts that are added up later, and one that is shared.
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "cohere", "gemma2", "olmo2", "mixtral", "qwen2_moe"])
 def test_hidden_states_of_wanted_tokens_are_theirs_among_all(name, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache, partial
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -119,18 +120,27 @@ class Decoder(nn.Module):
         What runs between two stops has shapes that T alone decides, and of the context it reads
         positions and slot_mapping: it can be captured in a CUDA graph for any batch of T tokens.
         """
-        hidden: Tensor | ExpertSum = self.embed(input_ids, context.positions)
-        residual: Tensor | None = None
-        blocks = [cast("DecoderBlock", block) for block in self.blocks]
-        for block, kv in zip(blocks, kv_cache, strict=True):
-            self.blocks_run += 1
-            q, residual = block.before_attention(hidden, residual, context, kv, self.rotary)
-            del hidden  # what experts gave may be large
-            stop = Stop(partial(block.attend, kv=kv, rotary=self.rotary), q, residual)
-            if block is not blocks[-1]:
-                attended = yield stop
-                hidden, residual = block.after_attention(attended, residual)
+        layers = list(zip(self.blocks, kv_cache, strict=True))
+        stop = self._stop(*layers[0], self.embed(input_ids, context.positions), None, context)
+        for (module, _), layer in pairwise(layers):
+            attended = yield stop
+            block = cast("DecoderBlock", module)
+            stop = self._stop(*layer, *block.after_attention(attended, stop.residual), context)
         return stop
+
+    def _stop(
+        self,
+        module: nn.Module,
+        kv: KVPages,
+        hidden: Tensor | ExpertSum,
+        residual: Tensor | None,
+        context: ForwardContext,
+    ) -> Stop:
+        """Run a block until its attention."""
+        self.blocks_run += 1
+        block = cast("DecoderBlock", module)
+        q, residual = block.before_attention(hidden, residual, context, kv, self.rotary)
+        return Stop(partial(block.attend, kv=kv, rotary=self.rotary), q, residual)
 
     def finish(
         self,
