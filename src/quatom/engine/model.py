@@ -34,7 +34,7 @@ class Model(Protocol):
         kv_cache: Any,  # what `allocate_kv_cache` of the same model returned
         rows: Tensor | None = None,  # (M,) int64
     ) -> Tensor:
-        """Append T new tokens to the cache; hidden states (M, hidden) of those wanted.
+        """Append T new tokens to the cache; hidden states (M, hidden) of the rows asked for.
 
         Without rows of all, (T, hidden).
         """

@@ -1,4 +1,4 @@
-"""OutputGraphs: what follows the last attention as CUDA graphs, for the rows that are wanted."""
+"""OutputGraphs: what follows the last attention as CUDA graphs, for the rows that are needed."""
 
 from typing import Any
 

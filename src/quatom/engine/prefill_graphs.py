@@ -95,7 +95,7 @@ class PrefillGraphs:
         Args:
             input_ids: (T,) int64.
             batch: where they are; it says how the graphs are fed.
-            rows: (M,) int64, tokens whose hidden states are wanted, at most one for each sequence;
+            rows: (M,) int64, tokens whose hidden states are needed, at most one for each sequence;
                 None: all of them.
 
         Returns:

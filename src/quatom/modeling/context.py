@@ -59,7 +59,7 @@ Stages = Generator[Stop, Tensor, Stop]
 """A forward pass that stops for each attention and is sent its result, (T, H, D).
 
 The last stop is what it returns: nothing that follows is read by other tokens, so whoever runs it
-decides for which of them it is wanted.
+decides for which of them it is needed.
 """
 
 

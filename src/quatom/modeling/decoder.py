@@ -93,7 +93,7 @@ class Decoder(nn.Module):
             input_ids: new tokens.
             context: where they are in their sequences and in the cache.
             kv_cache: pages of every layer.
-            rows: tokens whose hidden states are wanted; None: all. What follows the last attention
+            rows: tokens whose hidden states are needed; None: all. What follows the last attention
                 runs for them alone.
 
         Returns:
