@@ -3,8 +3,9 @@
     python -m quatom.benchmark.tune_linear --out src/quatom/ops/linear/tuning-h200.json
 
 `quatom.ops.linear.configs.choose_config` reads the table of the GPU that it runs on. The shapes are
-those of Llama layers and of a small model; other shapes use the most similar one. Few tokens are
-measured as a model runs them: each linear layer after the kernel that quantizes its input.
+those of Llama layers, of a small model and of attention in Qwen3-30B-A3B; other shapes use the most
+similar one. Few tokens are measured as a model runs them: each linear layer after the kernel that
+quantizes its input.
 """
 
 import argparse
@@ -47,6 +48,8 @@ SHAPES = (
     (57344, 8192),
     (8192, 28672),
     (1152, 896),
+    (5120, 2048),
+    (2048, 4096),
 )
 """(N, K)"""
 _INNER = 11008
