@@ -31,7 +31,17 @@ constexpr int MT = TILE / 16;
 constexpr int STAGE = TILE * 2 * (PITCH + 4);
 __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 constexpr int RUN = gcd(BLOCK_SIZE, TILE);  // tokens of a tile that lie together in one block
-constexpr int COPIES = TILE / RUN * 4;      // bulk copies of a tile: K, V, K pairs, V pairs a run
+#define WHOLE (BULK && TILE % BLOCK_SIZE == 0 && BLOCK_SIZE % 16 == 0)
+#if WHOLE
+// A run is a block: one bulk copy takes it as it is, K, V, K pairs and V pairs. PLACE is where token first + rest of
+// a tile lies from the first one of its section, whose tokens take `bytes` each; 16 divides first.
+constexpr int SECTIONS = 1, PART = RUN;
+#define PLACE(first, rest, bytes) ((first) / RUN * RECORD + ((first) % RUN + (rest)) * (bytes))
+#else
+constexpr int SECTIONS = 4, PART = TILE;  // K, V, K pairs and V pairs of a run are four copies
+#define PLACE(first, rest, bytes) (first + rest) * bytes  // unparenthesized: the machine code depends on the order of sums
+#endif
+constexpr int COPIES = TILE / RUN * SECTIONS;  // bulk copies of a tile
 constexpr int ROWS = 8 * NT;
 constexpr int O_STRIDE = HEAD_DIM + 4;      // floats of a row in the exchange between warps
 constexpr int EXCHANGE = ROWS * (O_STRIDE + 2) * 4;
@@ -243,10 +253,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   begin += split * run;
   end = min(end, begin + run);
 
-  // 1. Start the copies of this warp's first tiles. Lanes 4 r to 4 r + 3 know the block of run r.
+  // 1. Start the copies of this warp's first tiles. Lanes SECTIONS r and after know the block of run r.
   const u32 stages = shared_address(memory) + warp * WARP_BYTES;
   const int* table = p.tables + batch * p.table_stride;
+#if WHOLE
+  const int my_run = lane * RUN;
+#else
   const int my_run = (lane >> 2) * RUN;
+#endif
   auto block_of = [&](int tile) {
     const int token = tile + my_run;
     return lane < COPIES && token < end ? load_number(table + token / BLOCK_SIZE) : 0;
@@ -259,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   __syncwarp();
 
-  // Lane l copies section l % 4 (K, V, K pairs, V pairs) of run l / 4.
+  // Lane l copies run l, or section l % 4 (K, V, K pairs, V pairs) of run l / 4.
   const int section = lane & 3;
   const int row_bytes = section < 2 ? ROW : 4;
   const int section_start = section < 2 ? section * BLOCK_SIZE * ROW
@@ -270,15 +284,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     const int runs = min((end - tile + RUN - 1) / RUN, TILE / RUN);
     if (lane == 0) barrier_expect(barrier + stage * 8, runs * RUN * 2 * (ROW + 4));
     __syncwarp();
-    if (lane < runs * 4) {
+    if (lane < runs * SECTIONS) {
+#if WHOLE
+      const u8* source = p.storage + ((long long)block * p.num_kv_heads + kv_head) * RECORD;
+      const u32 to = stages + stage * STAGE + lane * RECORD;
+      constexpr u32 bytes = RECORD;
+#else
       const u8* source = p.storage +
                          ((long long)block * p.num_kv_heads + kv_head) * RECORD + section_start +
                          (tile + my_run) % BLOCK_SIZE * row_bytes;
       const u32 to = stages + stage * STAGE + target + my_run * row_bytes;
+      const u32 bytes = RUN * row_bytes;
+#endif
 #if STREAM
-      bulk_copy(to, source, RUN * row_bytes, barrier + stage * 8, EVICT_FIRST);
+      bulk_copy(to, source, bytes, barrier + stage * 8, EVICT_FIRST);
 #else
-      bulk_copy(to, source, RUN * row_bytes, barrier + stage * 8);
+      bulk_copy(to, source, bytes, barrier + stage * 8);
 #endif
     }
   };
@@ -409,15 +430,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
     __syncwarp();
 #endif
-    const u32 keys = stages + stage * STAGE, values = keys + TILE * PITCH;
-    const u32 key_pairs = values + TILE * PITCH, value_pairs = key_pairs + TILE * 4;
+    const u32 keys = stages + stage * STAGE, values = keys + PART * PITCH;
+    const u32 key_pairs = values + PART * PITCH, value_pairs = key_pairs + PART * 4;
 
     float score[MT][NT][4] = {};
 #pragma unroll
     for (int m = 0; m < MT; m++) {
       u32 a[WORDS], b[WORDS];
-      load_words(a, keys + (m * 16 + g) * PITCH + tg * 4 * WORDS);
-      load_words(b, keys + (m * 16 + g + 8) * PITCH + tg * 4 * WORDS);
+      load_words(a, keys + PLACE(m * 16, g, PITCH) + tg * 4 * WORDS);
+      load_words(b, keys + PLACE(m * 16, g + 8, PITCH) + tg * 4 * WORDS);
 #pragma unroll
       for (int i = 0; i < WORDS; i++) {
 #pragma unroll
@@ -446,7 +467,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int t = m * 16 + h * 8 + g;
-        const float2 key = load_pair(key_pairs + t * 4), value = load_pair(value_pairs + t * 4);
+        const float2 key = load_pair(key_pairs + PLACE(m * 16, h * 8 + g, 4));
+        const float2 value = load_pair(value_pairs + PLACE(m * 16, h * 8 + g, 4));
         scale[m][h] = value.x;
         minimum[m][h] = value.y;
         const float log_scale = log2_fast(value.x);
@@ -542,7 +564,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
         u32 r[4];
         // With an odd number of chunks the last pair is the last two: one is loaded, not used.
         const int first = c + 2 > CHUNKS ? c - 1 : c;
-        load_columns(r, my_values + m * 16 * PITCH + first * 16);
+        load_columns(r, my_values + PLACE(m * 16, 0, PITCH) + first * 16);
 #pragma unroll
         for (int k = c - first; k < 2; k++) {
 #pragma unroll
