@@ -299,15 +299,15 @@ def test_cuda_decode_of_every_length(block_size, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (8, 1), (12, 1), (40, 2)])
-@pytest.mark.parametrize("new_tokens", [1, 3, 4])
-def test_cuda_decode_of_head_shapes(head_dim, heads, kv_heads, new_tokens):
+@pytest.mark.parametrize(("new_tokens", "block_size"), [(1, 64), (1, 16), (3, 32), (4, 64)])
+def test_cuda_decode_of_head_shapes(head_dim, heads, kv_heads, new_tokens, block_size):
     decode_cuda_error(
         lengths=[5, 700, 4, 129, 64],
         new_tokens=new_tokens,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        block_size=64,
+        block_size=block_size,
     )
 
 
@@ -349,9 +349,10 @@ def test_cuda_decode_with_sinks(dtype, head_dim, new_tokens, splits):
         ),
     ],
 )
-@pytest.mark.parametrize("new_tokens", [1, 4])
-def test_cuda_decode_options(options, truth, new_tokens):
-    shape = dict(lengths=[700, 26, 100, 101], heads=8, kv_heads=2, head_dim=128, block_size=64)
+@pytest.mark.parametrize(("new_tokens", "block_size"), [(1, 64), (1, 16), (4, 64), (4, 32)])
+def test_cuda_decode_options(options, truth, new_tokens, block_size):
+    shape = dict(heads=8, kv_heads=2, head_dim=128, block_size=block_size)
+    shape["lengths"] = [700, 26, 100, 101]
     decode_cuda_error(options=options, truth=truth, new_tokens=new_tokens, **shape)
 
 
@@ -371,8 +372,10 @@ def test_cuda_decode_of_extreme_queries(factor):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [d for d in HEAD_DIMS if d % 16 == 0])
-@pytest.mark.parametrize("block_size", [16, 48, 64])
-@pytest.mark.parametrize(("warps", "tile", "stages", "bulk"), [(4, 32, 2, False), (2, 64, 3, True)])
+@pytest.mark.parametrize("block_size", [8, 16, 48, 64])
+@pytest.mark.parametrize(
+    ("warps", "tile", "stages", "bulk"), [(4, 32, 2, False), (2, 64, 3, True), (8, 32, 3, True)]
+)
 def test_cuda_variants_agree(head_dim, block_size, warps, tile, stages, bulk):
     """Other copies (what sm_80 runs) and other tiles than the default."""
     if bulk and head_dim % 32:

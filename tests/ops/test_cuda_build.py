@@ -231,6 +231,20 @@ def test_the_decode_kernel_of_any_head_size_keeps_to_registers(
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
+@pytest.mark.parametrize(("block_size", "whole"), [(16, True), (32, True), (48, False), (64, False)])
+def test_a_block_that_a_tile_holds_is_one_bulk_copy(block_size, whole, tmp_path):
+    """Lanes issue their copies one after another: four for a run of a larger block."""
+    from quatom.ops.attention.cuda import compile_decode, default_config
+
+    config = default_config(128, 1, (9, 0))
+    options = {"bf16": False, "softcap": False, "window": False, "sinks": False}
+    cubin = compile_decode("sm_90", config, 128, block_size, 1, **options)
+    sass = disassemble(cubin, tmp_path)
+    record = block_size * 2 * (64 + 4)  # codes of K and V, and their pairs
+    units = rf"UMOV UR\d+, 0x{record // 16:x} "  # a copy's size, in 16 bytes
+    assert bool(re.search(units, sass)) == whole
+
+
 NORMS = [Norm(eps=1e-6), Norm(kind="layer", eps=1e-5, bias=True)]
 
 
