@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quatom.families.spec import Attention, NormName, RouterTensor, SiteName
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
-from quatom.modeling.linear import QuantizedExperts, SiteLinear
+from quatom.modeling.linear import QuantizedExperts, QuantizedLinear, SiteLinear
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.rotated import RotatedLinear
 from quatom.modeling.router import ExpertRouter
@@ -113,6 +113,11 @@ class DecoderBlock(nn.Module):
         first, then = (linears.get(site) for site in ("experts_gate_up", "experts_down"))
         if isinstance(first, QuantizedExperts) and isinstance(then, QuantizedExperts):
             first.following = then.prepared
+        after = [linears.get(site) for site in ("o", "gate_up")]
+        self.ahead = tuple(
+            linear.prepared.tensors[0] for linear in after if isinstance(linear, QuantizedLinear)
+        )
+        """Weights that a step reads after attention."""
 
     def forward(
         self,
@@ -271,6 +276,7 @@ class DecoderBlock(nn.Module):
             prefill_cu_seqlens=context.prefill_cu_seqlens,
             shared=context.shared,
             settled=True,  # what the context holds was there before the step's first kernel
+            ahead=self.ahead,
             out=out,
             backend=self.backend,
         )

@@ -43,6 +43,7 @@ class AttentionOptions:
     shared: Shared | None = None
     sinks: Tensor | None = None
     settled: bool = False
+    ahead: tuple[Tensor, ...] = ()
 
 
 def seen_tokens(batch: Sequences, options: AttentionOptions) -> int:
@@ -72,6 +73,7 @@ def attention(
     num_splits: int | None = None,
     shared: Shared | None = None,
     settled: bool = False,
+    ahead: tuple[Tensor, ...] = (),
     out: Tensor | None = None,  # (T, H, D) contiguous, in q's dtype
     backend: Backend | None = None,
 ) -> Tensor:
@@ -106,6 +108,8 @@ def attention(
         settled: the last kernel on the stream writes q and the new tokens' keys and values, and
             nothing else that this call reads; all before it had ended when it let others start.
             `rope_append_kv` is such a kernel. A decode then reads older tokens while that one runs.
+        ahead: what is read next, weights most of all. A decode of few sequences does not need all
+            of the memory's bandwidth: it brings the first bytes of these into the GPU's L2 cache.
         out: where the result is written; None: into memory of its own.
         backend: implementation to run; None picks the fastest one that supports the call.
 
@@ -139,6 +143,7 @@ def attention(
         shared,
         sinks,
         settled,
+        ahead if max_seqlen_q == 1 else (),
     )
     n = num_decodes
     cu_q, cu_k = prefill_cu_seqlens or (None, None)

@@ -3,6 +3,7 @@
 import ctypes
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,14 @@ _DEFAULT_COSTS = DecodeCosts()
 """Of all others, after measurements on an H100: there two CTAs draw the share of an SM."""
 _CTA_START = 128
 """Cost of a CTA besides its tokens."""
+_RUNS_AHEAD = 2
+"""Tensors that are fetched ahead."""
+_PIECE = 16384
+"""Bytes of a piece of them, as in decode.cu."""
+BYTES_AHEAD = 32 << 20
+"""Bytes that are fetched ahead; an L2 cache of Hopper holds 50 MB."""
+TOKENS_AHEAD = 64
+"""Tokens of a step up to which something is."""
 
 
 class _Parameters(ctypes.Structure):
@@ -87,8 +96,10 @@ class _Parameters(ctypes.Structure):
         ("score_scale", ctypes.c_float),
         ("softcap_log2e", ctypes.c_float),
         ("window", ctypes.c_int32),
-        # Last, as in decode.cu: a variant without sinks takes the struct without it.
+        # Last, as in decode.cu: variants that do not need these take the struct without them.
         ("sinks", ctypes.c_void_p),
+        ("ahead", ctypes.c_void_p * _RUNS_AHEAD),
+        ("ahead_pieces", ctypes.c_int32 * _RUNS_AHEAD),
     ]
 
 
@@ -127,6 +138,7 @@ def decode_cuda(
         warps, splits = choose_cut(ctas, length, multiprocessors(device), costs)
     config = config or default_config(head_dim, row_tiles, device_capability(device), warps)
     softcap, sinks = options.logit_softcap, options.sinks
+    ahead = options.ahead if config.bulk and tokens <= TOKENS_AHEAD else ()
     decode, merge = _kernels(
         device,
         config,
@@ -139,6 +151,7 @@ def decode_cuda(
         sinks is not None,
         options.settled and config.bulk,
         config.bulk and row_chunks == 1,
+        bool(ahead),
     )
     partial = stats = out
     if splits > 1:
@@ -163,10 +176,24 @@ def decode_cuda(
         softcap_log2e=0.0 if softcap is None else softcap * _LOG2E,
         window=options.sliding_window or 0,
         sinks=None if sinks is None else sinks.data_ptr(),
+        **_fetched_ahead(ahead),
     )
     decode.launch(ctas * splits, parameters, overlap=config.bulk)
     if splits > 1:
         merge.launch(tokens * num_heads, parameters, overlap=config.bulk)
+
+
+def _fetched_ahead(tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The first bytes of these tensors, in whole pieces, as fields of `_Parameters`."""
+    pointers, pieces, room = [], [], BYTES_AHEAD // _PIECE
+    for tensor in tensors[:_RUNS_AHEAD]:
+        pointers.append(tensor.data_ptr())
+        pieces.append(min(tensor.nbytes // _PIECE, room))
+        room -= pieces[-1]
+    return {
+        "ahead": (ctypes.c_void_p * _RUNS_AHEAD)(*pointers),
+        "ahead_pieces": (ctypes.c_int32 * _RUNS_AHEAD)(*pieces),
+    }
 
 
 @cache
@@ -217,6 +244,7 @@ def compile_decode(
     sinks: bool,
     settled: bool = False,
     stream: bool = False,
+    ahead: bool = False,
 ) -> bytes:
     """The cubin of one variant for `arch` ("sm_90"); needs NVRTC but no GPU."""
     defines = {
@@ -234,6 +262,7 @@ def compile_decode(
         "SINKS": int(sinks),
         "SETTLED": int(settled),
         "STREAM": int(stream),
+        "AHEAD": _RUNS_AHEAD if ahead else 0,
     }
     source = read_source("quatom.ops.attention", "decode.cu")
     return compile_cubin(source, arch, defines)
@@ -252,6 +281,7 @@ def _kernels(
     sinks: bool,
     settled: bool,
     stream: bool,
+    ahead: bool,
 ) -> tuple[CudaKernel, CudaKernel]:
     """The decode and merge kernels of one variant, compiled and loaded on `device`."""
     major, minor = device_capability(device)
@@ -267,6 +297,7 @@ def _kernels(
         sinks=sinks,
         settled=settled,
         stream=stream,
+        ahead=ahead,
     )
     with torch.cuda.device(device):
         shared_bytes = config.shared_bytes(head_dim, row_tiles)

@@ -19,7 +19,7 @@
 // Compile-time parameters: HEAD_DIM (a multiple of 16), BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
 // SOFTCAP, WINDOW, SINKS, SETTLED (with BULK: the last kernel writes q and the new tokens' K and V alone, so that the
 // first tiles of older tokens are copied while it runs), STREAM (with BULK: pages are read once, and leave the L2 cache
-// first).
+// first), AHEAD (runs of memory that kernels after this one read, and that come to the L2 cache meanwhile; or 0).
 
 #define PITCH ((HEAD_DIM / 2 + 15) / 16 * 16)       // bytes of a row of codes in shared memory
 #define CHUNK_BYTES (HEAD_DIM % 32 ? 8 : 16)        // of a copy by cp.async
@@ -207,10 +207,28 @@ struct Parameters {
   float score_scale;     // softmax_scale * log2(e), or softmax_scale / softcap
   float softcap_log2e;
   int window;
-#if SINKS
+#if SINKS || AHEAD
   const float* sinks;    // (H,)
 #endif
+#if AHEAD
+  const u8* ahead[AHEAD];
+  int ahead_pieces[AHEAD];  // of PIECE bytes
+#endif
 };
+
+#if AHEAD
+constexpr u32 PIECE = 16384;
+
+// Pieces of each run are dealt to warps: this is number `index` of `count`.
+__device__ __forceinline__ void fetch_ahead(const Parameters& p, int index, int count) {
+#pragma unroll
+  for (int run = 0; run < AHEAD; run++)
+    for (int piece = index; piece < p.ahead_pieces[run]; piece += count)
+      if (elect_one())
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.ahead[run] + (u64)piece * PIECE), "r"(PIECE)
+                     : "memory");
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const Parameters p) {
   extern __shared__ __align__(128) u8 memory[];
@@ -415,6 +433,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     for (int c = 0; c < 2; c++)
       last_seen[n][c] = before + (chunk * ROWS + n * 8 + 2 * tg + c) / p.group;
 
+#if AHEAD
+  // Not before the last tile is on its way: tiles would queue behind it.
+  const bool all_started = next >= end;
+  if (all_started) fetch_ahead(p, blockIdx.x * WARPS + warp, gridDim.x * WARPS);
+#endif
+
   // 3. Tiles.
   float output[NT][2 * CHUNKS][4] = {};
   float maximum[NT][2], total[NT][2] = {}, offset[NT][2] = {};
@@ -589,6 +613,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     }
   }
 
+#if AHEAD
+  if (!all_started) fetch_ahead(p, blockIdx.x * WARPS + warp, gridDim.x * WARPS);
+#endif
+
   // 4. The warps meet: their outputs, maxima and sums, each in the memory of its own stages.
   __syncwarp();
   float* exchange = (float*)(memory + warp * WARP_BYTES);
@@ -665,33 +693,52 @@ extern "C" __global__ void __launch_bounds__(128) merge(const Parameters p) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const long long row = blockIdx.x;
 #if BULK
-  wait_for_last_kernel();
+  // What comes next may read its parameters while the splits are still at work.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  constexpr int PAIRS = (HEAD_DIM + 63) / 64;  // of channels, of a lane
+  auto load_split = [&](int split, float2 (&of)[PAIRS]) {
+    const float2* o = (const float2*)(p.partial + (row * p.splits + split) * HEAD_DIM);
+#pragma unroll
+    for (int k = 0; k < PAIRS; k++)
+      if (HEAD_DIM % 64 == 0 || k * 32 + lane < HEAD_DIM / 2) of[k] = o[k * 32 + lane];
+  };
+  // The first splits of each warp come together with the maxima: one latency of memory, not two.
+  float2 early[2][PAIRS];
+#pragma unroll
+  for (int e = 0; e < 2; e++)
+    if (warp + 4 * e < p.splits) load_split(warp + 4 * e, early[e]);
   const float2* stats = p.stats + row * p.splits;
   float top = -INF;
   for (int s = lane; s < p.splits; s += 32) top = fmaxf(top, stats[s].x);
 #pragma unroll
   for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
 
-  float2 acc[(HEAD_DIM + 63) / 64] = {};
+  float2 acc[PAIRS] = {};
   float total = 0.f;
-#pragma unroll 8
-  for (int s = warp; s < p.splits; s += 4) {
-    const float2 stat = stats[s];
+  auto add_split = [&](int split, const float2 (&of)[PAIRS]) {
+    const float2 stat = stats[split];
     const float share = stat.x == -INF ? 0.f : exp2_fast(stat.x - top);
     total = fmaf(stat.y, share, total);
-    const float2* o = (const float2*)(p.partial + (row * p.splits + s) * HEAD_DIM);
 #pragma unroll
-    for (int k = 0; k < (HEAD_DIM + 63) / 64; k++) {
+    for (int k = 0; k < PAIRS; k++)
       if (HEAD_DIM % 64 == 0 || k * 32 + lane < HEAD_DIM / 2) {
-        const float2 v = o[k * 32 + lane];
-        acc[k].x = fmaf(v.x, share, acc[k].x);
-        acc[k].y = fmaf(v.y, share, acc[k].y);
+        acc[k].x = fmaf(of[k].x, share, acc[k].x);
+        acc[k].y = fmaf(of[k].y, share, acc[k].y);
       }
-    }
+  };
+#pragma unroll
+  for (int e = 0; e < 2; e++)
+    if (warp + 4 * e < p.splits) add_split(warp + 4 * e, early[e]);
+#pragma unroll 8
+  for (int s = warp + 8; s < p.splits; s += 4) {
+    float2 of[PAIRS];
+    load_split(s, of);
+    add_split(s, of);
   }
 #pragma unroll
-  for (int k = 0; k < (HEAD_DIM + 63) / 64; k++)
+  for (int k = 0; k < PAIRS; k++)
     if (HEAD_DIM % 64 == 0 || k * 32 + lane < HEAD_DIM / 2) sums[warp][k * 32 + lane] = acc[k];
   if (lane == 0) totals[warp] = total;
   __syncthreads();

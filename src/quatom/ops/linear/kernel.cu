@@ -51,13 +51,6 @@ static_assert(COLUMNS % 8 == 0, "whole swizzle atoms");
 static_assert(STAGES >= 2, "an outlier group is two units");
 static_assert(!EXPERTS || SPLIT == 1, "CTAs of a cluster would disagree about the number of tiles");
 
-// One thread of a warp, and to the compiler no more than one: it copies in bulk without a loop over all threads that
-// might.
-__device__ __forceinline__ bool elect_one() {
-  u32 elected;
-  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
-  return elected != 0;
-}
 __device__ __forceinline__ bool barrier_test(u32 barrier, u32 parity) {
   u32 done;
   asm volatile(
