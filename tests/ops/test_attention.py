@@ -322,7 +322,7 @@ def test_cuda_split_counts_agree(splits, sinks):
 
 
 def test_what_is_fetched_ahead_is_whole_pieces_within_the_room(monkeypatch):
-    monkeypatch.setattr(attention_cuda, "BYTES_AHEAD", 5 * 16384)
+    monkeypatch.setattr(attention_cuda, "_BYTES_AHEAD", 5 * 16384)
     tensors = [torch.empty(size, dtype=torch.int8) for size in (3 * 16384 + 1, 2**20, 2**20)]
     fields = attention_cuda._fetched_ahead((*tensors,))
     assert list(fields["ahead_pieces"]) == [3, 2]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quatom.families.spec import Attention, NormName, RouterTensor, SiteName
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
-from quatom.modeling.linear import QuantizedExperts, QuantizedLinear, SiteLinear
+from quatom.modeling.linear import QuantizedExperts, SiteLinear, fetch_after, weights_of
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.rotated import RotatedLinear
 from quatom.modeling.router import ExpertRouter
@@ -113,11 +113,9 @@ class DecoderBlock(nn.Module):
         first, then = (linears.get(site) for site in ("experts_gate_up", "experts_down"))
         if isinstance(first, QuantizedExperts) and isinstance(then, QuantizedExperts):
             first.following = then.prepared
-        after = [linears.get(site) for site in ("o", "gate_up")]
-        self.ahead = tuple(
-            linear.prepared.tensors[0] for linear in after if isinstance(linear, QuantizedLinear)
-        )
-        """Weights that a step reads after attention."""
+        self.ahead = weights_of(self.linears, "o", "gate_up")
+        """What a step reads after attention."""
+        fetch_after(self.linears, "gate_up", self.linears, "down")
 
     def forward(
         self,

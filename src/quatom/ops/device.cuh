@@ -56,6 +56,15 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
+// Ask for what kernels after this one read, so that it comes into the L2 cache meanwhile. Pieces are dealt to `count`
+// warps; this one is number `index`. quatom.ops.ahead has the size of a piece.
+__device__ __forceinline__ void fetch_ahead(const u8* from, int pieces, int index, int count) {
+  constexpr u32 bytes = 16384;
+  for (int piece = index; piece < pieces; piece += count)
+    if (elect_one())
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + u64(piece) * bytes), "r"(bytes) : "memory");
+}
+
 // Loads of what the kernel before this one computes, for use after griddepcontrol.wait. An ordinary load through a
 // `const __restrict__` pointer may be moved before that wait by the compiler: it takes the memory for constant.
 __device__ __forceinline__ void load_result(const void* from, u32& to) {

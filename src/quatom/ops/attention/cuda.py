@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
+from quatom.ops import ahead as ahead_of
 from quatom.ops.attention import AttentionOptions, Sequences, seen_tokens
 from quatom.ops.cuda_build import (
     CudaKernel,
@@ -69,12 +70,9 @@ _CTA_START = 128
 """Cost of a CTA besides its tokens."""
 _RUNS_AHEAD = 2
 """Tensors that are fetched ahead."""
-_PIECE = 16384
-"""Bytes of a piece of them, as in decode.cu."""
-BYTES_AHEAD = 32 << 20
-"""Bytes that are fetched ahead; an L2 cache of Hopper holds 50 MB."""
-TOKENS_AHEAD = 64
-"""Tokens of a step up to which something is."""
+_BYTES_AHEAD = 24 << 20
+"""Bytes of them; an L2 cache of Hopper holds 50 MB."""
+_Pointers, _Counts = ctypes.c_void_p * _RUNS_AHEAD, ctypes.c_int32 * _RUNS_AHEAD
 
 
 class _Parameters(ctypes.Structure):
@@ -98,8 +96,8 @@ class _Parameters(ctypes.Structure):
         ("window", ctypes.c_int32),
         # Last, as in decode.cu: variants that do not need these take the struct without them.
         ("sinks", ctypes.c_void_p),
-        ("ahead", ctypes.c_void_p * _RUNS_AHEAD),
-        ("ahead_pieces", ctypes.c_int32 * _RUNS_AHEAD),
+        ("ahead", _Pointers),
+        ("ahead_pieces", _Counts),
     ]
 
 
@@ -138,7 +136,7 @@ def decode_cuda(
         warps, splits = choose_cut(ctas, length, multiprocessors(device), costs)
     config = config or default_config(head_dim, row_tiles, device_capability(device), warps)
     softcap, sinks = options.logit_softcap, options.sinks
-    ahead = options.ahead if config.bulk and tokens <= TOKENS_AHEAD else ()
+    ahead = options.ahead if config.bulk and tokens <= ahead_of.TOKENS else ()
     decode, merge = _kernels(
         device,
         config,
@@ -185,15 +183,12 @@ def decode_cuda(
 
 def _fetched_ahead(tensors: tuple[Tensor, ...]) -> dict[str, Any]:
     """The first bytes of these tensors, in whole pieces, as fields of `_Parameters`."""
-    pointers, pieces, room = [], [], BYTES_AHEAD // _PIECE
+    pieces, room = [], _BYTES_AHEAD
     for tensor in tensors[:_RUNS_AHEAD]:
-        pointers.append(tensor.data_ptr())
-        pieces.append(min(tensor.nbytes // _PIECE, room))
-        room -= pieces[-1]
-    return {
-        "ahead": (ctypes.c_void_p * _RUNS_AHEAD)(*pointers),
-        "ahead_pieces": (ctypes.c_int32 * _RUNS_AHEAD)(*pieces),
-    }
+        pieces.append(ahead_of.count_pieces(tensor, room))
+        room -= pieces[-1] * ahead_of.PIECE
+    pointers = [tensor.data_ptr() for tensor in tensors[:_RUNS_AHEAD]]
+    return {"ahead": _Pointers(*pointers), "ahead_pieces": _Counts(*pieces)}
 
 
 @cache

@@ -212,21 +212,15 @@ struct Parameters {
 #endif
 #if AHEAD
   const u8* ahead[AHEAD];
-  int ahead_pieces[AHEAD];  // of PIECE bytes
+  int ahead_pieces[AHEAD];
 #endif
 };
 
 #if AHEAD
-constexpr u32 PIECE = 16384;
-
-// Pieces of each run are dealt to warps: this is number `index` of `count`.
-__device__ __forceinline__ void fetch_ahead(const Parameters& p, int index, int count) {
+__device__ __forceinline__ void fetch_share(const Parameters& p, int warp) {
 #pragma unroll
   for (int run = 0; run < AHEAD; run++)
-    for (int piece = index; piece < p.ahead_pieces[run]; piece += count)
-      if (elect_one())
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.ahead[run] + (u64)piece * PIECE), "r"(PIECE)
-                     : "memory");
+    fetch_ahead(p.ahead[run], p.ahead_pieces[run], blockIdx.x * WARPS + warp, gridDim.x * WARPS);
 }
 #endif
 
@@ -436,7 +430,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
 #if AHEAD
   // Not before the last tile is on its way: tiles would queue behind it.
   const bool all_started = next >= end;
-  if (all_started) fetch_ahead(p, blockIdx.x * WARPS + warp, gridDim.x * WARPS);
+  if (all_started) fetch_share(p, warp);
 #endif
 
   // 3. Tiles.
@@ -614,7 +608,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
   }
 
 #if AHEAD
-  if (!all_started) fetch_ahead(p, blockIdx.x * WARPS + warp, gridDim.x * WARPS);
+  if (!all_started) fetch_share(p, warp);
 #endif
 
   // 4. The warps meet: their outputs, maxima and sums, each in the memory of its own stages.
