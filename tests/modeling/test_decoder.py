@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from quatom.benchmark.random_weights import random_model
 from quatom.errors import CheckpointError
 from quatom.loading import load
 from quatom.modeling.context import ForwardContext, full_sequences_context
-from quatom.presets import PRESETS
 from tests.conftest import LLAMA, LLAMA3_SCALING, QWEN2, make_model
 from tests.families.models import save_tiny
 
@@ -207,20 +205,3 @@ def test_an_untied_head_that_is_missing_is_refused(tmp_path):
     (folder / "config.json").write_text(untied)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         load(folder)
-
-
-def test_linears_know_what_a_step_reads_after_them():
-    model = random_model("tiny", PRESETS["quatom-w4a8kv4"], device="cpu").model
-    blocks = list(model.blocks)
-
-    def weights(block, site):
-        return block.linears[site].prepared.tensors[0]
-
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        assert [id(x) for x in block.ahead] == [id(weights(block, s)) for s in ("o", "gate_up")]
-        assert block.linears["gate_up"].ahead is weights(block, "down")
-        want = None if following is None else weights(following, "qkv")
-        assert block.linears["down"].ahead is want
-        assert block.linears["qkv"].ahead is block.linears["o"].ahead is None
-    plain = random_model("tiny", PRESETS["fp16"], device="cpu").model
-    assert plain.blocks[0].ahead == ()

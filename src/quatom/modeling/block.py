@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quatom.families.spec import Attention, NormName, RouterTensor, SiteName
 from quatom.modeling.context import ForwardContext
 from quatom.modeling.inputs import InputQuantizer, NormLayer
-from quatom.modeling.linear import QuantizedExperts, SiteLinear, fetch_after, weights_of
+from quatom.modeling.linear import QuantizedExperts, SiteLinear
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.rotated import RotatedLinear
 from quatom.modeling.router import ExpertRouter
@@ -113,9 +113,6 @@ class DecoderBlock(nn.Module):
         first, then = (linears.get(site) for site in ("experts_gate_up", "experts_down"))
         if isinstance(first, QuantizedExperts) and isinstance(then, QuantizedExperts):
             first.following = then.prepared
-        self.ahead = weights_of(self.linears, "o", "gate_up")
-        """What a step reads after attention."""
-        fetch_after(self.linears, "gate_up", self.linears, "down")
 
     def forward(
         self,
@@ -274,7 +271,6 @@ class DecoderBlock(nn.Module):
             prefill_cu_seqlens=context.prefill_cu_seqlens,
             shared=context.shared,
             settled=True,  # what the context holds was there before the step's first kernel
-            ahead=self.ahead,
             out=out,
             backend=self.backend,
         )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cache, partial
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -12,7 +11,6 @@ from quatom.families.spec import ModelConfig
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.context import ForwardContext, Stages, Stop, advance
 from quatom.modeling.inputs import NormLayer
-from quatom.modeling.linear import fetch_after
 from quatom.modeling.rotary import RotaryTables
 from quatom.modeling.weights import NormWeights
 from quatom.numerics.kv_pages import KVDtype, KVPages
@@ -45,8 +43,6 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = TokenEmbedding(config, embedding, positions)
         self.blocks = nn.ModuleList(blocks)
-        for block, following in pairwise(blocks):
-            fetch_after(block.linears, "down", following.linears, "qkv")
         self.final_norm = NormLayer(config.final_norm, final_norm, backend)
         self.blocks_run = 0
         self.head = None if head is None else nn.Parameter(head, requires_grad=False)

@@ -6,7 +6,6 @@ float weight under quantized inputs is what calibration runs; codes under a plai
 
 from torch import Tensor, nn
 
-from quatom.families.spec import SiteName
 from quatom.ops.activations import MixedTensor
 from quatom.ops.experts import PreparedExperts, TokenGroups, expert_linear
 from quatom.ops.linear import PreparedLinear, linear
@@ -37,12 +36,10 @@ class QuantizedLinear(nn.Module):
     def __init__(self, prepared: PreparedLinear) -> None:
         super().__init__()
         self.prepared = prepared
-        self.ahead: Tensor | None = None
-        """Weights of the linear that follows an activation or a norm after this one."""
 
     def forward(self, x: Tensor | MixedTensor) -> Tensor:  # (T, K) -> (T, N)
         """Multiply codes by codes, or dequantized weights by a plain tensor."""
-        return linear(x, self.prepared, self.ahead)
+        return linear(x, self.prepared)
 
 
 class FloatExperts(nn.Module):
@@ -83,17 +80,3 @@ class QuantizedExperts(nn.Module):
 
 SiteLinear = FloatLinear | QuantizedLinear | FloatExperts | QuantizedExperts
 """What multiplies the input of a site."""
-
-
-def weights_of(linears: nn.ModuleDict, *sites: SiteName) -> tuple[Tensor, ...]:
-    """What the multiplications of these sites read most of, where there are such of codes."""
-    found = (linears[site] for site in sites if site in linears)
-    return tuple(each.prepared.tensors[0] for each in found if isinstance(each, QuantizedLinear))
-
-
-def fetch_after(
-    linears: nn.ModuleDict, site: SiteName, others: nn.ModuleDict, following: SiteName
-) -> None:
-    """Let the linear of `site` ask for the weights of the one of `others` that comes after it."""
-    if site in linears and isinstance(first := linears[site], QuantizedLinear):
-        first.ahead = next(iter(weights_of(others, following)), None)

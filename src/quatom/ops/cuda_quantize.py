@@ -25,8 +25,9 @@ from quatom.ops.cuda_build import (
 from quatom.ops.quantize_variants import Operation, Variant, choose_variant
 from quatom.ops.spread import crowd, padded_bytes
 
-_MOST_SPREAD = 2
-"""CTAs of a multiprocessor up to which a launch is spread over the GPU."""
+_MOST_SPREAD = {1: 2, 2: 1}
+"""CTAs of a multiprocessor up to which a launch is spread over the GPU, by the CTAs of a cluster.
+Larger clusters are not: one waits for room for all its CTAs at once."""
 _OPERATIONS = {"reorder": 0, "norm": 1, "gated": 2}
 _ACTIVATIONS = {name: number for number, name in enumerate(get_args(Activation))}
 
@@ -248,8 +249,8 @@ def quantize_cuda(
     variant = variant or choose_variant(operation, tokens, layout, spec.scale_mode != "group")
     keep = kept is not None
     device, ctas = x.device.index, -(-tokens // variant.tokens) * variant.ctas
-    # A cluster waits for room for all its CTAs at once.
-    most = crowd(ctas, multiprocessors(device), _MOST_SPREAD) if variant.ctas == 1 else 0
+    apart = 0 if variant.ctas > 1 and spec.scale_mode == "group" else variant.ctas
+    most = crowd(ctas, multiprocessors(device), _MOST_SPREAD.get(apart, 0))
     plan = _plan(
         operation, variant, spec, x.dtype, device, norm, activation, gated, keep, summands, most
     )

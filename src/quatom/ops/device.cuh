@@ -19,13 +19,6 @@ __device__ __forceinline__ u32 map_to_rank(u32 address, u32 rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
-// One thread of a warp, and to the compiler no more than one: it copies in bulk without a loop over all threads that
-// might.
-__device__ __forceinline__ bool elect_one() {
-  u32 elected;
-  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
-  return elected != 0;
-}
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -54,15 +47,6 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
-}
-
-// Ask for what kernels after this one read, so that it comes into the L2 cache meanwhile. Pieces are dealt to `count`
-// warps; this one is number `index`. quatom.ops.ahead has the size of a piece.
-__device__ __forceinline__ void fetch_ahead(const u8* from, int pieces, int index, int count) {
-  constexpr u32 bytes = 16384;
-  for (int piece = index; piece < pieces; piece += count)
-    if (elect_one())
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + u64(piece) * bytes), "r"(bytes) : "memory");
 }
 
 // Loads of what the kernel before this one computes, for use after griddepcontrol.wait. An ordinary load through a

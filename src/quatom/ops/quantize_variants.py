@@ -7,9 +7,9 @@ from typing import Literal
 from quatom.numerics.groups import GroupLayout
 
 Operation = Literal["reorder", "norm", "gated"]
-_CLUSTERS = ((16, 8, 1), (64, 5, 2), (128, 2, 1))
-"""Tokens of a batch up to which so many CTAs share a token whose groups share a scale, each in so
-many rounds; 8 is the largest cluster that any Hopper GPU can hold."""
+_CLUSTERS = ((16, 8), (128, 2))
+"""Tokens of a batch up to which so many CTAs share a token whose groups share a scale; 8 is the
+largest cluster that any Hopper GPU can hold."""
 _TWO_TOKENS_FROM = 512
 """With this many tokens or more in a batch, a CTA takes two of them."""
 
@@ -34,9 +34,9 @@ def choose_variant(
     if operation == "gated" and not whole_token:
         return Variant(128, 1, -(-pairs // 4))
     if operation == "gated":
-        for most_tokens, ctas, cta_rounds in _CLUSTERS:
+        for most_tokens, ctas in _CLUSTERS:
             if tokens <= most_tokens:
-                warps = min(32, max(4, -(-pairs // (ctas * cta_rounds))))
+                warps = min(32, max(4, -(-pairs // ctas)))
                 return Variant(warps * 32, 1, min(ctas, -(-pairs // warps)))
     two_tokens = tokens >= _TWO_TOKENS_FROM and operation != "gated"
     # Two wide rows fill registers: large CTAs, few of which fit, would all wait at the same time.

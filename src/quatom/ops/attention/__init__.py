@@ -43,7 +43,6 @@ class AttentionOptions:
     shared: Shared | None = None
     sinks: Tensor | None = None
     settled: bool = False
-    ahead: tuple[Tensor, ...] = ()
 
 
 def seen_tokens(batch: Sequences, options: AttentionOptions) -> int:
@@ -73,7 +72,6 @@ def attention(
     num_splits: int | None = None,
     shared: Shared | None = None,
     settled: bool = False,
-    ahead: tuple[Tensor, ...] = (),
     out: Tensor | None = None,  # (T, H, D) contiguous, in q's dtype
     backend: Backend | None = None,
 ) -> Tensor:
@@ -105,11 +103,10 @@ def attention(
         num_splits: parts that a decode cuts every sequence into; None picks enough to fill the
             device.
         shared: what the layers of one batch share; only the reference uses it.
-        settled: the last kernel on the stream writes q and the new tokens' keys and values, and
-            nothing else that this call reads; all before it had ended when it let others start.
-            `rope_append_kv` is such a kernel. A decode then reads older tokens while that one runs.
-        ahead: what is read next, weights most of all. A decode of few sequences does not need all
-            of the memory's bandwidth: it brings the first bytes of these into the GPU's L2 cache.
+        settled: kernels on the stream that may still run when this call starts write q and the new
+            tokens' keys and values, and nothing else that it reads. With `rope_append_kv(settled=
+            True)` before it those are that kernel and the ones whose results it waits for. A decode
+            then reads older tokens while they run.
         out: where the result is written; None: into memory of its own.
         backend: implementation to run; None picks the fastest one that supports the call.
 
@@ -143,7 +140,6 @@ def attention(
         shared,
         sinks,
         settled,
-        ahead if max_seqlen_q == 1 else (),
     )
     n = num_decodes
     cu_q, cu_k = prefill_cu_seqlens or (None, None)

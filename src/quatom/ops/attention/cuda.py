@@ -3,13 +3,11 @@
 import ctypes
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quatom.numerics.kv_pages import KVPages
-from quatom.ops import ahead as ahead_of
 from quatom.ops.attention import AttentionOptions, Sequences, seen_tokens
 from quatom.ops.cuda_build import (
     CudaKernel,
@@ -60,19 +58,22 @@ class DecodeCosts:
     """Of that kernel for each split."""
     eight_warps: bool = False
     """Whether a CTA may have eight warps: twice the bytes in flight without a second kernel."""
+    shortest_split: int = 256
+    """Tokens of a split, at least."""
+    stages_alone: int = 2
+    """Tiles that a warp has in flight where its CTA has an SM for itself."""
 
 
-_COSTS = {"H200": DecodeCosts((0.0, 1.85, 2.45, 3.2), 1000.0, 16.0, eight_warps=True)}
+_COSTS = {
+    "H200": DecodeCosts(
+        (0.0, 1.85, 2.45, 3.2), 1000.0, 16.0, eight_warps=True, shortest_split=128, stages_alone=4
+    )
+}
 """Of heads of 128 channels with at most 8 query rows each, by a word of the GPU's name."""
 _DEFAULT_COSTS = DecodeCosts()
 """Of all others, after measurements on an H100: there two CTAs draw the share of an SM."""
 _CTA_START = 128
 """Cost of a CTA besides its tokens."""
-_RUNS_AHEAD = 2
-"""Tensors that are fetched ahead."""
-_BYTES_AHEAD = 24 << 20
-"""Bytes of them; an L2 cache of Hopper holds 50 MB."""
-_Pointers, _Counts = ctypes.c_void_p * _RUNS_AHEAD, ctypes.c_int32 * _RUNS_AHEAD
 
 
 class _Parameters(ctypes.Structure):
@@ -94,15 +95,13 @@ class _Parameters(ctypes.Structure):
         ("score_scale", ctypes.c_float),
         ("softcap_log2e", ctypes.c_float),
         ("window", ctypes.c_int32),
-        # Last, as in decode.cu: variants that do not need these take the struct without them.
+        # Last, as in decode.cu: a variant without sinks takes the struct without it.
         ("sinks", ctypes.c_void_p),
-        ("ahead", _Pointers),
-        ("ahead_pieces", _Counts),
     ]
 
 
 def default_config(
-    head_dim: int, row_tiles: int, capability: tuple[int, int], warps: int = 4
+    head_dim: int, row_tiles: int, capability: tuple[int, int], warps: int = 4, stages: int = 2
 ) -> DecodeConfig:
     """The fastest variant measured for a head shape, of CTAs of four or eight warps."""
     whole = head_dim % 32 == 0  # rows of 16 n bytes; others take shorter copies and more registers
@@ -110,7 +109,7 @@ def default_config(
     bulk = whole and capability >= (9, 0)
     # Tokens of 64 channels are so short that the bookkeeping of a tile of 32 counts.
     tile = 64 if bulk and head_dim * row_tiles == 64 else 32
-    return DecodeConfig(warps, tile, stages=2, min_ctas=min_ctas * 4 // warps, bulk=bulk)
+    return DecodeConfig(warps, tile, stages, min_ctas=min_ctas * 4 // warps, bulk=bulk)
 
 
 def decode_cuda(
@@ -130,13 +129,14 @@ def decode_cuda(
     ctas = batch.seq_lens.shape[0] * row_chunks * num_kv_heads
     device = q.device.index
     warps, splits = 4, options.num_splits
+    costs = decode_costs(device_name(device), head_dim, row_tiles)
     if not splits:
-        costs = decode_costs(device_name(device), head_dim, row_tiles)
         length = seen_tokens(batch, options)
         warps, splits = choose_cut(ctas, length, multiprocessors(device), costs)
-    config = config or default_config(head_dim, row_tiles, device_capability(device), warps)
+    if config is None:
+        stages = costs.stages_alone if ctas * splits <= multiprocessors(device) else 2
+        config = default_config(head_dim, row_tiles, device_capability(device), warps, stages)
     softcap, sinks = options.logit_softcap, options.sinks
-    ahead = options.ahead if config.bulk and tokens <= ahead_of.TOKENS else ()
     decode, merge = _kernels(
         device,
         config,
@@ -149,7 +149,6 @@ def decode_cuda(
         sinks is not None,
         options.settled and config.bulk,
         config.bulk and row_chunks == 1,
-        bool(ahead),
     )
     partial = stats = out
     if splits > 1:
@@ -174,21 +173,10 @@ def decode_cuda(
         softcap_log2e=0.0 if softcap is None else softcap * _LOG2E,
         window=options.sliding_window or 0,
         sinks=None if sinks is None else sinks.data_ptr(),
-        **_fetched_ahead(ahead),
     )
     decode.launch(ctas * splits, parameters, overlap=config.bulk)
     if splits > 1:
         merge.launch(tokens * num_heads, parameters, overlap=config.bulk)
-
-
-def _fetched_ahead(tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-    """The first bytes of these tensors, in whole pieces, as fields of `_Parameters`."""
-    pieces, room = [], _BYTES_AHEAD
-    for tensor in tensors[:_RUNS_AHEAD]:
-        pieces.append(ahead_of.count_pieces(tensor, room))
-        room -= pieces[-1] * ahead_of.PIECE
-    pointers = [tensor.data_ptr() for tensor in tensors[:_RUNS_AHEAD]]
-    return {"ahead": _Pointers(*pointers), "ahead_pieces": _Counts(*pieces)}
 
 
 @cache
@@ -210,7 +198,7 @@ def choose_cut(
         processors: multiprocessors of the GPU.
         costs: of that GPU.
     """
-    most = max(1, min(64, length // 256))
+    most = max(1, min(64, length // costs.shortest_split))
 
     def cost(splits: int) -> float:
         rounds, rest = divmod(-(-ctas * splits // processors), 4)
@@ -239,7 +227,6 @@ def compile_decode(
     sinks: bool,
     settled: bool = False,
     stream: bool = False,
-    ahead: bool = False,
 ) -> bytes:
     """The cubin of one variant for `arch` ("sm_90"); needs NVRTC but no GPU."""
     defines = {
@@ -257,7 +244,6 @@ def compile_decode(
         "SINKS": int(sinks),
         "SETTLED": int(settled),
         "STREAM": int(stream),
-        "AHEAD": _RUNS_AHEAD if ahead else 0,
     }
     source = read_source("quatom.ops.attention", "decode.cu")
     return compile_cubin(source, arch, defines)
@@ -276,7 +262,6 @@ def _kernels(
     sinks: bool,
     settled: bool,
     stream: bool,
-    ahead: bool,
 ) -> tuple[CudaKernel, CudaKernel]:
     """The decode and merge kernels of one variant, compiled and loaded on `device`."""
     major, minor = device_capability(device)
@@ -292,7 +277,6 @@ def _kernels(
         sinks=sinks,
         settled=settled,
         stream=stream,
-        ahead=ahead,
     )
     with torch.cuda.device(device):
         shared_bytes = config.shared_bytes(head_dim, row_tiles)

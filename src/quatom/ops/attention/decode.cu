@@ -19,7 +19,7 @@
 // Compile-time parameters: HEAD_DIM (a multiple of 16), BLOCK_SIZE, NT, WARPS, TILE, STAGES, MIN_CTAS, BULK, BF16,
 // SOFTCAP, WINDOW, SINKS, SETTLED (with BULK: the last kernel writes q and the new tokens' K and V alone, so that the
 // first tiles of older tokens are copied while it runs), STREAM (with BULK: pages are read once, and leave the L2 cache
-// first), AHEAD (runs of memory that kernels after this one read, and that come to the L2 cache meanwhile; or 0).
+// first).
 
 #define PITCH ((HEAD_DIM / 2 + 15) / 16 * 16)       // bytes of a row of codes in shared memory
 #define CHUNK_BYTES (HEAD_DIM % 32 ? 8 : 16)        // of a copy by cp.async
@@ -31,7 +31,7 @@ constexpr int MT = TILE / 16;
 constexpr int STAGE = TILE * 2 * (PITCH + 4);
 __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 constexpr int RUN = gcd(BLOCK_SIZE, TILE);  // tokens of a tile that lie together in one block
-#define WHOLE (BULK && TILE % BLOCK_SIZE == 0 && BLOCK_SIZE % 16 == 0)
+#define WHOLE (BULK && TILE % BLOCK_SIZE == 0)
 #if WHOLE
 // A run is a block: one bulk copy takes it as it is, K, V, K pairs and V pairs. PLACE is where token first + rest of
 // a tile lies from the first one of its section, whose tokens take `bytes` each; 16 divides first.
@@ -207,22 +207,10 @@ struct Parameters {
   float score_scale;     // softmax_scale * log2(e), or softmax_scale / softcap
   float softcap_log2e;
   int window;
-#if SINKS || AHEAD
+#if SINKS
   const float* sinks;    // (H,)
 #endif
-#if AHEAD
-  const u8* ahead[AHEAD];
-  int ahead_pieces[AHEAD];
-#endif
 };
-
-#if AHEAD
-__device__ __forceinline__ void fetch_share(const Parameters& p, int warp) {
-#pragma unroll
-  for (int run = 0; run < AHEAD; run++)
-    fetch_ahead(p.ahead[run], p.ahead_pieces[run], blockIdx.x * WARPS + warp, gridDim.x * WARPS);
-}
-#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const Parameters p) {
   extern __shared__ __align__(128) u8 memory[];
@@ -427,12 +415,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
     for (int c = 0; c < 2; c++)
       last_seen[n][c] = before + (chunk * ROWS + n * 8 + 2 * tg + c) / p.group;
 
-#if AHEAD
-  // Not before the last tile is on its way: tiles would queue behind it.
-  const bool all_started = next >= end;
-  if (all_started) fetch_share(p, warp);
-#endif
-
   // 3. Tiles.
   float output[NT][2 * CHUNKS][4] = {};
   float maximum[NT][2], total[NT][2] = {}, offset[NT][2] = {};
@@ -606,10 +588,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) decode(const 
       parity ^= 1;
     }
   }
-
-#if AHEAD
-  if (!all_started) fetch_share(p, warp);
-#endif
 
   // 4. The warps meet: their outputs, maxima and sums, each in the memory of its own stages.
   __syncwarp();

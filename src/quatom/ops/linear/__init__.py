@@ -115,18 +115,11 @@ def prepare_weights(
 def linear(
     x: MixedTensor | Tensor,  # (T, K); a plain tensor where activations are not quantized
     prepared: PreparedLinear,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Multiply activations by prepared weights: (T, N) in x's dtype.
 
     On integer codes with power-of-two scales all backends agree bit for bit, as long as sums stay
     below 2**24 steps of float32; otherwise they differ by float32 rounding.
-
-    Args:
-        x: tokens.
-        prepared: of `prepare_weights`.
-        ahead: weights that are read next. With few tokens the CUDA kernel asks for their first
-            bytes once its own are on their way, so that memory does not idle after it.
 
     Raises:
         ShapeError: x has other channels or another byte layout than the weights were prepared for.
@@ -136,9 +129,7 @@ def linear(
         case Backend.CUDA:
             from quatom.ops.linear.cuda import linear_cuda
 
-            return linear_cuda(
-                x, prepared.tensors, prepared.out_channels, prepared.bias, ahead=ahead
-            )
+            return linear_cuda(x, prepared.tensors, prepared.out_channels, prepared.bias)
         case Backend.TRITON:
             from quatom.ops.linear.triton import linear_triton
 

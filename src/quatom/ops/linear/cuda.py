@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from quatom.errors import BackendError
-from quatom.ops import ahead as ahead_of
 from quatom.ops.activations import MixedTensor
 from quatom.ops.cuda_build import (
     CudaKernel,
@@ -23,8 +22,6 @@ from quatom.ops.linear.configs import Config, choose_config
 
 _MOST_FILLERS = 8
 """CTAs that a launch may have without a tile."""
-_BYTES_AHEAD = 12 << 20
-"""Bytes that are fetched ahead: what comes while a norm or an activation runs."""
 
 
 def kernel_source(columns: int) -> str:
@@ -53,7 +50,7 @@ def _wgmma(operand: str, columns: int) -> str:
     )
 
 
-def defines(config: Config, dtype: torch.dtype, ahead: bool = False) -> dict[str, int]:
+def defines(config: Config, dtype: torch.dtype) -> dict[str, int]:
     """The constants that kernel.cu is compiled with."""
     return {
         "BM": config.tokens,
@@ -66,7 +63,6 @@ def defines(config: Config, dtype: torch.dtype, ahead: bool = False) -> dict[str
         "STAGES": config.num_stages,
         "STREAM": int(config.streams),
         "EARLY_STAGES": config.early_stages,
-        "AHEAD": int(ahead),
         "SPLIT": config.split,
         "PRODUCER_THREADS": config.producer_threads,
         "CTAS_PER_SM": config.ctas_per_sm,
@@ -77,11 +73,9 @@ def defines(config: Config, dtype: torch.dtype, ahead: bool = False) -> dict[str
 
 
 @cache
-def hopper_kernel(
-    config: Config, dtype: torch.dtype, device: int, ahead: bool = False
-) -> CudaKernel:
+def hopper_kernel(config: Config, dtype: torch.dtype, device: int) -> CudaKernel:
     """The kernel of a configuration that writes `dtype`, loaded on a device."""
-    cubin = compile_cubin(kernel_source(config.columns), "sm_90a", defines(config, dtype, ahead))
+    cubin = compile_cubin(kernel_source(config.columns), "sm_90a", defines(config, dtype))
     with torch.cuda.device(device):
         return load_kernel(
             cubin,
@@ -121,14 +115,6 @@ class LinearArguments(KernelArguments):
         ("normal_groups", ctypes.c_int),
         ("outlier_groups", ctypes.c_int),
         ("unit_value", ctypes.c_float),
-    )
-
-
-class _AheadArguments(KernelArguments):
-    _fields_ = (
-        *LinearArguments._fields_,
-        ("ahead", ctypes.c_void_p),
-        ("ahead_pieces", ctypes.c_int),
     )
 
 
@@ -174,7 +160,6 @@ def linear_cuda(
     config: Config | None = None,
     *,
     overlap: bool = True,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """See `linear`; `config` overrides the choice of variant, for measurements."""
     x = check_operands(x, weights, config)
@@ -191,12 +176,9 @@ def linear_cuda(
     row_tiles = -(-packed.shape[0] // config.row_blocks)
     tiles = row_tiles * -(-x.tokens // config.tokens)
     clusters = count_clusters(tiles, config, multiprocessors(device))
-    fetched = 0
-    if ahead is not None and x.tokens <= ahead_of.TOKENS:
-        fetched = ahead_of.count_pieces(ahead, _BYTES_AHEAD)
-    hopper_kernel(config, x.dtype, device, bool(fetched)).launch(
+    hopper_kernel(config, x.dtype, device).launch(
         clusters * config.split,
-        _AheadArguments(
+        LinearArguments(
             packed.data_ptr(),
             x.codes.data_ptr(),
             x.scales.data_ptr(),
@@ -209,8 +191,6 @@ def linear_cuda(
             layout.num_normal_groups,
             layout.num_outlier_groups,
             unit_value(x),
-            ahead.data_ptr() if ahead is not None else None,
-            fetched,  # the driver takes these two where the kernel was compiled with them
         ),
         overlap=overlap,
     )

@@ -18,13 +18,12 @@
 // tiles of tokens; a tile may begin and end amid the 16 tokens that are copied together, and stores its own rows alone.
 //
 // Compiled by NVRTC with BM, PARTS, SIGNED, INTEGER, EXPERTS, WARPGROUPS, BLOCKS_PER_WARPGROUP, STAGES, SPLIT, PRODUCER_THREADS, CTAS_PER_SM,
-// STREAM, EARLY_STAGES, AHEAD, PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM / PARTS columns prepended.
+// STREAM, EARLY_STAGES, PRODUCER_REGISTERS, CONSUMER_REGISTERS and OUTPUT_BF16 defined, and with wgmma_e4m3 / wgmma_s8 for BM / PARTS columns prepended.
 //   PARTS      a step multiplies and promotes its tokens in this many parts, which need fewer registers
 //   SIGNED     convert weights to signed e4m3 instead of correcting sums for their offset: more
 //              instructions a weight, half the bytes of activation scales from shared memory
 //   STREAM     weights that one tile of tokens reads leave the L2 cache first
 //   EARLY_STAGES  stages whose weights are fetched before the input is there
-//   AHEAD      when all its own weights are on their way, the kernel asks for those of another one
 //   SPLIT      CTAs of a cluster that share one tile's k-range and add up through shared memory
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;     // threads
@@ -52,6 +51,13 @@ static_assert(COLUMNS % 8 == 0, "whole swizzle atoms");
 static_assert(STAGES >= 2, "an outlier group is two units");
 static_assert(!EXPERTS || SPLIT == 1, "CTAs of a cluster would disagree about the number of tiles");
 
+// One thread of a warp, and to the compiler no more than one: it copies in bulk without a loop over all threads that
+// might.
+__device__ __forceinline__ bool elect_one() {
+  u32 elected;
+  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+}
 __device__ __forceinline__ bool barrier_test(u32 barrier, u32 parity) {
   u32 done;
   asm volatile(
@@ -295,9 +301,6 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
               , const int4* runs               // their number, then one of each tile of tokens
               , int runs_known                 // whether a launch made them that the one before this has waited for
 #endif
-#if AHEAD
-              , const u8* ahead, int ahead_pieces  // what kernels after this one read
-#endif
               ) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = __shfl_sync(~0u, shared_address(shared), 0);  // uniform to the compiler, like what follows
@@ -452,9 +455,6 @@ linear_hopper(const u8* __restrict__ weights,  // [row blocks of 64][units][4224
 #pragma unroll 1
         for (; unit < unit_end; ++unit) load(unit >= fetched, true, unit < int4_groups || (unit - int4_groups) % 2);
       }
-#if AHEAD
-      fetch_ahead(ahead, ahead_pieces, blockIdx.x, gridDim.x);
-#endif
     }
   } else {
     // Consumers.

@@ -254,9 +254,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(const Param
     load_floats(p.sin + position * HALF + N * lane, sines);
   }
 #endif
+#if SETTLED
+  // Decode attention then reads older tokens while the linear layer before this kernel ends.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#if !SETTLED
   // Not before: attention's CTAs would fill the SMs that the linear layer before leaves first.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
   float low[N] = {}, high[N] = {};
 #if !SETTLED
   const long long position = p.positions[token], slot = p.slots[token];

@@ -14,17 +14,13 @@ from quatom.ops.cuda_build import (
     compile_cubin,
     device_capability,
     load_kernel,
-    multiprocessors,
     read_source,
 )
 from quatom.ops.head_norm import HeadNorms
-from quatom.ops.spread import crowd, padded_bytes
 
 _THREADS = 128
 _WIDE_FROM = 64
 """With this many tokens or more in a batch, a lane takes twice 8 channels instead of twice 4."""
-_MOST_SPREAD = 2
-"""CTAs of a multiprocessor up to which a launch is spread over the GPU."""
 
 
 class _Parameters(ctypes.Structure):
@@ -104,13 +100,11 @@ def normalizes(norms: HeadNorms, q: Tensor) -> bool:
 
 
 @cache
-def _kernel(constants: tuple[tuple[str, int], ...], device: int, most: int) -> CudaKernel:
+def _kernel(constants: tuple[tuple[str, int], ...], device: int) -> CudaKernel:
     source = read_source("quatom.ops.rope_append_kv", "append.cu")
     cubin = compile_cubin(source, "sm_90a", dict(constants))
     with torch.cuda.device(device):
-        return load_kernel(
-            cubin, "rope_append_kv", threads=_THREADS, shared_bytes=padded_bytes(0, most)
-        )
+        return load_kernel(cubin, "rope_append_kv", threads=_THREADS)
 
 
 def defines(
@@ -170,12 +164,8 @@ def rope_append_kv_cuda(
         norm=None if norms is None else norms.norm,
         settled=settled,
     )
+    kernel = _kernel(tuple(constants.items()), q.device.index)
     kv_heads = pages.num_kv_heads
-    lanes = 1 << (head_dim // (2 * width) - 1).bit_length()
-    ctas = -(-tokens * (heads + 2 * kv_heads) * lanes // _THREADS)
-    device = q.device.index
-    most = crowd(ctas, multiprocessors(device), _MOST_SPREAD)
-    kernel = _kernel(tuple(constants.items()), device, most)
     parameters = _Parameters(
         q=q.data_ptr(),
         k=k.data_ptr(),
@@ -202,4 +192,6 @@ def rope_append_kv_cuda(
         norm=hadamard_block(head_dim) ** -0.5,
         eps=0.0 if norms is None else norms.norm.eps,
     )
+    lanes = 1 << (head_dim // (2 * width) - 1).bit_length()
+    ctas = -(-tokens * (heads + 2 * kv_heads) * lanes // _THREADS)
     kernel.launch(ctas, parameters, overlap=True)
