@@ -57,7 +57,8 @@ def rope_append_kv(
             from every score of a query, which softmax does not see.
         shared: what the layers of one batch share; only the reference uses it.
         settled: no kernel that may still run writes positions or slot_mapping, as where they are
-            inputs of a model's step: they are then read while the last kernel runs.
+            inputs of a model's step: they are then read while the last kernel runs, and decode
+            attention after this call may read older tokens of the cache meanwhile.
         backend: implementation to run; None picks the fastest one for q's device.
 
     Returns:
