@@ -168,6 +168,21 @@ def test_every_variant_knows_every_norm(layout, norm, poisoned):
                 assert (difference != 0).float().mean() <= 1e-3, variant
 
 
+@pytest.mark.parametrize(
+    ("tokens", "variant"),
+    [
+        (16, Variant(224, 1, 8)),
+        (17, Variant(896, 1, 2)),
+        (64, Variant(896, 1, 2)),
+        (128, Variant(896, 1, 2)),
+        (129, Variant(448, 1)),
+    ],
+)
+def test_ctas_that_share_a_token_are_as_many_as_were_fastest(tokens, variant):
+    """SiLU of Llama-3-8B, whose groups share a scale; docs/lab/kernels-linear.md."""
+    assert choose_variant("gated", tokens, GroupLayout(14208, 128, 128), True) == variant
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_silu_with_a_whole_token_takes_whole_tokens(layout, poisoned):

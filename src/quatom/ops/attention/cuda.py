@@ -61,7 +61,11 @@ class DecodeCosts:
     shortest_split: int = 256
     """Tokens of a split, at least."""
     stages_alone: int = 2
-    """Tiles that a warp has in flight where its CTA has an SM for itself."""
+    """Tiles that a warp has in flight or in work where its CTA has an SM for itself."""
+
+    def stages(self, ctas: int, processors: int) -> int:
+        """Tiles that each warp of a launch of `ctas` CTAs has in flight or in work."""
+        return self.stages_alone if ctas <= processors else 2
 
 
 _COSTS = {
@@ -133,9 +137,9 @@ def decode_cuda(
     if not splits:
         length = seen_tokens(batch, options)
         warps, splits = choose_cut(ctas, length, multiprocessors(device), costs)
-    if config is None:
-        stages = costs.stages_alone if ctas * splits <= multiprocessors(device) else 2
-        config = default_config(head_dim, row_tiles, device_capability(device), warps, stages)
+    stages = costs.stages(ctas * splits, multiprocessors(device))
+    capability = device_capability(device)
+    config = config or default_config(head_dim, row_tiles, capability, warps, stages)
     softcap, sinks = options.logit_softcap, options.sinks
     decode, merge = _kernels(
         device,
