@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache, partial
+from itertools import pairwise
 from typing import cast
 
 import torch
