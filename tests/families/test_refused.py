@@ -6,20 +6,40 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from quatom.checkpoint.language_part import language_part
 from quatom.errors import ModelError
-from quatom.families.refused import REFUSED
-from quatom.families.registry import FAMILIES, read_config
+from quatom.families.refused import REFUSED, WHERE
+from quatom.families.registry import FAMILIES, find_family, read_config
 
-REMOTE = {
-    *("kimi_k2", "KimiK25ForConditionalGeneration", "internlm2", "InternLM2ForCausalLM"),
-    *("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM", "MPTForCausalLM"),
-}
-"""Names of code that is not in transformers."""
+# Code that is not in transformers; models that this release of transformers may not have.
+REMOTE = """
+    kimi_k2 KimiK25ForConditionalGeneration KimiVLForConditionalGeneration kimi_vl internlm2
+    InternLM2ForCausalLM MiniMaxText01ForCausalLM MiniMaxM1ForCausalLM MPTForCausalLM
+    SarvamMLAForCausalLM RWKV7ForCausalLM rwkv7 BailingMoeLinearForCausalLM bailing_moe_linear
+    BailingMoeLinearV2ForCausalLM BailingMoeV2_5ForCausalLM Plamo2ForCausalLM plamo2
+    Phi4FlashForCausalLM phi4flash JAISLMHeadModel jais HunYuanForCausalLM hunyuan
+    Step3p5ForCausalLM Step3VLForConditionalGeneration step3_vl Step3TextForCausalLM step3_text
+    DBRXForCausalLM ArcticForCausalLM arctic Phi3SmallForCausalLM phi3small Phi4MMForCausalLM
+    phi4mm DeciLMForCausalLM DeciCoderForCausalLM deci nemotron-nas OpenELMForCausalLM openelm
+    Qwen2_5OmniModel BitnetForCausalLM BaichuanForCausalLM BaiChuanForCausalLM baichuan
+    QWenLMHeadModel qwen MiniCPMForCausalLM minicpm MiniCPMV minicpmv MiniCPMO minicpmo
+    InternLMForCausalLM internlm XverseForCausalLM xverse AquilaForCausalLM AquilaModel aquila
+    OrionForCausalLM orion DeepseekForCausalLM deepseek BailingMoeForCausalLM
+    BailingMoeV2ForCausalLM bailing_moe TeleChatForCausalLM TeleChat2ForCausalLM telechat
+    SkyworkForCausalLM skywork SolarForCausalLM solar MiMoForCausalLM mimo Grok1ForCausalLM
+    Grok1ModelForCausalLM grok-1 PlamoForCausalLM plamo Phi3VForCausalLM phi3_v MolmoForCausalLM
+    molmo OvisForCausalLM ovis LLaDAModelLM llada DreamModel Dream ChatGLMModel
+    ChatGLMForConditionalGeneration chatglm InternVLChatModel internvl_chat LlavaLlamaForCausalLM
+    LlavaMistralForCausalLM LlavaQwenForCausalLM llava_llama llava_mistral llava_qwen
+    OLMoForCausalLM hf_olmo RWForCausalLM RefinedWeb RefinedWebModel
+    MixFormerSequentialForCausalLM mixformer-sequential StableLMEpochForCausalLM stablelm_epoch
+    YiForCausalLM Yi GPT2LMHeadCustomModel
+""".split()
 
 
 def test_names_are_those_of_transformers_and_of_no_family():
     types = {name for name in REFUSED if name in CONFIG_MAPPING_NAMES}
-    classes = {name for name in REFUSED if hasattr(transformers, name)}
-    assert REFUSED.keys() - types - classes == REMOTE
+    known = set(dir(transformers))  # looking one up would import its module
+    classes = {name for name in REFUSED if name in known}
+    assert set(REMOTE) == REFUSED.keys() - types - classes
     ours = {name for f in FAMILIES for name in (f.model_type, *f.architectures)}
     assert not ours & REFUSED.keys()
 
@@ -30,6 +50,7 @@ def test_the_reason_is_one_line(name):
         {"architectures": [name]},
         {"architectures": name, "model_type": None},
         {"model_type": name, "hidden_size": "whatever"},
+        {"architectures": [name, "LlamaForCausalLM"], "model_type": "llama"},
         {"architectures": ["SomeModel"], "text_config": {"model_type": name}},
     ):
         with pytest.raises(ModelError) as caught:
@@ -46,3 +67,40 @@ def test_the_language_part_of_a_larger_model_has_a_reason_too(tmp_path):
     }
     with pytest.raises(ModelError, match=r"mistral4 is not supported: it has .*\(MLA\)"):
         language_part(tmp_path, config)
+
+
+@pytest.mark.parametrize("kind", sorted({"minimax", "qwen", "deepseek_v3", "olmo", "RefinedWeb"}))
+def test_a_supported_architecture_decides_against_the_model_type(kind):
+    """The first files of MiniMax-M2 have the model_type of MiniMax-Text-01."""
+    for family in FAMILIES:
+        for name in family.architectures:
+            assert find_family({"architectures": [name], "model_type": kind}) is family
+    with pytest.raises(ModelError, match=rf"^{kind} is not supported: it has "):
+        find_family({"architectures": [], "model_type": kind})
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("LlamaModel", "LlamaForCausalLM"),
+        ("Qwen2ForRewardModel", "Qwen2ForCausalLM"),
+        ("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
+        ("StableLMForCausalLM", "StableLmForCausalLM"),
+        ("Qwen3VLForX", "Qwen3ForCausalLM"),
+        ("BertForMaskedLM", ""),
+    ],
+)
+def test_an_unknown_architecture_is_one_short_line(name, near):
+    with pytest.raises(ModelError) as caught:
+        find_family({"architectures": [name]})
+    found = f"nearest supported: {near}; " if near else ""
+    assert str(caught.value) == f"architecture {name} is not supported; {found}{WHERE}"
+
+
+def test_an_unknown_model_type_is_one_short_line(tmp_path):
+    for kind, near in ("LLaMA", "llama"), ("qwen_2", "qwen2"), ("nothing", ""):
+        found = f"nearest supported: {near}; " if near else ""
+        for config in ({"model_type": kind}, {"model_type": kind, "architectures": ["GlmForCausalLM"]}):
+            with pytest.raises(ModelError) as caught:
+                find_family(config)
+            assert str(caught.value) == f"model_type {kind!r} is not supported; {found}{WHERE}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quatom.errors import ModelError
-from quatom.families.refused import check_not_refused
+from quatom.families.refused import check_not_refused, nearest
 from quatom.families.registry import FAMILIES
 
 WRAPPERS = (
@@ -89,7 +89,7 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
         check_not_refused(text)
         raise ModelError(
             f"{file}: the language part of {name} is of model_type {kind!r}, which is not "
-            f"supported; supported: {', '.join(f.model_type for f in FAMILIES)}"
+            f"supported; {nearest(kind, (f.model_type for f in FAMILIES))}"
         )
     text |= {key: config[key] for key in _SHARED if config.get(key) is not None}
     for key, value in _CONSTANTS.get(kind, {}).items():

@@ -52,7 +52,7 @@ from quatom.families.phi_moe import PHI_MOE
 from quatom.families.qwen import QWEN2, QWEN3
 from quatom.families.qwen2_moe import QWEN2_MOE
 from quatom.families.qwen3_moe import QWEN3_MOE
-from quatom.families.refused import check_not_refused
+from quatom.families.refused import REFUSED, check_not_refused, nearest
 from quatom.families.seed_oss import SEED_OSS
 from quatom.families.smollm3 import SMOLLM3
 from quatom.families.solar_open import SOLAR_OPEN
@@ -149,7 +149,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
         ModelError: one of them is not supported, with the reason where it is a known model; or they
             name different families.
     """
-    check_not_refused(config)
+    check_not_refused(config, _BY_ARCHITECTURE)
     if config.get("text_config") is not None:
         raise ModelError(
             f"config.json of {', '.join(_names(config)) or config.get('model_type')} describes in "
@@ -168,15 +168,16 @@ def find_family(config: Mapping[str, Any]) -> Family:
         if of_type is not None and name == of_type.saved_as:
             continue
         if name not in _BY_ARCHITECTURE:
-            raise ModelError(f"architecture {name} is not supported; supported: {_supported()}")
-        found[name] = _BY_ARCHITECTURE[name]
-    if model_type is not None:
-        if model_type not in _BY_MODEL_TYPE:
             raise ModelError(
-                f"model_type {model_type!r} is not supported; supported: "
-                f"{', '.join(_BY_MODEL_TYPE)}"
+                f"architecture {name} is not supported; {nearest(name, _BY_ARCHITECTURE)}"
             )
-        found[f"model_type {model_type}"] = _BY_MODEL_TYPE[model_type]
+        found[name] = _BY_ARCHITECTURE[name]
+    if of_type is not None:
+        found[f"model_type {model_type}"] = of_type
+    elif model_type is not None and model_type not in REFUSED:
+        raise ModelError(
+            f"model_type {model_type!r} is not supported; {nearest(model_type, _BY_MODEL_TYPE)}"
+        )
     families = list(found.values())
     if any(family is not families[0] for family in families):
         raise ModelError(
@@ -192,7 +193,3 @@ def _names(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"config key architectures must be a list of names, got {names!r}")
     return list(names)
-
-
-def _supported() -> str:
-    return ", ".join(family.architectures[0] for family in FAMILIES)
