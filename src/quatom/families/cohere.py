@@ -31,11 +31,6 @@ def read_cohere2(keys: Keys) -> ModelConfig:
     # What the released files say besides.
     keys.only("position_embedding_type", "rope_gptj")
     keys.only("order_of_interleaved_layers", "local_attn_first")
-    keys.only("rotary_pct", 1.0)
-    keys.only("use_embedding_sharing", True)
-    keys.only("use_gated_activation", True)
-    keys.only("use_parallel_block", True)
-    keys.only("use_qk_norm", False)
     keys.ignore("use_parallel_embedding")
     every = keys.integer("sliding_window_pattern", "layer_switch", default=4)
     types = periodic_layer_types(keys, sizes.layers, every=every)

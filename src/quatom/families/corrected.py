@@ -31,7 +31,6 @@ def corrected_router(
     keys.only("scoring_func", "sigmoid", "noaux_tc")  # dots.llm1 says the method here
     keys.only("topk_method", "noaux_tc")
     keys.only("moe_layer_freq", 1)
-    keys.ignore("aux_loss_alpha", "ep_size", "seq_aux")  # of training
     return Router(
         scores="sigmoid",
         normalized=keys.flag("norm_topk_prob", default=normalized),

@@ -45,7 +45,7 @@ NORMS_AFTER: Mapping[NormName, str] = {
 }
 """OLMo-2's names."""
 
-_ACTIVATIONS: Mapping[str, Activation] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -59,6 +59,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
     "relu2": "relu2",
 }
+"""What files call an activation -> what it computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +114,12 @@ def activation(keys: Keys, *names: str, default: str) -> Activation:
     """
     names = names or ("hidden_act",)
     name = keys.text(*names, default=default)
-    if name not in _ACTIVATIONS:
+    if name not in ACTIVATIONS:
         raise ModelError(
             f"config key {names[0]} = {name!r} is not supported; supported: "
-            f"{', '.join(_ACTIVATIONS)}"
+            f"{', '.join(ACTIVATIONS)}"
         )
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
 def decoder(

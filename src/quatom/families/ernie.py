@@ -50,7 +50,7 @@ def read_helium(keys: Keys) -> ModelConfig:
 
 ERNIE4_5 = Family(
     name="ernie4_5",
-    architectures=("Ernie4_5ForCausalLM",),
+    architectures=("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"),
     model_type="ernie4_5",
     models="ERNIE-4.5-0.3B",
     read=read_ernie,

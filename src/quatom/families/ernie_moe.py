@@ -18,8 +18,6 @@ def read(keys: Keys) -> ModelConfig:
         ModelError: a key is missing or not supported.
     """
     sizes = read_sizes(keys, max_position=131_072, kv_heads=4)
-    keys.only("use_bias", False)
-    keys.only("use_rmsnorm", True)
     keys.only("moe_gate", "topk")
     keys.only("moe_use_aux_free", True)
     keys.ignore("moe_capacity")  # in training alone

@@ -16,7 +16,6 @@ def read(keys: Keys) -> ModelConfig:
         ModelError: a key is missing or not supported.
     """
     keys.only("scale_attn_by_inverse_layer_idx", False)
-    keys.ignore("reorder_and_upcast_attn")  # another order of the same
     config = gpt(keys, family="gpt2", kv_heads=None, default="gelu_new")
     return replace(config, layers=tuple(_transposed(layer) for layer in config.layers))
 
@@ -33,7 +32,6 @@ def gpt(keys: Keys, *, family: str, kv_heads: int | None, default: str) -> Model
     Raises:
         ModelError: a key is missing or not supported.
     """
-    keys.ignore(*keys.under("summary_"))
     sizes = read_sizes(keys, max_position=1024, kv_heads=kv_heads, spellings=GPT)
     keys.only("num_key_value_heads", kv_heads or sizes.heads)
     keys.only("head_dim", sizes.hidden // sizes.heads)

@@ -13,7 +13,6 @@ def read(keys: Keys) -> ModelConfig:
     Raises:
         ModelError: a key is missing or not supported.
     """
-    keys.ignore(*keys.under("summary_"))
     keys.only("rotary", True)
     keys.only("scale_attn_weights", True)
     sizes = read_sizes(keys, max_position=2048, spellings=GPT)

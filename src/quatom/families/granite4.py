@@ -19,10 +19,9 @@ def read(keys: Keys) -> ModelConfig:
         ModelError: a key is missing or not supported; state-space layers and routed experts are
             not.
     """
-    keys.only("normalization_function", "rmsnorm")
     keys.only("position_embedding_type", "rope", "nope")
-    keys.ignore("init_method", "intermediate_size", "num_experts_per_tok", "time_step_limit")
-    keys.ignore(*keys.under("mamba_"))
+    keys.ignore("intermediate_size", "num_experts_per_tok")
+    keys.ignore(*keys.under("mamba_"), *keys.under("time_step_"))
     sizes = read_sizes(keys, max_position=2048)
     types = keys.value("layer_types", "layers_block_type") or _STATE_SPACE[:1] * sizes.layers
     if other := sum(kind in _STATE_SPACE for kind in types):

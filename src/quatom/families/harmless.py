@@ -4,20 +4,17 @@ from typing import Any
 
 # What the file is, who wrote it and how the model was loaded.
 _ORIGIN = """
-    architectures attn_implementation auto_map base_model_name_or_path compression_config
-    custom_pipelines distributed_config dtype experts_implementation finetuning_task
-    is_composition is_llama_config library_name model_name model_type name_or_path
-    quantization_config sparsity_config task_specific_params tokenizer_class tokenizer_name
+    architectures attn_implementation auto_map base_model_name_or_path chat_template
+    compression_config custom_pipelines distributed_config dtype experts_implementation
+    finetuning_task generation_config is_composition is_llama_config language library_name license
+    model_name model_type name_or_path quantization_config sparsity_config task_specific_params
     torch_dtype transformers.js_config transformers_version use_cache vocab_file
 """
-# Training, initialization and dropout.
+# Training; dropout, losses and initialization have rules below.
 _TRAINING = """
-    activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop
-    classifier_dropout dropout embd_pdrop embed_dropout embedding_dropout gradient_checkpointing
-    hidden_dropout hidden_dropout_prob init_device init_std initializer_range layerdrop
-    loss_type neftune_noise_alpha output_router_logits pretraining_tp resid_pdrop
-    residual_dropout tf_legacy_loss
-    router_aux_loss_coef use_gradient_checkpointing use_reentrant z_loss
+    aux_loss_alpha gradient_checkpointing layerdrop loss_type neftune_noise_alpha
+    output_router_logits pretraining_tp seq_aux tf_legacy_loss use_gradient_checkpointing
+    use_reentrant z_loss
 """
 # Heads of other tasks.
 _TASKS = """
@@ -26,15 +23,15 @@ _TASKS = """
 # How it is computed, not what: attention in another order, softmax in float32.
 _METHOD = """
     attention_softmax_in_fp32 bf16 cache_config cache_implementation chunk_size_feed_forward
-    compile_config flash_attn fp16 keys_to_ignore_at_inference logits_to_keep num_logits_to_keep
-    output_attentions output_hidden_states prefill_chunk_size return_dict
-    scale_attention_softmax_in_fp32 use_flash_attention use_flash_attention_2 use_flash_attn
+    compile_config ep_size flash_attn fp16 keys_to_ignore_at_inference logits_to_keep
+    num_logits_to_keep output_attentions output_hidden_states prefill_chunk_size
+    reorder_and_upcast_attn return_dict scale_attention_softmax_in_fp32 tp_size
+    use_flash_attention use_flash_attention_2 use_flash_attn
 """
 # Lengths that a tokenizer or trainer used; first layer with a window, in families without windows.
 _LENGTHS = """
-    max_window_layers
-    max_seq_len max_seq_length max_sequence_length model_max_length seq_length
-    tokenizer_model_max_length tokenizer_padding_side
+    context_length max_seq_len max_seq_length max_sequence_length max_tokenizer_truncation
+    max_window_layers model_max_length seq_length
 """
 # Tokens that generation does not need.
 _TOKENS = """
@@ -63,10 +60,22 @@ HARMLESS = frozenset(
 )
 """Names that may have any value."""
 
-HARMLESS_PREFIXES = ("_", "axolotl_", "unsloth_")
-"""Names that begin so may have any value: private notes of a library."""
-HARMLESS_SUFFIXES = ("_token_id", "_token_index")
-"""Names that end so may have any value: which token stands for what, an image for example."""
+HARMLESS_PREFIXES = (
+    *("_", "axolotl_", "mergekit_", "peft_", "trl_", "unsloth_"),  # private notes of a library
+    "init_",
+    "initializer_",
+    "lora_",  # adapters that are not merged would be tensors of their own, which are refused
+    "summary_",  # a head of another task
+    "tokenizer_",
+    "use_fused_",  # how it is computed
+)
+"""Names that begin so may have any value."""
+HARMLESS_SUFFIXES = (
+    *("_token_id", "_token_index"),  # which token stands for what, an image for example
+    *("dropout", "_dropout_p", "_dropout_prob", "_dropout_rate", "_pdrop"),
+    *("_loss_coef", "_loss_coeff", "_loss_weight"),
+)
+"""Names that end so may have any value."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -90,3 +99,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
 }
 """Names whose listed values, and no others, leave every family as it is."""
+
+CHANGING: dict[str, str] = {
+    "dual_chunk_attention_config": "attention in chunks of long texts; remove it, and set "
+    "max_position_embeddings to at most its chunk_size - local_size: shorter texts need no chunks",
+    "quantization": "weights as MLX quantizes them; take the floating-point model",
+}
+"""Names that released files hold and no family reads -> what they ask for, and what to do."""

@@ -6,7 +6,13 @@ from reprlib import Repr
 from typing import Any, TypeGuard
 
 from quatom.errors import ModelError
-from quatom.families.harmless import HARMLESS, HARMLESS_PREFIXES, HARMLESS_SUFFIXES, NEUTRAL
+from quatom.families.harmless import (
+    CHANGING,
+    HARMLESS,
+    HARMLESS_PREFIXES,
+    HARMLESS_SUFFIXES,
+    NEUTRAL,
+)
 
 _SECTIONS = ("rope_parameters", "rope_scaling")
 
@@ -45,6 +51,10 @@ class Keys:
                     "other; keep the one that is right"
                 )
         return self._values[present[0]] if present else None
+
+    def unread(self, name: str) -> Any:
+        """The value of a key that nobody read, None if there is no such key."""
+        return None if name in self._read else self._values.get(name)
 
     def ignore(self, *names: str) -> None:
         """Let `names` pass with any value: they have no effect in this family."""
@@ -165,6 +175,11 @@ class Keys:
         for name, allowed in NEUTRAL.items():
             if name not in self._read:
                 self.only(name, *allowed)
+        for name, reason in CHANGING.items():
+            if self.unread(name) is not None:
+                raise ModelError(
+                    f"config key {self.show(name)} is not supported: it asks for {reason}"
+                )
         unknown = [
             self.show(name)
             for name, value in self._values.items()

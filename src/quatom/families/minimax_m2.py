@@ -63,7 +63,6 @@ def _check_released_keys(keys: Keys, layers: int) -> None:
     """What released files say of variants that transformers' class is not."""
     keys.per_layer("attn_type_list", layers, 1)
     keys.only("qk_norm_type", "per_layer")
-    keys.only("use_qk_norm", True)
     keys.only("use_routing_bias", True)
     keys.only("norm_topk_prob", True)
     keys.only("shared_intermediate_size", 0)

@@ -19,6 +19,9 @@ def read(keys: Keys) -> ModelConfig:
     keys.only("do_layer_norm_before", True)
     keys.only("_remove_final_layer_norm", False)
     keys.only("layer_norm_elementwise_affine", True)
+    # What Galactica's files say besides.
+    keys.only("learned_embeddings", True)
+    keys.only("scale_embeddings", False)
     sizes = read_sizes(keys, max_position=2048)
     keys.only("word_embed_proj_dim", sizes.hidden)
     keys.only("num_key_value_heads", sizes.heads)

@@ -13,7 +13,6 @@ def read(keys: Keys) -> ModelConfig:
     Raises:
         ModelError: a key is missing or not supported; LayerNorm of q and k (qk_layernorm) is not.
     """
-    keys.only("qk_layernorm", False)
     sizes = read_sizes(keys, max_position=2048)
     return decoder(
         keys,

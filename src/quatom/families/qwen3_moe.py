@@ -20,7 +20,6 @@ def read(keys: Keys) -> ModelConfig:
         window = None
     bias = keys.flag("attention_bias")
     # What Qwen3-Coder says besides.
-    keys.only("qkv_bias", False)
     keys.only("shared_expert_intermediate_size", 0)
     norm = Norm(eps=keys.positive("rms_norm_eps", default=1e-6))
     return decoder(

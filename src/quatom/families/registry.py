@@ -53,6 +53,7 @@ from quatom.families.qwen import QWEN2, QWEN3
 from quatom.families.qwen2_moe import QWEN2_MOE
 from quatom.families.qwen3_moe import QWEN3_MOE
 from quatom.families.refused import REFUSED, check_not_refused, nearest
+from quatom.families.restated import check_restated
 from quatom.families.seed_oss import SEED_OSS
 from quatom.families.smollm3 import SMOLLM3
 from quatom.families.solar_open import SOLAR_OPEN
@@ -138,6 +139,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     keys = Keys(config)
     family = find_family(config)
     read = family.read(keys)
+    check_restated(keys, read)
     keys.finish()
     return read
 
@@ -175,8 +177,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
     if of_type is not None:
         found[f"model_type {model_type}"] = of_type
     elif model_type is not None and model_type not in REFUSED:
+        usual = {f"{name} has {family.model_type!r}" for name, family in found.items()}
         raise ModelError(
-            f"model_type {model_type!r} is not supported; {nearest(model_type, _BY_MODEL_TYPE)}"
+            f"model_type {model_type!r} is not supported; "
+            f"{'; '.join(sorted(usual)) or nearest(model_type, _BY_MODEL_TYPE)}"
         )
     families = list(found.values())
     if any(family is not families[0] for family in families):

@@ -221,11 +221,22 @@ def _yarn(entries: _Entries) -> RopeScaling:
     keys, names = entries.keys, entries.names
     original = entries.original()
     factor = entries.factor(original)
+    # How Llama 2 and Mistral were extended: of the training, and a constant of the first code.
+    keys.ignore(*names("finetuned"))
+    for name in names("extrapolation_factor"):
+        keys.only(name, 1.0)
     # 0 means the default, as in transformers.
     numerator = keys.number(*names("mscale"), default=0.0)
     denominator = keys.number(*names("mscale_all_dim"), default=0.0)
     both = numerator and denominator
     implied = _mscale(factor, numerator) / _mscale(factor, denominator) if both else _mscale(factor)
+    for name in names("attn_factor"):
+        if (more := keys.number(name, default=1.0)) != 1.0:
+            raise ModelError(
+                f"config key {keys.show(name)} is read by some engines and passed over by "
+                f"transformers; write attention_factor in its place: {implied * more:.6g} with it, "
+                f"{implied:.6g} without"
+            )
     return RopeScaling(
         kind="yarn",
         factor=factor,

@@ -16,7 +16,6 @@ def read(keys: Keys) -> ModelConfig:
     # Released files keep keys of StarCoder 1. Only hidden_act counts, not activation_function.
     keys.only("activation_function", "gelu", "gelu_pytorch_tanh")
     keys.only("mlp_type", "default")
-    keys.only("norm_type", "layer_norm")
     sizes = read_sizes(keys, max_position=4096, kv_heads=2)
     bias = keys.flag("use_bias", default=True)
     window = keys.integer_or_none("sliding_window", default=None)
