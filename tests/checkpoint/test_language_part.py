@@ -380,6 +380,14 @@ def test_a_file_without_text_config_has_its_keys_beside_the_others(tmp_path):
     assert (rope.theta, rope.scaling) == (1e6, None)
 
 
+@pytest.mark.parametrize("names", [None, [], "Qwen2_5_VLForConditionalGeneration"])
+def test_a_file_without_architectures_is_what_transformers_takes_it_for(names, tmp_path):
+    text, notes = language_part(tmp_path, OLD | {"architectures": names})
+    assert (text, notes) == language_part(tmp_path, OLD)
+    for other in ({"model_type": "llama"}, {"model_type": "nothing"}, {"model_type": [3]}, {}):
+        assert language_part(tmp_path, other) == (other, [])
+
+
 def test_an_unknown_key_beside_the_others_is_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match=r"logit_squares"):
         read_config(language_part(tmp_path, OLD | {"logit_squares": 2})[0])

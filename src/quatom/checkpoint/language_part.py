@@ -78,8 +78,7 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
     Raises:
         ModelError: the language part is of a family that is not supported, or its keys are wrong.
     """
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
+    name = _architecture(config)
     if name not in WRAPPERS:
         return config, []
     text = _text_config(file, name, config)
@@ -104,15 +103,32 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
     return text, [f"{name}: its language part alone is read, it takes text and nothing else"]
 
 
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """What config.json names, or what transformers runs for its model_type where it names none."""
+    if names := config.get("architectures"):
+        name = names[0] if isinstance(names, list) else names
+        return name if isinstance(name, str) else None
+    kind = config.get("model_type")
+    if kind is None or any(family.model_type == kind for family in FAMILIES):
+        return None
+    kinds = ((name, getattr(_config_class(name), "model_type", None)) for name in WRAPPERS)
+    return next((name for name, its_kind in kinds if its_kind == kind), None)
+
+
+def _config_class(architecture: str) -> Any:
+    """transformers' class, None where this release has none."""
+    import transformers
+
+    return getattr(transformers, architecture.removesuffix(_MODEL) + "Config", None)
+
+
 def _text_config(file: Path, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
     """Every key of the language part: files leave out what is the default of transformers' class.
 
     Older files have no text_config, and its keys beside those of the larger model.
     """
-    import transformers
-
     try:
-        kind = getattr(transformers, architecture.removesuffix(_MODEL) + "Config")
+        kind = _config_class(architecture)
         whole = kind(**config)
         text: dict[str, Any] = whole.get_text_config(decoder=True).to_dict()
     except Exception as error:  # whatever a configuration class raises

@@ -8,7 +8,8 @@ _ORIGIN = """
     compression_config custom_pipelines distributed_config dtype experts_implementation
     finetuning_task generation_config is_composition is_llama_config language library_name license
     model_name model_type name_or_path quantization_config sparsity_config task_specific_params
-    torch_dtype transformers.js_config transformers_version use_cache vocab_file
+    torch_dtype transformers.js_config transformers_version trust_remote_code use_cache
+    vocab_file
 """
 # Training; dropout, losses and initialization have rules below.
 _TRAINING = """

@@ -56,6 +56,7 @@ def _facts(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
     yield "bias use_bias enable_bias add_bias_linear", biased()
     yield "qkv_bias use_qkv_bias add_qkv_bias attention_qkv_bias", biased("qkv")
+    yield "ffn_bias use_mlp_bias", biased("gate_up", "down", "experts_gate_up", "experts_down")
     yield "qk_layernorm use_qk_layernorm", every(lambda x: x.attention.qk_norm is not None)
     yield "use_rmsnorm rms_norm", (config.final_norm.kind == "rms",)
     yield "norm_type normalization_type normalization_function", _NORMS[config.final_norm.kind]
@@ -69,7 +70,7 @@ def _facts(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for size in every(lambda x: x.experts is None and x.feed_forward and x.feed_forward.size):
         yield "ffn_dim ffn_hidden_size n_inner d_ff", (size,) if size else ()
     for sparse in every(lambda x: x.experts is not None):
-        yield "is_moe use_moe", (sparse,)
+        yield "is_moe moe use_moe", (sparse,)
         yield "num_experts num_local_experts n_routed_experts", () if sparse else (0,)
 
     yield "use_parallel_block use_parallel_residual parallel_attn", every(lambda x: x.parallel)
@@ -78,6 +79,11 @@ def _facts(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for dim, size in turning if len(turning) == 1 else ():
         yield "rotary_pct rope_pct rope_percent rope_percentage rotary_percent", (dim / size,)
         yield "rotary_dim rotary_ndims", (dim,)
+
+    yield "embedding_multiplier", (config.embedding_multiplier,)
+    yield "attention_multiplier", every(lambda x: x.attention.scale)
+    yield "residual_multiplier", every(lambda x: x.residual_multiplier)
+    yield "logits_scaling", (config.logits_divisor,)
 
     yield "d_model n_embd n_embed", (config.hidden_size,)
     yield "n_layer n_layers num_layers", (config.num_layers,)
