@@ -8,6 +8,7 @@ from safetensors.torch import load as parse
 
 from quatom.checkpoint.reader import open_source
 from quatom.errors import CheckpointError, ModelError
+from quatom.quantize.pipeline import quantize_checkpoint
 from tests.checkpoint.models import CONFIG, write_file, write_model
 from tests.families.models import save_tiny
 
@@ -243,3 +244,20 @@ def test_ends_of_text_that_the_model_cannot_write_are_passed_over(file, never, t
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [[2]]}')
     with pytest.raises(ModelError, match=r"generation_config.json: eos_token_id must be"):
         open_source(tmp_path)
+
+
+def test_norms_without_weights_have_weights_of_one(tmp_path):
+    """OLMo's files hold none; a checkpoint does, for channels are scaled by them."""
+    save_tiny(tmp_path / "olmo", "olmo", dtype=torch.bfloat16)
+    source = open_source(tmp_path / "olmo")
+    name = "model.layers.1.post_attention_layernorm.weight"
+    assert (source.shape(name), source.dtype(name)) == ((128,), torch.bfloat16)
+    assert torch.equal(source.load(name), torch.ones(128, dtype=torch.bfloat16))
+    assert [file.name for file in source.files] == ["model.safetensors"]
+    quantize_checkpoint(tmp_path / "olmo", tmp_path / "q", "w8a8", calibration=None)
+    with open(tmp_path / "q" / "model.safetensors.index.json") as index:
+        assert {name, "model.norm.weight"} <= json.load(index)["weight_map"].keys()
+    file = tmp_path / "olmo" / "model.safetensors"
+    write_file(file, parse(file.read_bytes()) | {name: torch.ones(128)})
+    with pytest.raises(CheckpointError, match=rf"{name}, and norms of family olmo have no weights"):
+        open_source(tmp_path / "olmo")

@@ -178,6 +178,7 @@ TINY: dict[str, tuple[str, dict]] = {
             ),
         },
     ),
+    "olmo": ("Olmo", {"num_key_value_heads": 2, "head_dim": 96, "attention_bias": True}),
     "olmo2": ("Olmo2", {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}),
     "olmo3": (
         "Olmo3",
@@ -279,6 +280,14 @@ TINY: dict[str, tuple[str, dict]] = {
         {"num_hidden_layers": 4, "sliding_window": 20, "layer_types": ALTERNATING},
     ),
     "phi": ("Phi", {"num_key_value_heads": 2, "hidden_size": 192}),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "num_hidden_layers": 3,
+            "attention_types": [[["global", "local"], 1], [["local"], 1]],
+            "window_size": 20,
+        },
+    ),
     "gpt_neox": ("GPTNeoX", {"num_attention_heads": 4, "hidden_size": 256}),
     "gpt_neox-sequential": (
         "GPTNeoX",
@@ -561,7 +570,9 @@ TINY = {name: entry for name, entry in TINY.items() if entry[0] not in UNKNOWN}
 ALONE = dict.fromkeys(
     ("opt", "gpt2", "gpt_bigcode", "falcon", "falcon-groups", "falcon-one-norm", "gptj"),
     ("intermediate_size", "num_key_value_heads"),
-) | dict.fromkeys(("gpt_neox", "gpt_neox-sequential"), ("num_key_value_heads",))
+) | dict.fromkeys(
+    ("gpt_neo", "gpt_neox", "gpt_neox-sequential"), ("num_key_value_heads",)
+)
 """Keys of COMMON that a family does not have."""
 
 

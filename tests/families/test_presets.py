@@ -43,6 +43,7 @@ ALIKE = (
     "falcon-one-norm",
     "flex_olmo",
     "gpt_bigcode",
+    "gpt_neo",
     "gpt_neox-sequential",
     "gptj",
     "granite4",

@@ -230,6 +230,22 @@ RELEASED = {
             "summary_type": "cls_index",
         },
     ),
+    "GPT-Neo": (
+        "GPTNeoForCausalLM",
+        {
+            "attention_layers": ["global", "local"],
+            "embed_dropout": 0,
+            "intermediate_size": None,
+            "layer_norm_epsilon": 1e-05,
+            "resid_dropout": 0,
+            "summary_type": "cls_index",
+            "window_size": 256,
+        },
+    ),
+    "OLMo": (
+        "OlmoForCausalLM",
+        {"clip_qkv": None, "rope_scaling": None, "rope_theta": 10000.0},
+    ),
     "StableLM 2 12B": (
         "StableLmForCausalLM",
         {
@@ -632,6 +648,23 @@ REFUSED = {
         {"num_ln_in_parallel_attn": 2},
         "num_ln_in_parallel_attn = 2",
     ),
+    "order of GPT-Neo's windows": (
+        "GPTNeo",
+        {"attention_types": [[["global", "near"], 1]]},
+        "attention_types must give 2 layers, each global or local.*it gives 2",
+    ),
+    "few of GPT-Neo's layers": (
+        "GPTNeo",
+        {"attention_types": [[["local"], 1]]},
+        "attention_types must give 2 layers.*it gives 1",
+    ),
+    "no list of GPT-Neo's layers": ("GPTNeo", {"attention_types": "local"}, "it gives 0"),
+    "GPT-Neo's layers said twice": (
+        "GPTNeo",
+        {"attention_layers": ["local", "global"]},
+        "attention_layers = .'local', 'global'. is not supported",
+    ),
+    "clamped q, k and v": ("Olmo", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     "norm after": ("OPT", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
     "projected embeddings": ("OPT", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
     "no final norm": ("OPT", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
@@ -644,6 +677,7 @@ OWN = {
     "StableLm": {"num_key_value_heads": 4},
     "GPTBigCode": {"intermediate_size": None, "num_key_value_heads": None},
     "GPTJ": {"intermediate_size": None, "num_key_value_heads": None, "rotary_dim": 8},
+    "GPTNeo": {"num_key_value_heads": None, "attention_types": [[["global", "local"], 1]]},
     "GPTNeoX": {"num_key_value_heads": None},
     "Falcon": {"intermediate_size": None, "num_key_value_heads": None},
 }

@@ -152,6 +152,12 @@ def test_attention_with_sinks_is_refused():
         _convert_layer(None, layer, recipe)
 
 
+def test_norms_without_weights_are_refused(checkpoint):
+    """Our checkpoint has weights, by which channels are scaled; transformers' OLMo has none."""
+    with pytest.raises(ModelError, match=r"layers\.0 has norms to which .* no weights.*quatom.load"):
+        from_pretrained(checkpoint("olmo", "w8a8"))
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")])
 def test_a_device_map_of_one_device(checkpoint, device_map, tmp_path):
     pytest.importorskip("accelerate")  # transformers wants it for every device_map

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from quatom.checkpoint.configuration import as_model_config, read_recipe, with_ends
@@ -17,6 +18,7 @@ from quatom.checkpoint.folder_tensors import (
     read_headers,
 )
 from quatom.checkpoint.fp8 import scaled_tensors
+from quatom.checkpoint.implicit_norms import implicit_norms
 from quatom.checkpoint.language_part import language_part
 from quatom.checkpoint.mxfp4 import block_scaled_tensors
 from quatom.checkpoint.safetensors_file import StoredTensor, read_tensor
@@ -93,9 +95,19 @@ def open_safetensors(
         quantization = config.get("quantization_config") or {}
         headers, made, converted = (convert or _dequantized)(folder, headers, quantization)
     stored = {name: TensorSpec(t.shape, t.dtype) for name, t in headers.items()}
+    if recipe is None:
+        like = stored.get(model_config.embedding_name, TensorSpec((), torch.float32))
+        ones = implicit_norms(folder, resolved, stored, like.dtype or torch.float32)
+        made = {**made, **ones}
+        stored |= {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in ones.items()}
     stored, joined = join_experts(folder, resolved, stored)
     tensors = check_names(folder, expected, stored)
     parts = {name: joined[name].names if name in joined else [name] for name in tensors}
+
+    stored_parts = {part for name in tensors for part in parts[name]}
+
+    def file_of(part: str) -> Path:
+        return headers[part].file if part in headers else folder / "config.json"
 
     def read(name: str) -> Tensor:
         if name in joined:
@@ -108,10 +120,10 @@ def open_safetensors(
         model_config=model_config,
         recipe=recipe,
         gguf=None,
-        _files=tuple(sorted({headers[part].file for name in tensors for part in parts[name]})),
+        _files=tuple(sorted({headers[part].file for part in stored_parts if part in headers})),
         _tensors=tensors,
         _read=read,
-        _locate=lambda name: headers[parts[name][0]].file,
+        _locate=lambda name: file_of(parts[name][0]),
         notes=(*part, *ends, *notes, *renamed, *passed, *converted),
     )
 

@@ -101,12 +101,12 @@ _BY_REASON: Mapping[str, str] = {
     "norms inside attention and the feed-forward layer": """
         BitNetForCausalLM BitnetForCausalLM bitnet
     """,
-    "norms without weights": "OlmoForCausalLM olmo",
     "norms of what a layer adds to its input (post-norm)": "OpenAIGPTLMHeadModel openai-gpt",
     "differences of two attentions": "DiffLlamaForCausalLM diffllama",
     "q, k and v in one tensor, in turns; convert it to the form of Llama": """
         InternLM2ForCausalLM internlm2
     """,
+    "q, k and v in one tensor, cut into four parts": "CodeGenForCausalLM codegen",
     "q, k and v in one tensor, biases by distance (13B) and a head of unit rows (Baichuan 2)": """
         BaichuanForCausalLM BaiChuanForCausalLM baichuan
     """,

@@ -23,6 +23,7 @@ from quatom.families.glm import GLM, GLM4
 from quatom.families.glm_moe import GLM4_MOE
 from quatom.families.gpt2 import GPT2
 from quatom.families.gpt_bigcode import GPT_BIGCODE
+from quatom.families.gpt_neo import GPT_NEO
 from quatom.families.gpt_neox import GPT_NEOX
 from quatom.families.gpt_oss import GPT_OSS
 from quatom.families.gptj import GPTJ
@@ -44,6 +45,7 @@ from quatom.families.mistral import MINISTRAL, MISTRAL
 from quatom.families.mixtral import MIXTRAL
 from quatom.families.nemotron import NEMOTRON
 from quatom.families.olmo import OLMO2, OLMO3
+from quatom.families.olmo1 import OLMO
 from quatom.families.olmoe import OLMOE
 from quatom.families.opt import OPT
 from quatom.families.phi import PHI
@@ -74,6 +76,7 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3,
     VAULTGEMMA,
     PHI3,
+    OLMO,
     OLMO2,
     OLMO3,
     GRANITE,
@@ -90,6 +93,7 @@ FAMILIES: tuple[Family, ...] = (
     COHERE,
     COHERE2,
     PHI,
+    GPT_NEO,
     GPT_NEOX,
     FALCON,
     GPTJ,

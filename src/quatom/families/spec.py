@@ -103,6 +103,8 @@ class Norm:
     """Added to the stored weight: 1.0 where the file holds w - 1 (Gemma)."""
     bias: bool = False
     """layer: a bias is added at the end."""
+    implicit: bool = False
+    """Files of the model hold no weight: all of it is 1."""
 
     def __post_init__(self) -> None:
         _positive("eps of a norm", self.eps)

@@ -142,6 +142,11 @@ def _convert_layer(model: Any, layer: LayerPlan, recipe: Recipe) -> None:
     spec = layer.spec.attention
     if layer.spec.experts is not None and recipe.quantizes_weights:
         raise ModelError(f"{layer.prefix[:-1]} has routed experts: use quatom.load")
+    if any(norm.implicit for norm in layer.spec.norms.values()):
+        raise ModelError(
+            f"{layer.prefix[:-1]} has norms to which transformers' model gives no weights, and "
+            "Quatom scales channels by them: use quatom.load"
+        )
     if spec.sinks:
         raise ModelError(f"{layer.prefix[:-1]} has attention with sinks: use quatom.load")
     if spec.qk_norm is not None and spec.qk_norm_axis == "each":
