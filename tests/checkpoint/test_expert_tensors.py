@@ -22,6 +22,7 @@ FAMILIES = (
     "exaone_moe",
     "hy_v3",
     "granitemoeshared",
+    "granitemoe_swa",
 )
 
 

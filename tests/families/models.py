@@ -549,6 +549,20 @@ TINY: dict[str, tuple[str, dict]] = {
             "residual_multiplier": 0.5,
         },
     ),
+    "granitemoe_swa": (
+        "GraniteMoeSWA",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 96,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "sliding_window": 17,
+            "layer_rope_theta": [1e4, 0, 5e5, 1e4],
+        },
+    ),
     "mellum": (
         "Mellum",
         {

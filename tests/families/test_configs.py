@@ -150,6 +150,7 @@ WINDOWS = {
     "gpt_neo": [None, 20, 20],
     "olmo3": [12, 12, 12, None],
     "granite_swa": [None, 21, 21, 21],
+    "granitemoe_swa": [None, 17, 17, 17],
     "smollm3": [None, 30, None, 30],
     "starcoder2": [36, 36],
     "mixtral": [24, 24],

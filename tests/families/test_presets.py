@@ -48,6 +48,7 @@ ALIKE = (
     "gptj",
     "granite4",
     "granite_swa",
+    "granitemoe_swa",
     "granitemoeshared",
     "helium",
     "hy_v3",

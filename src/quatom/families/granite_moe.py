@@ -28,6 +28,15 @@ def read_shared(keys: Keys) -> ModelConfig:
         ModelError: a key is missing or not supported.
     """
     sizes = read_sizes(keys, max_position=2048)
+    return read_granite(keys, sizes, "granitemoeshared", shared_feeds(keys, sizes))
+
+
+def shared_feeds(keys: Keys, sizes: Sizes) -> tuple[Feed, ...]:
+    """Experts of every layer, beside a feed-forward layer if shared_intermediate_size is not 0.
+
+    Raises:
+        ModelError: a key is missing or not supported.
+    """
     own = read_feed_forward(keys)
     shared = None
     if size := keys.integer("shared_intermediate_size", default=0, least=0):
@@ -36,8 +45,7 @@ def read_shared(keys: Keys) -> ModelConfig:
             sizes.hidden,
             {"gate_up": ("shared_mlp.input_linear",), "down": ("shared_mlp.output_linear",)},
         )
-    feed = _feed(keys, sizes, own, shared)
-    return read_granite(keys, sizes, "granitemoeshared", (feed,) * sizes.layers)
+    return (_feed(keys, sizes, own, shared),) * sizes.layers
 
 
 def _feed(keys: Keys, sizes: Sizes, feed_forward: FeedForward, shared: Feed | None) -> Feed:

@@ -1,8 +1,9 @@
 """Llama 1 to 3.3 and the models that share its code."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from quatom.families.decoder import Family, decoder, read_feed_forward
+from quatom.families.decoder import Family, Feed, decoder, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary, one_rope
 from quatom.families.sizes import Sizes, read_sizes
@@ -25,7 +26,7 @@ def llama(
     rotary: Rotary,
     *,
     eps: float,
-    feed_forward: FeedForward | None = None,
+    feed_forward: FeedForward | Sequence[Feed] | None = None,
     **own: Any,
 ) -> ModelConfig:
     """What Llama and its relatives share.
@@ -35,7 +36,7 @@ def llama(
         sizes: from `read_sizes`.
         rotary: as for `decoder`.
         eps: Default of rms_norm_eps.
-        feed_forward: None: a gated one.
+        feed_forward: As for `decoder`; None: a gated one.
         own: Arguments of `decoder`.
 
     Raises:

@@ -30,7 +30,7 @@ from quatom.families.gptj import GPTJ
 from quatom.families.granite import GRANITE
 from quatom.families.granite4 import GRANITE4
 from quatom.families.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
-from quatom.families.granite_swa import GRANITE_SWA
+from quatom.families.granite_swa import GRANITE_MOE_SWA, GRANITE_SWA
 from quatom.families.hy_v3 import HY_V3
 from quatom.families.hyperclovax import HYPERCLOVAX
 from quatom.families.internlm3 import INTERNLM3
@@ -125,6 +125,7 @@ FAMILIES: tuple[Family, ...] = (
     HY_V3,
     FLEX_OLMO,
     GRANITE_MOE_SHARED,
+    GRANITE_MOE_SWA,
     MELLUM,
 )
 """Every supported family, in the order of the table in the docs."""
