@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,31 @@ GLM_MOE = {
     "first_k_dense_replace": 1,
     **of_images([4, 6, 6], partial_rotary_factor=0.5),
 }
+GLM = {"hidden_size": 128, "head_dim": None}
+GLM_VISION = {
+    "vision_config": {"model_type": "glm4v_vision", "image_size": 28, **OF_QWEN["vision_config"]}
+}
+EXAONE = {"vision_config": {**OF_QWEN["vision_config"], "num_key_value_heads": 2}}
+OVIS = {
+    "vision_config": {"vocab_size": 32, **VISION},
+    "hidden_size": TEXT["hidden_size"],
+    "vocab_size": TEXT["vocab_size"],
+    "image_token_id": 9,
+    "visual_indicator_token_ids": [1, 2, 3, 4, 5],
+}
+JANUS = {
+    "vision_config": {**VISION, "projection_dim": 32},
+    "vq_config": {
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "image_token_embed_dim": 32,
+        "latent_channels": 8,
+        "num_embeddings": 16,
+        "num_patches": 4,
+        "num_res_blocks": 1,
+        "projection_dim": 32,
+    },
+}
 GROWING = {
     "rope_parameters": {
         "rope_type": "yarn",
@@ -128,6 +154,13 @@ MODELS = {
     "Qwen2_5_VL": ("qwen2_5_vl_text", WIDE, OF_QWEN),
     "Qwen3VL": ("qwen3_vl_text", of_images([16, 8, 8], mrope_interleaved=True), OF_QWEN),
     "Qwen3VLMoe": ("qwen3_vl_moe_text", QWEN_MOE, OF_QWEN),
+    "Glm4v": ("glm4v_text", {**GLM, **of_images([8, 12, 12])}, GLM_VISION),
+    "Glm46V": (
+        "glm4v_text",
+        {**GLM, **of_images([4, 6, 6], partial_rotary_factor=0.5)},
+        GLM_VISION,
+    ),
+    "Glm46V with experts": ("glm4v_moe_text", GLM_MOE, GLM_VISION),
     "Glm4vMoe": ("glm4v_moe_text", GLM_MOE, OF_QWEN),
     "Idefics2": ("mistral", {}, {"vision_config": VISION}),
     "Idefics3": ("llama", {}, {"vision_config": VISION}),
@@ -135,6 +168,12 @@ MODELS = {
     "LightOnOcr": ("qwen3", {}, PIXTRAL),
     "GotOcr2": ("qwen2", {}, SAM),
     "DeepseekVL": ("llama", {}, SIGLIP),
+    "DeepseekVLHybrid": ("llama", {}, {**SIGLIP, "high_res_vision_config": SAM["vision_config"]}),
+    "VideoLlama3": ("qwen2", {}, {"vision_config": VISION}),
+    "Ovis2": ("qwen2", {}, OVIS),
+    "Janus": ("llama", {}, JANUS),
+    "Exaone4_5_": ("exaone4", {}, EXAONE),
+    "AudioFlamingo3": ("qwen2", {}, AUDIO),
     "Qwen2Audio": ("qwen2", {}, AUDIO),
     "Qwen3ASR": ("qwen3", {}, AUDIO),
     "AyaVision": ("cohere2", {"hidden_size": 128, "logit_scale": 1.0}, SIGLIP),
@@ -170,6 +209,13 @@ def save(name, folder):
 
 def test_every_architecture_is_tried():
     assert {f"{class_of(name)}ForConditionalGeneration" for name in MODELS} == set(WRAPPERS)
+
+
+def test_the_docs_name_every_architecture():
+    page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "families.md"
+    text = page.read_text(encoding="utf-8")
+    prefixes = {name.removesuffix("ForConditionalGeneration") for name in WRAPPERS}
+    assert {prefix for prefix in prefixes if f"`{prefix}`" not in text} == set()
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -355,6 +401,11 @@ def test_a_constant_of_the_language_part_is_not_changed(tmp_path):
     refused = config | {"text_config": part | {"norm_topk_prob": False}}
     with pytest.raises(ModelError, match=r"Qwen3VLMoe.* norm_topk_prob False is not supported"):
         language_part(tmp_path, refused)
+    part = {**TEXT, **GLM, "model_type": "glm4v_text"}
+    for key, value in ("head_dim", 32), ("attention_bias", False):
+        config = {"architectures": ["Glm4vForConditionalGeneration"]}
+        with pytest.raises(ModelError, match=rf"Glm4v.* {key} {value} is not supported"):
+            language_part(tmp_path, config | {"text_config": part | {key: value}})
 
 
 OLD = {

@@ -1,6 +1,6 @@
 """The config.json of the language part of a model that reads images or sound, too."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,29 @@ from quatom.families.refused import check_not_refused, nearest
 from quatom.families.registry import FAMILIES
 
 WRAPPERS = (
+    "AudioFlamingo3ForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
     "DeepseekVLForConditionalGeneration",
+    "DeepseekVLHybridForConditionalGeneration",
+    "Exaone4_5_ForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
     "GlmAsrForConditionalGeneration",
+    "Glm46VForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
     "GotOcr2ForConditionalGeneration",
     "Idefics2ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "JanusForConditionalGeneration",
     "LightOnOcrForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "Ovis2ForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
@@ -32,6 +39,7 @@ WRAPPERS = (
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
+    "VideoLlama3ForConditionalGeneration",
     "VideoLlavaForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
     "VoxtralForConditionalGeneration",
@@ -43,6 +51,7 @@ soft-cap, a divisor) is done here; transformers' classes of these architectures 
 """
 _MODEL_TYPES = {
     "glm4v_moe_text": "glm4_moe",
+    "glm4v_text": "glm4",
     "qwen2_5_vl_text": "qwen2",
     "qwen2_vl_text": "qwen2",
     "qwen3_vl_moe_text": "qwen3_moe",
@@ -50,8 +59,16 @@ _MODEL_TYPES = {
 }
 """Language parts -> the model_type that they are without images. An image's tokens have three
 positions there. Those of text are equal, so that rotary embedding is the usual one."""
-_CONSTANTS: Mapping[str, Mapping[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+_CONSTANTS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
+    "qwen3_vl_moe_text": lambda _: {"norm_topk_prob": True},
+    "glm4v_text": lambda text: {
+        "attention_bias": True,
+        "head_dim": text["hidden_size"] // text["num_attention_heads"],
+    },
+}
 """Language parts -> what they compute whatever their keys say."""
+_ALL_TURN = ("glm4v_text",)
+"""Language parts all of whose channels turn where their files do not say how many."""
 _MODEL = "ForConditionalGeneration"
 _POSITIONS_OF_IMAGES = ("mrope_interleaved", "mrope_section")
 # What early files say in text_config of how images become tokens.
@@ -91,8 +108,9 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
             f"supported; {nearest(kind, (f.model_type for f in FAMILIES))}"
         )
     text |= {key: config[key] for key in _SHARED if config.get(key) is not None}
-    for key, value in _CONSTANTS.get(kind, {}).items():
-        if text.get(key, value) != value:
+    constants = _CONSTANTS[kind](text) if kind in _CONSTANTS else {}
+    for key, value in constants.items():
+        if text.get(key) not in (None, value):
             raise ModelError(f"{file}: {name} with {key} {text[key]!r} is not supported")
         text[key] = value
     text |= {"architectures": [family.architectures[0]], "model_type": family.model_type}
@@ -100,6 +118,8 @@ def language_part(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], l
         text["rope_parameters"] = {
             k: v for k, v in rope.items() if k not in _POSITIONS_OF_IMAGES and v != "mrope"
         }
+        if kind in _ALL_TURN:
+            text["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     return text, [f"{name}: its language part alone is read, it takes text and nothing else"]
 
 
