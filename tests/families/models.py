@@ -584,9 +584,7 @@ TINY = {name: entry for name, entry in TINY.items() if entry[0] not in UNKNOWN}
 ALONE = dict.fromkeys(
     ("opt", "gpt2", "gpt_bigcode", "falcon", "falcon-groups", "falcon-one-norm", "gptj"),
     ("intermediate_size", "num_key_value_heads"),
-) | dict.fromkeys(
-    ("gpt_neo", "gpt_neox", "gpt_neox-sequential"), ("num_key_value_heads",)
-)
+) | dict.fromkeys(("gpt_neo", "gpt_neox", "gpt_neox-sequential"), ("num_key_value_heads",))
 """Keys of COMMON that a family does not have."""
 
 

@@ -136,7 +136,7 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _config_class(architecture: str) -> Any:
-    """transformers' class, None where this release has none."""
+    """The class of transformers, None where this release has none."""
     import transformers
 
     return getattr(transformers, architecture.removesuffix(_MODEL) + "Config", None)

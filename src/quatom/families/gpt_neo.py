@@ -52,7 +52,7 @@ def read(keys: Keys) -> ModelConfig:
 
 
 def _types(keys: Keys, layers: int) -> list[str]:
-    """global or local, for each layer: [[[a, b], 2]] means a b a b."""
+    """What each layer is: [[["global", "local"], 2]] means these two, twice."""
     runs = keys.value("attention_types") or _TYPES
     try:
         # A damaged number of repetitions must not fill the memory.
