@@ -130,7 +130,7 @@ def test_other_names_than_transformers_are_refused(family, checkpoint):
         from_pretrained(checkpoint(family, "w8a8"))
 
 
-@pytest.mark.parametrize("family", ["falcon", "gptj"])
+@pytest.mark.parametrize("family", ["falcon", "gpt_neo", "gptj"])
 def test_a_model_that_takes_no_other_attention_is_refused(family, checkpoint):
     message = f"model of {family} does not take Quatom's attention: use quatom.load"
     with pytest.raises(ModelError, match=message):
