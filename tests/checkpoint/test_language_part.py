@@ -439,6 +439,13 @@ def test_a_file_without_architectures_is_what_transformers_takes_it_for(names, t
         assert language_part(tmp_path, other) == (other, [])
 
 
+@pytest.mark.parametrize("name", ["Llava", "Glm4v", "Mistral3", "Gemma3"])
+def test_keys_that_transformers_does_not_read_beside_the_others_are_refused(name, tmp_path):
+    config = {"architectures": [f"{name}ForConditionalGeneration"], "hidden_size": 96}
+    with pytest.raises(ModelError, match=rf"read hidden_size of {name}.* move the keys"):
+        language_part(tmp_path, config)
+
+
 def test_an_unknown_key_beside_the_others_is_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match=r"logit_squares"):
         read_config(language_part(tmp_path, OLD | {"logit_squares": 2})[0])

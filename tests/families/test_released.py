@@ -131,6 +131,7 @@ def test_notes_of_training_and_of_libraries_change_nothing():
         "aux_loss_alpha": 0.001,
         "embd_dropout": 0.1,
         "ffn_dropout_rate": 0.1,
+        "freeze_lm_head": False,
         "generation_config": {"top_k": 5},
         "init_method": "mup",
         "initializer_factor": 1.0,

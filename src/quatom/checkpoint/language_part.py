@@ -155,7 +155,15 @@ def _text_config(file: Path, architecture: str, config: dict[str, Any]) -> dict[
         reason = " ".join(str(error).split())
         raise ModelError(f"{file}: transformers does not read it: {reason:.200}") from error
     if config.get("text_config") is None:
+        own = kind().to_dict()
+        for key, value in config.items():
+            # null: a class has switched something off, as Qwen2 its window.
+            if value is not None and key not in own and text.get(key) not in (None, value):
+                raise ModelError(
+                    f"{file}: transformers does not read {key} of {architecture} beside "
+                    "text_config; move the keys of the language part there"
+                )
         # A key that no class knows is the language part's, so that it is refused where it counts.
-        known = {*kind().to_dict(), *text, "rope_scaling"}  # its entries are rope_parameters
+        known = {*own, *text, "rope_scaling"}  # its entries are rope_parameters
         text |= {key: value for key, value in config.items() if key not in known}
     return {key: value for key, value in text.items() if key not in _OF_IMAGES}

@@ -1,5 +1,7 @@
 """GPT-Neo: learned positions, scores without a factor, windows in layers that a list names."""
 
+from typing import Any
+
 from quatom.errors import ModelError
 from quatom.families.decoder import Family, activation, decoder
 from quatom.families.keys import Keys
@@ -8,7 +10,7 @@ from quatom.families.sizes import read_sizes
 from quatom.families.spec import FeedForward, ModelConfig, Norm, Positions
 
 _SIZES = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
-_TYPES = [[["global", "local"], 12]]
+_TYPES: Any = [[["global", "local"], 12]]
 
 
 def read(keys: Keys) -> ModelConfig:

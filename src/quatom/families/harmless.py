@@ -63,6 +63,7 @@ HARMLESS = frozenset(
 
 HARMLESS_PREFIXES = (
     *("_", "axolotl_", "mergekit_", "peft_", "trl_", "unsloth_"),  # private notes of a library
+    "freeze_",
     "init_",
     "initializer_",
     "lora_",  # adapters that are not merged would be tensors of their own, which are refused

@@ -6,6 +6,7 @@ that disagrees is refused.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from quatom.families.decoder import ACTIVATIONS
@@ -99,5 +100,7 @@ def _attention(layer: Layer) -> Attention:
 
 def _feed(layer: Layer) -> FeedForward | None:
     """What a layer's activation is, whatever its size."""
-    feed = layer.feed_forward or (layer.experts and layer.experts.feed_forward)
-    return feed and FeedForward(size=1, activation=feed.activation, gated=feed.gated)
+    feed = layer.feed_forward
+    if feed is None and layer.experts is not None:
+        feed = layer.experts.feed_forward
+    return None if feed is None else replace(feed, size=1)
