@@ -216,7 +216,19 @@ DAMAGES = {
     ),
     "quantized by others": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "awq"}),
-        r"quant_method 'awq' is not supported",
+        r"quant_method 'awq' is not supported; `quatom import` makes a Quatom checkpoint of it",
+    ),
+    "quantized by others, to the last": (
+        lambda f: edit_json(
+            f / "config.json", quantization_config={"quant_method": "bitsandbytes"}
+        ),
+        r"quant_method 'bitsandbytes' is not supported; use the floating-point model",
+    ),
+    "integers in compressed-tensors": (
+        lambda f: edit_json(
+            f / "config.json", quantization_config={"quant_method": "compressed-tensors"}
+        ),
+        r"another format than FP8 \(e4m3\) is not supported; `quatom import` makes",
     ),
 }
 

@@ -408,3 +408,11 @@ def test_groups_of_ordered_channels_can_be_made_too(tiny_llama_dir, text_file, t
 def test_what_compressed_tensors_cannot_say_is_not_exported(folders, tmp_path):
     with pytest.raises(RecipeError, match=r"weights\.format int5"):
         export_compressed_tensors(folders("awq")[2], tmp_path / "ct")
+
+
+def test_every_method_that_is_read_is_the_remedy_of_an_error():
+    from quatom.checkpoint.packed.source import _READERS
+    from quatom.checkpoint.validation import instead_of
+
+    assert all("`quatom import`" in instead_of(method) for method in _READERS)
+    assert "import" not in instead_of("bitsandbytes") + instead_of(None)

@@ -8,7 +8,7 @@ from typing import Any
 from quatom.checkpoint.contents import is_present
 from quatom.checkpoint.fp8 import is_fp8
 from quatom.checkpoint.mxfp4 import is_mxfp4
-from quatom.checkpoint.validation import read_json
+from quatom.checkpoint.validation import instead_of, read_json
 from quatom.errors import CheckpointError, ModelError
 from quatom.families.keys import eos_tokens
 from quatom.families.registry import read_config
@@ -76,7 +76,7 @@ def read_recipe(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
     if method != "quatom":
         raise ModelError(
             f"{folder / 'config.json'}: quantization_config.quant_method {method!r} is not "
-            "supported; use the floating-point model, or a Quatom checkpoint"
+            f"supported; {instead_of(method)}"
         )
     if "recipe" not in quantization:
         raise CheckpointError(

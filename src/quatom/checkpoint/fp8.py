@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quatom.checkpoint.safetensors_file import StoredTensor, read_tensor
+from quatom.checkpoint.validation import instead_of
 from quatom.errors import CheckpointError, ModelError
 
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
@@ -87,10 +88,10 @@ def scaled_tensors(
         scales.add(scale)
     if not scaled:
         if is_fp8(quantization):
+            method = quantization["quant_method"]
             raise ModelError(
-                f"{where}: quantization_config.quant_method {quantization['quant_method']!r} with "
-                "weights in another format than FP8 (e4m3) is not supported; use the "
-                "floating-point model"
+                f"{where}: quantization_config.quant_method {method!r} with weights in another "
+                f"format than FP8 (e4m3) is not supported; {instead_of(method)}"
             )
         return dict(stored), {}, []
     rest = {n: t for n, t in stored.items() if n not in scales and not n.endswith(_UNUSED)}

@@ -18,6 +18,19 @@ from quatom.json_text import parse_json
 
 _CHUNK = 1 << 22  # elements or bytes looked at together; bounds temporary memory
 
+_IMPORTED = ("gptq", "awq", "compressed-tensors")
+
+
+def instead_of(method: Any) -> str:
+    """What to use in place of a model whose weights another quantizer packed.
+
+    Args:
+        method: quant_method of its quantization_config.
+    """
+    if method in _IMPORTED:
+        return "`quatom import` makes a Quatom checkpoint of it; or use the floating-point model"
+    return "use the floating-point model, or a Quatom checkpoint"
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
