@@ -2,6 +2,7 @@
 
 import pytest
 import transformers
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from quatom.checkpoint.language_part import language_part
@@ -9,7 +10,7 @@ from quatom.errors import ModelError
 from quatom.families.refused import REFUSED, WHERE
 from quatom.families.registry import FAMILIES, find_family, read_config
 
-# Code that is not in transformers; models that this release of transformers may not have.
+# Code that is not in transformers.
 _REMOTE = """
     kimi_k2 KimiK25ForConditionalGeneration KimiVLForConditionalGeneration kimi_vl internlm2
     InternLM2ForCausalLM MiniMaxText01ForCausalLM MiniMaxM1ForCausalLM MPTForCausalLM
@@ -40,7 +41,10 @@ def test_names_are_those_of_transformers_and_of_no_family():
     types = {name for name in REFUSED if name in CONFIG_MAPPING_NAMES}
     known = set(dir(transformers))  # looking one up would import its module
     classes = {name for name in REFUSED if name in known}
-    assert REFUSED.keys() - types - classes == REMOTE
+    unknown = REFUSED.keys() - types - classes
+    assert REMOTE <= unknown
+    if Version(transformers.__version__) >= Version("5.24"):  # which has all the others
+        assert unknown == REMOTE
     ours = {name for f in FAMILIES for name in (f.model_type, *f.architectures)}
     assert not ours & REFUSED.keys()
 
