@@ -246,6 +246,14 @@ def test_ends_of_text_that_the_model_cannot_write_are_passed_over(file, never, t
         open_source(tmp_path)
 
 
+def test_gpt_neo_as_the_hub_has_it(tmp_path):
+    """With causal masks, and what stands for minus infinity."""
+    save_tiny(tmp_path, "gpt_neo")
+    prefix = "transformer.h.1.attn.attention"
+    masks = {f"{prefix}.bias": torch.ones(1, 1, 512, 512), f"{prefix}.masked_bias": torch.ones(())}
+    check(tmp_path, rewrite(tmp_path, lambda name: name, masks))
+
+
 def test_norms_without_weights_have_weights_of_one(tmp_path):
     """OLMo's files hold none; a checkpoint does, for channels are scaled by them."""
     save_tiny(tmp_path / "olmo", "olmo", dtype=torch.bfloat16)

@@ -49,7 +49,7 @@ from quatom.recipe import KVSpec, Recipe
 METHOD = "quatom"
 """quant_method and attn_implementation in a checkpoint's config.json."""
 _OWN_ATTENTION = ("falcon", "gpt_neo", "gptj")
-"""Model types whose code, in some version of transformers, knows only its own kinds of attention."""
+"""Model types whose code, in some release of transformers, knows its own attention alone."""
 _ONE = "devices, and a Quatom model in transformers runs on one: name it, or use vLLM"
 
 
