@@ -192,8 +192,10 @@ def nearest(name: str, supported: Iterable[str]) -> str:
         stems.setdefault(_stem(known), known)
     stem = _stem(name)
     near = [stem] if stem in stems else get_close_matches(stem, stems, n=3, cutoff=0.75)
-    found = f"nearest supported: {', '.join(stems[one] for one in near)}; " if near else ""
-    return f"{found}{WHERE}"
+    if near:
+        return f"nearest supported: {', '.join(stems[one] for one in near)}; {WHERE}"
+    some = list(stems.values())[:3]
+    return f"supported: {', '.join(some)} and {len(stems) - len(some)} more; {WHERE}"
 
 
 def _stem(name: str) -> str:
