@@ -32,7 +32,9 @@ _REMOTE = """
     LlavaMistralForCausalLM LlavaQwenForCausalLM llava_llama llava_mistral llava_qwen
     OLMoForCausalLM hf_olmo RWForCausalLM RefinedWeb RefinedWebModel
     MixFormerSequentialForCausalLM mixformer-sequential StableLMEpochForCausalLM stablelm_epoch
-    YiForCausalLM Yi GPT2LMHeadCustomModel
+    YiForCausalLM Yi GPT2LMHeadCustomModel DeepseekVLV2ForCausalLM DeepseekOCRForCausalLM
+    deepseek_vl_v2 DotsOCRForCausalLM dots_ocr CogVLMForCausalLM cogvlm MotifForCausalLM motif
+    Step1ForCausalLM step1 HCXVisionForCausalLM hyperclovax_vlm LlavaQwen2ForCausalLM llava_qwen2
 """
 REMOTE = set(_REMOTE.split())
 
@@ -95,7 +97,7 @@ SOME = "supported: LlamaForCausalLM, MistralForCausalLM, MinistralForCausalLM"
         ("Gemma3TextModel", "nearest supported: Gemma3ForCausalLM"),
         ("StableLMForCausalLM", "nearest supported: StableLmForCausalLM"),
         ("Qwen3VLForX", "nearest supported: Qwen3ForCausalLM"),
-        ("BertForMaskedLM", f"{SOME} and {len(FAMILIES) - 3} more"),
+        ("BigBirdForMaskedLM", f"{SOME} and {len(FAMILIES) - 3} more"),
     ],
 )
 def test_an_unknown_architecture_is_one_short_line(name, near):

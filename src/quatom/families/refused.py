@@ -37,7 +37,10 @@ _BY_REASON: Mapping[str, str] = {
         ZambaForCausalLM zamba Zamba2ForCausalLM zamba2 NemotronHForCausalLM nemotron_h
         Plamo2ForCausalLM plamo2 Phi4FlashForCausalLM phi4flash
     """,
-    "layers of short convolutions": "Lfm2ForCausalLM lfm2 Lfm2MoeForCausalLM lfm2_moe",
+    "layers of short convolutions": """
+        Lfm2ForCausalLM lfm2 Lfm2MoeForCausalLM lfm2_moe Lfm2VlForConditionalGeneration lfm2_vl
+    """,
+    "convolutions of queries and keys": "ZayaForCausalLM zaya",
     "recurrent layers": "RecurrentGemmaForCausalLM recurrent_gemma xLSTMForCausalLM xlstm",
     _ALIBI: """
         BloomForCausalLM bloom MptForCausalLM MPTForCausalLM mpt JAISLMHeadModel jais
@@ -60,7 +63,14 @@ _BY_REASON: Mapping[str, str] = {
     "norms of q and k after rotary embedding, and keys and values that layers share": """
         HunYuanForCausalLM hunyuan
     """,
-    "norms of q and k with biases": "PersimmonForCausalLM persimmon FuyuForCausalLM fuyu",
+    "norms of q and k with biases": """
+        PersimmonForCausalLM persimmon FuyuForCausalLM fuyu ChameleonForConditionalGeneration
+        chameleon
+    """,
+    "attention to tokens on both sides": """
+        BertModel BertForMaskedLM bert RobertaModel RobertaForMaskedLM roberta XLMRobertaModel
+        XLMRobertaForMaskedLM xlm-roberta ModernBertModel ModernBertForMaskedLM modernbert
+    """,
     "a gate on what attention gives": """
         AfmoeForCausalLM afmoe LagunaForCausalLM laguna Step3p5ForCausalLM step3p5
         Step3p7ForConditionalGeneration step3p7
@@ -118,6 +128,9 @@ _BY_REASON: Mapping[str, str] = {
         SkyworkForCausalLM skywork SolarForCausalLM solar MiMoForCausalLM mimo Grok1ForCausalLM
         Grok1ModelForCausalLM grok-1 PlamoForCausalLM plamo Phi3VForCausalLM phi3_v
         MolmoForCausalLM molmo OvisForCausalLM ovis LLaDAModelLM llada DreamModel Dream
+        DeepseekVLV2ForCausalLM DeepseekOCRForCausalLM deepseek_vl_v2 DotsOCRForCausalLM dots_ocr
+        CogVLMForCausalLM cogvlm MotifForCausalLM motif Step1ForCausalLM step1 HCXVisionForCausalLM
+        hyperclovax_vlm
     """,
     "the form of ChatGLM's own code; take a release with GlmForCausalLM (glm-4-9b-chat-hf)": """
         ChatGLMModel ChatGLMForConditionalGeneration chatglm
@@ -126,8 +139,8 @@ _BY_REASON: Mapping[str, str] = {
         InternVLChatModel internvl_chat
     """,
     "the form of LLaVA's own code; take the release whose name ends in -hf": """
-        LlavaLlamaForCausalLM LlavaMistralForCausalLM LlavaQwenForCausalLM llava_llama
-        llava_mistral llava_qwen
+        LlavaLlamaForCausalLM LlavaMistralForCausalLM LlavaQwenForCausalLM
+        LlavaQwen2ForCausalLM llava_llama llava_mistral llava_qwen llava_qwen2
     """,
     "the form of OLMo's own code; take the release whose name ends in -hf": """
         OLMoForCausalLM hf_olmo
