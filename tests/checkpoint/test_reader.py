@@ -329,3 +329,10 @@ def test_places_that_hold_no_model(tmp_path):
     for name, message in places.items():
         with pytest.raises(QuatomError, match=message):
             open_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("quantization", [None, {}])
+def test_a_quantization_config_that_says_nothing_is_none(quantization, tmp_path):
+    write_model(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config=quantization)
+    assert open_source(tmp_path).recipe is None

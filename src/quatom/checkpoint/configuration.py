@@ -68,7 +68,7 @@ def read_recipe(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
         RecipeError: the recipe is unknown.
     """
     quantization = config.get("quantization_config")
-    if quantization is None:
+    if quantization in (None, {}):
         return None
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     if isinstance(quantization, Mapping) and (is_fp8(quantization) or is_mxfp4(quantization)):
