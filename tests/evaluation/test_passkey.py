@@ -44,8 +44,10 @@ class Reader:
     def loglikelihood(self, requests):
         answers = []
         for text, continuation in (request.args for request in requests):
+            # As the number stands in the text: joined to a word it would be other tokens.
+            assert continuation.startswith(" ")
             read = text.split()[: self.seen]
-            answers.append((-1.0, f"{continuation.removeprefix(' ')}." in read))
+            answers.append((-1.0, f"{continuation.strip()}." in read))
         return answers
 
 

@@ -52,8 +52,8 @@ def passkey_task(task: str, dataset: Callable[..., Any]) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "loglikelihood",
         "doc_to_text": "{{text}}",
-        "doc_to_target": "{{key}}",
-        "target_delimiter": " ",
+        # The harness puts its target_delimiter before choices alone.
+        "doc_to_target": "{{' ' + key}}",
         "num_fewshot": 0,
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
