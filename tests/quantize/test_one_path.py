@@ -272,3 +272,19 @@ def test_sizes_that_do_not_fit_are_refused(recipe, message, tiny_llama_dir, text
     with pytest.raises(RecipeError, match=message):
         quantize_checkpoint(tiny_llama_dir, tmp_path / "q", short(recipe), calibration=text_file)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "needed"),
+    [
+        ({"kv_cache": KVSpec(keys=PostRopeKeys(), key_scaling="weighted")}, "key_scaling 'none'"),
+        ({"channel_scaling": ScalingSpec(method="balanced")}, "channel_scaling null"),
+    ],
+)
+def test_float_targets_beside_scaled_rows_are_refused_before_work(parts, needed, tmp_path):
+    """Outputs of the model as it comes are no targets of rows that are scaled."""
+    recipe = replace(VARIANTS["float targets"], calibration=CALIBRATION, **parts)
+    folder = make_model(tmp_path / "model", LLAMA)
+    with pytest.raises(RecipeError, match=rf"float_target 1.0 .* needs .*{needed}"):
+        quantize_checkpoint(folder, tmp_path / "made", recipe, calibration=torch.ones(4, 32).long())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -31,6 +31,7 @@ from quatom.quantize.block_log import BlockLog
 from quatom.quantize.calibration_data import calibration_tokens, check_token_ids, check_tokens
 from quatom.quantize.lanes import Share
 from quatom.quantize.ranks import Ranks
+from quatom.quantize.targets import check_targets
 from quatom.quantize.tuning.tune import check_tuning
 from quatom.quantize.walk import BlockQuantizer, QuantizedBlock, Streams, embed
 from quatom.recipe import CalibrationSpec, Recipe
@@ -111,6 +112,7 @@ def quantize_checkpoint(
         resolved = plan(opened.model_config, recipe)
         resolved.check_cache()
         check_tuning(resolved, ranks)
+        check_targets(recipe)
         dtype = asked or default_dtype(opened, place)
         tokens = _calibration_tokens(opened, recipe, calibration)
         if ranks.leads:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from quatom.errors import RecipeError
 from quatom.families.spec import SiteName
 from quatom.modeling.block import DecoderBlock
 from quatom.modeling.rotary import RotaryTables
@@ -16,6 +17,28 @@ from quatom.quantize.statistics import (
     run_batch,
 )
 from quatom.quantize.transforms.order import made_rows
+from quatom.recipe import Recipe
+
+
+def check_targets(recipe: Recipe) -> None:
+    """Refuse targets that are no outputs of the rows as they are rounded, before any work.
+
+    Raises:
+        RecipeError: float_target is not 0, and the recipe scales rows or takes other ones.
+    """
+    if not recipe.float_target:
+        return
+    for own in recipe.variants:
+        for needed, fits in (
+            ("kv_cache.key_scaling 'none'", own.kv_cache.key_scaling == "none"),
+            ("channel_scaling null", own.channel_scaling is None),
+            ("channel_splitting null", own.channel_splitting is None),
+        ):
+            if not fits:
+                raise RecipeError(
+                    f"weights.rounder.float_target {recipe.float_target} compares outputs of each "
+                    f"linear with those of the model as it comes, so it needs {needed}"
+                )
 
 
 def measure_targets(

@@ -39,7 +39,7 @@ from quatom.quantize.rounding import round_layer
 from quatom.quantize.statistics import (
     run_block,
 )
-from quatom.quantize.targets import measure_targets
+from quatom.quantize.targets import check_targets, measure_targets
 from quatom.quantize.transforms import Statistics, transforms_of
 from quatom.quantize.tuning.descent import Outcome, Text
 from quatom.quantize.tuning.tune import check_tuning, tune
@@ -116,7 +116,8 @@ class BlockQuantizer:
             share: which of all sequences `streams` hold; None: this process is alone.
 
         Raises:
-            RecipeError: the recipe tunes, and the model cannot be tuned so.
+            RecipeError: the recipe tunes, and the model cannot be tuned so, or it compares outputs
+                of the floating-point model with rows that it scales.
         """
         self.statistics = statistics
         if share is None:
@@ -124,6 +125,7 @@ class BlockQuantizer:
             share = Share.of_one(alone)
         self.share, self.ranks = share, share.ranks
         check_tuning(resolved, self.ranks)
+        check_targets(resolved.recipe)
         self.source, self.plan, self.recipe = source, resolved, resolved.recipe
         self.float_plan = plan(resolved.config, PRESETS["fp16"])
         self.transforms = transforms_of(resolved.recipe)

@@ -1,7 +1,7 @@
 """Which variant of the Hopper kernel multiplies a layer of experts.
 
 How tokens are routed is not known when the kernel is launched. A cost is: the rounds in which the
-GPU takes the tiles of a likely routing, times the time of a tile, whose steps were measured once.
+GPU takes the tiles of an even routing, times the time of a tile, whose steps were measured once.
 """
 
 import math
@@ -11,10 +11,6 @@ from functools import cache
 from quatom.ops.groups_layout import TOKEN_PADDING
 from quatom.ops.linear.configs import Config
 
-_SPREAD = 0.4
-"""Deviation of an expert's share of the rows, over the mean share. Routers give some experts more
-tokens of a batch than others: a tile that an average expert just fills does not hold the rows of
-many."""
 _TILE_START = 1.0
 """Microseconds of a tile beside its steps: filling the ring, storing results."""
 _INTEGER = (
@@ -83,27 +79,20 @@ def choose_expert_config(
 
     def cost(candidate: tuple[float, Config]) -> float:
         step, config = candidate
-        mean = positions / experts
-        tiles = experts * expected_tiles(mean, _SPREAD, config.tokens, in_place=in_place)
+        tiles = experts * expected_tiles(positions / experts, config.tokens, in_place=in_place)
         tiles *= -(-row_blocks // config.row_blocks)
         return math.ceil(tiles / (sms * config.ctas_per_sm)) * (units * step + _TILE_START)
 
     return min(_candidates(integer), key=cost)[1]
 
 
-def expected_tiles(mean: float, spread: float, tile_rows: int, *, in_place: bool) -> float:
-    """Tiles of an expert, on average.
+def expected_tiles(mean: float, tile_rows: int, *, in_place: bool) -> float:
+    """Tiles of an expert that `mean` rows are routed to at random, on average.
 
     The sum over n of the probability of more than n tiles; rows are taken as normally distributed.
-
-    Args:
-        mean: rows that are routed to it, averaged over experts.
-        spread: deviation of an expert's share of the rows, over the mean share.
-        tile_rows: rows of a tile.
-        in_place: whether its first tile may begin up to 15 rows early.
     """
     early = (TOKEN_PADDING - 1) / 2 if in_place else 0.0
-    variance = mean + (spread * mean) ** 2 + ((TOKEN_PADDING**2 - 1) / 12 if in_place else 0.0)
+    variance = mean + ((TOKEN_PADDING**2 - 1) / 12 if in_place else 0.0)
     tiles = probability = 1.0 - math.exp(-mean)
     more = 1
     while probability > 1e-6:
