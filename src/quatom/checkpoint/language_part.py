@@ -149,7 +149,7 @@ def _text_config(file: Path, architecture: str, config: dict[str, Any]) -> dict[
     """
     try:
         kind = _config_class(architecture)
-        whole = kind(**config)
+        whole = kind(**(config | {"architectures": [architecture]}))
         text: dict[str, Any] = whole.get_text_config(decoder=True).to_dict()
     except Exception as error:  # whatever a configuration class raises
         reason = " ".join(str(error).split())
