@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quatom.benchmark import timing
-from quatom.engine import output_graphs, prefill_graphs
+from quatom.engine import graph_pool, prefill_graphs
 from quatom.engine.cuda_graphs import can_capture, size_classes
 from quatom.engine.graph_pool import GraphPool
 from quatom.engine.prefill_graphs import PrefillGraphs, prefill_sizes
@@ -125,7 +125,7 @@ class Recorded:
 def test_prefill_graphs_run_what_a_forward_pass_does(name, tmp_path, monkeypatch):
     model = load(save_tiny(tmp_path / "model", name)).model
     pool = Recorded(model)
-    for module in (prefill_graphs, output_graphs):
+    for module in (prefill_graphs, graph_pool):
         monkeypatch.setattr(module, "borrow", lambda tensor: tensor)
     monkeypatch.setattr(prefill_graphs, "advance", pool.advance)
     caches = [model.allocate_kv_cache(8, 16) for _ in range(2)]

@@ -18,7 +18,9 @@ from quatom.json_text import parse_json
 
 _CHUNK = 1 << 22  # elements or bytes looked at together; bounds temporary memory
 
-_IMPORTED = ("gptq", "awq", "compressed-tensors")
+
+PACKED_METHODS = ("gptq", "awq", "compressed-tensors")
+"""quant_method of checkpoints that `quatom import` reads."""
 
 
 def instead_of(method: Any) -> str:
@@ -27,7 +29,7 @@ def instead_of(method: Any) -> str:
     Args:
         method: quant_method of its quantization_config.
     """
-    if method in _IMPORTED:
+    if method in PACKED_METHODS:
         return "`quatom import` makes a Quatom checkpoint of it; or use the floating-point model"
     return "use the floating-point model, or a Quatom checkpoint"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quatom.engine.batch import Batch
-from quatom.engine.graph_pool import GraphPool, borrow
+from quatom.engine.graph_pool import GraphPool, record
 from quatom.engine.model import KVCacheLayer, Model
 from quatom.modeling.context import ForwardContext
 from quatom.ops import attention
@@ -106,8 +106,4 @@ class DecodeGraphs:
             hidden = model.forward(self._input_ids[:size], context, kv_cache)
             return model.head_logits(hidden)
 
-        with pool.stream():  # compile and autotune outside of the capture
-            run()
-        with pool.capture() as graph:
-            logits = run()
-        return graph, borrow(logits)
+        return record(pool, run)

@@ -5,7 +5,7 @@ of a captured graph is handed back to the pool and used again by the next one: 5
 logits are 263 MB, and there are dozens of sizes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,15 @@ class _Memory:
             "data": (tensor.data_ptr(), False),
             "version": 3,
         }
+
+
+def record(pool: GraphPool, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+    """The graph of a call and where it leaves its result, which the pool may hand out again."""
+    with pool.stream():  # compile and autotune outside of the capture
+        run()
+    with pool.capture() as graph:
+        made = run()
+    return graph, borrow(made)
 
 
 def borrow(tensor: Tensor) -> Tensor:

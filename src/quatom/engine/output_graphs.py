@@ -1,12 +1,13 @@
 """OutputGraphs: what follows the last attention as CUDA graphs, for the rows that are needed."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quatom.engine.cuda_graphs import size_classes
-from quatom.engine.graph_pool import GraphPool, borrow
+from quatom.engine.graph_pool import GraphPool, record
 from quatom.engine.model import Model
 
 
@@ -26,7 +27,8 @@ class OutputGraphs:
         self._sizes = size_classes(most)
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         for size in reversed(self._sizes):  # the largest first: smaller ones reuse its memory
-            self._graphs[size] = self._capture(model, pool, size)
+            run = partial(model.finish, self._attended[:size], self._residual[:size])
+            self._graphs[size] = record(pool, run)
 
     def replay(
         self,
@@ -44,13 +46,3 @@ class OutputGraphs:
         graph, hidden = self._graphs[size]
         graph.replay()
         return hidden[:used]
-
-    def _capture(self, model: Model, pool: GraphPool, size: int) -> tuple[Any, Tensor]:
-        def run() -> Tensor:
-            return model.finish(self._attended[:size], self._residual[:size])
-
-        with pool.stream():  # compile and autotune outside of the capture
-            run()
-        with pool.capture() as graph:
-            hidden = run()
-        return graph, borrow(hidden)

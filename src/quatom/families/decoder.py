@@ -199,8 +199,6 @@ def decoder(
         feed = dense_feed(feed_forward, sizes.hidden, linears, bias=mlp_bias)
         feed_forward = (feed,) * sizes.layers
 
-    for name in ("qk_norm", "use_qk_norm"):
-        keys.only(name, qk_norm is not None)
     if windows is None:
         windows = same_window(keys, sizes.layers, None)
 

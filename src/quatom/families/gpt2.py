@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
-from quatom.families.decoder import Family, activation, decoder
+from quatom.families.decoder import Family, decoder
+from quatom.families.gpt import gpt_parts
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary
-from quatom.families.sizes import GPT, read_sizes
-from quatom.families.spec import FeedForward, Layer, Linear, ModelConfig, Norm, Positions, Spelling
+from quatom.families.sizes import GPT, fixed_heads, read_sizes
+from quatom.families.spec import Layer, Linear, ModelConfig, Positions, Spelling
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -33,8 +34,7 @@ def gpt(keys: Keys, *, family: str, kv_heads: int | None, default: str) -> Model
         ModelError: a key is missing or not supported.
     """
     sizes = read_sizes(keys, max_position=1024, kv_heads=kv_heads, spellings=GPT)
-    keys.only("num_key_value_heads", kv_heads or sizes.heads)
-    keys.only("head_dim", sizes.hidden // sizes.heads)
+    fixed_heads(keys, sizes, kv_heads=kv_heads)
     keys.only("n_ctx", sizes.max_position)
     keys.only("n_special", 0)
     keys.ignore("output_past", "predict_special_tokens")  # of the first files; no class reads them
@@ -43,15 +43,8 @@ def gpt(keys: Keys, *, family: str, kv_heads: int | None, default: str) -> Model
         sizes,
         Rotary((None,) * sizes.layers, sizes.max_position),
         family=family,
-        norm=Norm(kind="layer", eps=keys.positive("layer_norm_epsilon", default=1e-5), bias=True),
-        feed_forward=FeedForward(
-            size=keys.integer("n_inner", default=4 * sizes.hidden),
-            activation=activation(keys, "activation_function", default=default),
-            gated=False,
-        ),
         attention_bias=True,
         output_bias=True,
-        mlp_bias=True,
         linears={
             "qkv": ("attn.c_attn",),
             "o": ("attn.c_proj",),
@@ -61,9 +54,7 @@ def gpt(keys: Keys, *, family: str, kv_heads: int | None, default: str) -> Model
         norms={"attention": "ln_1", "feed_forward": "ln_2"},
         tied=True,
         positions=Positions(name="transformer.wpe.weight", rows=sizes.max_position),
-        layer_prefix="transformer.h.",
-        embedding_name="transformer.wte.weight",
-        final_norm_name="transformer.ln_f",
+        **gpt_parts(keys, sizes, default=default),
     )
 
 

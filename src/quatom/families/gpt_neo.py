@@ -3,11 +3,12 @@
 from typing import Any
 
 from quatom.errors import ModelError
-from quatom.families.decoder import Family, activation, decoder
+from quatom.families.decoder import Family, decoder
+from quatom.families.gpt import gpt_parts
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary
-from quatom.families.sizes import read_sizes
-from quatom.families.spec import FeedForward, ModelConfig, Norm, Positions
+from quatom.families.sizes import fixed_heads, read_sizes
+from quatom.families.spec import ModelConfig, Positions
 
 _SIZES = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
 _TYPES: Any = [[["global", "local"], 12]]
@@ -20,24 +21,16 @@ def read(keys: Keys) -> ModelConfig:
         ModelError: a key is missing or not supported.
     """
     sizes = read_sizes(keys, max_position=2048, spellings=_SIZES)
-    keys.only("num_key_value_heads", sizes.heads)
-    keys.only("head_dim", sizes.hidden // sizes.heads)
+    fixed_heads(keys, sizes)
     window = keys.integer("window_size", default=256)
     return decoder(
         keys,
         sizes,
         Rotary((None,) * sizes.layers, sizes.max_position),
         family="gpt_neo",
-        norm=Norm(kind="layer", eps=keys.positive("layer_norm_epsilon", default=1e-5), bias=True),
-        feed_forward=FeedForward(
-            size=keys.integer("intermediate_size", default=4 * sizes.hidden),
-            activation=activation(keys, "activation_function", default="gelu_new"),
-            gated=False,
-        ),
         windows=[window if kind == "local" else None for kind in _types(keys, sizes.layers)],
         scale=1.0,
         output_bias=True,
-        mlp_bias=True,
         linears={
             "qkv": ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
             "o": ("attn.attention.out_proj",),
@@ -47,9 +40,7 @@ def read(keys: Keys) -> ModelConfig:
         norms={"attention": "ln_1", "feed_forward": "ln_2"},
         tied=True,
         positions=Positions(name="transformer.wpe.weight", rows=sizes.max_position),
-        layer_prefix="transformer.h.",
-        embedding_name="transformer.wte.weight",
-        final_norm_name="transformer.ln_f",
+        **gpt_parts(keys, sizes, inner="intermediate_size"),
     )
 
 

@@ -3,7 +3,7 @@
 from quatom.families.decoder import Family, decoder, read_feed_forward
 from quatom.families.keys import Keys
 from quatom.families.rope import one_rope
-from quatom.families.sizes import read_sizes
+from quatom.families.sizes import fixed_heads, read_sizes
 from quatom.families.spec import ModelConfig, Norm
 
 
@@ -14,8 +14,7 @@ def read(keys: Keys) -> ModelConfig:
         ModelError: a key is missing or not supported.
     """
     sizes = read_sizes(keys, max_position=2048)
-    keys.only("num_key_value_heads", sizes.heads)
-    keys.only("head_dim", sizes.hidden // sizes.heads)
+    fixed_heads(keys, sizes)
     bias = keys.flag("attention_bias", default=True)
     return decoder(
         keys,

@@ -1,10 +1,11 @@
 """GPT-J: attention beside the feed-forward layer, a part of each head turns in adjacent pairs."""
 
-from quatom.families.decoder import Family, activation, decoder
+from quatom.families.decoder import Family, decoder
+from quatom.families.gpt import gpt_parts
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary
-from quatom.families.sizes import GPT, read_sizes
-from quatom.families.spec import FeedForward, ModelConfig, Norm, Rope
+from quatom.families.sizes import GPT, fixed_heads, read_sizes
+from quatom.families.spec import ModelConfig, Rope
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -16,21 +17,13 @@ def read(keys: Keys) -> ModelConfig:
     keys.only("rotary", True)
     keys.only("scale_attn_weights", True)
     sizes = read_sizes(keys, max_position=2048, spellings=GPT)
-    keys.only("num_key_value_heads", sizes.heads)
-    keys.only("head_dim", sizes.hidden // sizes.heads)
+    fixed_heads(keys, sizes)
     rope = Rope(theta=10_000.0, dim=keys.integer("rotary_dim", default=64), interleaved=True)
     return decoder(
         keys,
         sizes,
         Rotary((rope,) * sizes.layers, sizes.max_position),
         family="gptj",
-        norm=Norm(kind="layer", eps=keys.positive("layer_norm_epsilon", default=1e-5), bias=True),
-        feed_forward=FeedForward(
-            size=keys.integer("n_inner", default=4 * sizes.hidden),
-            activation=activation(keys, "activation_function", default="gelu_new"),
-            gated=False,
-        ),
-        mlp_bias=True,
         linears={
             "qkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
             "o": ("attn.out_proj",),
@@ -39,9 +32,7 @@ def read(keys: Keys) -> ModelConfig:
         },
         norms={"attention": "ln_1"},
         parallel=True,
-        layer_prefix="transformer.h.",
-        embedding_name="transformer.wte.weight",
-        final_norm_name="transformer.ln_f",
+        **gpt_parts(keys, sizes),
         head_bias=True,
     )
 

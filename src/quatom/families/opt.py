@@ -3,7 +3,7 @@
 from quatom.families.decoder import Family, activation, decoder
 from quatom.families.keys import Keys
 from quatom.families.rope import Rotary
-from quatom.families.sizes import read_sizes
+from quatom.families.sizes import fixed_heads, read_sizes
 from quatom.families.spec import FeedForward, ModelConfig, Norm, Positions
 
 _OFFSET = 2
@@ -24,8 +24,7 @@ def read(keys: Keys) -> ModelConfig:
     keys.only("scale_embeddings", False)
     sizes = read_sizes(keys, max_position=2048)
     keys.only("word_embed_proj_dim", sizes.hidden)
-    keys.only("num_key_value_heads", sizes.heads)
-    keys.only("head_dim", sizes.hidden // sizes.heads)
+    fixed_heads(keys, sizes)
     bias = keys.flag("enable_bias", default=True)
     return decoder(
         keys,

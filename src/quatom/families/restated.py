@@ -58,7 +58,8 @@ def _facts(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "bias use_bias enable_bias add_bias_linear", biased()
     yield "qkv_bias use_qkv_bias add_qkv_bias attention_qkv_bias", biased("qkv")
     yield "ffn_bias use_mlp_bias", biased("gate_up", "down", "experts_gate_up", "experts_down")
-    yield "qk_layernorm use_qk_layernorm", every(lambda x: x.attention.qk_norm is not None)
+    for normed in every(lambda x: x.attention.qk_norm is not None):
+        yield "qk_norm use_qk_norm qk_layernorm use_qk_layernorm", (normed,)
     yield "use_rmsnorm rms_norm", (config.final_norm.kind == "rms",)
     yield "norm_type normalization_type normalization_function", _NORMS[config.final_norm.kind]
     yield "use_alibi alibi", (False,)

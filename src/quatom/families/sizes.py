@@ -76,6 +76,21 @@ def read_sizes(
     )
 
 
+def fixed_heads(keys: Keys, sizes: Sizes, *, kv_heads: int | None = None) -> None:
+    """For families whose classes read neither num_key_value_heads nor head_dim.
+
+    Args:
+        keys: of config.json.
+        sizes: from `read_sizes`.
+        kv_heads: What they have; None: as many as query heads.
+
+    Raises:
+        ModelError: config.json says something else.
+    """
+    keys.only("num_key_value_heads", kv_heads or sizes.heads)
+    keys.only("head_dim", sizes.hidden // sizes.heads)
+
+
 def layer_types(keys: Keys, default: Sequence[str]) -> tuple[str, ...]:
     """full_attention or sliding_attention, for each layer.
 

@@ -18,16 +18,14 @@ from quatom.checkpoint.reader import find_model
 from quatom.checkpoint.safetensors_file import StoredTensor, read_tensor
 from quatom.checkpoint.schema import checkpoint_tensors
 from quatom.checkpoint.tensor_source import TensorSource
-from quatom.checkpoint.validation import read_json
+from quatom.checkpoint.validation import PACKED_METHODS, read_json
 from quatom.errors import CheckpointError, ModelError, RecipeError
 from quatom.plan import LayerPlan, LinearPlan, plan
 from quatom.presets import PRESETS
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], PackedFormat]] = {
-    "gptq": read_gptq,
-    "awq": read_awq,
-    "compressed-tensors": read_compressed,
-}
+_READERS: dict[str, Callable[[Mapping[str, Any]], PackedFormat]] = dict(
+    zip(PACKED_METHODS, (read_gptq, read_awq, read_compressed), strict=True)
+)
 _OLDER = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
 """Files that tools wrote before config.json had quantization_config."""
 
